@@ -1,0 +1,466 @@
+"""The configuration of a run: every key, its type, its limits and its default, in one place.
+
+A config is a TOML file with the sections below. `load_config` reads it, applies `--set` overrides
+and returns a frozen `Config` plus notes for the user. A string under a field is that key's
+documentation; `lowres config --help` prints it. Keys marked `resumable` may differ when a run is
+resumed; any other difference is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowres.errors import UserError
+
+# dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
+PRESETS: dict[str, tuple[int, int, int, int]] = {
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "60m": (512, 1376, 8, 8),
+    "130m": (768, 2048, 12, 12),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}
+PRESET_VOCAB = 32000
+# what `--set model.preset=...` takes out of the file
+SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings")
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def resumable(default: Any, **limits: Any) -> Any:
+    """A field that may change when a run is resumed, because it changes no mathematics of a step."""
+    return Field(default, json_schema_extra={"resumable": True}, **limits)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunConfig(Section):
+    """The run itself."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = resumable("run")
+    """Name of the run; its folder is runs/<name> unless --run says otherwise."""
+    seed: Count = 0
+    """Seed of everything random: initial weights, data order, rounding, projections."""
+    device: Literal["auto", "cpu", "cuda"] = resumable("auto")
+    """Where to compute; auto takes CUDA if there is one."""
+
+
+class ModelConfig(Section):
+    """The shape of the LLaMA model. A preset gives all of it; explicit keys override the preset."""
+
+    preset: str | None = None
+    """One of 9m, 20m, 60m, 130m, 350m, 1b, 3b, 7b, 13b."""
+    dim: Positive = 128
+    """Width of the residual stream."""
+    n_layers: Positive = 4
+    """Number of transformer blocks."""
+    n_heads: Positive = 4
+    """Number of query heads; must divide dim, and dim / n_heads must be even (RoPE)."""
+    n_kv_heads: Positive | None = None
+    """Number of key and value heads (grouped-query attention); default n_heads, which it must divide."""
+    ffn_dim: Positive = 352
+    """Hidden width of the SwiGLU feed-forward layer."""
+    vocab_size: Annotated[int, Field(ge=2)] | None = None
+    """Rows of the embedding; default: as many as the tokenizer of the data has pieces."""
+    rope_theta: Rate = 10000.0
+    """Base of the rotary position embedding."""
+    norm_eps: Rate = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        if preset is None:
+            return values
+        if preset not in PRESETS:
+            raise ValueError(f"preset: {preset!r} is not known; use one of {', '.join(PRESETS)}")
+        shape = dict(zip(("dim", "ffn_dim", "n_layers", "n_heads"), PRESETS[preset], strict=True))
+        return shape | values
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> ModelConfig:
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads: {self.n_heads} heads do not divide dim {self.dim}; change one of them")
+        if self.head_dim % 2:
+            raise ValueError(f"n_heads: dim / n_heads is {self.head_dim}, but rotary embedding needs an even number")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"n_kv_heads: {self.kv_heads} does not divide n_heads {self.n_heads}; change one of them")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding; PRESET_VOCAB until the data has said how many pieces there are."""
+        return self.vocab_size or PRESET_VOCAB
+
+
+class DataConfig(Section):
+    """What to train on. A source is stdlib, a folder made by `lowres data prepare`, a path (file,
+    folder or glob of .txt, .md, .py, .jsonl, .parquet, also .gz, .xz, .zst) or
+    hf:<dataset>[:<config>[:<split>]]."""
+
+    source: Annotated[str, Field(min_length=1)] = "stdlib"
+    """Training text. stdlib is the source code of the running Python's standard library."""
+    val_source: str | None = None
+    """Validation text; default: documents held out from the source."""
+    tokenizer: str | None = None
+    """Path of a SentencePiece model; default: one is trained on the source."""
+    vocab_size: Annotated[int, Field(ge=260)] | None = None
+    """Pieces of the tokenizer that is trained when none is given; default model.vocab_size, else by the size of the text."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens in a sequence."""
+    cache: Annotated[str, Field(min_length=1)] = resumable("data")
+    """Folder that keeps the tokenised form of sources that are not yet a prepared folder."""
+
+
+OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galore", "fira", "sgd")
+# name -> defaults of the keys that depend on the optimizer; an optimizer not in here is not built yet
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 1e-3, "eps": 1e-8},
+    "apollo-mini": {"lr": 1e-2, "eps": 1e-6, "rank": 1, "scale": 128.0, "refresh_every": 200, "scale_front": False},
+}
+# keys that only some optimizers read
+OPTIMIZER_KEYS = ("rank", "scale", "refresh_every", "scale_front")
+
+
+class OptimConfig(Section):
+    """The optimizer. Defaults that depend on it are filled in when the config is read."""
+
+    name: str = "apollo-mini"
+    """adamw or apollo-mini."""
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; default 1e-3 for adamw, 1e-2 for apollo-mini."""
+    embed_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of embedding and head; default lr."""
+    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Rate | None = None
+    """Added to the denominator; default 1e-8 for adamw, 1e-6 for apollo-mini."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the matrices (norms have none)."""
+    grad_clip: Annotated[float, Field(ge=0)] = 0.0
+    """Clip the global gradient norm to this (autograd engine); 0 = off."""
+    rank: Positive | None = None
+    """apollo-mini: rank of the projected gradient; default 1."""
+    scale: Rate | None = None
+    """apollo-mini: the update is multiplied by its square root; default 128."""
+    refresh_every: Positive | None = None
+    """apollo-mini: steps between two draws of the projection; default 200."""
+    scale_front: bool | None = None
+    """apollo-mini: scale before the norm-growth limiter instead of after it; default false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("name", "apollo-mini")
+        if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
+            known = "is not built yet" if name in OPTIMIZERS else "is not known"
+            raise ValueError(f"name: {name!r} {known}; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
+        return OPTIMIZER_DEFAULTS.get(name, {}) | values
+
+
+# schedule -> the keys that only it reads
+SCHEDULE_KEYS = {"cosine": (), "constant": (), "wsd": ("cooldown_steps",), "sawtooth": ("cycle_steps", "rewarmup_steps")}
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run, as a factor on the peak rates."""
+
+    name: Literal["cosine", "sawtooth", "wsd", "constant"] = "cosine"
+    """cosine: to min_ratio. sawtooth: the same with re-warmed notches (ReLoRA). wsd: constant, then linear cooldown."""
+    warmup_steps: Count | None = None
+    """Linear warm-up; default, and at most, a tenth of the run."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Floor of the decay, as a part of the peak."""
+    cycle_steps: Positive = 1000
+    """sawtooth: steps between two notches."""
+    rewarmup_steps: Positive = 50
+    """sawtooth: steps of warm-up after a notch."""
+    cooldown_steps: Count | None = None
+    """wsd: steps of the final cooldown; default a fifth of the run."""
+
+
+class TrainConfig(Section):
+    """How long, in which portions, and what happens on the way."""
+
+    steps: Positive | None = resumable(None)
+    """Optimizer steps of the run; default 1000 (give steps or tokens, not both)."""
+    tokens: Positive | None = resumable(None)
+    """Length of the run in tokens instead of steps; rounded up to whole steps."""
+    batch_tokens: Positive = 8192
+    """Tokens an optimizer step; a multiple of data.seq_len."""
+    micro_batch: Positive | Literal["auto"] = resumable("auto")
+    """Sequences that pass a layer together; auto takes the largest useful one within memory.budget_gib."""
+    eval_every: Count = resumable(200)
+    """Steps between evaluations (also before the first and after the last step); 0 = never."""
+    eval_tokens: Count = resumable(131072)
+    """Tokens of the validation data that an evaluation reads; 0 = all of them."""
+    checkpoint_every: Count = resumable(500)
+    """Steps between checkpoints; 0 = only the last."""
+    keep_checkpoints: Count = resumable(2)
+    """How many checkpoints to keep; 0 = never delete one."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("tokens: steps and tokens both say how long the run is; give one of them")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        if self.tokens is not None:
+            return math.ceil(self.tokens / self.batch_tokens)
+        return self.steps or 1000
+
+
+class MemoryConfig(Section):
+    """What is kept where, and in which number format."""
+
+    engine: Literal["layerwise", "autograd", "deepspeed"] = "layerwise"
+    """layerwise: all micro-batches pass one layer before the next. autograd: the whole model at once (reference)."""
+    weights: Literal["int8", "bf16", "fp32"] = "int8"
+    """Storage of the matrices in the blocks; norms are fp32."""
+    embeddings: Literal["auto", "bf16", "fp32"] = "auto"
+    """Storage of embedding and head; auto: fp32 beside fp32 weights, else bf16."""
+    compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
+    """Number format of activations and products; auto: bf16 on CUDA, fp32 on CPU."""
+    loss_chunk: Positive = resumable(1024)
+    """Tokens whose logits exist at one time."""
+    budget_gib: Rate | None = resumable(None)
+    """GPU memory that the run may take; default: what the device has."""
+    host_budget_gib: Rate | None = resumable(None)
+    """Host memory that the run may take; default: what the machine has."""
+
+    @model_validator(mode="after")
+    def _built(self) -> MemoryConfig:
+        if self.engine == "deepspeed":
+            raise ValueError("engine: 'deepspeed' is not built yet; use layerwise or autograd")
+        if self.compute == "int8":
+            raise ValueError("compute: 'int8' is not built yet; use auto, bf16 or fp32")
+        return self
+
+    @property
+    def embeddings_kept_in(self) -> str:
+        if self.embeddings == "auto":
+            return "fp32" if self.weights == "fp32" else "bf16"
+        return self.embeddings
+
+
+class LogConfig(Section):
+    """What the run prints."""
+
+    progress: bool = resumable(True)
+    """Show a progress bar."""
+    sample_prompt: str = resumable("")
+    """Prompt of the sample that is printed after the last step; none if sample_tokens is 0."""
+    sample_tokens: Count = resumable(0)
+    """Tokens of that sample."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = Field(default_factory=lambda: OptimConfig.model_validate({}))
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Config:
+        batch, seq = self.train.batch_tokens, self.data.seq_len
+        if batch % seq:
+            near = max(seq, round(batch / seq) * seq)
+            raise ValueError(f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be")
+        return self
+
+    @model_validator(mode="after")
+    def _check_clip(self) -> Config:
+        if self.optim.grad_clip and self.memory.engine == "layerwise":
+            raise ValueError(
+                "optim.grad_clip: the layerwise engine has no global gradient norm before its first update; "
+                "leave it 0 (apollo-mini limits each tensor) or use memory.engine=autograd"
+            )
+        return self
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def warmup_steps(self) -> int:
+        tenth = self.train.total_steps // 10
+        asked = self.schedule.warmup_steps
+        return tenth if asked is None else min(asked, tenth)
+
+    def with_vocab(self, vocab_size: int) -> Config:
+        """The same config with the vocabulary that the data has."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
+    """Read a TOML file, apply `section.key=value` overrides, check everything.
+
+    Returns the config and notes for the user. Raises UserError with one line that names the key.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file; the ones that come with lowres are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read as text ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config {path}: not valid TOML: {error}") from None
+    for section in Config.model_fields:
+        if section in values and not isinstance(values[section], dict):
+            raise UserError(f"config {path}: {section} must be a section, written [{section}]")
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:
+    """Check a nested dict of sections; see `load_config`."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from None
+    return config, _notes(config, values)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name and section):
+        raise UserError(f"--set {override}: write it as section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"--set {override}: {section} is not a section")
+    if (section, name) == ("model", "preset"):
+        for shape_key in SHAPE_KEYS:
+            target.pop(shape_key, None)
+    if section == "train" and name in ("steps", "tokens"):
+        target.pop("tokens" if name == "steps" else "steps", None)
+    target[name] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, as `section.key: what and how to mend it`."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"][:2]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section = Config.model_fields.get(location[0])
+        names: list[str] = list(Config.model_fields)
+        if len(location) == 2 and section is not None:
+            names = list(section.annotation.model_fields)  # type: ignore[union-attr]
+        close = difflib.get_close_matches(location[-1], names, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+        return f"{key}: unknown key; {remedy}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}.{message}" if location else message
+    kinds = [e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    given = first.get("input")
+    return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r})"
+
+
+def _notes(config: Config, values: dict[str, Any]) -> list[str]:
+    notes = []
+    asked = config.schedule.warmup_steps
+    if asked is not None and asked > config.warmup_steps:
+        notes.append(
+            f"schedule.warmup_steps {asked} is longer than a tenth of the run; shortened to {config.warmup_steps}"
+        )
+    used = OPTIMIZER_DEFAULTS[config.optim.name]
+    for key in OPTIMIZER_KEYS:
+        if key in values.get("optim", {}) and key not in used:
+            notes.append(f"optim.{key} is not used by {config.optim.name}")
+    for name, keys in SCHEDULE_KEYS.items():
+        for key in keys:
+            if key in values.get("schedule", {}) and name != config.schedule.name:
+                notes.append(f"schedule.{key} is not used by {config.schedule.name}")
+    return notes
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML, as it is written into the run directory."""
+    lines = []
+    for section, keys in config.model_dump().items():
+        lines.append(f"[{section}]")
+        # JSON strings, numbers, booleans and flat lists are TOML too
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`section.key` of every setting that differs and may not change when a run is resumed."""
+    changed = []
+    for section, fields in Config.model_fields.items():
+        before, after = getattr(old, section), getattr(new, section)
+        for key, field in fields.annotation.model_fields.items():  # type: ignore[union-attr]
+            extra = field.json_schema_extra
+            free = isinstance(extra, dict) and bool(extra.get("resumable"))
+            if not free and getattr(before, key) != getattr(after, key):
+                changed.append(f"{section}.{key}")
+    return changed
+
+
+def describe() -> str:
+    """Documentation of every section and key, for `lowres config --help`."""
+    lines = []
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        lines.append(f"[{section}]  {' '.join((model.__doc__ or '').split())}")
+        defaults = model.model_validate({})
+        for key, info in model.model_fields.items():
+            extra = info.json_schema_extra
+            mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
+            default = getattr(defaults, key)
+            shown = "" if default is None else f" = {json.dumps(default)}"
+            lines.append(f"  {key}{shown}: {info.description}{mark}")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Errors that are meant for the user: one line each, naming the key or file and the remedy.
+
+The command line prints the message without a traceback and exits with `exit_code`. Anything else
+that escapes is a bug in lowres and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Bad input: a config key, a file, a device or data that the user can mend."""
+
+    exit_code = 2
+
+
+class DoesNotFit(UserError):
+    """The run needs more GPU memory, host memory or disk than there is."""
+
+    exit_code = 3
+
+
+class CheckFailed(UserError):
+    """A check that the user asked for found something wrong (`checkpoint verify`)."""
+
+    exit_code = 1
