@@ -148,37 +148,38 @@ OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galor
 # name -> defaults of the keys that depend on the optimizer; an optimizer not in here is not built yet
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
+    "apollo": {"lr": 1e-2, "eps": 1e-6, "scale": 1.0, "refresh_every": 200, "scale_front": False},
     "apollo-mini": {"lr": 1e-2, "eps": 1e-6, "rank": 1, "scale": 128.0, "refresh_every": 200, "scale_front": False},
 }
-# keys that only some optimizers read
-OPTIMIZER_KEYS = ("rank", "scale", "refresh_every", "scale_front")
+# keys that only these optimizers read
+OPTIMIZER_KEYS = dict.fromkeys(("rank", "scale", "refresh_every", "scale_front"), ("apollo", "apollo-mini"))
 
 
 class OptimConfig(Section):
     """The optimizer. Defaults that depend on it are filled in when the config is read."""
 
     name: str = "apollo-mini"
-    """adamw or apollo-mini."""
+    """adamw, apollo or apollo-mini: the rule of the block matrices. Embedding, head and norms take AdamW."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; default 1e-3 for adamw, 1e-2 for apollo-mini."""
+    """Peak learning rate; default 1e-3 for adamw, 1e-2 for apollo and apollo-mini."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
     betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate | None = None
-    """Added to the denominator; default 1e-8 for adamw, 1e-6 for apollo-mini."""
+    """Added to the denominator; default 1e-8 for adamw, 1e-6 for apollo and apollo-mini."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this (autograd engine); 0 = off."""
     rank: Positive | None = None
-    """apollo-mini: rank of the projected gradient; default 1."""
+    """apollo, apollo-mini: rank of the projected gradient; default dim / 4, or 1 for apollo-mini."""
     scale: Rate | None = None
-    """apollo-mini: the update is multiplied by its square root; default 128."""
+    """apollo, apollo-mini: the update is multiplied by its square root; default 1, or 128 for apollo-mini."""
     refresh_every: Positive | None = None
-    """apollo-mini: steps between two draws of the projection; default 200."""
+    """apollo, apollo-mini: steps between two draws of the projection; default 200."""
     scale_front: bool | None = None
-    """apollo-mini: scale before the norm-growth limiter instead of after it; default false."""
+    """apollo, apollo-mini: scale before the norm-growth limiter instead of after it; default false."""
 
     @model_validator(mode="before")
     @classmethod
@@ -413,9 +414,8 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
         notes.append(
             f"schedule.warmup_steps {asked} is longer than a tenth of the run; shortened to {config.warmup_steps}"
         )
-    used = OPTIMIZER_DEFAULTS[config.optim.name]
-    for key in OPTIMIZER_KEYS:
-        if key in values.get("optim", {}) and key not in used:
+    for key, readers in OPTIMIZER_KEYS.items():
+        if key in values.get("optim", {}) and config.optim.name not in readers:
             notes.append(f"optim.{key} is not used by {config.optim.name}")
     for name, keys in SCHEDULE_KEYS.items():
         for key in keys:

@@ -1,0 +1,60 @@
+"""Engines: one optimizer step, in two orders, behind one interface.
+
+`layerwise` takes all micro-batches of a step through one layer before the next. `autograd` runs the
+whole model for each micro-batch with PyTorch's own differentiation, and is the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowres.config import Config
+from lowres.engine.autograd import AutogradEngine
+from lowres.engine.common import StepReport
+from lowres.engine.layerwise import LayerwiseEngine
+from lowres.model import Weights
+from lowres.optim import Optimizer
+
+__all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Engine(Protocol):
+    """One step, whatever the order of its work."""
+
+    def step(self, batch: Tensor, step: int, schedule: float) -> StepReport:
+        """One optimizer step on batch int64 [sequences, seq_len + 1].
+
+        step: completed steps before this one. schedule: factor on the peak learning rates.
+        """
+
+    def evaluate(self, batch: Tensor) -> tuple[float, int]:
+        """Sum of the loss (nats) over the targets of batch, and their number."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that `memory.compute` means on this device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return COMPUTE_DTYPES[name]
+
+
+def make_engine(
+    config: Config, weights: Weights, optimizer: Optimizer | None, micro_batch: int, device: torch.device
+) -> Engine:
+    """The engine of a run. Without an optimizer it can only evaluate."""
+    dtype = compute_dtype(config.memory.compute, device)
+    if config.memory.engine == "autograd":
+        return AutogradEngine(
+            config.model, weights, optimizer, micro_batch, dtype, device, config.memory.loss_chunk, config.optim.grad_clip
+        )
+    return LayerwiseEngine(
+        config.model, weights, optimizer, micro_batch, dtype, device, config.memory.loss_chunk
+    )

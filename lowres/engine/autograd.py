@@ -1,0 +1,94 @@
+"""The ordinary step: the whole model and PyTorch's autograd, one micro-batch after another.
+
+The reference for the layer-major engine, and of use where memory does not matter. It holds the
+whole model in compute precision and a gradient for every parameter, so it needs many times more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowres.config import ModelConfig
+from lowres.engine.common import StepReport, Updater, split, sum_of_squares
+from lowres.model import Llama, Weights
+
+
+class AutogradEngine:
+    """Engine interface: see `lowres.engine.Engine`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        optimizer: Updater | None,
+        micro_batch: int,
+        compute: torch.dtype,
+        device: torch.device,
+        loss_chunk: int = 1024,
+        grad_clip: float = 0.0,
+    ) -> None:
+        self.weights, self.optimizer = weights, optimizer
+        self.micro_batch, self.device, self.loss_chunk, self.grad_clip = micro_batch, device, loss_chunk, grad_clip
+        with torch.device(device):
+            self.model = Llama(config)
+        for name, parameter in self.model.named_parameters():
+            # norms stay fp32, as in every engine
+            if parameter.dim() == 2 or compute == torch.float64:
+                parameter.data = parameter.data.to(compute)
+            parameter.requires_grad_(optimizer is not None)
+            assert any(name in unit for unit in weights.values()), f"{name} has no storage"
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        """Bring the module up to date with the stored weights."""
+        for unit in self.weights.values():
+            for name, storage in unit.items():
+                parameter = self.model.get_parameter(name)
+                parameter.copy_(storage.dense(parameter.dtype))
+
+    def step(self, batch: Tensor, step: int, schedule: float) -> StepReport:
+        assert self.optimizer is not None, "this engine was made without an optimizer"
+        self._load()
+        inputs, targets, count = split(batch, self.micro_batch, self.device)
+        grads = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in self.model.named_parameters()
+        }
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for tokens, wanted in zip(inputs, targets, strict=True):
+            loss = self.model.loss_sum(tokens, wanted, self.loss_chunk)
+            (loss / count).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            for name, parameter in self.model.named_parameters():
+                assert parameter.grad is not None
+                grads[name].add_(parameter.grad)
+                parameter.grad = None
+        with torch.no_grad():
+            return self._update(grads, total / count, step, schedule)
+
+    def _update(self, grads: dict[str, Tensor], loss: Tensor, step: int, schedule: float) -> StepReport:
+        assert self.optimizer is not None
+        squares = sum_of_squares(grads)
+        accepted = loss.isfinite() & squares.isfinite()
+        if self.grad_clip:
+            shrink = (self.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+            for grad in grads.values():
+                grad.mul_(shrink)
+        for unit in reversed(self.weights):
+            own = {name: grads[name] for name in self.weights[unit]}
+            self.optimizer.update(unit, self.weights[unit], own, step, schedule, accepted)
+        numbers = torch.stack([loss, squares.sqrt(), accepted.double()]).tolist()
+        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self.weights))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Tensor) -> tuple[float, int]:
+        self._load()
+        inputs, targets, count = split(batch, self.micro_batch, self.device)
+        losses = [self.model.loss_sum(i, t, self.loss_chunk) for i, t in zip(inputs, targets, strict=True)]
+        return float(torch.stack(losses).sum()), count
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        self._load()
+        return self.model(tokens.to(self.device))[:, -1].float()

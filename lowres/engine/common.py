@@ -1,0 +1,53 @@
+"""What both engines share: the report of a step, and how a batch is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowres.model import IGNORED
+from lowres.storage import Storage
+
+
+class Updater(Protocol):
+    """What an engine needs of an optimizer; see `lowres.optim.Optimizer.update`."""
+
+    def update(
+        self,
+        unit: str,
+        weights: Mapping[str, Storage],
+        grads: Mapping[str, Tensor],
+        step: int,
+        schedule: float,
+        accepted: Tensor,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in a step. loss: mean over the targets, nats. grad_norm: global, before limiting.
+
+    skipped: units (embedding, blocks, head) that were not updated because the loss, or a gradient at
+    or above them, was not finite. 0 in a normal step.
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: int
+
+
+def split(batch: Tensor, micro_batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], int]:
+    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and the number of targets that count."""
+    inputs, targets = batch[:, :-1].clamp_min(0), batch[:, 1:]
+    count = int((targets != IGNORED).sum())
+    inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
+
+
+def sum_of_squares(grads: Mapping[str, Tensor]) -> Tensor:
+    """Squared norm of all gradients together, fp64 scalar on the device."""
+    return torch.stack([grad.norm().double() for grad in grads.values()]).square().sum()

@@ -1,0 +1,239 @@
+"""LLaMA in one file: the table of its tensors, their first values, and the mathematics of a block.
+
+The functions here take weights as arguments. The layer-major engine calls them with one layer's
+weights at a time; `Llama`, the ordinary module, calls the same functions with its parameters and is
+the reference for the engine, and the form for wrappers that want an `nn.Module`. Tensor names are
+those of Hugging Face LLaMA checkpoints, so weights go in and out without a translation.
+
+Source: Touvron et al., "LLaMA" (arXiv 2302.13971). RMSNorm: arXiv 1910.07467. RoPE: arXiv 2104.09864,
+in the rotate-half form. SwiGLU: arXiv 2002.05202. Grouped-query attention: arXiv 2305.13245.
+
+Shape letters: B sequences, T positions, D dim, H query heads, K key/value heads, E head_dim,
+F ffn_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowres import rng
+from lowres.config import ModelConfig
+from lowres.storage import MATRIX_ROLES, Storage, TensorSpec, UnitSpec, make_storage, row_chunks
+
+# standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
+INIT_STD = 0.02
+IGNORED = -100  # a target that does not count
+
+BLOCK_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a block by role; matrices are [out, in]."""
+    d, f = config.dim, config.ffn_dim
+    kv = config.kv_heads * config.head_dim
+    return {
+        "attn_norm": (d,),
+        "q": (d, d),
+        "k": (kv, d),
+        "v": (kv, d),
+        "o": (d, d),
+        "mlp_norm": (d,),
+        "gate": (f, d),
+        "up": (f, d),
+        "down": (d, f),
+    }
+
+
+def units(config: ModelConfig) -> list[UnitSpec]:
+    """Every tensor of the model, in the order of the forward pass."""
+    vocab = (config.vocab, config.dim)
+    found = [UnitSpec("embed", (TensorSpec("model.embed_tokens.weight", vocab, "embedding"),))]
+    shapes = block_shapes(config)
+    for i in range(config.n_layers):
+        tensors = (
+            TensorSpec(f"model.layers.{i}.{path}.weight", shapes[role], role)
+            for role, path in BLOCK_TENSORS.items()
+        )
+        found.append(UnitSpec(f"layers.{i}", tuple(tensors)))
+    head = [TensorSpec("model.norm.weight", (config.dim,), "norm")]
+    if not config.tie_embeddings:
+        head.append(TensorSpec("lm_head.weight", vocab, "head"))
+    return [*found, UnitSpec("head", tuple(head))]
+
+
+def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
+    """Number format a tensor is kept in: its own for matrices and embeddings, fp32 for norms."""
+    if spec.role in MATRIX_ROLES:
+        return matrices
+    return embeddings if spec.role in ("embedding", "head") else "fp32"
+
+
+Weights = dict[str, dict[str, Storage]]  # unit name -> tensor name -> storage
+
+
+def empty_weights(config: ModelConfig, matrices: str, embeddings: str, device: torch.device) -> Weights:
+    """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32."""
+    return {
+        unit.name: {
+            spec.name: make_storage(storage_kind(spec, matrices, embeddings), spec.shape, device)
+            for spec in unit.tensors
+        }
+        for unit in units(config)
+    }
+
+
+def initialize(weights: Weights, config: ModelConfig, seed: int, device: torch.device) -> None:
+    """First values: norms 1, everything else normal with standard deviation INIT_STD."""
+    for unit in units(config):
+        for spec in unit.tensors:
+            weights[unit.name][spec.name].fill(_initial_rows(spec, seed, device))
+
+
+def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    if len(spec.shape) == 1:
+        yield 0, torch.ones(spec.shape, device=device)
+        return
+    key = rng.make_key(seed, "initial weight", spec.name)
+    length = spec.shape[1]
+    for rows in row_chunks(spec.shape, device):
+        count = (rows.stop - rows.start) * length
+        values = rng.normal(key, rows.start * length, count, device).mul_(INIT_STD)
+        yield rows.start, values.view(-1, length)
+
+
+# A matrix in use: a tensor, or anything that multiplies by it and knows how to collect its gradient.
+Matrix = Tensor | Callable[[Tensor], Tensor]
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
+    """x [..., in] times the transpose of a matrix [out, in]."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, in fp32 or better."""
+    wide = x.float() if x.dtype == torch.bfloat16 else x
+    return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
+
+
+def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, fp32 [length, head_dim]. They are computed, never saved."""
+    even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = 1.0 / config.rope_theta ** (even / config.head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x [B, H, T, E]; computed in fp32 or better."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attention(x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+    """Causal self-attention of normalised x [B, T, D], without the residual."""
+    b, t, _ = x.shape
+    q = linear(x, w["q"]).view(b, t, config.n_heads, config.head_dim).transpose(1, 2)  # [B, H, T, E]
+    k = linear(x, w["k"]).view(b, t, config.kv_heads, config.head_dim).transpose(1, 2)  # [B, K, T, E]
+    v = linear(x, w["v"]).view(b, t, config.kv_heads, config.head_dim).transpose(1, 2)
+    grouped = config.kv_heads != config.n_heads
+    y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=grouped)
+    return linear(y.transpose(1, 2).reshape(b, t, -1), w["o"])
+
+
+def block_body(
+    x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """A block up to its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F].
+
+    The block's output is `residual + down(product)`. Its backward needs both, but not the output:
+    recomputation stops here.
+    """
+    x = x + attention(rms_norm(x, w["attn_norm"], config.norm_eps), w, rope, config)
+    h = rms_norm(x, w["mlp_norm"], config.norm_eps)
+    return x, F.silu(linear(h, w["gate"])) * linear(h, w["up"])
+
+
+def block(x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+    """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
+    x, product = block_body(x, w, rope, config)
+    return x + linear(product, w["down"])
+
+
+class Llama(nn.Module):
+    """The whole model as an ordinary module, for reference, tests and wrappers.
+
+    Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        for unit in units(config):
+            for spec in unit.tensors:
+                self._add(spec.name, nn.Parameter(torch.empty(spec.shape)))
+
+    def _add(self, name: str, parameter: nn.Parameter) -> None:
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, parameter)
+
+    def block_weights(self, layer: int) -> dict[str, Tensor]:
+        """The parameters of a block by role."""
+        prefix = f"model.layers.{layer}"
+        return {role: self.get_parameter(f"{prefix}.{path}.weight") for role, path in BLOCK_TENSORS.items()}
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.get_parameter("model.embed_tokens.weight")
+
+    @property
+    def head(self) -> Tensor:
+        return self.embedding if self.config.tie_embeddings else self.get_parameter("lm_head.weight")
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Normalised output of the last block [B, T, D] for tokens [B, T]; checkpoints every block."""
+        rope = rope_tables(self.config, tokens.shape[1], tokens.device)
+        x = F.embedding(tokens, self.embedding)
+        for layer in range(self.config.n_layers):
+            x = checkpoint(block, x, self.block_weights(layer), rope, self.config, use_reentrant=False)
+        return rms_norm(x, self.get_parameter("model.norm.weight"), self.config.norm_eps)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, T, V] for tokens [B, T]."""
+        return F.linear(self.hidden(tokens), self.head)
+
+    def loss_sum(self, tokens: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+        """Sum of the cross-entropy (nats) over targets [B, T] that are not IGNORED, in chunks of tokens."""
+        x, flat = self.hidden(tokens).flatten(0, 1), targets.flatten()
+        pieces = zip(x.split(chunk), flat.split(chunk), strict=True)
+        return torch.stack([checkpoint(_chunk_loss, h, self.head, t, use_reentrant=False) for h, t in pieces]).sum()
+
+
+def _chunk_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(x, head)
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED)

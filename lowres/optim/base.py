@@ -1,0 +1,67 @@
+"""The interface of an update rule.
+
+An update has two phases. In the first a rule looks at the gradients of one unit of the model (a
+layer, say), brings its state up to date and turns each gradient *in place* into a direction, with a
+factor beside it. In the second the storage of each weight applies `W <- (1 - decay) W - factor *
+direction` in its own number format (`lowres.storage`). So a rule knows nothing of INT8, a storage
+nothing of Adam, and the second phase can become one fused kernel for all of them.
+
+Nothing here waits for the device: step-dependent numbers that depend on data (how many updates were
+accepted, whether this one is) are scalars on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When an update happens, and whether it does.
+
+    step: completed steps of the run before this one; names random numbers and projections.
+    updates: int64 scalar on the device, accepted updates of this unit including this one.
+    accepted: bool scalar on the device. If false the gradients have been set to zero, and the rule
+        must leave its state as it is and return factors of zero.
+    """
+
+    step: int
+    updates: Tensor
+    accepted: Tensor
+
+    def moment_weights(self, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Weight of the newest value in both moving averages, fp32 scalars; zero if not accepted."""
+        return (1 - betas[0]) * self.accepted.float(), (1 - betas[1]) * self.accepted.float()
+
+    def bias_corrections(self, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """1 - beta^updates for both moments, fp32 scalars; fp64 inside, as 1 - 0.999 would lose digits."""
+        updates = self.updates.double().clamp(min=1)
+        one, two = (1 - beta**updates for beta in betas)
+        return one.float(), two.float()
+
+
+class Rule(Protocol):
+    """One update rule, shared by all tensors of a group."""
+
+    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the fp32 state tensors of a weight of this shape; they start at zero."""
+
+    def directions(
+        self, names: list[str], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+    ) -> list[Tensor]:
+        """Phase one for some tensors of a unit.
+
+        grads are fp32 and become the directions. Returns a factor for each, learning rate included:
+        fp32, scalar or one per row [m, 1] or column [1, n].
+        """
+
+
+def new_state(rule: Rule, shape: tuple[int, ...], device: torch.device) -> State:
+    """A weight's state before its first update."""
+    return {key: torch.zeros(s, device=device) for key, s in rule.state_shapes(shape).items()}

@@ -1,0 +1,49 @@
+"""The learning rate over the run, as a factor on the peak rate.
+
+`factor(s)` is the rate of the update that follows s completed ones. With a warm-up, factor(0) is 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lowres.config import Config
+
+
+def factor(config: Config, step: int) -> float:
+    """Learning rate of the next update after `step` completed ones, divided by the peak rate."""
+    schedule, total, warmup = config.schedule, config.train.total_steps, config.warmup_steps
+    if schedule.name == "sawtooth":
+        return sawtooth(
+            step, total, warmup, schedule.cycle_steps, schedule.rewarmup_steps, schedule.min_ratio
+        )
+    if step < warmup:
+        return step / warmup
+    if schedule.name == "cosine":
+        return cosine(step, total, warmup, schedule.min_ratio)
+    if schedule.name == "wsd":
+        cooldown = total // 5 if schedule.cooldown_steps is None else min(schedule.cooldown_steps, total)
+        return wsd(step, total, cooldown, schedule.min_ratio)
+    return 1.0
+
+
+def cosine(step: int, total: int, warmup: int, floor: float) -> float:
+    """Half a cosine from 1 at the end of the warm-up to `floor` at `total` (Loshchilov and Hutter, 2016)."""
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
+
+
+def wsd(step: int, total: int, cooldown: int, floor: float) -> float:
+    """Warm-up, stable, decay: 1, then a line to `floor` over the last `cooldown` steps (arXiv 2404.06395)."""
+    left = max(0, total - step)
+    return 1.0 if left >= cooldown else floor + (1 - floor) * left / cooldown
+
+
+def sawtooth(step: int, total: int, warmup: int, cycle: int, rewarmup: int, floor: float) -> float:
+    """ReLoRA's jagged cosine (arXiv 2307.05695): one cosine, re-warmed from 0 after every cycle."""
+    if step < warmup:
+        return step / warmup
+    into = step % cycle
+    if step >= cycle and into < rewarmup:
+        return into / rewarmup * cosine(step - into + rewarmup, total, warmup, floor)
+    return cosine(step, total, warmup, floor)
