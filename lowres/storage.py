@@ -29,13 +29,20 @@ from torch import Tensor
 from lowres import rng
 
 MAX_CODE = 127
-# where the largest code of a row is put when it is rescaled: room to grow before the next time
+# where the largest value of a row is put when it gets a scale: room to grow before the next time
 RESCALED_CODE = 120
 # elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
 CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 24
 
 MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that `memory.compute` means on this device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return DENSE_DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ class Int8:
 
     def fill(self, values: Iterator[tuple[int, Tensor]]) -> None:
         for first, rows in values:
-            scales = rows.abs().amax(1, keepdim=True).div_(MAX_CODE).clamp_(min=1e-8)
+            scales = rows.abs().amax(1, keepdim=True).div_(RESCALED_CODE).clamp_(min=1e-8)
             self.scales[first : first + len(rows)] = scales
             self.codes[first : first + len(rows)] = (rows / scales).round_().to(torch.int8)
 

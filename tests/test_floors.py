@@ -1,0 +1,64 @@
+"""The house: a file imports only from floors below its own, or from its own package."""
+
+import ast
+from pathlib import Path
+
+import lowres
+
+ROOT = Path(lowres.__file__).parent
+# room -> floor; a package is one room
+FLOORS = {
+    "errors": 0,
+    "rng": 0,
+    "config": 1,
+    "storage": 1,
+    "model": 2,
+    "optim": 2,
+    "data": 2,
+    "checkpoint": 2,
+    "metrics": 2,
+    "engine": 3,
+    "memory": 3,
+    "evaluate": 4,
+    "sample": 4,
+    "report": 4,
+    "trainer": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    rooms = {name.split(".")[1] for name in found if name.startswith("lowres.")}
+    return rooms - {"__version__"}
+
+
+def test_imports_point_down() -> None:
+    files = [p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"]
+    assert len(files) > 15
+    for path in files:
+        here = room(path)
+        for other in imported_rooms(path) - {here}:
+            assert FLOORS[other] < FLOORS[here], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {room(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
+    assert rooms == FLOORS.keys()
+
+
+def test_nothing_of_ours_is_a_pickle() -> None:
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert "import pickle" not in text and "torch.save" not in text and "torch.load(" not in text, path
