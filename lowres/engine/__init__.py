@@ -17,11 +17,9 @@ from lowres.engine.common import StepReport
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Weights
 from lowres.optim import Optimizer
+from lowres.storage import compute_dtype
 
 __all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 class Engine(Protocol):
     """One step, whatever the order of its work."""
@@ -37,13 +35,6 @@ class Engine(Protocol):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format that `memory.compute` means on this device."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return COMPUTE_DTYPES[name]
 
 
 def make_engine(

@@ -76,7 +76,7 @@ class Apollo:
     ) -> Tensor:
         """Scaling, sqrt(scale) and limiter (section 4 and algorithm 1), without the learning rate."""
         tall = grad.shape[0] >= grad.shape[1]
-        p = self.projection(name, tuple(grad.shape), clock.step, grad.device)
+        p = self.projection(name, tuple(grad.shape), clock.step, grad.device).to(grad.dtype)
         projected = grad @ p.T if tall else p.T @ grad
         state["exp_avg"].lerp_(projected, weight1)
         state["exp_avg_sq"].lerp_(projected.square(), weight2)

@@ -1,0 +1,220 @@
+"""The command line; the only place that parses arguments.
+
+Exit codes: 0 fine, 1 a check failed, 2 bad input, 3 does not fit, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lowres import __version__, checkpoint, memory
+from lowres.config import Config, describe, load_config, to_toml
+from lowres.data import open_data, prepare
+from lowres.errors import CheckFailed, UserError
+from lowres.evaluate import evaluate
+from lowres.sample import sample
+from lowres.trainer import CHECKPOINTS, SUMMARY, open_run, pick_device, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.command(parsed)
+    except UserError as error:
+        print(f"lowres: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lowres: interrupted; a run continues with --resume, data prepare by running it again", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowres", description="Pretrain LLaMA-style models on one consumer GPU.")
+    parser.add_argument("--version", action="version", version=f"lowres {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Any, text: str, of: Any = commands, **more: Any) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = of.add_parser(name, help=text, description=text, **more)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command("train", _train, "Train a model, or continue a run.")
+    _add_config(sub)
+    sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
+
+    sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
+    _add_config(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    data = commands.add_parser("data", help="Work with training data.").add_subparsers(required=True, metavar="COMMAND")
+    sub = command("prepare", _prepare, "Tokenise a source into a folder of shards.", data)
+    sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
+    sub.add_argument("out", type=Path, help="folder to build")
+    sub.add_argument("--tokenizer", type=Path, metavar="PATH", help="SentencePiece model (default: train one)")
+    sub.add_argument("--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained")
+    sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
+
+    sub = command("sample", _sample, "Print text from a trained model.")
+    sub.add_argument("run", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
+    sub.add_argument("--temperature", type=_not_negative_float, default=0.8, metavar="T", help="0 takes the likeliest")
+    sub.add_argument("--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all")
+    sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
+
+    sub = command("eval", _eval, "Loss and perplexity per token, and bits per byte.")
+    sub.add_argument("run", type=Path, metavar="RUN_DIR")
+    sub.add_argument("--data", metavar="SOURCE", help="evaluate on all of this text (default: the run's validation data)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    for name, function, text in (
+        ("list", _list, "List the checkpoints of a run."),
+        ("verify", _verify, "Check every file against its checksum."),
+    ):
+        sub = command(name, function, text, checkpoints)
+        sub.add_argument("folder", type=Path, metavar="DIR", help="a run or one checkpoint")
+
+    sub = command(
+        "config",
+        _config,
+        "Print a resolved config, or without CONFIG the defaults.",
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(sub, optional=True)
+    return parser
+
+
+def _add_config(sub: argparse.ArgumentParser, optional: bool = False) -> None:
+    sub.add_argument("config", type=Path, metavar="CONFIG", **({"nargs": "?"} if optional else {}))  # type: ignore[arg-type]
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="section.key=value",
+        help="override a key of the config; `lowres config --help` lists them",
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _not_negative_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def _load(parsed: argparse.Namespace) -> Config:
+    config, notes = load_config(parsed.config, parsed.overrides)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    folder = parsed.run or Path("runs") / config.run.name
+    train(config, folder, parsed.resume)
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    config = _load(parsed)
+    plan = memory.make_plan(config, pick_device(config))
+    print(json.dumps(plan.as_dict(), indent=1) if parsed.json else plan.table())
+    memory.require_fit(plan)
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    summary = prepare(parsed.source, parsed.out, parsed.tokenizer, parsed.vocab_size, parsed.max_tokens)
+    for note in summary["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    print(
+        f"{parsed.out}: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
+        f"{summary['vocab_size']} pieces"
+    )
+
+
+def _sample(parsed: argparse.Namespace) -> None:
+    config, engine, tokenizer = open_run(parsed.run)
+    print(
+        sample(
+            engine,
+            tokenizer,
+            parsed.prompt,
+            parsed.tokens,
+            config.data.seq_len,
+            parsed.temperature,
+            parsed.top_k,
+            parsed.seed,
+        )
+    )
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    config, engine, tokenizer = open_run(parsed.run)
+    windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
+    scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
+    if parsed.json:
+        print(json.dumps(scores))
+    else:
+        print(
+            f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
+            f"{scores['val_bits_per_byte']:.4f} bits per byte"
+        )
+
+
+def _folders(path: Path) -> list[Path]:
+    """The checkpoints that a path means: its own, or those of a run."""
+    if (path / checkpoint.MANIFEST).exists() or path.name.startswith(checkpoint.PREFIX):
+        return [path]
+    found = checkpoint.find(path / CHECKPOINTS)
+    if not found:
+        raise UserError(f"{path} is neither a checkpoint nor a run that has one")
+    return found
+
+
+def _list(parsed: argparse.Namespace) -> None:
+    for folder in _folders(parsed.folder):
+        size = sum(f.stat().st_size for f in folder.iterdir()) / memory.GIB
+        print(f"{folder}  {size:.3f} GiB")
+
+
+def _verify(parsed: argparse.Namespace) -> None:
+    damaged = 0
+    for folder in _folders(parsed.folder):
+        problems = checkpoint.verify(folder)
+        damaged += bool(problems)
+        print(f"{folder}: {'; '.join(problems) or 'ok'}")
+    if damaged:
+        raise CheckFailed(f"{damaged} of the checkpoints in {parsed.folder} is damaged; older ones are used by --resume")
+
+
+def _config(parsed: argparse.Namespace) -> None:
+    print(to_toml(_load(parsed) if parsed.config else Config()), end="")

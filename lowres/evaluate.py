@@ -1,0 +1,30 @@
+"""Loss, perplexity and bits per byte of validation text, layer-major and without a stash."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lowres.engine import Engine
+from lowres.model import IGNORED
+
+
+def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
+    """val_loss (nats a token), val_ppl and val_bits_per_byte over all targets of windows.
+
+    windows: int64 [n, seq_len + 1], targets that do not count are IGNORED. token_bytes: int64
+    [vocabulary], UTF-8 bytes that each token stands for. sequences: windows that are alive at a time.
+    """
+    total, count = 0.0, 0
+    for batch in windows.split(sequences):
+        loss, targets = engine.evaluate(batch)
+        total, count = total + loss, count + targets
+    targets = windows[:, 1:]
+    size = int(token_bytes[targets[targets != IGNORED]].sum())
+    loss = total / count
+    return {
+        "val_loss": loss,
+        "val_ppl": math.exp(loss) if loss < 700 else math.inf,
+        "val_bits_per_byte": total / math.log(2) / size,
+    }

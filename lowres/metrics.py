@@ -1,0 +1,53 @@
+"""metrics.jsonl: one JSON object a line, written whole and flushed.
+
+A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, skipped; an
+evaluation has step, val_loss, val_ppl, val_bits_per_byte. A number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends to a run's metrics. Opening it cuts the file back to `step`, so that a resumed run has
+    no step missing or twice."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [record for record in read(path) if record["step"] <= step]
+        beside = path.with_suffix(".unfinished")
+        beside.write_text("".join(_line(record) for record in kept))
+        os.replace(beside, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text("utf-8").splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

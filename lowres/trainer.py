@@ -1,0 +1,310 @@
+"""A run: batch, step, log, evaluate, checkpoint, and all of it again after an interruption.
+
+Everything a run produces lives in its folder:
+
+    config.toml      the resolved config
+    tokenizer.model  so that the folder samples and evaluates wherever it is taken
+    metrics.jsonl    see lowres.metrics
+    checkpoints/     see lowres.checkpoint
+    summary.json     final values, written last: a run that has one is finished
+    loss.png         if matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lowres import checkpoint, memory, metrics
+from lowres.config import Config, changed_keys, load_config, to_toml
+from lowres.data import TokenData, Tokenizer, open_data
+from lowres.engine import Engine, make_engine
+from lowres.errors import CheckFailed, UserError
+from lowres.evaluate import evaluate
+from lowres.model import Weights, empty_weights, initialize, units
+from lowres.optim import Optimizer
+from lowres.optim.schedule import factor
+from lowres.report import draw_loss
+from lowres.sample import sample
+
+CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
+TOKENIZER = "tokenizer.model"
+# steps in a row without an update after which a run is not worth its electricity
+MOST_SKIPPED = 50
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device that run.device asks for."""
+    available = torch.cuda.is_available()
+    if config.run.device == "cuda" and not available:
+        raise UserError("run.device: no CUDA device is available; use --set run.device=cpu (or auto)")
+    return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
+
+
+@dataclass
+class Run:
+    """What a running run is made of."""
+
+    folder: Path
+    config: Config
+    device: torch.device
+    data: TokenData
+    weights: Weights
+    optimizer: Optimizer
+    engine: Engine
+    micro_batch: int
+    validation: Tensor  # windows of eval_tokens, see TokenData.validation
+    token_bytes: Tensor
+
+    def save(self, step: int) -> None:
+        """Checkpoint everything that the next step depends on."""
+        stored = (
+            (unit, weight_tensors(weights) | self.optimizer.tensors(unit, weights))
+            for unit, weights in self.weights.items()
+        )
+        state = {"tokens": step * self.config.train.batch_tokens, "data": self.data.fingerprint}
+        checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
+
+    def load(self, folder: Path) -> int:
+        """Read a checkpoint into place; returns its step."""
+        state = checkpoint.load_state(folder)
+        if state["data"] != self.data.fingerprint:
+            raise UserError(
+                f"data.source: {self.config.data.source} is not what this run was trained on; "
+                "give the folder or files that it started with"
+            )
+        for unit, weights in self.weights.items():
+            tensors = weight_tensors(weights) | self.optimizer.tensors(unit, weights)
+            checkpoint.load_unit(folder, unit, tensors)
+        return int(state["step"])
+
+
+def weight_tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
+    """The stored tensors of a unit's weights by name."""
+    return {name + suffix: t for name, storage in weights.items() for suffix, t in storage.tensors().items()}
+
+
+def train(config: Config, folder: Path, resume: bool) -> None:
+    """Train into a folder, or continue there."""
+    if resume and _is_finished(config, folder):
+        print(f"{folder} is finished; to go on, raise train.steps")
+        return
+    began = time.perf_counter()
+    run, step = _prepare(config, folder, resume)
+    config, resumed_at = run.config, step
+    total, sequences = config.train.total_steps, config.batch_sequences
+    log = metrics.MetricsLog(folder / METRICS, step)
+    bar = tqdm(total=total, initial=step, unit="step", disable=None if config.log.progress else True)
+    skipped_in_a_row = 0
+
+    while True:
+        # ---- once in a while: evaluate, checkpoint (a resumed run had done so where it stopped)
+        if step == 0 or step > resumed_at:
+            if _due(step, config.train.eval_every, total):
+                scores = evaluate(run.engine, run.validation, run.token_bytes, sequences)
+                log.write({"step": step, **scores})
+                _say(f"step {step}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.2f}")
+            if step == total or (step and _due(step, config.train.checkpoint_every, total)):
+                run.save(step)
+        if step >= total:
+            break
+
+        # ---- one step
+        before = time.perf_counter()
+        schedule = factor(config, step)
+        report = run.engine.step(run.data.batch(step, sequences), step, schedule)
+        tokens_per_s = config.train.batch_tokens / (time.perf_counter() - before)
+        step += 1
+
+        # ---- log
+        lr = (config.optim.lr or 0) * schedule
+        log.write(
+            {
+                "step": step,
+                "tokens": step * config.train.batch_tokens,
+                "loss": report.loss,
+                "lr": lr,
+                "lr_over_batch": lr / sequences,
+                "grad_norm": report.grad_norm,
+                "tokens_per_s": tokens_per_s,
+                "peak_mem_gib": memory.peak_gib(run.device),
+                "skipped": report.skipped,
+            }
+        )
+        bar.update()
+        bar.set_postfix_str(f"loss {report.loss:.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s")
+        skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
+        if skipped_in_a_row == MOST_SKIPPED:
+            raise CheckFailed(
+                f"training: {MOST_SKIPPED} steps in a row had a loss or gradient that is not finite; "
+                f"start again with a lower optim.lr than {config.optim.lr}"
+            )
+
+    bar.close()
+    log.close()
+    _finish(run, time.perf_counter() - began)
+
+
+def _due(step: int, every: int, total: int) -> bool:
+    return bool(every) and (step % every == 0 or step == total)
+
+
+def _is_finished(config: Config, folder: Path) -> bool:
+    try:
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(summary["step"] >= config.train.total_steps)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
+    """Check everything, then build the run: from its newest valid checkpoint, or from nothing."""
+    device = pick_device(config)
+    found, damaged = _find_checkpoint(config, folder, resume)
+    data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
+    config = config.with_vocab(config.model.vocab_size or data.vocab_size)
+    if resume and (folder / CONFIG).exists():
+        _require_same(config, folder)
+    plan = memory.make_plan(config, device)
+    memory.require_fit(plan)
+
+    for note in damaged + data.notes:
+        _say(f"note: {note}")
+    if resume and found is None:
+        _say(f"{folder} has no checkpoint yet: starting at step 0")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    _write_beside(folder / CONFIG, to_toml(config))
+    shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
+
+    model, kept = config.model, config.memory
+    weights = empty_weights(model, kept.weights, kept.embeddings_kept_in, device)
+    optimizer = Optimizer(config.optim, units(model), model.dim, config.run.seed, device)
+    engine = make_engine(config, weights, optimizer, plan.micro_batch, device)
+    run = Run(
+        folder,
+        config,
+        device,
+        data,
+        weights,
+        optimizer,
+        engine,
+        plan.micro_batch,
+        data.validation(config.train.eval_tokens),
+        data.tokenizer.token_bytes(),
+    )
+    step = 0
+    if found is None:
+        initialize(weights, model, config.run.seed, device)
+    else:
+        step = run.load(found)
+        _say(f"continuing {folder} at step {step}")
+    _announce(run, plan)
+    return run, step
+
+
+def _find_checkpoint(config: Config, folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
+    if resume and not (folder / CONFIG).exists():
+        raise UserError(f"--resume: {folder} is no run; start one without --resume")
+    if not resume and holds_run:
+        raise UserError(f"{folder} already holds a run; continue it with --resume or choose another --run DIR")
+    return checkpoint.newest_valid(folder / CHECKPOINTS) if resume else (None, [])
+
+
+def _require_same(config: Config, folder: Path) -> None:
+    saved, _ = load_config(folder / CONFIG)
+    changed = changed_keys(saved, config)
+    if changed:
+        section, key = changed[0].split(".")
+        before = getattr(getattr(saved, section), key)
+        raise UserError(
+            f"{changed[0]}: the run in {folder} was started with {before!r} and this key may not change on resume; "
+            "set it back or start a new run"
+        )
+
+
+def _announce(run: Run, plan: memory.Plan) -> None:
+    config = run.config
+    lr = config.optim.lr or 0
+    _say(
+        f"{plan.parameters / 1e6:.2f} M parameters on {run.device.type}: {config.memory.engine} engine, "
+        f"{config.memory.weights} weights, {config.optim.name}"
+    )
+    _say(
+        f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
+        f"({config.batch_sequences} sequences in micro-batches of {run.micro_batch}), "
+        f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
+        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB"
+    )
+
+
+def _finish(run: Run, seconds: float) -> None:
+    """Write the summary and the picture, print a sample."""
+    summary: dict[str, Any] = {}
+    first = None
+    for record in metrics.read(run.folder / METRICS):
+        summary |= record
+        first = record.get("val_loss") if first is None else first
+    summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
+    asked = run.config.log
+    if asked.sample_tokens:
+        seq_len, seed = run.config.data.seq_len, run.config.run.seed
+        text = sample(run.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed)
+        summary["sample"] = text
+        print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
+    _write_beside(run.folder / SUMMARY, json.dumps(summary, indent=1))
+    picture = draw_loss(run.folder)
+    if first is not None:
+        print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
+    print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("lowres", "torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_beside(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def open_run(folder: Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
+    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is no run: it has no {CONFIG}")
+    config, _ = load_config(folder / CONFIG, [f"run.device={device}"] if device else None)
+    found, notes = checkpoint.newest_valid(folder / CHECKPOINTS)
+    for note in notes:
+        _say(f"note: {note}")
+    if found is None:
+        raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
+    place = pick_device(config)
+    weights = empty_weights(config.model, config.memory.weights, config.memory.embeddings_kept_in, place)
+    for unit, stored in weights.items():
+        checkpoint.load_unit(found, unit, weight_tensors(stored), all_used=False)
+    micro_batch = memory.make_plan(config, place).micro_batch
+    return config, make_engine(config, weights, None, micro_batch, place), Tokenizer(folder / TOKENIZER)

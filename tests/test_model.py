@@ -1,0 +1,105 @@
+"""The model against transformers, and its table of tensors."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lowres.config import PRESETS, ModelConfig
+from lowres.model import Llama, empty_weights, initialize, units
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "plain": ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300),
+    "grouped": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300),
+    "tied": ModelConfig(dim=48, n_layers=2, n_heads=4, ffn_dim=100, vocab_size=300, tie_embeddings=True),
+    "long": ModelConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=64, vocab_size=300, rope_theta=500000.0, norm_eps=1e-6),
+}
+
+
+def reference(config: ModelConfig) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn_dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.kv_heads,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_theta=config.rope_theta,
+            tie_word_embeddings=config.tie_embeddings,
+            max_position_embeddings=512,
+            initializer_range=0.2,
+        )
+    ).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(variant: str) -> None:
+    config = VARIANTS[variant]
+    theirs, ours = reference(config), Llama(config)
+    with torch.no_grad():
+        for p in theirs.parameters():  # also norms that are not 1
+            p.add_(torch.randn_like(p) * 0.1)
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert not missing and set(unexpected) <= {"lm_head.weight"}
+    tokens = torch.randint(0, config.vocab, (2, 130))
+    with torch.no_grad():
+        difference = (ours(tokens) - theirs(tokens).logits).abs().max()
+    assert float(difference) < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_equal_transformers(variant: str) -> None:
+    config = VARIANTS[variant]
+    theirs, ours = reference(config).double(), Llama(config).double()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    batch = torch.randint(0, config.vocab, (2, 33))
+    ours.loss_sum(batch[:, :-1], batch[:, 1:], chunk=7).backward()  # type: ignore[no-untyped-call]
+    logits = theirs(batch[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+    for name, p in ours.named_parameters():
+        wanted = theirs.get_parameter(name).grad
+        assert p.grad is not None and wanted is not None
+        # transformers rotates with fp32 tables too, but rounds elsewhere
+        assert float((p.grad - wanted).norm() / wanted.norm()) < 1e-6, name
+
+
+def test_the_table_covers_the_module_exactly() -> None:
+    for config in VARIANTS.values():
+        specs = [spec for unit in units(config) for spec in unit.tensors]
+        names = [spec.name for spec in specs]
+        parameters = dict(Llama(config).named_parameters())
+        assert sorted(names) == sorted(parameters)
+        assert all(tuple(parameters[s.name].shape) == s.shape for s in specs)
+
+
+@pytest.mark.parametrize("preset, millions", [("60m", 58.1), ("130m", 134.1), ("350m", 367.9), ("7b", 6738.4)])
+def test_preset_sizes(preset: str, millions: float) -> None:
+    config = ModelConfig.model_validate({"preset": preset})
+    count = sum(spec.numel for unit in units(config) for spec in unit.tensors)
+    assert abs(count / 1e6 - millions) < 0.1
+    assert preset in PRESETS
+
+
+def test_initial_values_are_named_by_seed_and_tensor() -> None:
+    config = VARIANTS["plain"]
+
+    def values(seed: int, kind: str = "fp32") -> dict[str, torch.Tensor]:
+        weights = empty_weights(config, kind, "fp32", CPU)
+        initialize(weights, config, seed, CPU)
+        return {n: s.dense(torch.float32).clone() for u in weights.values() for n, s in u.items()}
+
+    first, again, other = values(0), values(0), values(1)
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        if value.dim() == 1:
+            assert value.eq(1).all()
+        else:
+            assert abs(float(value.std()) - 0.02) < 0.002 and not torch.equal(value, other[name])
+    assert not torch.equal(first["model.layers.0.mlp.gate_proj.weight"], first["model.layers.0.mlp.up_proj.weight"])
+    int8 = values(0, "int8")
+    for name, value in first.items():
+        assert (int8[name] - value).abs().max() < 0.02 * 6 / 120
