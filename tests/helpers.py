@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,3 +72,12 @@ class Recorder:
         for name, grad in grads.items():
             assert name not in self.grads, f"{name} was updated twice"
             self.grads[name] = grad.clone()
+
+
+def lowres(*arguments: object, code: int = 0, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does; fails if it does not exit with `code`."""
+    command = [sys.executable, "-m", "lowres", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, **more)
+    assert done.returncode == code, f"{command}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done

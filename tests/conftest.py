@@ -1,0 +1,65 @@
+"""Fixtures for the end-to-end tests: a small corpus, prepared once through the command line."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import lowres
+
+# pytest runs as several processes
+torch.set_num_threads(1)
+
+MODULES = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "csv", "dataclasses", "difflib", "enum"]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ten modules of the standard library, 400 KB of text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for module in MODULES:
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{module}.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus as `lowres data prepare` leaves it."""
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    lowres("data", "prepare", corpus, out, "--vocab-size", 500)
+    return out
+
+
+@pytest.fixture
+def config(prepared: Path, tmp_path: Path) -> Path:
+    """A config that takes seconds; its epoch is about 60 steps."""
+    path = tmp_path / "small.toml"
+    path.write_text(
+        f"""
+[model]
+dim = 32
+n_layers = 2
+n_heads = 2
+ffn_dim = 64
+
+[data]
+source = "{prepared}"
+seq_len = 64
+
+[train]
+steps = 30
+batch_tokens = 1024
+micro_batch = 5
+eval_every = 10
+eval_tokens = 2048
+checkpoint_every = 10
+
+[log]
+progress = false
+"""
+    )
+    return path

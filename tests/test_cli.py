@@ -1,0 +1,293 @@
+"""The command line end to end, as a user runs it."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lowres import metrics
+from lowres.cli import main
+from tests.helpers import lowres
+
+STEP_KEYS = {
+    "step",
+    "tokens",
+    "loss",
+    "lr",
+    "lr_over_batch",
+    "grad_norm",
+    "tokens_per_s",
+    "peak_mem_gib",
+    "skipped",
+}
+VAL_KEYS = {"step", "val_loss", "val_ppl", "val_bits_per_byte"}
+
+
+def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    printed = lowres("train", config, "--run", run)
+    assert "validation loss" in printed.stdout and str(run) in printed.stdout
+
+    records = metrics.read(run / "metrics.jsonl")
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 31))
+    assert [r["step"] for r in evaluations] == [0, 10, 20, 30]
+    assert all(r.keys() == STEP_KEYS for r in steps) and all(r.keys() == VAL_KEYS for r in evaluations)
+    assert steps[-1]["tokens"] == 30 * 1024
+    assert all(abs(r["lr_over_batch"] - r["lr"] / 16) < 1e-12 for r in steps)
+    assert all(r["skipped"] == 0 for r in steps)
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.3
+    # 500 pieces, so about ln 500 before anything is learnt
+    assert abs(evaluations[0]["val_loss"] - 6.21) < 0.2
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["step"] == 30 and summary["val_loss"] == evaluations[-1]["val_loss"]
+    assert summary["first_val_loss"] == evaluations[0]["val_loss"]
+    assert {"python", "torch", "lowres"} <= summary["versions"].keys()
+    assert (run / "loss.png").stat().st_size > 1000
+
+    text = lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 3).stdout
+    assert text.startswith("def ") and len(text) > 10
+    assert text == lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 3).stdout
+    assert text != lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 4).stdout
+
+    scores = json.loads(lowres("eval", run, "--json").stdout)
+    assert abs(scores["val_loss"] - evaluations[-1]["val_loss"]) < 0.3  # all of the data, not 2,048 tokens
+    source = shutil.copy(prepared / "data.json", tmp_path / "text.txt")
+    other = json.loads(lowres("eval", run, "--data", source, "--json").stdout)
+    assert other["val_loss"] > scores["val_loss"]
+    assert lowres("eval", run).stdout.startswith("loss ")
+
+    assert "step_00000030" in lowres("checkpoint", "list", run).stdout
+    assert lowres("checkpoint", "verify", run).stdout.count("ok") == 2  # keep_checkpoints
+    victim = run / "checkpoints" / "step_00000030" / "layers.0.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    assert "layers.0.safetensors" in lowres("checkpoint", "verify", run, code=1).stdout
+    lowres("checkpoint", "verify", victim.parent, code=1)
+    lowres("checkpoint", "verify", run / "checkpoints" / "step_00000020")
+    assert "damaged" in lowres("sample", run, "--prompt", "x", "--tokens", 2).stderr
+
+
+def losses(run: Path) -> list[Any]:
+    keys = ("step", "loss", "grad_norm", "lr", "val_loss")
+    return [{k: r[k] for k in keys if k in r} for r in metrics.read(run / "metrics.jsonl")]
+
+
+def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
+    """Start training and kill it without warning once it has logged a step."""
+    command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("changed", [["memory.weights=int8"], ["memory.weights=fp32", "optim.name=adamw"]])
+def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(config: Path, tmp_path: Path, changed: list[str]) -> None:
+    # an epoch is about 100 sequences of 1,024 tokens here
+    longer = ["data.seq_len=1024", "train.batch_tokens=8192", "train.micro_batch=3", "train.steps=40", "train.checkpoint_every=7"]
+    options: list[object] = [config]
+    for override in longer + changed:
+        options += ["--set", override]
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    lowres("train", *options, "--run", straight)
+    train_and_kill([*options, "--run", broken], broken, after=9)
+    train_and_kill([*options, "--run", broken, "--resume"], broken, after=24)
+    resumed = lowres("train", *options, "--run", broken, "--resume")
+    assert "continuing" in resumed.stderr and "at step 21" in resumed.stderr
+    assert losses(broken) == losses(straight)
+    tokens = json.loads((Path(json_source(config)) / "data.json").read_text())["train_tokens"]
+    assert tokens < 40 * 8192, "the run must cross an epoch"
+    last = Path("checkpoints") / "step_00000040"
+    for file in sorted((straight / last).glob("*.safetensors")):
+        here, there = load_file(file), load_file(broken / last / file.name)
+        assert here.keys() == there.keys()
+        assert all(here[name].equal(there[name]) for name in here), file.name
+
+
+def json_source(config: Path) -> str:
+    import tomllib
+
+    source: str = tomllib.loads(config.read_text())["data"]["source"]
+    return source
+
+
+def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    few = ["--set", "train.steps=6", "--set", "train.eval_every=0", "--set", "train.checkpoint_every=2"]
+    assert "is no run" in lowres("train", config, "--run", run, "--resume", code=2).stderr
+    (tmp_path / "other").mkdir()
+    assert "is no run" in lowres("train", config, "--run", tmp_path / "other", "--resume", code=2).stderr
+    lowres("train", config, *few, "--run", run)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "already holds a run" in lowres("train", config, *few, "--run", run, code=2).stderr
+    assert "is finished" in lowres("train", config, *few, "--run", run, "--resume").stdout
+    for key in ("optim.lr=0.5", "train.batch_tokens=2048", "run.seed=5", "model.dim=64", "memory.weights=bf16"):
+        refused = lowres("train", config, *few, "--set", "train.steps=8", "--set", key, "--run", run, "--resume", code=2)
+        assert key.split("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # steps, intervals and logging may change
+    lowres("train", config, *few, "--set", "train.steps=8", "--set", "train.eval_every=4", "--run", run, "--resume")
+    assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 9))
+    # a run without a checkpoint starts again
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    assert "starting at step 0" in lowres("train", config, *few, "--run", run, "--resume").stderr
+    assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 7))
+
+
+def test_a_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    lowres("train", config, "--run", run)
+    wanted = losses(run)
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step_00000030" / "state.json").unlink()
+    resumed = lowres("train", config, "--run", run, "--resume")
+    assert "is damaged" in resumed.stderr and "at step 20" in resumed.stderr
+    assert losses(run) == wanted
+
+
+def test_resuming_needs_no_more_memory_than_starting(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    large = ["model.preset=60m", "optim.name=adamw", "memory.weights=fp32", "data.seq_len=32", "train.batch_tokens=64"]
+    options = [o for key in [*large, "train.eval_every=0", "train.checkpoint_every=2"] for o in ("--set", key)]
+    lowres("train", config, *options, "--set", "train.steps=2", "--run", run)
+    lowres("train", config, *options, "--set", "train.steps=4", "--run", run, "--resume")
+    peaks = [r["peak_mem_gib"] for r in metrics.read(run / "metrics.jsonl")]
+    assert len(peaks) == 4 and peaks[0] > 0.4
+    assert peaks[3] < peaks[1] * 1.03
+
+
+def test_sources_without_preparation(corpus: Path, config: Path, tmp_path: Path) -> None:
+    """A path as data.source, a tied grouped model, the other engine and bf16 compute."""
+    options = [
+        o
+        for key in (
+            f"data.source={corpus}",
+            f"data.cache={tmp_path / 'cache'}",
+            "data.vocab_size=400",
+            "model.n_kv_heads=1",
+            "model.tie_embeddings=true",
+            "memory.compute=bf16",
+            "memory.engine=autograd",
+            "train.steps=3",
+        )
+        for o in ("--set", key)
+    ]
+    lowres("train", config, *options, "--run", tmp_path / "run")
+    assert len([r for r in losses(tmp_path / "run") if "loss" in r]) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_the_shipped_tiny_config_takes_a_prepared_folder(prepared: Path, tmp_path: Path) -> None:
+    options = ["--set", f"data.source={prepared}", "--set", "train.steps=2", "--set", "log.sample_tokens=5"]
+    printed = lowres("train", "configs/tiny.toml", *options, "--run", tmp_path / "run")
+    assert "a sample after 2 steps" in printed.stdout
+
+
+BAD_CONFIGS = {
+    "unknown key": ("model.dimm=3", "model.dimm: unknown key; did you mean dim?"),
+    "unknown section": ("modle.dim=3", "modle: unknown key; did you mean model?"),
+    "wrong type": ("model.dim=wide", "model.dim: Input should be a valid integer"),
+    "heads do not divide": ("model.n_heads=5", "model.n_heads: 5 heads do not divide dim 32"),
+    "kv heads do not divide": ("model.n_kv_heads=3", "model.n_kv_heads: 3 does not divide"),
+    "odd head": ("model.n_heads=32", "rotary embedding needs an even number"),
+    "batch not divisible": ("train.batch_tokens=1000", "train.batch_tokens: 1000 is not a multiple of data.seq_len 64"),
+    "NaN": ("optim.lr=nan", "optim.lr: Input should be a finite number"),
+    "infinite": ("optim.lr=inf", "optim.lr: Input should be a finite number"),
+    "negative": ("optim.lr=-0.1", "optim.lr: Input should be greater than 0"),
+    "negative steps": ("train.steps=-3", "train.steps: Input should be greater than or equal to 1"),
+    "zero micro-batch": ("train.micro_batch=0", "train.micro_batch"),
+    "unknown preset": ("model.preset=8b", "model.preset: '8b' is not known"),
+    "unknown optimizer": ("optim.name=adam", "optim.name: 'adam' is not known; use one of"),
+    "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
+    "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
+    "no CUDA device": ("run.device=cuda", "run.device: no CUDA device is available"),
+    "sequence longer than the data": ("data.seq_len=1048576", "data.seq_len: 1048576 is longer than the data"),
+    "vocabulary too small": ("model.vocab_size=300", "model.vocab_size: 300 is less than the 500 pieces"),
+    "not an override": ("steps", "--set steps: write it as section.key=value"),
+    "clip in layerwise": ("optim.grad_clip=1.0", "optim.grad_clip: the layerwise engine"),
+    "tokenizer is missing": ("data.tokenizer=none.model", "none.model"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_input(case: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    override, message = BAD_CONFIGS[case]
+    overrides = [override]
+    if case.startswith("sequence longer"):
+        overrides.append("train.batch_tokens=1048576")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    arguments = ["train", str(config), *(o for key in overrides for o in ("--set", key)), "--run", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    error = capfd.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
+    def fails(*arguments: object, saying: str, run: bool = True) -> None:
+        more = ("--run", tmp_path / "run") if run else ()
+        error = lowres(*arguments, *more, code=2).stderr.strip()
+        assert saying in error and len(error.splitlines()) == 1, error
+        assert not (tmp_path / "run").exists()
+
+    fails("train", tmp_path / "none.toml", saying="none.toml: no such file")
+    (tmp_path / "broken.toml").write_text("[model\n")
+    fails("train", tmp_path / "broken.toml", saying="not valid TOML")
+    shard = tmp_path / "copy" / "train_00000.bin"
+    shutil.copytree(prepared, shard.parent)
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    fails("train", config, "--set", f"data.source={shard.parent}", saying=str(shard))
+    for name, content_of in (("empty.txt", b""), ("binary.txt", bytes(range(256)))):
+        (tmp_path / name).write_bytes(content_of)
+        fails("train", config, "--set", f"data.source={tmp_path / name}", "--set", f"data.cache={tmp_path / 'c'}", saying=name)
+        fails("data", "prepare", tmp_path / name, tmp_path / "out", saying=name, run=False)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "c").exists()
+    fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is no run", run=False)
+    fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)
+
+
+def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {"gpu_peak_bytes", "host_peak_bytes", "disk_bytes_per_checkpoint", "components", "fits"} <= plan.keys()
+    assert plan["fits"] and plan["tokens_per_step"] == 1024
+    assert main(["plan", str(config), "--set", "memory.budget_gib=0.0001"]) == 3
+    captured = capsys.readouterr()
+    assert "gpu peak" in captured.out and "memory.budget_gib" in captured.err
+
+
+def test_set_replaces_what_it_contradicts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", str(config), "--set", "model.preset=20m", "--set", "train.tokens=100000"]) == 0
+    printed = capsys.readouterr().out
+    assert "dim = 256" in printed and "tokens = 100000" in printed and "\nsteps" not in printed
+    assert main(["config", str(config), "--set", "optim.name=adamw", "--set", "optim.rank=4"]) == 0
+    assert "note: optim.rank is not used by adamw" in capsys.readouterr().err
+
+
+def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["config", "--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    for key in ("batch_tokens", "keep_checkpoints", "tie_embeddings", "loss_chunk", "refresh_every"):
+        assert f"  {key}" in printed
+    assert "(may change on resume)" in printed and ": None" not in printed

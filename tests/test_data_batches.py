@@ -1,0 +1,384 @@
+"""Batches are a pure function of (seed, step), see every window once an epoch, and do not care
+whether the data were prepared before or are a stream that is still being written."""
+
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowres.config import DataConfig
+from lowres.data import TokenData, open_data, prepare
+from lowres.data import opening as opening_module
+from lowres.data import survey as survey_module
+from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.data.folder import Job
+from lowres.data.shards import HEADER_BYTES, open_shard
+from lowres.data.stream import BlockStream
+from lowres.errors import UserError
+
+prepare_module = sys.modules["lowres.data.prepare"]
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+SEQ = 16
+BLOCK = 700
+
+
+def write_source(path: Path, count: int = 150, seed: int = 0) -> str:
+    draw = random.Random(seed)
+    texts = [f"Document {seed}.{i} " + " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) for i in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("prepared")
+    source = write_source(base / "source.jsonl")
+    prepare(source, base / "out", vocab_size=300, progress=False, shard_tokens=BLOCK)
+    return base / "out"
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def shards(folder: Path, part: str) -> list[list[int]]:
+    entries = json.loads((folder / "data.json").read_text())[part]
+    return [open_shard(folder / entry["file"]).tolist() for entry in entries]
+
+
+def windows_of(shards: list[list[int]], seq: int = SEQ) -> Counter[tuple[int, ...]]:
+    return Counter(
+        tuple(shard[start : start + seq + 1])
+        for shard in shards
+        for start in range(0, len(shard) - seq, seq)
+    )
+
+
+def rows(batch: torch.Tensor) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in batch.tolist()]
+
+
+def complaint(call: Any, *args: Any, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------- order
+
+
+def test_every_window_once_an_epoch_in_a_new_order(folder: Path) -> None:
+    expected = windows_of(shards(folder, "train"))
+    count = expected.total()
+    data = TokenData(folder, SEQ, seed=1)
+    epochs = [rows(data.batch(epoch, count)) for epoch in range(3)]
+    assert all(Counter(epoch) == expected for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert epochs[0] != rows(TokenData(folder, SEQ, seed=2).batch(0, count))
+
+
+def test_batch_depends_on_nothing_but_seed_and_step(folder: Path) -> None:
+    data = TokenData(folder, SEQ, seed=1)
+    steps = list(range(40))
+    first = [data.batch(step, 8) for step in steps]
+    again = TokenData(folder, SEQ, seed=1)
+    random.Random(0).shuffle(steps)
+    for step in steps:
+        assert torch.equal(again.batch(step, 8), first[step])
+    assert first[0].dtype == torch.int64 and first[0].shape == (8, SEQ + 1)
+    # the same sequences however many make a step, also across the end of an epoch
+    count = windows_of(shards(folder, "train")).total()
+    assert 0 < count < 40 * 8 and count % 8, "no batch crosses an epoch: the test would be weak"
+    assert torch.equal(torch.cat(first), torch.cat([data.batch(step, 20) for step in range(16)]))
+    assert torch.equal(torch.cat(first), torch.cat([data.batch(step, 1) for step in range(320)]))
+
+
+def test_order_within_windows_is_that_of_the_text(folder: Path) -> None:
+    data = TokenData(folder, SEQ, seed=1)
+    train = [token for shard in shards(folder, "train") for token in shard]
+    assert data.train_tokens == len(train)
+    inputs, targets = inputs_and_targets(data.batch(0, 4))
+    assert inputs.shape == targets.shape == (4, SEQ)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+
+
+def test_windows_longer_than_a_block_or_the_data(folder: Path) -> None:
+    longest = max(len(shard) for shard in shards(folder, "train"))
+    data = TokenData(folder, longest - 1, seed=0)
+    assert set(rows(data.batch(0, 1))) <= {tuple(shard) for shard in shards(folder, "train")}
+    message = complaint(TokenData, folder, longest, 0)
+    assert "data.seq_len" in message and f"the largest that works is {longest - 1}" in message
+
+
+# ---------------------------------------------------------------------------- validation
+
+
+def test_every_validation_token_but_the_first_is_a_target_once(folder: Path) -> None:
+    [val] = shards(folder, "val")
+    data = TokenData(folder, SEQ, seed=0)
+    inputs, targets = inputs_and_targets(data.validation(0))
+    assert targets[targets != IGNORED].tolist() == val[1:]
+    assert inputs[targets != IGNORED].tolist() == val[:-1]
+    assert (len(val) - 1) % SEQ, "no ragged window: the test would be weak"
+    assert inputs.min() >= 0 and inputs.max() < data.vocab_size
+    assert len(targets) == -(-(len(val) - 1) // SEQ)
+
+
+@pytest.mark.parametrize("limit", [1, SEQ, SEQ + 3, 2 * SEQ])
+def test_validation_is_limited_in_targets(folder: Path, limit: int) -> None:
+    [val] = shards(folder, "val")
+    targets = inputs_and_targets(TokenData(folder, SEQ, seed=0).validation(limit))[1]
+    assert targets[targets != IGNORED].tolist() == val[1 : limit + 1]
+
+
+def test_bytes_of_the_validation_targets_are_exact(folder: Path) -> None:
+    data = TokenData(folder, SEQ, seed=0)
+    targets = inputs_and_targets(data.validation(0))[1]
+    manifest = json.loads((folder / "data.json").read_text())
+    assert int(data.tokenizer.token_bytes()[targets[targets != IGNORED]].sum()) == manifest["val_bytes"]
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("name", ["train_00001.bin", "val_00000.bin"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_flipped_bit_is_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, at_once: bool
+) -> None:
+    bad = copy(folder, tmp_path / "bad")
+    data = bytearray((bad / name).read_bytes())
+    data[HEADER_BYTES + 100] ^= 4
+    (bad / name).write_bytes(data)
+    if at_once:
+        assert name in complaint(TokenData, bad, SEQ, 0)
+        return
+    monkeypatch.setattr("lowres.data.batches.VERIFY_AT_ONCE_BYTES", 0)
+    opened = TokenData(bad, SEQ, 0)
+    assert name in complaint(opened.validation, 0) if "val" in name else complaint(opened.batch, 0, 500)
+
+
+def test_exchanged_files_are_found(folder: Path, tmp_path: Path) -> None:
+    bad = copy(folder, tmp_path / "bad")
+    (bad / "train_00000.bin").write_bytes((bad / "train_00001.bin").read_bytes())
+    assert "train_00000.bin" in complaint(TokenData, bad, SEQ, 0)
+    worse = copy(folder, tmp_path / "worse")
+    model = (worse / "tokenizer.model").read_bytes()
+    (worse / "tokenizer.model").write_bytes(model + bytes([0x12, 0]))
+    assert "tokenizer.model: changed" in complaint(TokenData, worse, SEQ, 0)
+    (worse / "data.json").write_text("{")
+    assert "data.json" in complaint(TokenData, worse, SEQ, 0)
+
+
+# ---------------------------------------------------------------------------- opening
+
+
+def config(tmp_path: Path, source: str | Path, **options: Any) -> DataConfig:
+    return DataConfig(source=str(source), cache=str(tmp_path / "cache"), seq_len=SEQ, **options)
+
+
+def test_prepared_folder_is_used_as_it_is(folder: Path, tmp_path: Path) -> None:
+    data = open_data(config(tmp_path, folder), None, 0, False)
+    assert data.folder == folder and not (tmp_path / "cache").exists()
+    assert data.fingerprint == json.loads((folder / "data.json").read_text())["fingerprint"]
+    message = complaint(open_data, config(tmp_path, folder), 299, 0, False)
+    assert "model.vocab_size: 299" in message and "300 pieces" in message
+    assert open_data(config(tmp_path, folder), 512, 0, False).vocab_size == 300
+    assert "data.vocab_size" in complaint(open_data, config(tmp_path, folder, vocab_size=270), None, 0, False)
+
+
+def test_text_is_prepared_once_into_the_cache(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "some text.jsonl")
+    data = open_data(config(tmp_path, source), 280, 0, False)
+    assert data.vocab_size == 280
+    assert data.folder.parent == tmp_path / "cache" and data.folder.name.startswith("some-text.jsonl-")
+    stamp = (data.folder / "data.json").stat().st_mtime_ns
+    again = open_data(config(tmp_path, source), 280, 0, False)
+    assert (again.folder, again.fingerprint) == (data.folder, data.fingerprint)
+    assert (again.folder / "data.json").stat().st_mtime_ns == stamp
+    others = [
+        open_data(config(tmp_path, source), 290, 0, False),
+        open_data(config(tmp_path, source, vocab_size=270), 290, 0, False),
+        open_data(config(tmp_path, source, tokenizer=str(data.folder / "tokenizer.model")), None, 0, False),
+    ]
+    assert [other.vocab_size for other in others] == [290, 270, 280]
+    write_source(Path(source), seed=1)
+    folders = {data.folder, *(other.folder for other in others)}
+    folders.add(open_data(config(tmp_path, source), 280, 0, False).folder)
+    assert len(folders) == 5
+
+
+def test_vocabulary_of_the_model_is_a_limit_that_of_the_data_a_demand(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "a.jsonl")
+    data = open_data(config(tmp_path, source), 32000, 0, False)
+    assert data.vocab_size < 32000 and any("32000" in note for note in data.notes)
+    message = complaint(open_data, config(tmp_path, source, vocab_size=32000), 32000, 0, False)
+    assert f"the largest that works is {data.vocab_size}" in message
+    assert "model.vocab_size" in complaint(open_data, config(tmp_path, source, vocab_size=300), 280, 0, False)
+    model = str(data.folder / "tokenizer.model")
+    assert "model.vocab_size" in complaint(open_data, config(tmp_path, source, tokenizer=model), 280, 0, False)
+
+
+def test_val_source_replaces_the_held_out_documents(tmp_path: Path, folder: Path) -> None:
+    source, val = write_source(tmp_path / "a.jsonl"), write_source(tmp_path / "b.jsonl", count=7, seed=1)
+    data = open_data(config(tmp_path, source, val_source=val), 300, 0, False)
+    targets = inputs_and_targets(data.validation(0))[1]
+    text = data.tokenizer.decode(targets[targets != IGNORED].tolist())
+    assert text == "".join(json.loads(line)["text"] for line in Path(val).read_text().splitlines())
+    # then nothing is held out of the source
+    manifest = json.loads((data.folder / "data.json").read_text())
+    assert (manifest["train_documents"], manifest["val_documents"]) == (150, 0)
+    assert "another tokenizer" in complaint(
+        open_data, config(tmp_path, source, val_source=str(folder)), 280, 0, False
+    )
+
+
+def test_unfinished_folder_is_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    unfinished = copy(folder, tmp_path / "unfinished")
+    (unfinished / "data.json").rename(unfinished / "progress.json")
+    assert "lowres data prepare" in complaint(open_data, config(tmp_path, unfinished), None, 0, False)
+
+
+# ---------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def stream_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """A stream, through `datasets`, of which the first pass sees only the beginning."""
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(opening_module, "BLOCK_TOKENS", BLOCK)
+    monkeypatch.setattr(survey_module, "LOOKAHEAD_CHARS", 15_000)
+    monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
+    (tmp_path / "hub").mkdir()
+    write_source(tmp_path / "hub" / "train.jsonl")
+    return config(tmp_path, f"hf:{tmp_path / 'hub'}")
+
+
+def blocks(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.bin"))}
+
+
+def to_the_end(data: TokenData) -> int:
+    """Read a stream until it has ended; returns the number of windows."""
+    step = 0
+    while data.train_tokens is None:
+        data.batch(step, 10)
+        step += 1
+    return windows_of(shards(data.folder, "train")).total()
+
+
+def test_stream_is_tokenised_one_block_ahead(stream_config: DataConfig) -> None:
+    data = open_data(stream_config, 280, 0, False)
+    assert data.train_tokens is None
+    held_out = (BLOCK - 1) // SEQ
+    for block in range(3):
+        data.batch(block, held_out)
+        assert data._stream is not None and data._stream.has(block + 1) is True
+    written = len(list(data.folder.glob("train_*.bin")))
+    assert 4 <= written <= 6, "blocks beyond the next one are not written before they are wanted"
+    data.close()
+
+
+def test_stream_holds_out_its_leading_documents(stream_config: DataConfig, tmp_path: Path) -> None:
+    lines = (tmp_path / "hub" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "hub" / "train.jsonl").write_text("\n".join([*lines, lines[0]]))
+    data = open_data(stream_config, 280, 0, False)
+    to_the_end(data)
+    texts = [json.loads(line)["text"] for line in lines]
+    targets = inputs_and_targets(data.validation(0))[1]
+    val = data.tokenizer.decode(targets[targets != IGNORED].tolist())
+    assert val.startswith(texts[0]) and 300 < len(val) <= 0.05 * 15_500
+    train = data.tokenizer.decode(token for shard in shards(data.folder, "train") for token in shard)
+    assert texts[0] not in train and train.endswith(texts[-1])
+    assert sum(text in val for text in texts) + sum(text in train for text in texts) == len(texts)
+    data.close()
+
+
+def test_stream_visits_each_window_of_a_block_then_the_next_and_repeats(stream_config: DataConfig) -> None:
+    data = open_data(stream_config, 280, 0, False)
+    count = to_the_end(data)
+    train, size = shards(data.folder, "train"), (BLOCK - 1) // SEQ
+    assert len(train) > 3 and len(train[-1]) < BLOCK, "weak without several blocks and a shorter one"
+    assert Counter(rows(data.batch(0, size))) == windows_of(train[:1])
+    assert Counter(rows(data.batch(1, size))) == windows_of(train[1:2])
+    first, second = rows(data.batch(0, count)), rows(data.batch(1, count))
+    assert Counter(first) == Counter(second) == windows_of(train) and first != second
+    # a folder that is complete from the start gives the same
+    again = open_data(stream_config, 280, 0, False)
+    assert rows(again.batch(0, count)) == first and rows(again.batch(1, count)) == second
+    assert again.fingerprint == data.fingerprint and again.train_tokens == data.train_tokens
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [0, 2, 4]])
+def test_resumed_stream_gives_identical_blocks(
+    stream_config: DataConfig, tmp_path: Path, stops: list[int]
+) -> None:
+    straight = open_data(stream_config, 280, 0, False)
+    to_the_end(straight)
+    batches = [straight.batch(step, 10) for step in range(60)]
+    resumed_config = stream_config.model_copy(update={"cache": str(tmp_path / "other")})
+    for stop in stops:
+        interrupted = open_data(resumed_config, 280, 0, False)
+        interrupted.batch(stop, (BLOCK - 1) // SEQ)
+        interrupted.close()
+        assert interrupted.train_tokens is None
+    resumed = open_data(resumed_config, 280, 0, False)
+    assert resumed.fingerprint == straight.fingerprint
+    # straight to the end, over blocks that nobody has read
+    assert all(torch.equal(resumed.batch(step, 10), batches[step]) for step in reversed(range(60)))
+    assert blocks(resumed.folder) == blocks(straight.folder)
+    assert (resumed.folder / "data.json").read_bytes() == (straight.folder / "data.json").read_bytes()
+
+
+def test_error_in_the_thread_reaches_the_training_loop(
+    stream_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = prepare_module.numbered_documents
+
+    def failing(source: str, start: int = 0) -> Iterator[tuple[int, str]]:
+        for row, text in read(source, start):
+            if row == 60:
+                raise UserError("hf:x: the line is dead")
+            yield row, text
+
+    with monkeypatch.context() as broken:
+        broken.setattr(prepare_module, "numbered_documents", failing)
+        data = open_data(stream_config, 280, 0, False)
+        first = data.batch(0, 10)
+        with pytest.raises(UserError, match="the line is dead"):
+            to_the_end(data)
+        data.close()
+    again = open_data(stream_config, 280, 0, False)
+    assert torch.equal(again.batch(0, 10), first)
+    to_the_end(again)
+
+
+def test_stream_goes_on_where_it_was_without_reading_what_it_has(
+    stream_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(stream_config.source, vocab_size=280, shard_tokens=BLOCK)
+    stream = BlockStream(job, tmp_path / "blocks", False)
+    assert stream.has(3)
+    stream.close()
+    starts: list[int] = []
+    read = prepare_module.numbered_documents
+
+    def watched(source: str, start: int = 0) -> Iterator[tuple[int, str]]:
+        starts.append(start)
+        return read(source, start)
+
+    monkeypatch.setattr(prepare_module, "numbered_documents", watched)
+    stream = BlockStream(job, tmp_path / "blocks", False)
+    assert stream.has(6)
+    stream.close()
+    assert len(starts) == 1 and starts[0] > 10
