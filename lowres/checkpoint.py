@@ -70,7 +70,8 @@ def save(
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(
-            f"checkpoint {target}: cannot be written ({error.strerror or error}); free the disk and continue with --resume"
+            f"checkpoint {target}: cannot be written ({error.strerror or error}); "
+            "make room on the disk and continue with --resume"
         ) from None
     _delete_old(checkpoints, keep)
     return target
@@ -114,7 +115,7 @@ def verify(folder: Path) -> list[str]:
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a note for each newer one that does not."""
-    notes = []
+    notes: list[str] = []
     for folder in reversed(find(checkpoints)):
         problems = verify(folder)
         if not problems:
@@ -145,7 +146,11 @@ def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: boo
             raise UserError(f"checkpoint {path}: holds other tensors than the run needs, such as {odd[0]}")
         for name, tensor in tensors.items():
             entry = header.get(name)
-            if entry is None or entry["shape"] != list(tensor.shape) or entry["dtype"] != DTYPES[tensor.dtype]:
+            if (
+                entry is None
+                or entry["shape"] != list(tensor.shape)
+                or entry["dtype"] != DTYPES[tensor.dtype]
+            ):
                 raise UserError(f"checkpoint {path}: {name} is missing or of another shape or type")
             file.seek(8 + length + entry["data_offsets"][0])
             _read_into(file, tensor)
@@ -165,7 +170,7 @@ def _read_into(file: Any, tensor: Tensor) -> None:
     """Fill a tensor from the file's position; one on another device goes through a host copy of itself."""
     host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
     flat = host.view(-1).view(torch.uint8).numpy()
-    if file.readinto(memoryview(flat)) != flat.nbytes:
+    if file.readinto(flat.data) != flat.nbytes:
         raise UserError(f"checkpoint {file.name}: ends too early")
     if host is not tensor:
         tensor.copy_(host)

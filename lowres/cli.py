@@ -13,11 +13,11 @@ from typing import Any
 
 from lowres import __version__, checkpoint, memory
 from lowres.config import Config, describe, load_config, to_toml
-from lowres.data import open_data, prepare
+from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
 from lowres.sample import sample
-from lowres.trainer import CHECKPOINTS, SUMMARY, open_run, pick_device, train
+from lowres.trainer import CHECKPOINTS, open_run, pick_device, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lowres: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("lowres: interrupted; a run continues with --resume, data prepare by running it again", file=sys.stderr)
+        print(
+            "lowres: interrupted; a run continues with --resume, data prepare by running it again",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -37,11 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowres", description="Pretrain LLaMA-style models on one consumer GPU.")
+    parser = argparse.ArgumentParser(
+        prog="lowres", description="Pretrain LLaMA-style models on one consumer GPU."
+    )
     parser.add_argument("--version", action="version", version=f"lowres {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, function: Any, text: str, of: Any = commands, **more: Any) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Any, text: str, of: Any = commands, **more: Any
+    ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = of.add_parser(name, help=text, description=text, **more)
         sub.set_defaults(command=function)
         return sub
@@ -55,25 +62,31 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    data = commands.add_parser("data", help="Work with training data.").add_subparsers(required=True, metavar="COMMAND")
+    data = commands.add_parser("data", help="Work with training data.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     sub = command("prepare", _prepare, "Tokenise a source into a folder of shards.", data)
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
-    sub.add_argument("--tokenizer", type=Path, metavar="PATH", help="SentencePiece model (default: train one)")
-    sub.add_argument("--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained")
+    sub.add_argument("--tokenizer", metavar="PATH", help="SentencePiece model (default: train one)")
+    sub.add_argument(
+        "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
+    )
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
 
     sub = command("sample", _sample, "Print text from a trained model.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
-    sub.add_argument("--temperature", type=_not_negative_float, default=0.8, metavar="T", help="0 takes the likeliest")
+    sub.add_argument(
+        "--temperature", type=_not_negative_float, default=0.8, metavar="T", help="0 takes the likeliest"
+    )
     sub.add_argument("--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all")
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
 
     sub = command("eval", _eval, "Loss and perplexity per token, and bits per byte.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--data", metavar="SOURCE", help="evaluate on all of this text (default: the run's validation data)")
+    sub.add_argument("--data", metavar="SOURCE", help="text to evaluate on (default: the validation data)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
@@ -152,12 +165,18 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
-    summary = prepare(parsed.source, parsed.out, parsed.tokenizer, parsed.vocab_size, parsed.max_tokens)
+    summary = prepare(
+        parsed.source,
+        parsed.out,
+        tokenizer=parsed.tokenizer,
+        vocab_size=parsed.vocab_size,
+        max_tokens=parsed.max_tokens,
+    )
     for note in summary["notes"]:
         print(f"note: {note}", file=sys.stderr)
     print(
-        f"{parsed.out}: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
-        f"{summary['vocab_size']} pieces"
+        f"{parsed.out}: {summary['train_tokens']:,} training tokens, {summary['val_tokens']:,} for "
+        f"validation, {summary['vocab_size']} pieces"
     )
 
 
@@ -179,7 +198,12 @@ def _sample(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
-    windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
+    if parsed.data:
+        windows = open_text(parsed.data, tokenizer, config.data.seq_len)
+    else:
+        windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
+            0
+        )
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))
@@ -213,7 +237,9 @@ def _verify(parsed: argparse.Namespace) -> None:
         damaged += bool(problems)
         print(f"{folder}: {'; '.join(problems) or 'ok'}")
     if damaged:
-        raise CheckFailed(f"{damaged} of the checkpoints in {parsed.folder} is damaged; older ones are used by --resume")
+        raise CheckFailed(
+            f"{damaged} of the checkpoints in {parsed.folder} is damaged; older ones are used by --resume"
+        )
 
 
 def _config(parsed: argparse.Namespace) -> None:

@@ -104,11 +104,17 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check_heads(self) -> ModelConfig:
         if self.dim % self.n_heads:
-            raise ValueError(f"n_heads: {self.n_heads} heads do not divide dim {self.dim}; change one of them")
+            raise ValueError(
+                f"n_heads: {self.n_heads} heads do not divide dim {self.dim}; change one of them"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"n_heads: dim / n_heads is {self.head_dim}, but rotary embedding needs an even number")
+            raise ValueError(
+                f"n_heads: dim / n_heads is {self.head_dim}, but rotary embedding needs an even number"
+            )
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_kv_heads: {self.kv_heads} does not divide n_heads {self.n_heads}; change one of them")
+            raise ValueError(
+                f"n_kv_heads: {self.kv_heads} does not divide n_heads {self.n_heads}; change one of them"
+            )
         return self
 
     @property
@@ -137,7 +143,7 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """Path of a SentencePiece model; default: one is trained on the source."""
     vocab_size: Annotated[int, Field(ge=260)] | None = None
-    """Pieces of the tokenizer that is trained when none is given; default model.vocab_size, else by the size of the text."""
+    """Pieces of a tokenizer that is trained; default model.vocab_size, else by the size of the text."""
     seq_len: Annotated[int, Field(ge=2)] = 256
     """Tokens in a sequence."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
@@ -149,7 +155,14 @@ OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galor
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
     "apollo": {"lr": 1e-2, "eps": 1e-6, "scale": 1.0, "refresh_every": 200, "scale_front": False},
-    "apollo-mini": {"lr": 1e-2, "eps": 1e-6, "rank": 1, "scale": 128.0, "refresh_every": 200, "scale_front": False},
+    "apollo-mini": {
+        "lr": 1e-2,
+        "eps": 1e-6,
+        "rank": 1,
+        "scale": 128.0,
+        "refresh_every": 200,
+        "scale_front": False,
+    },
 }
 # keys that only these optimizers read
 OPTIMIZER_KEYS = dict.fromkeys(("rank", "scale", "refresh_every", "scale_front"), ("apollo", "apollo-mini"))
@@ -164,7 +177,9 @@ class OptimConfig(Section):
     """Peak learning rate; default 1e-3 for adamw, 1e-2 for apollo and apollo-mini."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
-    betas: Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate | None = None
     """Added to the denominator; default 1e-8 for adamw, 1e-6 for apollo and apollo-mini."""
@@ -194,14 +209,19 @@ class OptimConfig(Section):
 
 
 # schedule -> the keys that only it reads
-SCHEDULE_KEYS = {"cosine": (), "constant": (), "wsd": ("cooldown_steps",), "sawtooth": ("cycle_steps", "rewarmup_steps")}
+SCHEDULE_KEYS = {
+    "cosine": (),
+    "constant": (),
+    "wsd": ("cooldown_steps",),
+    "sawtooth": ("cycle_steps", "rewarmup_steps"),
+}
 
 
 class ScheduleConfig(Section):
     """The learning rate over the run, as a factor on the peak rates."""
 
     name: Literal["cosine", "sawtooth", "wsd", "constant"] = "cosine"
-    """cosine: to min_ratio. sawtooth: the same with re-warmed notches (ReLoRA). wsd: constant, then linear cooldown."""
+    """cosine: to min_ratio. sawtooth: that, re-warmed in every cycle. wsd: constant, then linear cooldown."""
     warmup_steps: Count | None = None
     """Linear warm-up; default, and at most, a tenth of the run."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -251,7 +271,7 @@ class MemoryConfig(Section):
     """What is kept where, and in which number format."""
 
     engine: Literal["layerwise", "autograd", "deepspeed"] = "layerwise"
-    """layerwise: all micro-batches pass one layer before the next. autograd: the whole model at once (reference)."""
+    """layerwise: all micro-batches pass one layer before the next. autograd: the reference, whole model."""
     weights: Literal["int8", "bf16", "fp32"] = "int8"
     """Storage of the matrices in the blocks; norms are fp32."""
     embeddings: Literal["auto", "bf16", "fp32"] = "auto"
@@ -308,7 +328,9 @@ class Config(Section):
         batch, seq = self.train.batch_tokens, self.data.seq_len
         if batch % seq:
             near = max(seq, round(batch / seq) * seq)
-            raise ValueError(f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be")
+            raise ValueError(
+                f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be"
+            )
         return self
 
     @model_validator(mode="after")
@@ -344,7 +366,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"config {path}: no such file; the ones that come with lowres are in configs/") from None
+        raise UserError(
+            f"config {path}: no such file; the ones that come with lowres are in configs/"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read as text ({error})") from None
     except tomllib.TOMLDecodeError as error:
@@ -412,7 +436,8 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
     asked = config.schedule.warmup_steps
     if asked is not None and asked > config.warmup_steps:
         notes.append(
-            f"schedule.warmup_steps {asked} is longer than a tenth of the run; shortened to {config.warmup_steps}"
+            f"schedule.warmup_steps {asked} is longer than a tenth of the run; "
+            f"shortened to {config.warmup_steps}"
         )
     for key, readers in OPTIMIZER_KEYS.items():
         if key in values.get("optim", {}) and config.optim.name not in readers:

@@ -11,13 +11,13 @@ class UserError(Exception):
     exit_code = 2
 
 
-class DoesNotFit(UserError):
+class DoesNotFit(UserError):  # noqa: N818
     """The run needs more GPU memory, host memory or disk than there is."""
 
     exit_code = 3
 
 
-class CheckFailed(UserError):
+class CheckFailed(UserError):  # noqa: N818
     """A check that the user asked for found something wrong (`checkpoint verify`)."""
 
     exit_code = 1

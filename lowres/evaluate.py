@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
+from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.engine import Engine
-from lowres.model import IGNORED
 
 
 def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
@@ -18,9 +18,9 @@ def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: in
     """
     total, count = 0.0, 0
     for batch in windows.split(sequences):
-        loss, targets = engine.evaluate(batch)
-        total, count = total + loss, count + targets
-    targets = windows[:, 1:]
+        part, targets_in_it = engine.evaluate(batch)
+        total, count = total + part, count + targets_in_it
+    _, targets = inputs_and_targets(windows)
     size = int(token_bytes[targets[targets != IGNORED]].sum())
     loss = total / count
     return {

@@ -129,9 +129,7 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int) -> Plan:
     model_units = units(config.model)
     specs = [spec for unit in model_units for spec in unit.tensors]
     kinds = {s.name: storage_kind(s, config.memory.weights, config.memory.embeddings_kept_in) for s in specs}
-    optimizer = Optimizer(
-        config.optim, model_units, config.model.dim, config.run.seed, torch.device("meta")
-    )
+    optimizer = Optimizer(config.optim, model_units, config.model.dim, config.run.seed, torch.device("meta"))
     state = {
         spec.name: sum(t.numel() * t.element_size() for t in optimizer.state[spec.name].values())
         for spec in specs
@@ -147,7 +145,8 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int) -> Plan:
     if device.type == "cuda":
         found.append(Component("checkpoint snapshot", "host", max(by_unit)))
     budgets = [
-        None if gib is None else int(gib * GIB) for gib in (config.memory.budget_gib, config.memory.host_budget_gib)
+        None if gib is None else int(gib * GIB)
+        for gib in (config.memory.budget_gib, config.memory.host_budget_gib)
     ]
     parameters = sum(spec.numel for spec in specs)
     return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets[0], budgets[1])

@@ -28,7 +28,6 @@ from lowres.storage import MATRIX_ROLES, Storage, TensorSpec, UnitSpec, make_sto
 
 # standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
 INIT_STD = 0.02
-IGNORED = -100  # a target that does not count
 
 BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -156,7 +155,9 @@ def attention(x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], conf
     k = linear(x, w["k"]).view(b, t, config.kv_heads, config.head_dim).transpose(1, 2)  # [B, K, T, E]
     v = linear(x, w["v"]).view(b, t, config.kv_heads, config.head_dim).transpose(1, 2)
     grouped = config.kv_heads != config.n_heads
-    y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(
+        rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=grouped
+    )
     return linear(y.transpose(1, 2).reshape(b, t, -1), w["o"])
 
 
@@ -227,13 +228,15 @@ class Llama(nn.Module):
         return F.linear(self.hidden(tokens), self.head)
 
     def loss_sum(self, tokens: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-        """Sum of the cross-entropy (nats) over targets [B, T] that are not IGNORED, in chunks of tokens."""
+        """Sum of the cross-entropy (nats) over targets [B, T] other than -100, in chunks of tokens."""
         x, flat = self.hidden(tokens).flatten(0, 1), targets.flatten()
         pieces = zip(x.split(chunk), flat.split(chunk), strict=True)
-        return torch.stack([checkpoint(_chunk_loss, h, self.head, t, use_reentrant=False) for h, t in pieces]).sum()
+        return torch.stack(
+            [checkpoint(_chunk_loss, h, self.head, t, use_reentrant=False) for h, t in pieces]
+        ).sum()
 
 
 def _chunk_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     logits = F.linear(x, head)
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED)
+    return F.cross_entropy(wide, targets, reduction="sum")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import checkpoint, memory, metrics
+from lowres import __version__, checkpoint, memory, metrics
 from lowres.config import Config, changed_keys, load_config, to_toml
 from lowres.data import TokenData, Tokenizer, open_data
 from lowres.engine import Engine, make_engine
@@ -115,7 +115,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
             if _due(step, config.train.eval_every, total):
                 scores = evaluate(run.engine, run.validation, run.token_bytes, sequences)
                 log.write({"step": step, **scores})
-                _say(f"step {step}: validation loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.2f}")
+                _say(f"step {step}: validation loss {scores['val_loss']:.4f}")
             if step == total or (step and _due(step, config.train.checkpoint_every, total)):
                 run.save(step)
         if step >= total:
@@ -224,7 +224,9 @@ def _find_checkpoint(config: Config, folder: Path, resume: bool) -> tuple[Path |
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"--resume: {folder} is no run; start one without --resume")
     if not resume and holds_run:
-        raise UserError(f"{folder} already holds a run; continue it with --resume or choose another --run DIR")
+        raise UserError(
+            f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
+        )
     return checkpoint.newest_valid(folder / CHECKPOINTS) if resume else (None, [])
 
 
@@ -235,8 +237,8 @@ def _require_same(config: Config, folder: Path) -> None:
         section, key = changed[0].split(".")
         before = getattr(getattr(saved, section), key)
         raise UserError(
-            f"{changed[0]}: the run in {folder} was started with {before!r} and this key may not change on resume; "
-            "set it back or start a new run"
+            f"{changed[0]}: the run in {folder} was started with {before!r}, and this key may not change "
+            "on resume; set it back or start a new run"
         )
 
 
@@ -266,7 +268,9 @@ def _finish(run: Run, seconds: float) -> None:
     asked = run.config.log
     if asked.sample_tokens:
         seq_len, seed = run.config.data.seq_len, run.config.run.seed
-        text = sample(run.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed)
+        text = sample(
+            run.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed
+        )
         summary["sample"] = text
         print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
     _write_beside(run.folder / SUMMARY, json.dumps(summary, indent=1))
@@ -277,8 +281,8 @@ def _finish(run: Run, seconds: float) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("lowres", "torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "triton"):
+    found = {"python": platform.python_version(), "lowres": __version__}
+    for package in ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "triton"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -14,7 +14,18 @@ from tests.helpers import lowres
 # pytest runs as several processes
 torch.set_num_threads(1)
 
-MODULES = ["argparse", "ast", "bdb", "calendar", "cmd", "configparser", "csv", "dataclasses", "difflib", "enum"]
+MODULES = [
+    "argparse",
+    "ast",
+    "bdb",
+    "calendar",
+    "cmd",
+    "configparser",
+    "csv",
+    "dataclasses",
+    "difflib",
+    "enum",
+]
 
 
 @pytest.fixture(scope="session")

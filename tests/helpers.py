@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 SMALL = ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300)
 
 
-def make_weights(config: ModelConfig, kind: str = "fp32", dtype: torch.dtype | None = None, seed: int = 0) -> Weights:
+def make_weights(
+    config: ModelConfig, kind: str = "fp32", dtype: torch.dtype | None = None, seed: int = 0
+) -> Weights:
     """Initialised weights; with a dtype, dense in that one."""
     weights = empty_weights(config, kind, "bf16" if kind == "bf16" else "fp32", CPU)
     initialize(weights, config, seed, CPU)
@@ -30,7 +32,7 @@ def make_weights(config: ModelConfig, kind: str = "fp32", dtype: torch.dtype | N
     return weights
 
 
-def make_config(**sections: dict[str, object]) -> Config:
+def make_config(**sections: Mapping[str, object]) -> Config:
     """A small config with the given sections changed."""
     base: dict[str, dict[str, object]] = {
         "model": {"dim": 64, "n_layers": 3, "n_heads": 4, "ffn_dim": 172, "vocab_size": 300},
@@ -38,7 +40,7 @@ def make_config(**sections: dict[str, object]) -> Config:
         "train": {"batch_tokens": 7 * 32, "steps": 20},
     }
     for section, keys in sections.items():
-        base[section] = base.get(section, {}) | keys
+        base[section] = base.get(section, {}) | dict(keys)
     return parse_config(base)[0]
 
 

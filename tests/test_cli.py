@@ -61,6 +61,7 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
 
     scores = json.loads(lowres("eval", run, "--json").stdout)
     assert abs(scores["val_loss"] - evaluations[-1]["val_loss"]) < 0.3  # all of the data, not 2,048 tokens
+    assert json.loads(lowres("eval", run, "--data", prepared, "--json").stdout) == scores
     source = shutil.copy(prepared / "data.json", tmp_path / "text.txt")
     other = json.loads(lowres("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
@@ -79,7 +80,7 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
 
 
 def losses(run: Path) -> list[Any]:
-    keys = ("step", "loss", "grad_norm", "lr", "val_loss")
+    keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte")
     return [{k: r[k] for k in keys if k in r} for r in metrics.read(run / "metrics.jsonl")]
 
 
@@ -97,9 +98,17 @@ def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
 
 
 @pytest.mark.parametrize("changed", [["memory.weights=int8"], ["memory.weights=fp32", "optim.name=adamw"]])
-def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(config: Path, tmp_path: Path, changed: list[str]) -> None:
+def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
+    config: Path, tmp_path: Path, changed: list[str]
+) -> None:
     # an epoch is about 100 sequences of 1,024 tokens here
-    longer = ["data.seq_len=1024", "train.batch_tokens=8192", "train.micro_batch=3", "train.steps=40", "train.checkpoint_every=7"]
+    longer = [
+        "data.seq_len=1024",
+        "train.batch_tokens=8192",
+        "train.micro_batch=3",
+        "train.steps=40",
+        "train.checkpoint_every=7",
+    ]
     options: list[object] = [config]
     for override in longer + changed:
         options += ["--set", override]
@@ -136,12 +145,31 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
     assert "already holds a run" in lowres("train", config, *few, "--run", run, code=2).stderr
     assert "is finished" in lowres("train", config, *few, "--run", run, "--resume").stdout
-    for key in ("optim.lr=0.5", "train.batch_tokens=2048", "run.seed=5", "model.dim=64", "memory.weights=bf16"):
-        refused = lowres("train", config, *few, "--set", "train.steps=8", "--set", key, "--run", run, "--resume", code=2)
+    for key in (
+        "optim.lr=0.5",
+        "train.batch_tokens=2048",
+        "run.seed=5",
+        "model.dim=64",
+        "memory.weights=bf16",
+    ):
+        refused = lowres(
+            "train", config, *few, "--set", "train.steps=8", "--set", key, "--run", run, "--resume", code=2
+        )
         assert key.split("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert (run / "metrics.jsonl").read_bytes() == before
     # steps, intervals and logging may change
-    lowres("train", config, *few, "--set", "train.steps=8", "--set", "train.eval_every=4", "--run", run, "--resume")
+    lowres(
+        "train",
+        config,
+        *few,
+        "--set",
+        "train.steps=8",
+        "--set",
+        "train.eval_every=4",
+        "--run",
+        run,
+        "--resume",
+    )
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 9))
     # a run without a checkpoint starts again
     shutil.rmtree(run / "checkpoints")
@@ -163,8 +191,16 @@ def test_a_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> No
 
 def test_resuming_needs_no_more_memory_than_starting(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    large = ["model.preset=60m", "optim.name=adamw", "memory.weights=fp32", "data.seq_len=32", "train.batch_tokens=64"]
-    options = [o for key in [*large, "train.eval_every=0", "train.checkpoint_every=2"] for o in ("--set", key)]
+    large = [
+        "model.preset=60m",
+        "optim.name=adamw",
+        "memory.weights=fp32",
+        "data.seq_len=32",
+        "train.batch_tokens=64",
+    ]
+    options = [
+        o for key in [*large, "train.eval_every=0", "train.checkpoint_every=2"] for o in ("--set", key)
+    ]
     lowres("train", config, *options, "--set", "train.steps=2", "--run", run)
     lowres("train", config, *options, "--set", "train.steps=4", "--run", run, "--resume")
     peaks = [r["peak_mem_gib"] for r in metrics.read(run / "metrics.jsonl")]
@@ -206,7 +242,10 @@ BAD_CONFIGS = {
     "heads do not divide": ("model.n_heads=5", "model.n_heads: 5 heads do not divide dim 32"),
     "kv heads do not divide": ("model.n_kv_heads=3", "model.n_kv_heads: 3 does not divide"),
     "odd head": ("model.n_heads=32", "rotary embedding needs an even number"),
-    "batch not divisible": ("train.batch_tokens=1000", "train.batch_tokens: 1000 is not a multiple of data.seq_len 64"),
+    "batch not divisible": (
+        "train.batch_tokens=1000",
+        "train.batch_tokens: 1000 is not a multiple of data.seq_len 64",
+    ),
     "NaN": ("optim.lr=nan", "optim.lr: Input should be a finite number"),
     "infinite": ("optim.lr=inf", "optim.lr: Input should be a finite number"),
     "negative": ("optim.lr=-0.1", "optim.lr: Input should be greater than 0"),
@@ -217,7 +256,10 @@ BAD_CONFIGS = {
     "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
     "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
     "no CUDA device": ("run.device=cuda", "run.device: no CUDA device is available"),
-    "sequence longer than the data": ("data.seq_len=1048576", "data.seq_len: 1048576 is longer than the data"),
+    "sequence longer than the data": (
+        "data.seq_len=1048576",
+        "data.seq_len: 1048576 is longer than the data",
+    ),
     "vocabulary too small": ("model.vocab_size=300", "model.vocab_size: 300 is less than the 500 pieces"),
     "not an override": ("steps", "--set steps: write it as section.key=value"),
     "clip in layerwise": ("optim.grad_clip=1.0", "optim.grad_clip: the layerwise engine"),
@@ -232,7 +274,13 @@ def test_bad_input(case: str, config: Path, tmp_path: Path, capfd: pytest.Captur
     if case.startswith("sequence longer"):
         overrides.append("train.batch_tokens=1048576")
     before = sorted(p.name for p in tmp_path.iterdir())
-    arguments = ["train", str(config), *(o for key in overrides for o in ("--set", key)), "--run", str(tmp_path / "run")]
+    arguments = [
+        "train",
+        str(config),
+        *(o for key in overrides for o in ("--set", key)),
+        "--run",
+        str(tmp_path / "run"),
+    ]
     assert main(arguments) == 2
     error = capfd.readouterr().err.strip()
     assert message in error
@@ -258,7 +306,15 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
     fails("train", config, "--set", f"data.source={shard.parent}", saying=str(shard))
     for name, content_of in (("empty.txt", b""), ("binary.txt", bytes(range(256)))):
         (tmp_path / name).write_bytes(content_of)
-        fails("train", config, "--set", f"data.source={tmp_path / name}", "--set", f"data.cache={tmp_path / 'c'}", saying=name)
+        fails(
+            "train",
+            config,
+            "--set",
+            f"data.source={tmp_path / name}",
+            "--set",
+            f"data.cache={tmp_path / 'c'}",
+            saying=name,
+        )
         fails("data", "prepare", tmp_path / name, tmp_path / "out", saying=name, run=False)
         assert not (tmp_path / "out").exists() and not (tmp_path / "c").exists()
     fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is no run", run=False)
@@ -268,7 +324,13 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
 def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert {"gpu_peak_bytes", "host_peak_bytes", "disk_bytes_per_checkpoint", "components", "fits"} <= plan.keys()
+    assert {
+        "gpu_peak_bytes",
+        "host_peak_bytes",
+        "disk_bytes_per_checkpoint",
+        "components",
+        "fits",
+    } <= plan.keys()
     assert plan["fits"] and plan["tokens_per_step"] == 1024
     assert main(["plan", str(config), "--set", "memory.budget_gib=0.0001"]) == 3
     captured = capsys.readouterr()

@@ -21,12 +21,14 @@ from lowres.data.survey import EvenSample, survey
 from lowres.errors import UserError
 
 module = sys.modules["lowres.data.prepare"]
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
 
 
 def make_documents(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [f"Document {i}\n" + " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + "\n" for i in range(count)]
+    return [
+        f"Document {i}\n" + " ".join(draw.choices(WORDS, k=draw.randint(5, 60))) + "\n" for i in range(count)
+    ]
 
 
 def write_source(path: Path, texts: list[str]) -> str:
@@ -327,7 +329,9 @@ def test_full_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert "a.bin: cannot be written (No space left" in complaint(write_shard, tmp_path / "a.bin", np.arange(3), 300)
+    assert "a.bin: cannot be written (No space left" in complaint(
+        write_shard, tmp_path / "a.bin", np.arange(3), 300
+    )
 
 
 # ---------------------------------------------------------------------------- the first pass

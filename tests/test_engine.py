@@ -1,13 +1,16 @@
 """The layer-major engine against the autograd engine, and the laws of a step."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
+from lowres.data.batches import IGNORED
 from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
 from lowres.memory import LiveTensors
-from lowres.model import IGNORED, Weights, units
+from lowres.model import Weights, units
 from lowres.optim import Optimizer
 from tests.helpers import CPU, SMALL, Recorder, dense_copy, make_batch, make_config, make_weights
 
@@ -19,7 +22,12 @@ MODELS = {
 
 
 def gradients(
-    engine_type: type, config: ModelConfig, weights: Weights, micro_batch: int, dtype: torch.dtype, batch: Tensor
+    engine_type: type,
+    config: ModelConfig,
+    weights: Weights,
+    micro_batch: int,
+    dtype: torch.dtype,
+    batch: Tensor,
 ) -> tuple[StepReport, dict[str, Tensor]]:
     recorder = Recorder()
     engine = engine_type(config, weights, recorder, micro_batch, dtype, CPU, loss_chunk=50)
@@ -61,7 +69,9 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
     """With one sequence a micro-batch the sum of 64 gradients is as good as with all in one."""
     weights = make_weights(SMALL)
     batch = make_batch(64)
-    _, exact = gradients(LayerwiseEngine, SMALL, make_weights(SMALL, dtype=torch.float64), 64, torch.float64, batch)
+    _, exact = gradients(
+        LayerwiseEngine, SMALL, make_weights(SMALL, dtype=torch.float64), 64, torch.float64, batch
+    )
     errors = {}
     for micro_batch in (64, 1):
         _, grads = gradients(LayerwiseEngine, SMALL, weights, micro_batch, torch.bfloat16, batch)
@@ -76,7 +86,9 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
 @pytest.mark.parametrize("name", ["adamw", "apollo-mini", "apollo"])
 def test_engines_reach_the_same_weights(name: str, model: str) -> None:
     changed = {"n_kv_heads": MODELS[model].n_kv_heads, "tie_embeddings": MODELS[model].tie_embeddings}
-    config = make_config(optim={"name": name, "lr": 1e-3, "eps": 1e-5}, model={k: v for k, v in changed.items() if v})
+    config = make_config(
+        optim={"name": name, "lr": 1e-3, "eps": 1e-5}, model={k: v for k, v in changed.items() if v}
+    )
     results = []
     for engine_type, micro_batch in ((LayerwiseEngine, 2), (AutogradEngine, 7)):
         weights = make_weights(config.model, dtype=torch.float64)
@@ -135,10 +147,12 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
     class Poison(Optimizer):
         """After layer 2 is done, spoil layer 1's working weights as a numerical accident would."""
 
-        def update(self, unit: str, *arguments: object) -> None:  # type: ignore[override]
-            super().update(unit, *arguments)  # type: ignore[arg-type]
+        def update(self, unit: str, *arguments: Any) -> None:
+            super().update(unit, *arguments)
             if unit == "layers.2":
-                weights["layers.1"]["model.layers.1.mlp.up_proj.weight"].dense(torch.float32)[0, 0] = torch.inf
+                weights["layers.1"]["model.layers.1.mlp.up_proj.weight"].dense(torch.float32)[0, 0] = (
+                    torch.inf
+                )
 
     optimizer = Poison(config.optim, units(config.model), config.model.dim, 0, CPU)
     engine = LayerwiseEngine(config.model, weights, optimizer, 4, torch.float32, CPU)
@@ -148,7 +162,11 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
     after = dense_copy(weights)
     for name in ("lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"):
         assert after[name].isfinite().all() and not torch.equal(after[name], before[name])
-    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    ):
         assert torch.equal(after[name], before[name])
 
 
@@ -174,7 +192,11 @@ def test_gradient_memory_does_not_grow_with_depth() -> None:
 def test_gradient_buffer_is_one_unit() -> None:
     config = make_config(model={"n_layers": 8}).model
     engine = LayerwiseEngine(config, make_weights(config), Recorder(), 2, torch.float32, CPU)
-    pointers = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for g in engine._grads.values() for t in g.values()}
+    pointers = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for g in engine._grads.values()
+        for t in g.values()
+    }
     layer = sum(spec.numel for spec in units(config)[1].tensors)
     assert list(pointers.values()) == [4 * layer]
 

@@ -50,7 +50,9 @@ def test_imports_point_down() -> None:
     for path in files:
         here = room(path)
         for other in imported_rooms(path) - {here}:
-            assert FLOORS[other] < FLOORS[here], f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+            assert FLOORS[other] < FLOORS[here], (
+                f"{path.relative_to(ROOT)} imports {other}, which is not below it"
+            )
 
 
 def test_every_room_has_a_floor() -> None:

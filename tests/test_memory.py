@@ -18,9 +18,15 @@ MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp32"])
-@pytest.mark.parametrize("changed", [{}, {"n_layers": 8}, {"vocab_size": 8000}, {"tie_embeddings": True}, {"n_kv_heads": 1}])
-@pytest.mark.parametrize("micro_batch, name", [(1, "apollo-mini"), (4, "apollo-mini"), (4, "adamw"), (8, "adamw")])
-def test_the_plan_is_what_a_step_takes(weights: str, changed: dict[str, object], micro_batch: int, name: str) -> None:
+@pytest.mark.parametrize(
+    "changed", [{}, {"n_layers": 8}, {"vocab_size": 8000}, {"tie_embeddings": True}, {"n_kv_heads": 1}]
+)
+@pytest.mark.parametrize(
+    "micro_batch, name", [(1, "apollo-mini"), (4, "apollo-mini"), (4, "adamw"), (8, "adamw")]
+)
+def test_the_plan_is_what_a_step_takes(
+    weights: str, changed: dict[str, object], micro_batch: int, name: str
+) -> None:
     config = make_config(
         model=MODEL | changed,
         data={"seq_len": 64},
@@ -38,7 +44,9 @@ def test_the_plan_is_what_a_step_takes(weights: str, changed: dict[str, object],
         for step in range(2):
             engine.step(make_batch(8, 64, 2000), step, 1.0)
     planned, measured = plan.peak("gpu"), live.peak
-    assert abs(planned - measured) < 0.1 * measured, f"planned {planned / 2**20:.1f}, measured {measured / 2**20:.1f} MiB"
+    assert abs(planned - measured) < 0.1 * measured, (
+        f"planned {planned / 2**20:.1f}, measured {measured / 2**20:.1f} MiB"
+    )
 
 
 def test_int8_7b_at_rest() -> None:
@@ -64,7 +72,10 @@ def test_auto_takes_the_largest_micro_batch_within_the_budget() -> None:
     def planned(budget: float | None) -> int:
         memory = {} if budget is None else {"budget_gib": budget}
         config = make_config(
-            model=MODEL, data={"seq_len": 128}, train={"batch_tokens": 64 * 128, "micro_batch": "auto"}, memory=memory
+            model=MODEL,
+            data={"seq_len": 128},
+            train={"batch_tokens": 64 * 128, "micro_batch": "auto"},
+            memory=memory,
         )
         plan = make_plan(config, CPU)
         assert budget is None or not plan.problems
@@ -72,7 +83,9 @@ def test_auto_takes_the_largest_micro_batch_within_the_budget() -> None:
 
     free = planned(None)
     assert free == 16  # 2,048 tokens are enough for a CPU
-    config = make_config(model=MODEL, data={"seq_len": 128}, train={"batch_tokens": 64 * 128, "micro_batch": 3})
+    config = make_config(
+        model=MODEL, data={"seq_len": 128}, train={"batch_tokens": 64 * 128, "micro_batch": 3}
+    )
     budget = make_plan(config, CPU).peak("gpu") / GIB
     assert planned(budget * 1.0001) == 3
     config = make_config(model=MODEL, memory={"budget_gib": 0.001})

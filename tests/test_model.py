@@ -12,7 +12,9 @@ VARIANTS = {
     "plain": ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300),
     "grouped": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300),
     "tied": ModelConfig(dim=48, n_layers=2, n_heads=4, ffn_dim=100, vocab_size=300, tie_embeddings=True),
-    "long": ModelConfig(dim=32, n_layers=1, n_heads=2, ffn_dim=64, vocab_size=300, rope_theta=500000.0, norm_eps=1e-6),
+    "long": ModelConfig(
+        dim=32, n_layers=1, n_heads=2, ffn_dim=64, vocab_size=300, rope_theta=500000.0, norm_eps=1e-6
+    ),
 }
 
 
@@ -57,9 +59,11 @@ def test_gradients_equal_transformers(variant: str) -> None:
     theirs, ours = reference(config).double(), Llama(config).double()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     batch = torch.randint(0, config.vocab, (2, 33))
-    ours.loss_sum(batch[:, :-1], batch[:, 1:], chunk=7).backward()  # type: ignore[no-untyped-call]
+    ours.loss_sum(batch[:, :-1], batch[:, 1:], chunk=7).backward()
     logits = theirs(batch[:, :-1]).logits
-    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+    ).backward()
     for name, p in ours.named_parameters():
         wanted = theirs.get_parameter(name).grad
         assert p.grad is not None and wanted is not None
@@ -76,7 +80,9 @@ def test_the_table_covers_the_module_exactly() -> None:
         assert all(tuple(parameters[s.name].shape) == s.shape for s in specs)
 
 
-@pytest.mark.parametrize("preset, millions", [("60m", 58.1), ("130m", 134.1), ("350m", 367.9), ("7b", 6738.4)])
+@pytest.mark.parametrize(
+    "preset, millions", [("60m", 58.1), ("130m", 134.1), ("350m", 367.9), ("7b", 6738.4)]
+)
 def test_preset_sizes(preset: str, millions: float) -> None:
     config = ModelConfig.model_validate({"preset": preset})
     count = sum(spec.numel for unit in units(config) for spec in unit.tensors)
@@ -99,7 +105,9 @@ def test_initial_values_are_named_by_seed_and_tensor() -> None:
             assert value.eq(1).all()
         else:
             assert abs(float(value.std()) - 0.02) < 0.002 and not torch.equal(value, other[name])
-    assert not torch.equal(first["model.layers.0.mlp.gate_proj.weight"], first["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(
+        first["model.layers.0.mlp.gate_proj.weight"], first["model.layers.0.mlp.up_proj.weight"]
+    )
     int8 = values(0, "int8")
     for name, value in first.items():
         assert (int8[name] - value).abs().max() < 0.02 * 6 / 120

@@ -64,9 +64,13 @@ class InjectedApollo(Apollo):
 
 
 @pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("scale_type, rank, scale", [("tensor", 1, 128.0), ("channel", 4, 1.0), ("channel", 4, 3.0)])
+@pytest.mark.parametrize(
+    "scale_type, rank, scale", [("tensor", 1, 128.0), ("channel", 4, 1.0), ("channel", 4, 3.0)]
+)
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=["tall", "wide", "square"])
-def test_apollo_equals_its_reference(shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool) -> None:
+def test_apollo_equals_its_reference(
+    shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool
+) -> None:
     reference = pytest.importorskip("apollo_torch", reason="pip install lowres[oracles]")
     start, grads = torch.randn(shape) * 0.02, random_grads(shape)
     parameter = torch.nn.Parameter(start.clone())
@@ -79,7 +83,9 @@ def test_apollo_equals_its_reference(shape: tuple[int, int], scale_type: str, ra
         "update_proj_gap": 200,
         "proj_type": "std",
     }
-    oracle = reference.APOLLOAdamW([group], lr=1e-2, betas=BETAS, eps=1e-6, weight_decay=0.0, scale_front=front)
+    oracle = reference.APOLLOAdamW(
+        [group], lr=1e-2, betas=BETAS, eps=1e-6, weight_decay=0.0, scale_front=front
+    )
     ours = InjectedApollo(BETAS, 1e-6, rank, scale, 200, scale_type == "channel", front)
     for grad in grads:
         parameter.grad = grad.clone()
@@ -112,7 +118,9 @@ def test_a_spike_is_limited_to_one_percent_growth() -> None:
     kept = []
     state = new_state(rule, (32, 16), CPU)
     for step, grad in enumerate(grads):
-        rule.directions(["w"], [grad.clone()], [state], 1e-2, Clock(step, torch.tensor(step + 1), torch.tensor(True)))
+        rule.directions(
+            ["w"], [grad.clone()], [state], 1e-2, Clock(step, torch.tensor(step + 1), torch.tensor(True))
+        )
         kept.append(float(state["norm"]))
     assert kept[10] <= kept[9] * 1.01001
 
@@ -172,7 +180,9 @@ def test_every_tensor_is_in_one_group_at_its_own_rate() -> None:
             first = lr * (1 - 0.9) / (1 - 0.9 ** int(optimizer.updates[unit.name]))
             second = ((1 - 0.999) / (1 - 0.999 ** int(optimizer.updates[unit.name]))) ** 0.5
             wanted = before * kept - first / second
-            assert torch.allclose(weights[unit.name][spec.name].dense(torch.float32), wanted, rtol=1e-5, atol=1e-8)
+            assert torch.allclose(
+                weights[unit.name][spec.name].dense(torch.float32), wanted, rtol=1e-5, atol=1e-8
+            )
 
 
 def test_every_optimizer_is_built_or_refused_by_name() -> None:

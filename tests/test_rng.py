@@ -27,8 +27,12 @@ def test_any_chunking_gives_the_same_bits(start: int) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [rng.make_key(2, "test", "tensor", 2), rng.make_key(1, "other", "tensor", 2)]
-    + [rng.make_key(1, "test", "tensor2", 2), rng.make_key(1, "test", "tensor", 3)],
+    [
+        rng.make_key(2, "test", "tensor", 2),
+        rng.make_key(1, "other", "tensor", 2),
+        rng.make_key(1, "test", "tensor2", 2),
+        rng.make_key(1, "test", "tensor", 3),
+    ],
 )
 def test_every_part_of_the_name_counts(other: rng.Key) -> None:
     here, there = rng.uniform(KEY, 0, N) - 0.5, rng.uniform(other, 0, N) - 0.5

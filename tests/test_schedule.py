@@ -22,7 +22,9 @@ GOLDEN_SAWTOOTH = {
 
 @pytest.mark.parametrize("step, value", GOLDEN_SAWTOOTH.items())
 def test_sawtooth(step: int, value: float) -> None:
-    assert sawtooth(step, total=20000, warmup=500, cycle=5000, rewarmup=100, floor=0.1) == pytest.approx(value, abs=1e-6)
+    assert sawtooth(step, total=20000, warmup=500, cycle=5000, rewarmup=100, floor=0.1) == pytest.approx(
+        value, abs=1e-6
+    )
 
 
 def test_cosine_and_constant() -> None:
@@ -36,7 +38,8 @@ def test_cosine_and_constant() -> None:
 
 def test_wsd() -> None:
     config = make_config(
-        train={"steps": 1000}, schedule={"name": "wsd", "warmup_steps": 10, "cooldown_steps": 100, "min_ratio": 0.0}
+        train={"steps": 1000},
+        schedule={"name": "wsd", "warmup_steps": 10, "cooldown_steps": 100, "min_ratio": 0.0},
     )
     assert [factor(config, s) for s in (5, 10, 900)] == [0.5, 1, 1]
     assert factor(config, 950) == pytest.approx(0.5)

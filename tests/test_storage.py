@@ -45,7 +45,9 @@ def test_int8_takes_at_most_1_02_bytes_a_parameter(dim: int, ffn: int) -> None:
     assert sum(sizes) / sum(math.prod(s) for s in shapes) <= 1.02
 
 
-@pytest.mark.parametrize("values", [torch.zeros(2, 8), torch.full((2, 8), 0.3), torch.tensor([[1.0, 1.1], [-5.0, -5.1]])])
+@pytest.mark.parametrize(
+    "values", [torch.zeros(2, 8), torch.full((2, 8), 0.3), torch.tensor([[1.0, 1.1], [-5.0, -5.1]])]
+)
 def test_int8_constant_and_same_sign_rows(values: torch.Tensor) -> None:
     kept = filled("int8", values)
     assert torch.allclose(kept.dense(torch.float32), values, rtol=0.01, atol=1e-6)

@@ -21,6 +21,7 @@ from lowres.storage import compute_dtype
 
 __all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
 
+
 class Engine(Protocol):
     """One step, whatever the order of its work."""
 
@@ -44,7 +45,14 @@ def make_engine(
     dtype = compute_dtype(config.memory.compute, device)
     if config.memory.engine == "autograd":
         return AutogradEngine(
-            config.model, weights, optimizer, micro_batch, dtype, device, config.memory.loss_chunk, config.optim.grad_clip
+            config.model,
+            weights,
+            optimizer,
+            micro_batch,
+            dtype,
+            device,
+            config.memory.loss_chunk,
+            config.optim.grad_clip,
         )
     return LayerwiseEngine(
         config.model, weights, optimizer, micro_batch, dtype, device, config.memory.loss_chunk

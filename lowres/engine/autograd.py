@@ -29,7 +29,12 @@ class AutogradEngine:
         grad_clip: float = 0.0,
     ) -> None:
         self.weights, self.optimizer = weights, optimizer
-        self.micro_batch, self.device, self.loss_chunk, self.grad_clip = micro_batch, device, loss_chunk, grad_clip
+        self.micro_batch, self.device, self.loss_chunk, self.grad_clip = (
+            micro_batch,
+            device,
+            loss_chunk,
+            grad_clip,
+        )
         with torch.device(device):
             self.model = Llama(config)
         for name, parameter in self.model.named_parameters():
@@ -58,7 +63,7 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens, wanted in zip(inputs, targets, strict=True):
             loss = self.model.loss_sum(tokens, wanted, self.loss_chunk)
-            (loss / count).backward()  # type: ignore[no-untyped-call]
+            (loss / count).backward()
             total += loss.detach()
             for name, parameter in self.model.named_parameters():
                 assert parameter.grad is not None

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowres.model import IGNORED
+from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.storage import Storage
 
 
@@ -41,8 +41,8 @@ class StepReport:
 
 
 def split(batch: Tensor, micro_batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], int]:
-    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and the number of targets that count."""
-    inputs, targets = batch[:, :-1].clamp_min(0), batch[:, 1:]
+    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and how many targets count."""
+    inputs, targets = inputs_and_targets(batch)
     count = int((targets != IGNORED).sum())
     inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count

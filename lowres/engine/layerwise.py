@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
+from lowres.data.batches import IGNORED
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
 from lowres.model import (
-    IGNORED,
     Weights,
     block,
     block_body,
@@ -61,7 +61,7 @@ class WorkingMatrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            return _Multiply.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+            return _Multiply.apply(x, self)
         return x @ self.value.T
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _Multiply(torch.autograd.Function):
         return x @ matrix.value.T
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return ctx.matrix.backward(dy, x), None
 
@@ -100,7 +100,12 @@ class LayerwiseEngine:
         loss_chunk: int = 1024,
     ) -> None:
         self.config, self.weights, self.optimizer = config, weights, optimizer
-        self.micro_batch, self.compute, self.device, self.loss_chunk = micro_batch, compute, device, loss_chunk
+        self.micro_batch, self.compute, self.device, self.loss_chunk = (
+            micro_batch,
+            compute,
+            device,
+            loss_chunk,
+        )
         self.layers = [f"layers.{i}" for i in range(config.n_layers)]
         self._specs = {unit.name: unit.tensors for unit in units(config)}
         # the tied embedding collects its gradient from the head's use until the embedding's own
@@ -115,7 +120,9 @@ class LayerwiseEngine:
             for name, specs in self._specs.items()
         }
         own = ["embed"] if self.config.tie_embeddings else []
-        shared = torch.empty(max(s for n, s in sizes.items() if n not in own), dtype=dtype, device=self.device)
+        shared = torch.empty(
+            max(s for n, s in sizes.items() if n not in own), dtype=dtype, device=self.device
+        )
         buffers = {}
         for name, specs in self._specs.items():
             flat = torch.empty(sizes[name], dtype=dtype, device=self.device) if name in own else shared
@@ -166,7 +173,7 @@ class LayerwiseEngine:
 
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
-            return working["head"]  # type: ignore[no-any-return]
+            return working["head"]
         table = self.weights["embed"]["model.embed_tokens.weight"]
         return WorkingMatrix(table.dense(self.compute), grad)
 
@@ -177,36 +184,46 @@ class LayerwiseEngine:
             head = self._head_matrix(w, None)
             for xi, ti in zip(x, targets, strict=True):
                 for h, t in self._chunks(xi, ti):
-                    logits = matmul_wide(rms_norm(h, w["norm"], self.config.norm_eps), head.value.T)
-                    total += _cross_entropy(logits, t, None)
+                    normed = rms_norm(h, w["norm"], self.config.norm_eps)
+                    total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
     def _loss_and_backward(self, x: list[Tensor], targets: list[Tensor], count: int) -> Tensor:
         """Mean loss; x becomes its gradient, and the gradients of norm and head are left in their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        tied = self._grads["embed"]["model.embed_tokens.weight"].zero_() if self.config.tie_embeddings else None
+        tied = (
+            self._grads["embed"]["model.embed_tokens.weight"].zero_() if self.config.tie_embeddings else None
+        )
         with self._visit("head", grads=True) as w:
             head = self._head_matrix(w, tied)
             for i, (xi, ti) in enumerate(zip(x, targets, strict=True)):
                 dx = torch.empty_like(xi)
-                for (h, t), dh in zip(self._chunks(xi, ti), dx.flatten(0, 1).split(self.loss_chunk), strict=True):
+                for (h, t), dh in zip(
+                    self._chunks(xi, ti), dx.flatten(0, 1).split(self.loss_chunk), strict=True
+                ):
                     leaf = h.detach().requires_grad_()
                     with torch.enable_grad():
                         normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
                     logits = matmul_wide(normed.detach(), head.value.T)
                     total += _cross_entropy(logits, t, 1 / count)
-                    torch.autograd.backward(normed, head.backward(logits.to(self.compute), normed.detach()))
+                    d_normed = head.backward(logits.to(self.compute), normed.detach())
+                    del logits  # before the next chunk makes its own
+                    torch.autograd.backward(normed, d_normed)
                     assert leaf.grad is not None
                     dh.copy_(leaf.grad)
                 x[i] = dx
         return total / count
 
     def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk), strict=True)
+        return zip(
+            x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk), strict=True
+        )
 
     # backward
 
-    def _backward(self, layer: str, stash: list[Tensor], dx: list[Tensor], rope: tuple[Tensor, Tensor]) -> None:
+    def _backward(
+        self, layer: str, stash: list[Tensor], dx: list[Tensor], rope: tuple[Tensor, Tensor]
+    ) -> None:
         """Gradients of a layer into its buffers; dx [micro-batch] from its output's to its input's."""
         with self._visit(layer, grads=True) as w:
             for i in range(len(dx)):

@@ -1,0 +1,234 @@
+"""Batches: a pure function of (seed, step) over prepared shards, so that a run has nothing to save or
+restore to see each sequence exactly once an epoch.
+
+Training data are windows of seq_len + 1 tokens at a stride of seq_len inside each shard: the last
+token of a window, only a target there, is the first input of the next. The batch of a step has the
+sequences g = step * sequences + i.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowres.data.folder import hash_of, read_manifest
+from lowres.data.shards import open_shard, shard_name
+from lowres.data.stream import BlockStream
+from lowres.data.tokenizer import Tokenizer
+from lowres.errors import UserError
+from lowres.rng import make_key, permutation
+
+IGNORED = -100  # the default ignore_index of cross entropy in torch
+# to read more than this before the first step would keep the user waiting
+VERIFY_AT_ONCE_BYTES = 4 << 30
+
+
+class TokenData:
+    """Training and validation tokens of a prepared folder, or of a stream.
+
+    `tokenizer` and `vocab_size` (its pieces); `notes` for the user; `fingerprint`, which differs
+    whenever the batches might; `train_tokens`, None as long as a stream has not ended.
+    `validation_folder` is a prepared folder, all of whose tokens replace the held-out ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seq_len: int,
+        seed: int,
+        validation_folder: Path | None = None,
+        stream: BlockStream | None = None,
+    ) -> None:
+        self.folder = folder
+        self.seq_len = seq_len
+        self._stream = stream
+        manifest = stream.state if stream else read_manifest(folder, "data.json")
+        self.tokenizer = Tokenizer(folder / "tokenizer.model")
+        if self.tokenizer.fingerprint != manifest["tokenizer"]:
+            raise UserError(f"{self.tokenizer.path}: changed; remove the folder and prepare the data again")
+        self.vocab_size = self.tokenizer.vocab_size
+        self.notes: list[str] = list(manifest["notes"])
+        self._train = _Shards(folder, manifest["train"])
+        self._order: _GlobalOrder | _BlockOrder
+        if stream:
+            # the blocks to come are unknown, but they follow from the arguments
+            self.fingerprint = hash_of(manifest["arguments"] | {"source": None}, manifest["tokenizer"])
+            first = [len(self._train.tokens(0))] if stream.has(0) else []
+            self._check_length(first)
+            self._order = _BlockOrder(stream, self._train, seq_len, seed)
+        else:
+            self.fingerprint = manifest["fingerprint"]
+            self._check_length(self._train.lengths())
+            self._order = _GlobalOrder([_windows(n, seq_len) for n in self._train.lengths()], seed)
+            self._train.verify_if_small()
+        if validation_folder is None:
+            self._validation = _Shards(folder, manifest["val"])
+        else:
+            other = read_manifest(validation_folder, "data.json")
+            self._validation = _Shards(validation_folder, other["train"] + other["val"])
+        self._validation.verify_if_small()
+
+    def _check_length(self, shards: list[int]) -> None:
+        longest = max(shards, default=0)
+        if longest < 3:
+            raise UserError(f"data.source: its {longest} training tokens are too little; give it more text")
+        if not _windows(longest, self.seq_len):
+            raise UserError(
+                f"data.seq_len: {self.seq_len} is longer than the data; "
+                f"the largest that works is {longest - 1}"
+            )
+
+    @property
+    def train_tokens(self) -> int | None:
+        if self._stream is None:
+            return sum(self._train.lengths())
+        blocks = self._stream.length()
+        return None if blocks is None else sum(len(self._train.tokens(i)) for i in range(blocks))
+
+    def batch(self, step: int, sequences: int) -> Tensor:
+        """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:]."""
+        batch = np.empty((sequences, self.seq_len + 1), np.int64)
+        for i in range(sequences):
+            shard, window = self._order.locate(step * sequences + i)
+            start = window * self.seq_len
+            batch[i] = self._train.tokens(shard)[start : start + self.seq_len + 1]
+        return torch.from_numpy(batch)
+
+    def validation(self, max_tokens: int) -> Tensor:
+        """int64 [windows, seq_len + 1]: the first `max_tokens` validation targets (0: all of them).
+
+        The windows follow each other at a stride of seq_len, so that each token but the very first
+        is a target once. The last window is filled up with IGNORED; `inputs_and_targets` makes valid
+        inputs of that.
+        """
+        tokens = torch.from_numpy(self._validation.head(max_tokens + 1 if max_tokens else None))
+        return consecutive_windows(tokens, self.seq_len)
+
+    def close(self) -> None:
+        """Stop the thread of a stream; a run that ends need not wait for that."""
+        if self._stream:
+            self._stream.close()
+
+
+def consecutive_windows(tokens: Tensor, seq_len: int) -> Tensor:
+    """int64 [windows, seq_len + 1] of tokens int64 [n], at a stride of seq_len; see `validation`."""
+    windows = -(-(len(tokens) - 1) // seq_len) if len(tokens) else 0
+    if not windows:
+        return torch.empty(0, seq_len + 1, dtype=torch.int64)
+    padded = torch.full((windows * seq_len + 1,), IGNORED)
+    padded[: len(tokens)] = tokens
+    return padded.unfold(0, seq_len + 1, seq_len).contiguous()
+
+
+def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [n, seq_len] twice, of int64 [n, seq_len + 1].
+
+    Where a target is IGNORED the input may be padding too. It becomes 0, which is a valid id, and no
+    counted target sees it, as padding is only at the end.
+    """
+    return windows[:, :-1].clamp(min=0), windows[:, 1:]
+
+
+def _windows(tokens: int, seq_len: int) -> int:
+    return max(0, tokens - 1) // seq_len
+
+
+class _Shards:
+    """The shards of one kind, each opened and verified when it is first touched.
+
+    `entries` are those of the manifest; a stream has further ones, written since.
+    """
+
+    def __init__(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._entries = entries
+        self._open: dict[int, np.ndarray] = {}
+
+    def lengths(self) -> list[int]:
+        return [entry["tokens"] for entry in self._entries]
+
+    def verify_if_small(self) -> None:
+        if sum(self.lengths()) * 4 < VERIFY_AT_ONCE_BYTES:
+            for i in range(len(self._entries)):
+                self.tokens(i)
+
+    def tokens(self, i: int) -> np.ndarray:
+        if i not in self._open:
+            known = i < len(self._entries)
+            name = self._entries[i]["file"] if known else shard_name("train", i)
+            recorded = self._entries[i]["crc32"] if known else None
+            self._open[i] = open_shard(self._folder / name, recorded=recorded)
+        return self._open[i]
+
+    def head(self, count: int | None) -> np.ndarray:
+        """int64: the first `count` tokens of all shards together (None: all)."""
+        parts: list[np.ndarray] = [np.empty(0, np.int64)]
+        for i in range(len(self._entries)):
+            left = None if count is None else count - sum(map(len, parts))
+            if left == 0:
+                break
+            parts.append(self.tokens(i)[:left].astype(np.int64))
+        return np.concatenate(parts)
+
+
+class _GlobalOrder:
+    """Finite data: sequence g is window permutation(epoch)[g mod n] of all n, epoch = g div n."""
+
+    def __init__(self, windows: list[int], seed: int) -> None:
+        self._starts = list(accumulate(windows, initial=0))
+        count = self._starts[-1]
+
+        # a batch may cross from one epoch into the next
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> Tensor:
+            return permutation(make_key(seed, "data order", step=epoch), count)
+
+        self._order = order
+
+    def locate(self, sequence: int) -> tuple[int, int]:
+        """(shard, window in it)"""
+        epoch, place = divmod(sequence, self._starts[-1])
+        window = int(self._order(epoch)[place])
+        shard = bisect_right(self._starts, window) - 1
+        return shard, window - self._starts[shard]
+
+
+class _BlockOrder:
+    """A stream: block after block, permuted within each. When the stream has ended, its blocks are
+    repeated, each in a new order."""
+
+    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int) -> None:
+        self._stream = stream
+        self._blocks = blocks
+        self._seq_len = seq_len
+        # of every block but the last, which may be shorter
+        self._block_windows = _windows(stream.block_tokens, seq_len)
+
+        @lru_cache(maxsize=2)
+        def order(epoch: int, block: int) -> Tensor:
+            key = make_key(seed, "data order", f"block {block}", epoch)
+            return permutation(key, self._windows_of(block))
+
+        self._order = order
+
+    def _windows_of(self, block: int) -> int:
+        return _windows(len(self._blocks.tokens(block)), self._seq_len)
+
+    def locate(self, sequence: int) -> tuple[int, int]:
+        """(block, window in it)"""
+        epoch = 0
+        block, place = divmod(sequence, self._block_windows)
+        if not (self._stream.has(block) and place < self._windows_of(block)):
+            # beyond the end of the stream: wait until that is known
+            assert not self._stream.has(block + 1)
+            last = (self._stream.length() or 0) - 1
+            epoch, sequence = divmod(sequence, last * self._block_windows + self._windows_of(last))
+            block, place = divmod(sequence, self._block_windows)
+        return block, int(self._order(epoch, block)[place])

@@ -1,0 +1,139 @@
+"""From the configuration to the data of a run: prepare what is not prepared yet, and open it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowres.config import DataConfig
+from lowres.data.batches import TokenData, consecutive_windows
+from lowres.data.folder import SHARD_TOKENS, Job, read_manifest
+from lowres.data.prepare import run, with_ends
+from lowres.data.sources import documents, is_stream
+from lowres.data.stream import BLOCK_TOKENS, BlockStream
+from lowres.data.tokenizer import Tokenizer
+from lowres.errors import UserError
+
+# tokens of a val_source that is a stream
+_VAL_STREAM_TOKENS = 1 << 22
+
+
+def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
+    """The data that the config asks for, prepared first if they are not.
+
+    `vocab_size` is model.vocab_size, None if the config leaves it open: a tokenizer that is trained
+    has at most that many pieces, and one with more is a UserError.
+    """
+    if config.tokenizer:
+        _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
+    elif config.vocab_size and _as_prepared(config.source) is None:
+        _check_pieces(config.vocab_size, vocab_size)
+    if not is_stream(config.source):
+        folder = ensure_prepared(config, vocab_size, progress)
+        _check_pieces(read_manifest(folder, "data.json")["vocab_size"], vocab_size)
+        data = TokenData(folder, config.seq_len, seed, _validation_folder(config, folder, progress))
+        if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
+            data.notes.append(
+                f"data.vocab_size is not used: {folder} has a tokenizer, of {data.vocab_size} pieces"
+            )
+        return data
+    job = _training_job(config, vocab_size, BLOCK_TOKENS)
+    stream = BlockStream(job, _cache_folder(config, job), progress)
+    try:
+        validation = _validation_folder(config, stream.folder, progress)
+        return TokenData(stream.folder, config.seq_len, seed, validation, stream)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
+    """The prepared folder of the config's source: the source itself if it is one, else a folder in
+    config.cache, named after everything that determines its content and filled if need be."""
+    folder = _as_prepared(config.source)
+    if folder is None:
+        job = _training_job(config, vocab_size, SHARD_TOKENS)
+        folder = _cache_folder(config, job)
+        run(job, folder, progress)
+        return folder
+    manifest = read_manifest(folder, "data.json")
+    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != manifest["tokenizer"]:
+        raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
+    return folder
+
+
+def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+    """All of a source as windows, as `TokenData.validation` has them; of a prepared folder its
+    validation tokens, which must be those of this tokenizer."""
+    folder = _as_prepared(source)
+    if folder is not None:
+        if read_manifest(folder, "data.json")["tokenizer"] != tokenizer.fingerprint:
+            raise UserError(
+                f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
+            )
+        return TokenData(folder, seq_len, seed=0).validation(0)
+    tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(list(documents(source)))]
+    return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
+
+
+def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
+    return Job(
+        config.source,
+        config.tokenizer,
+        config.vocab_size or vocab_size,
+        # the model may have more rows than the tokenizer has pieces
+        exact_vocab=config.vocab_size is not None,
+        shard_tokens=shard_tokens,
+        hold_out=config.val_source is None,
+    )
+
+
+def _validation_folder(config: DataConfig, training: Path, progress: bool) -> Path | None:
+    """The prepared folder of config.val_source, in the tokens of the training data."""
+    if config.val_source is None:
+        return None
+    tokenizer = Tokenizer(training / "tokenizer.model")
+    folder = _as_prepared(config.val_source)
+    if folder is None:
+        limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
+        job = Job(config.val_source, str(tokenizer.path), max_tokens=limit, hold_out=False)
+        folder = _cache_folder(config, job)
+        run(job, folder, progress)
+    elif read_manifest(folder, "data.json")["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"data.val_source: {folder} was prepared with another tokenizer than the training data; "
+            f"prepare it with --tokenizer {tokenizer.path}"
+        )
+    return folder
+
+
+def _as_prepared(source: str) -> Path | None:
+    """The source as a prepared folder, None if it is text still to be prepared."""
+    folder = Path(source).expanduser()
+    if source == "stdlib" or is_stream(source):
+        return None
+    if (folder / "data.json").exists():
+        return folder
+    if (folder / "progress.json").exists():
+        raise UserError(
+            f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
+        )
+    return None
+
+
+def _cache_folder(config: DataConfig, job: Job) -> Path:
+    name = job.source.removeprefix("hf:") if is_stream(job.source) else Path(job.source).name
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:40] or "data"
+    return Path(config.cache).expanduser() / f"{readable}-{job.content_hash()}"
+
+
+def _check_pieces(pieces: int, vocab_size: int | None) -> None:
+    if vocab_size is not None and pieces > vocab_size:
+        raise UserError(
+            f"model.vocab_size: {vocab_size} is less than the {pieces} pieces of the tokenizer; "
+            f"set it to {pieces} or leave it out"
+        )

@@ -1,0 +1,251 @@
+"""From a source to a folder of token shards, in two passes over the text.
+
+The first pass (survey.py) decides on the tokenizer and the validation data, the second writes the
+training shards. Every document is stored as bos, its tokens, eos. Files are written beside and
+renamed, and everything is a pure function of the source and the arguments, so a preparation that was
+killed at any moment goes on after its last shard and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lowres.data.folder import (
+    FORMAT,
+    SHARD_TOKENS,
+    Job,
+    Manifest,
+    find_manifest,
+    finish,
+    is_complete,
+    locked,
+    read_manifest,
+    store_shard,
+    write_manifest,
+)
+from lowres.data.shards import shard_name, token_dtype, write_atomically
+from lowres.data.sources import numbered_documents
+from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
+from lowres.data.tokenizer import Tokenizer, train
+from lowres.errors import UserError
+
+_BATCH_CHARS = 1 << 21
+
+
+def prepare(
+    source: str,
+    out: str | Path,
+    *,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    max_tokens: int | None = None,
+    progress: bool = True,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Manifest:
+    """Tokenise a source into the folder `out`; returns the content of its data.json.
+
+    `tokenizer` is the path of a SentencePiece model; without it one of `vocab_size` pieces is
+    trained (default by the size of the text). `max_tokens` bounds the training tokens. The key
+    `notes` of the result lists what the user should know. Raises UserError if the folder holds
+    something else, and leaves nothing behind if the source cannot be used.
+    """
+    job = Job(source, tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
+    return run(job, Path(out), progress)
+
+
+def run(job: Job, out: Path, progress: bool) -> Manifest:
+    """Do the whole job; see `prepare`."""
+    with started(job, out, progress) as state:
+        found = []
+        if is_complete(state):
+            found = [f"{out} is already prepared; nothing was done"]
+        elif state["train"]:
+            found = [f"{out}: went on after shard {len(state['train'])} of an interrupted preparation"]
+        for _ in write_shards(job, out, state, progress):
+            pass
+        finished = read_manifest(out, "data.json")
+    return finished | {"notes": finished["notes"] + found}
+
+
+@contextmanager
+def started(job: Job, out: Path, progress: bool) -> Iterator[Manifest]:
+    """The manifest of a job that has its tokenizer and validation data at least.
+
+    Unless the job is complete, no other process can write into the folder meanwhile.
+    """
+    state = find_manifest(job, out)
+    if state is not None and is_complete(state):
+        (out / "progress.json").unlink(missing_ok=True)
+        yield state
+        return
+    # the long part comes before anything is written: it meets every error of a local source
+    plan = None if _is_planned(state) else _plan(job, progress)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror})") from None
+    with locked(out):
+        # another process may have been here meanwhile
+        state = find_manifest(job, out)
+        if plan is not None and not _is_planned(state):
+            state = _write_plan(job, out, plan)
+        assert state is not None, "a plan does not vanish"
+        yield state
+
+
+def _is_planned(state: Manifest | None) -> bool:
+    return state is not None and "val" in state
+
+
+# ---------------------------------------------------------------------------- first pass
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the first pass decided; `model` is the file of the tokenizer."""
+
+    survey: Survey
+    model: bytes
+    notes: list[str]
+
+
+def _plan(job: Job, progress: bool) -> _Plan:
+    seen = survey(job.source, job.hold_out, progress)
+    if job.tokenizer:
+        return _Plan(seen, Path(job.tokenizer).read_bytes(), seen.notes)
+    asked = job.vocab_size or _default_vocab(seen)
+    model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
+    notes = (
+        [] if pieces == asked else [f"vocab_size: the text has no more than {pieces} pieces, so not {asked}"]
+    )
+    return _Plan(seen, model, seen.notes + notes)
+
+
+def _default_vocab(seen: Survey) -> int:
+    """About what suits a model that suits the amount of text."""
+    if not seen.complete or seen.characters >= 200_000_000:
+        return 32000
+    return 4096 if seen.characters < 20_000_000 else 8192
+
+
+def _write_plan(job: Job, out: Path, plan: _Plan) -> Manifest:
+    """Write tokenizer, validation data and progress.json."""
+    state: Manifest = {"format": FORMAT, "arguments": job.arguments}
+    # says whose the folder is, should the next lines be interrupted
+    write_manifest(out, "progress.json", state)
+    write_atomically(out / "tokenizer.model", plan.model)
+    tokenizer = Tokenizer(out / "tokenizer.model")
+    val = []
+    if plan.survey.validation:
+        ids = tokenizer.encode_batch(plan.survey.validation)
+        tokens = np.concatenate([with_ends(tokenizer, of_document) for of_document in ids])
+        val = [store_shard(out, shard_name("val", 0), tokens, tokenizer)]
+    state |= {
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "characters": plan.survey.characters if plan.survey.complete else None,
+        "notes": plan.notes,
+        "held_out": asdict(plan.survey.held_out) | {"hashes": sorted(plan.survey.held_out.hashes)},
+        "val": val,
+        "train": [],
+        "next": asdict(_Position(0, 0)),
+    }
+    write_manifest(out, "progress.json", state)
+    return state
+
+
+# ---------------------------------------------------------------------------- second pass
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The first token that is not stored yet: token `offset` of the document in row `row`."""
+
+    row: int
+    offset: int
+
+
+def write_shards(job: Job, out: Path, state: Manifest, progress: bool) -> Iterator[int]:
+    """Write what is missing of the training shards, and data.json at the end.
+
+    Yields the number of shards that are there after each one. `state` comes from `started`.
+    """
+    if is_complete(state):
+        return
+    tokenizer = Tokenizer(out / "tokenizer.model")
+    if tokenizer.fingerprint != state["tokenizer"]:
+        raise UserError(f"{tokenizer.path}: changed; remove the folder and prepare the data again")
+    held_out = HeldOut(**state["held_out"] | {"hashes": frozenset(state["held_out"]["hashes"])})
+    position = _Position(**state["next"])
+    left = (job.max_tokens or sys.maxsize) - sum(shard["tokens"] for shard in state["train"])
+    with tqdm(
+        desc="tokenising", total=state["characters"], unit=" chars", unit_scale=True, **quiet_bar(progress)
+    ) as bar:
+        documents = _encoded(job.source, tokenizer, held_out, position.row, bar)
+        for tokens, following in _cut(documents, position, job.shard_tokens, left, tokenizer.vocab_size):
+            shard = store_shard(out, shard_name("train", len(state["train"])), tokens, tokenizer)
+            state = state | {"train": [*state["train"], shard], "next": asdict(following)}
+            write_manifest(out, "progress.json", state)
+            yield len(state["train"])
+    finish(out, state)
+
+
+def _encoded(
+    source: str, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(row, tokens) of every training document from row `start` on."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+
+    def encode_batch() -> Iterator[tuple[int, np.ndarray]]:
+        for (row, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            yield row, with_ends(tokenizer, ids)
+
+    for row, text in numbered_documents(source, start):
+        bar.update(len(text))
+        part = held_out.training_part(row, text)
+        if part:
+            batch.append((row, part))
+            size += len(part)
+        if size >= _BATCH_CHARS:
+            yield from encode_batch()
+            batch, size = [], 0
+    yield from encode_batch()
+
+
+def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """A document as it is stored: bos, its tokens, eos."""
+    return np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))
+
+
+def _cut(
+    documents: Iterator[tuple[int, np.ndarray]], position: _Position, size: int, left: int, vocab_size: int
+) -> Iterator[tuple[np.ndarray, _Position]]:
+    """The documents' tokens from `position` on, at most `left`, in parts of `size` tokens (the last
+    may be shorter), each with the position after it. A part is valid until the next one is asked for."""
+    buffer = np.empty(min(size, left), token_dtype(vocab_size))
+    filled = 0
+    following = position
+    for row, ids in documents:
+        start = position.offset if row == position.row else 0
+        while start < len(ids) and left:
+            take = min(len(ids) - start, min(size, left) - filled)
+            buffer[filled : filled + take] = ids[start : start + take]
+            filled += take
+            start += take
+            following = _Position(row, start)
+            if filled == min(size, left):
+                yield buffer[:filled], following
+                left -= filled
+                filled = 0
+        if not left:
+            return
+    if filled:
+        yield buffer[:filled], following

@@ -1,0 +1,235 @@
+"""The tokenizer: a SentencePiece BPE model with byte fallback, used so that no text is ever changed.
+
+    decode(encode(text)) == text        for every text without lone surrogates
+
+SentencePiece by itself is not lossless: it can normalise, strip or add spaces, and it writes a space
+as U+2581, so that a text with that character comes back with a space. Hence here
+- a model is opened with normalisation off, whatever its file says;
+- U+2581 in a text is encoded as its three bytes;
+- decoding is our own table from id to bytes.
+
+Pieces never contain a newline, which is its own byte piece. So a text may be cut after any newline
+without changing its tokens, and long documents are encoded in pieces by all threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+from lowres.data.sources import without_surrogates
+from lowres.errors import UserError
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+BYTES_AND_SPECIALS = 256 + 3
+LEAST_VOCAB = BYTES_AND_SPECIALS + 1
+CHUNK_CHARS = 1 << 16
+GROUP_CHARS = 1 << 22
+
+# Serialized protobuf messages may be concatenated and the last value of a field wins. This is a
+# `normalizer_spec` without character map, dummy prefix and removal of spaces, but with escaping.
+_NO_NORMALISATION = bytes([0x1A, 8, 0x12, 0, 0x18, 0, 0x20, 0, 0x28, 1])
+
+
+class Tokenizer:
+    """A SentencePiece model with byte fallback.
+
+    `vocab_size` pieces; `bos_id` and `eos_id` are never produced by `encode`; `fingerprint` is a
+    hash of the file. Raises UserError if the file is not such a model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"tokenizer {path}: cannot be read ({error.strerror})") from None
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            # SentencePiece takes nothing at all for a model without pieces
+            if not model or not self._processor.LoadFromSerializedProto(model + _NO_NORMALISATION):
+                raise RuntimeError
+        except RuntimeError:
+            raise UserError(f"tokenizer {path}: not a SentencePiece model") from None
+        self.path = path
+        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.bos_id: int = self._processor.bos_id()
+        self.eos_id: int = self._processor.eos_id()
+        self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        byte_ids = {self._bytes_of[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
+        if len(byte_ids) < 256:
+            raise UserError(
+                f"tokenizer {path}: it has no byte pieces and would lose text; train it with byte_fallback"
+            )
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(f"tokenizer {path}: it has no bos or eos piece; train it with both")
+        self._space_character = np.array([byte_ids[bytes([byte])] for byte in SPACE.encode()], np.int32)
+        if self._processor.piece_to_id(SPACE) == self._processor.unk_id():
+            raise UserError(
+                f"tokenizer {path}: it has no piece for the space and would lose it; train it on text"
+            )
+        # only a foreign model has pieces across newlines; its documents are then encoded in one go
+        crosses = any(b"\n" in piece and piece != b"\n" for piece in self._bytes_of)
+        self._chunk_chars = None if crosses else CHUNK_CHARS
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text, without bos and eos. A lone surrogate becomes U+FFFD."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """int32 [tokens] of each text, computed by as many threads as there are cores."""
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in _groups(texts, self._chunk_chars):
+            encoded = self._processor.encode([chunk for _, chunk in group], num_threads=os.cpu_count() or 1)
+            for (i, chunk), ids in zip(group, encoded, strict=True):
+                parts[i].append(self._space_character if chunk == SPACE else np.array(ids, np.int32))
+        return [np.concatenate(of_text) for of_text in parts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids. Control pieces and ids beyond the vocabulary stand for nothing, and
+        bytes that are no UTF-8, as a model may produce, for U+FFFD."""
+        table = self._bytes_of
+        return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode("utf-8", "replace")
+
+    def token_bytes(self) -> Tensor:
+        """int64 [vocab_size]: UTF-8 bytes that each token stands for (bos and eos: 0)."""
+        return torch.tensor([len(piece) for piece in self._bytes_of])
+
+    def _piece_bytes(self, i: int) -> bytes:
+        processor = self._processor
+        if processor.is_control(i) or processor.is_unknown(i):
+            return b""
+        piece: str = processor.id_to_piece(i)
+        if processor.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])  # written <0x41>
+        return piece.replace(SPACE, " ").encode()
+
+
+def _groups(texts: list[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
+    """(number of its text, chunk) in groups that bound the memory for ids in Python's lists."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for i, text in enumerate(texts):
+        for chunk in _chunks(without_surrogates(text), size):
+            head, *rest = chunk.split(SPACE)
+            group.append((i, head))
+            for part in rest:
+                # a chunk that is U+2581 alone stands for that character itself
+                group += [(i, SPACE), (i, part)]
+            characters += len(chunk)
+            if characters >= GROUP_CHARS:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
+
+
+def _chunks(text: str, size: int | None) -> Iterator[str]:
+    """The text cut after newlines, each part as short as possible but of at least `size` characters."""
+    start = 0
+    while size and len(text) - start > size:
+        cut = text.find("\n", start + size - 1) + 1
+        if not cut:
+            break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UserError if no text at all could give a tokenizer that small."""
+    if vocab_size < LEAST_VOCAB:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too small; {BYTES_AND_SPECIALS} pieces are bytes and special ones, "
+            f"so the least that works is {LEAST_VOCAB}"
+        )
+
+
+def check_enough_pieces(pieces: int, vocab_size: int) -> None:
+    """Raise UserError if a text that gave that many pieces cannot give `vocab_size`."""
+    if pieces < vocab_size:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too large for this text; the largest that works is {pieces}"
+        )
+
+
+def train(texts: Iterable[str], vocab_size: int, exact: bool = True) -> tuple[bytes, int]:
+    """Train a tokenizer on the texts; returns (model file, how many pieces it has).
+
+    The same texts give the same file. Raises UserError if `vocab_size` is too small for any text or,
+    if `exact`, too large for these; otherwise a tokenizer with fewer pieces comes out.
+    """
+    check_vocab_size(vocab_size)
+    texts = list(texts)
+    alphabet = _alphabet(texts, vocab_size - BYTES_AND_SPECIALS)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_training_lines(texts, alphabet),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,  # of what is left of the texts, see _alphabet
+        # as LLaMA's
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        split_digits=True,
+        byte_fallback=True,
+        allow_whitespace_only_pieces=True,
+        # nothing of the text may change
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        # the number is written into the file, so it must not depend on the machine
+        num_threads=2,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    if exact:
+        check_enough_pieces(pieces, vocab_size)
+    return model.getvalue(), pieces
+
+
+def _alphabet(texts: list[str], room: int) -> set[str]:
+    """The characters that get pieces of their own; all others are spelled in bytes.
+
+    They make up 0.9995 of the text, as is usual, but take no more than half of the room for pieces,
+    so that there are always words too.
+    """
+    counts = Counter[str]()
+    for text in texts:
+        counts.update(text)
+    # the trainer keeps U+2585 for itself and drops lines that hold it
+    for never_in_a_piece in ("\n", "\0", "\t", SPACE, "\u2585"):
+        del counts[never_in_a_piece]
+    wanted = 0.9995 * counts.total()
+    # an unknown space would be spelled in the bytes of U+2581
+    alphabet = {" "}
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if wanted <= 0 or len(alphabet) >= room // 2:
+            break
+        alphabet.add(character)
+        wanted -= count
+    return alphabet
+
+
+def _training_lines(texts: list[str], alphabet: set[str]) -> Iterator[str]:
+    """Runs of the alphabet's characters, of at most 1000 (the trainer drops lines over 4192 bytes)."""
+    yield " "
+    run = re.compile(f"[{''.join(map(re.escape, sorted(alphabet)))}]{{1,1000}}")
+    for text in texts:
+        yield from run.findall(text)
