@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 RUN ?= runs/tiny
+RUN_7B ?= runs/llama-7b
 
-.PHONY: help setup pretrain-tiny test test-slow lint format clean
+.PHONY: help setup pretrain-tiny pretrain-7b-24gb test test-slow lint format clean
 
 help:
-	@echo "make pretrain-tiny   train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
-	@echo "make test            run the tests"
-	@echo "make lint            ruff and mypy over everything"
+	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
+	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
+	@echo "make test               run the tests"
+	@echo "make lint               ruff and mypy over everything"
 
 setup: $(STAMP)
 
@@ -26,6 +28,11 @@ $(STAMP): requirements.txt pyproject.toml
 # A finished run says so; an interrupted one goes on.
 pretrain-tiny: $(STAMP)
 	$(BIN)/lowres train configs/tiny.toml --run $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
+
+# DATA=path trains on local text instead of C4
+pretrain-7b-24gb: $(STAMP)
+	$(BIN)/lowres train configs/llama_7b_24gb.toml --run $(RUN_7B) \
+		$(if $(DATA),--set data.source=$(DATA) --set data.val_source=) $(if $(wildcard $(RUN_7B)/config.toml),--resume)
 
 # two processes of one thread each: small tensors gain nothing from threads
 test: $(STAMP)

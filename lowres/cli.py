@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowres import __version__, checkpoint, memory
 from lowres.config import Config, describe, load_config, to_toml
 from lowres.data import open_data, open_text, prepare
@@ -159,7 +161,9 @@ def _train(parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
-    plan = memory.make_plan(config, pick_device(config))
+    # a plan for a GPU needs none
+    device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
+    plan = memory.make_plan(config, device)
     print(json.dumps(plan.as_dict(), indent=1) if parsed.json else plan.table())
     memory.require_fit(plan)
 

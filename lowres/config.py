@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lowres.errors import UserError
 
@@ -139,7 +139,7 @@ class DataConfig(Section):
     source: Annotated[str, Field(min_length=1)] = "stdlib"
     """Training text. stdlib is the source code of the running Python's standard library."""
     val_source: str | None = None
-    """Validation text; default: documents held out from the source."""
+    """Validation text; default (and if empty): documents held out from the source."""
     tokenizer: str | None = None
     """Path of a SentencePiece model; default: one is trained on the source."""
     vocab_size: Annotated[int, Field(ge=260)] | None = None
@@ -148,6 +148,11 @@ class DataConfig(Section):
     """Tokens in a sequence."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder that keeps the tokenised form of sources that are not yet a prepared folder."""
+
+    @field_validator("val_source")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or None
 
 
 OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galore", "fira", "sgd")

@@ -11,6 +11,7 @@ would need, so that a run can be planned anywhere.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import weakref
@@ -51,8 +52,7 @@ class Plan:
     parameters: int
     batch_tokens: int
     micro_batch: int
-    gpu_budget: int | None
-    host_budget: int | None
+    budgets: dict[str, int | None]  # bytes by room; None is no limit
 
     def peak(self, room: str) -> int:
         """Bytes in a room when it is fullest."""
@@ -66,10 +66,8 @@ class Plan:
     def problems(self) -> list[str]:
         """What does not fit, and what to change; a line each."""
         found = []
-        for room, budget, key in (
-            ("gpu", self.gpu_budget, "memory.budget_gib"),
-            ("host", self.host_budget, "memory.host_budget_gib"),
-        ):
+        for room, key in (("gpu", "memory.budget_gib"), ("host", "memory.host_budget_gib")):
+            budget = self.budgets[room]
             if budget is not None and self.peak(room) > budget:
                 largest = max((c for c in self.components if c.room == room), key=lambda c: c.bytes)
                 found.append(
@@ -97,7 +95,8 @@ class Plan:
         lines = [f"{'component':<38}{'room':<6}{'GiB':>10}   alive"]
         for c in self.components:
             lines.append(f"{c.name:<38}{c.room:<6}{c.bytes / GIB:>10.3f}   {c.phase or 'always'}")
-        for room, budget in (("gpu", self.gpu_budget), ("host", self.host_budget), ("disk", None)):
+        for room in ("gpu", "host", "disk"):
+            budget = self.budgets.get(room)
             limit = "" if budget is None else f"   budget {budget / GIB:.2f}"
             name = "disk per checkpoint" if room == "disk" else f"{room} peak"
             lines.append(f"{name:<44}{self.peak(room) / GIB:>10.3f}{limit}")
@@ -108,15 +107,38 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: Config, device: torch.device) -> Plan:
-    """The plan of a run. train.micro_batch = "auto" becomes the largest useful one within the budget."""
+def make_plan(config: Config, device: torch.device, on_this_machine: bool = False) -> Plan:
+    """The plan of a run. train.micro_batch = "auto" becomes the largest useful one within the budget.
+
+    on_this_machine: a budget that the config leaves open is what the machine has.
+    """
+    budgets = {
+        "gpu": _budget(config.memory.budget_gib, _device_bytes(device) if on_this_machine else None),
+        "host": _budget(config.memory.host_budget_gib, _host_bytes() if on_this_machine else None),
+    }
     asked = config.train.micro_batch
     if asked != "auto":
-        return _plan_for(config, device, min(asked, config.batch_sequences))
+        return _plan_for(config, device, min(asked, config.batch_sequences), budgets)
     micro_batch = max(1, min(config.batch_sequences, USEFUL_TOKENS[device.type] // config.data.seq_len))
-    while micro_batch > 1 and _plan_for(config, device, micro_batch).problems:
+    while micro_batch > 1 and _plan_for(config, device, micro_batch, budgets).problems:
         micro_batch -= 1
-    return _plan_for(config, device, micro_batch)
+    return _plan_for(config, device, micro_batch, budgets)
+
+
+def _budget(asked_gib: float | None, found: int | None) -> int | None:
+    return found if asked_gib is None else int(asked_gib * GIB)
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    """Memory of the room that the plan calls gpu: free on a CUDA device, all of the host's on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
+
+
+def _host_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return None
 
 
 def require_fit(plan: Plan) -> None:
@@ -125,7 +147,7 @@ def require_fit(plan: Plan) -> None:
         raise DoesNotFit(plan.problems[0])
 
 
-def _plan_for(config: Config, device: torch.device, micro_batch: int) -> Plan:
+def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: dict[str, int | None]) -> Plan:
     model_units = units(config.model)
     specs = [spec for unit in model_units for spec in unit.tensors]
     kinds = {s.name: storage_kind(s, config.memory.weights, config.memory.embeddings_kept_in) for s in specs}
@@ -144,12 +166,8 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int) -> Plan:
     found.append(Component("checkpoint", "disk", sum(by_unit)))
     if device.type == "cuda":
         found.append(Component("checkpoint snapshot", "host", max(by_unit)))
-    budgets = [
-        None if gib is None else int(gib * GIB)
-        for gib in (config.memory.budget_gib, config.memory.host_budget_gib)
-    ]
     parameters = sum(spec.numel for spec in specs)
-    return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets[0], budgets[1])
+    return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets)
 
 
 def _stored(spec: TensorSpec, kind: str) -> int:

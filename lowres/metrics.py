@@ -1,7 +1,10 @@
 """metrics.jsonl: one JSON object a line, written whole and flushed.
 
 A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, skipped; an
-evaluation has step, val_loss, val_ppl, val_bits_per_byte. A number that is not finite is null.
+evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr is the rate of the update that led to
+`step`, lr_over_batch that by the sequences in a batch; skipped counts the units (embedding, blocks,
+head) that a step left as they were because its loss or a gradient was not finite. A number that is not
+finite is null.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends to a run's metrics. Opening it cuts the file back to `step`, so that a resumed run has
-    no step missing or twice."""
+    """Appends to a run's metrics. Opening it cuts the file back to `step` (-1: to nothing), so that a
+    resumed run has no step missing or twice."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = [record for record in read(path) if record["step"] <= step]

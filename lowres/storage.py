@@ -32,7 +32,7 @@ MAX_CODE = 127
 # where the largest value of a row is put when it gets a scale: room to grow before the next time
 RESCALED_CODE = 120
 # elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
-CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 24
+CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 
 MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

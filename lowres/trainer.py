@@ -79,16 +79,10 @@ class Run:
 
     def load(self, folder: Path) -> int:
         """Read a checkpoint into place; returns its step."""
-        state = checkpoint.load_state(folder)
-        if state["data"] != self.data.fingerprint:
-            raise UserError(
-                f"data.source: {self.config.data.source} is not what this run was trained on; "
-                "give the folder or files that it started with"
-            )
         for unit, weights in self.weights.items():
             tensors = weight_tensors(weights) | self.optimizer.tensors(unit, weights)
             checkpoint.load_unit(folder, unit, tensors)
-        return int(state["step"])
+        return int(checkpoint.load_state(folder)["step"])
 
 
 def weight_tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
@@ -105,7 +99,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
     run, step = _prepare(config, folder, resume)
     config, resumed_at = run.config, step
     total, sequences = config.train.total_steps, config.batch_sequences
-    log = metrics.MetricsLog(folder / METRICS, step)
+    log = metrics.MetricsLog(folder / METRICS, step or -1)
     bar = tqdm(total=total, initial=step, unit="step", disable=None if config.log.progress else True)
     skipped_in_a_row = 0
 
@@ -179,9 +173,9 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     found, damaged = _find_checkpoint(config, folder, resume)
     data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
-    if resume and (folder / CONFIG).exists():
-        _require_same(config, folder)
-    plan = memory.make_plan(config, device)
+    if resume:
+        _require_same(config, folder, data, found)
+    plan = memory.make_plan(config, device, on_this_machine=True)
     memory.require_fit(plan)
 
     for note in damaged + data.notes:
@@ -230,7 +224,8 @@ def _find_checkpoint(config: Config, folder: Path, resume: bool) -> tuple[Path |
     return checkpoint.newest_valid(folder / CHECKPOINTS) if resume else (None, [])
 
 
-def _require_same(config: Config, folder: Path) -> None:
+def _require_same(config: Config, folder: Path, data: TokenData, found: Path | None) -> None:
+    """Refuse to resume with other settings or other data than the run was started with."""
     saved, _ = load_config(folder / CONFIG)
     changed = changed_keys(saved, config)
     if changed:
@@ -239,6 +234,11 @@ def _require_same(config: Config, folder: Path) -> None:
         raise UserError(
             f"{changed[0]}: the run in {folder} was started with {before!r}, and this key may not change "
             "on resume; set it back or start a new run"
+        )
+    if found is not None and checkpoint.load_state(found)["data"] != data.fingerprint:
+        raise UserError(
+            f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
+            "give the folder or files that it started with"
         )
 
 
@@ -310,5 +310,5 @@ def open_run(folder: Path, device: str | None = None) -> tuple[Config, Engine, T
     weights = empty_weights(config.model, config.memory.weights, config.memory.embeddings_kept_in, place)
     for unit, stored in weights.items():
         checkpoint.load_unit(found, unit, weight_tensors(stored), all_used=False)
-    micro_batch = memory.make_plan(config, place).micro_batch
+    micro_batch = memory.make_plan(config, place, on_this_machine=True).micro_batch
     return config, make_engine(config, weights, None, micro_batch, place), Tokenizer(folder / TOKENIZER)

@@ -171,11 +171,31 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
         "--resume",
     )
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 9))
-    # a run without a checkpoint starts again
+    # a run without a checkpoint starts again, and its metrics with it
     shutil.rmtree(run / "checkpoints")
     (run / "summary.json").unlink()
-    assert "starting at step 0" in lowres("train", config, *few, "--run", run, "--resume").stderr
+    restarted = lowres("train", config, *few, "--set", "train.eval_every=6", "--run", run, "--resume")
+    assert "starting at step 0" in restarted.stderr
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 7))
+    assert [r["step"] for r in losses(run) if "val_loss" in r] == [0, 6]
+
+
+def test_resume_refuses_other_data(config: Path, corpus: Path, tmp_path: Path) -> None:
+    run, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(corpus, text)
+    keys = (
+        f"data.source={text}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.vocab_size=400",
+        "train.eval_every=0",
+    )
+    options = [o for key in keys for o in ("--set", key)]
+    lowres("train", config, *options, "--set", "train.steps=2", "--run", run)
+    (text / "argparse.py").write_text("x = 1\n")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = lowres("train", config, *options, "--set", "train.steps=3", "--run", run, "--resume", code=2)
+    assert "data.source" in refused.stderr and "is not what the run" in refused.stderr
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
