@@ -29,6 +29,7 @@ from lowres.storage import MATRIX_ROLES, Storage, TensorSpec, UnitSpec, make_sto
 # standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
 INIT_STD = 0.02
 
+EMBEDDING = "model.embed_tokens.weight"
 BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
     "q": "self_attn.q_proj",
@@ -62,7 +63,7 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def units(config: ModelConfig) -> list[UnitSpec]:
     """Every tensor of the model, in the order of the forward pass."""
     vocab = (config.vocab, config.dim)
-    found = [UnitSpec("embed", (TensorSpec("model.embed_tokens.weight", vocab, "embedding"),))]
+    found = [UnitSpec("embed", (TensorSpec(EMBEDDING, vocab, "embedding"),))]
     shapes = block_shapes(config)
     for i in range(config.n_layers):
         tensors = (
@@ -209,7 +210,7 @@ class Llama(nn.Module):
 
     @property
     def embedding(self) -> Tensor:
-        return self.get_parameter("model.embed_tokens.weight")
+        return self.get_parameter(EMBEDDING)
 
     @property
     def head(self) -> Tensor:

@@ -41,9 +41,10 @@ class StepReport:
 
 
 def split(batch: Tensor, micro_batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], int]:
-    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and how many targets count."""
+    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and how many targets
+    count (at least 1, to divide by)."""
     inputs, targets = inputs_and_targets(batch)
-    count = int((targets != IGNORED).sum())
+    count = max(1, int((targets != IGNORED).sum()))
     inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
 

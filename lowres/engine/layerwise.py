@@ -26,14 +26,7 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
-from lowres.model import (
-    Weights,
-    block,
-    block_body,
-    rms_norm,
-    rope_tables,
-    units,
-)
+from lowres.model import EMBEDDING, Weights, block, block_body, rms_norm, rope_tables, units
 
 ALIGNMENT = 64  # elements between tensors in the gradient buffer, so that every view is aligned
 
@@ -100,12 +93,8 @@ class LayerwiseEngine:
         loss_chunk: int = 1024,
     ) -> None:
         self.config, self.weights, self.optimizer = config, weights, optimizer
-        self.micro_batch, self.compute, self.device, self.loss_chunk = (
-            micro_batch,
-            compute,
-            device,
-            loss_chunk,
-        )
+        self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
+        self.compute, self.device = compute, device
         self.layers = [f"layers.{i}" for i in range(config.n_layers)]
         self._specs = {unit.name: unit.tensors for unit in units(config)}
         # the tied embedding collects its gradient from the head's use until the embedding's own
@@ -115,10 +104,7 @@ class LayerwiseEngine:
         """fp32 gradients of every unit as views of one buffer of the largest unit's size. A tied
         embedding has one of its own, as its gradient is alive while the layers use the other."""
         dtype = torch.promote_types(self.compute, torch.float32)
-        sizes = {
-            name: sum(-(-spec.numel // ALIGNMENT) * ALIGNMENT for spec in specs)
-            for name, specs in self._specs.items()
-        }
+        sizes = {name: sum(_aligned(s.numel) for s in specs) for name, specs in self._specs.items()}
         own = ["embed"] if self.config.tie_embeddings else []
         shared = torch.empty(
             max(s for n, s in sizes.items() if n not in own), dtype=dtype, device=self.device
@@ -129,7 +115,7 @@ class LayerwiseEngine:
             views, start = {}, 0
             for spec in specs:
                 views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
-                start += -(-spec.numel // ALIGNMENT) * ALIGNMENT
+                start += _aligned(spec.numel)
             buffers[name] = views
         return buffers
 
@@ -154,7 +140,7 @@ class LayerwiseEngine:
     # forward
 
     def _embed(self, inputs: list[Tensor]) -> list[Tensor]:
-        table = self.weights["embed"]["model.embed_tokens.weight"]
+        table = self.weights["embed"][EMBEDDING]
         return [table.rows(tokens, self.compute) for tokens in inputs]
 
     def _forward(self, inputs: list[Tensor], stash: list[list[Tensor]] | None) -> list[Tensor]:
@@ -174,7 +160,7 @@ class LayerwiseEngine:
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
             return working["head"]
-        table = self.weights["embed"]["model.embed_tokens.weight"]
+        table = self.weights["embed"][EMBEDDING]
         return WorkingMatrix(table.dense(self.compute), grad)
 
     def _loss(self, x: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -191,9 +177,7 @@ class LayerwiseEngine:
     def _loss_and_backward(self, x: list[Tensor], targets: list[Tensor], count: int) -> Tensor:
         """Mean loss; x becomes its gradient, and the gradients of norm and head are left in their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        tied = (
-            self._grads["embed"]["model.embed_tokens.weight"].zero_() if self.config.tie_embeddings else None
-        )
+        tied = self._grads["embed"][EMBEDDING].zero_() if self.config.tie_embeddings else None
         with self._visit("head", grads=True) as w:
             head = self._head_matrix(w, tied)
             for i, (xi, ti) in enumerate(zip(x, targets, strict=True)):
@@ -236,7 +220,7 @@ class LayerwiseEngine:
                 dx[i] = x.grad
 
     def _backward_embedding(self, inputs: list[Tensor], dx: list[Tensor]) -> None:
-        grad = self._grads["embed"]["model.embed_tokens.weight"]
+        grad = self._grads["embed"][EMBEDDING]
         if not self.config.tie_embeddings:
             grad.zero_()
         for tokens, d in zip(inputs, dx, strict=True):
@@ -282,6 +266,10 @@ class LayerwiseEngine:
         with self._visit("head") as w:
             normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)
             return matmul_wide(normed, self._head_matrix(w, None).value.T)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
