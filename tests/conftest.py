@@ -14,6 +14,14 @@ from tests.helpers import lowres
 # pytest runs as several processes
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 MODULES = [
     "argparse",
     "ast",

@@ -19,11 +19,15 @@ SMALL = ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300)
 
 
 def make_weights(
-    config: ModelConfig, kind: str = "fp32", dtype: torch.dtype | None = None, seed: int = 0
+    config: ModelConfig,
+    kind: str = "fp32",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    device: torch.device = CPU,
 ) -> Weights:
     """Initialised weights; with a dtype, dense in that one."""
-    weights = empty_weights(config, kind, "bf16" if kind == "bf16" else "fp32", CPU)
-    initialize(weights, config, seed, CPU)
+    weights = empty_weights(config, kind, "bf16" if kind == "bf16" else "fp32", device)
+    initialize(weights, config, seed, device)
     if dtype is not None:
         for unit in weights.values():
             for storage in unit.values():
