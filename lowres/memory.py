@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres.config import Config
 from lowres.errors import DoesNotFit
-from lowres.model import storage_kind, units
+from lowres.model import storage_kind, unit_specs
 from lowres.optim import Optimizer
 from lowres.storage import CHUNK_CPU, CHUNK_CUDA, MATRIX_ROLES, TensorSpec, compute_dtype
 
@@ -148,14 +148,11 @@ def require_fit(plan: Plan) -> None:
 
 
 def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: dict[str, int | None]) -> Plan:
-    model_units = units(config.model)
+    model_units = unit_specs(config.model)
     specs = [spec for unit in model_units for spec in unit.tensors]
     kinds = {s.name: storage_kind(s, config.memory.weights, config.memory.embeddings_kept_in) for s in specs}
-    optimizer = Optimizer(config.optim, model_units, config.model.dim, config.run.seed, torch.device("meta"))
-    state = {
-        spec.name: sum(t.numel() * t.element_size() for t in optimizer.state[spec.name].values())
-        for spec in specs
-    }
+    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    state = {spec.name: 4 * _state_size(optimizer, spec) for spec in specs}
     found = [
         *_weights_at_rest(specs, kinds),
         Component("optimizer state", "gpu", sum(state.values()) + 8 * len(model_units)),
@@ -168,6 +165,11 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: d
         found.append(Component("checkpoint snapshot", "host", max(by_unit)))
     parameters = sum(spec.numel for spec in specs)
     return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets)
+
+
+def _state_size(optimizer: Optimizer, spec: TensorSpec) -> int:
+    shapes = optimizer.group_of(spec).rule.state_shapes(spec.shape).values()
+    return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def _stored(spec: TensorSpec, kind: str) -> int:
@@ -212,7 +214,7 @@ def _layerwise(
     model, seq = config.model, config.data.seq_len
     width = compute_dtype(config.memory.compute, device).itemsize
     same = "fp32" if width == 4 else "bf16"
-    model_units = {unit.name: unit.tensors for unit in units(model)}
+    model_units = {unit.name: unit.tensors for unit in unit_specs(model)}
     numel = {name: sum(s.numel for s in tensors) for name, tensors in model_units.items()}
     tied = model.tie_embeddings
     shared = max(size for name, size in numel.items() if not (tied and name == "embed"))
@@ -245,7 +247,7 @@ def _autograd(
     """What the autograd engine adds: the whole model and two gradients of it."""
     model, seq = config.model, config.data.seq_len
     width = compute_dtype(config.memory.compute, device).itemsize
-    parameters = sum(s.numel for unit in units(model) for s in unit.tensors)
+    parameters = sum(s.numel for unit in unit_specs(model) for s in unit.tensors)
     tokens = micro_batch * seq
     chunk = min(config.memory.loss_chunk, tokens)
     return [

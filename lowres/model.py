@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowres import rng
 from lowres.config import ModelConfig
-from lowres.storage import MATRIX_ROLES, Storage, TensorSpec, UnitSpec, make_storage, row_chunks
+from lowres.storage import MATRIX_ROLES, TensorSpec, Unit, UnitSpec, make_storage, row_chunks
 
 # standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
 INIT_STD = 0.02
@@ -60,7 +60,7 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def units(config: ModelConfig) -> list[UnitSpec]:
+def unit_specs(config: ModelConfig) -> list[UnitSpec]:
     """Every tensor of the model, in the order of the forward pass."""
     vocab = (config.vocab, config.dim)
     found = [UnitSpec("embed", (TensorSpec(EMBEDDING, vocab, "embedding"),))]
@@ -84,25 +84,26 @@ def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
     return embeddings if spec.role in ("embedding", "head") else "fp32"
 
 
-Weights = dict[str, dict[str, Storage]]  # unit name -> tensor name -> storage
+Units = dict[str, Unit]  # by name, in the order of the forward pass
 
 
-def empty_weights(config: ModelConfig, matrices: str, embeddings: str, device: torch.device) -> Weights:
+def empty_units(config: ModelConfig, matrices: str, embeddings: str, device: torch.device) -> Units:
     """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32."""
-    return {
-        unit.name: {
+    found = {}
+    for unit in unit_specs(config):
+        weights = {
             spec.name: make_storage(storage_kind(spec, matrices, embeddings), spec.shape, device)
             for spec in unit.tensors
         }
-        for unit in units(config)
-    }
+        found[unit.name] = Unit(unit, weights, device)
+    return found
 
 
-def initialize(weights: Weights, config: ModelConfig, seed: int, device: torch.device) -> None:
+def initialize(units: Units, seed: int, device: torch.device) -> None:
     """First values: norms 1, everything else normal with standard deviation INIT_STD."""
-    for unit in units(config):
-        for spec in unit.tensors:
-            weights[unit.name][spec.name].fill(_initial_rows(spec, seed, device))
+    for unit in units.values():
+        for spec in unit.spec.tensors:
+            unit.weights[spec.name].fill(_initial_rows(spec, seed, device))
 
 
 def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -190,7 +191,7 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        for unit in units(config):
+        for unit in unit_specs(config):
             for spec in unit.tensors:
                 self._add(spec.name, nn.Parameter(torch.empty(spec.shape)))
 

@@ -34,7 +34,10 @@ RESCALED_CODE = 120
 # elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
 CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 
+# what a tensor does in the model
 MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+EMBEDDING_ROLES = ("embedding", "head")
+NORM_ROLES = ("attn_norm", "mlp_norm", "norm")
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -47,8 +50,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model. `role` is what it does (MATRIX_ROLES, or
-    embedding, head, and the norms attn_norm, mlp_norm, norm)."""
+    """One tensor of the model; `role` is one of the roles above."""
 
     name: str
     shape: tuple[int, ...]
@@ -90,6 +92,34 @@ class Storage(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint stores, by suffix to the weight's name."""
+
+
+class Unit:
+    """What a step visits as a whole: the weights of the embedding, of one block, or of final norm and
+    head, with their optimizer state. Everything in it is touched once a direction and step, so it has
+    one home, travels together, and is one file of a checkpoint.
+
+    state: by weight name and key, filled by the optimizer. updates: int64 scalar, accepted updates.
+    """
+
+    def __init__(self, spec: UnitSpec, weights: dict[str, Storage], device: torch.device) -> None:
+        assert weights.keys() == {tensor.name for tensor in spec.tensors}
+        self.spec, self.weights = spec, weights
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The stored tensors of the weights: what a trained model consists of."""
+        return {
+            name + suffix: tensor
+            for name, storage in self.weights.items()
+            for suffix, tensor in storage.tensors().items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and count: what the next step depends on."""
+        state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
+        return self.weight_tensors() | state | {f"{self.spec.name}.updates": self.updates}
 
 
 def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:

@@ -33,7 +33,7 @@ from lowres.data import TokenData, Tokenizer, open_data
 from lowres.engine import Engine, make_engine
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
-from lowres.model import Weights, empty_weights, initialize, units
+from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
 from lowres.optim.schedule import factor
 from lowres.report import draw_loss
@@ -61,8 +61,7 @@ class Run:
     config: Config
     device: torch.device
     data: TokenData
-    weights: Weights
-    optimizer: Optimizer
+    units: Units
     engine: Engine
     micro_batch: int
     validation: Tensor  # windows of eval_tokens, see TokenData.validation
@@ -70,24 +69,15 @@ class Run:
 
     def save(self, step: int) -> None:
         """Checkpoint everything that the next step depends on."""
-        stored = (
-            (unit, weight_tensors(weights) | self.optimizer.tensors(unit, weights))
-            for unit, weights in self.weights.items()
-        )
+        stored = ((name, unit.tensors()) for name, unit in self.units.items())
         state = {"tokens": step * self.config.train.batch_tokens, "data": self.data.fingerprint}
         checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
 
     def load(self, folder: Path) -> int:
         """Read a checkpoint into place; returns its step."""
-        for unit, weights in self.weights.items():
-            tensors = weight_tensors(weights) | self.optimizer.tensors(unit, weights)
-            checkpoint.load_unit(folder, unit, tensors)
+        for name, unit in self.units.items():
+            checkpoint.load_unit(folder, name, unit.tensors())
         return int(checkpoint.load_state(folder)["step"])
-
-
-def weight_tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """The stored tensors of a unit's weights by name."""
-    return {name + suffix: t for name, storage in weights.items() for suffix, t in storage.tensors().items()}
 
 
 def train(config: Config, folder: Path, resume: bool) -> None:
@@ -187,25 +177,24 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     _write_beside(folder / CONFIG, to_toml(config))
     shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
 
-    model, kept = config.model, config.memory
-    weights = empty_weights(model, kept.weights, kept.embeddings_kept_in, device)
-    optimizer = Optimizer(config.optim, units(model), model.dim, config.run.seed, device)
-    engine = make_engine(config, weights, optimizer, plan.micro_batch, device)
+    kept = config.memory
+    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, device)
+    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    optimizer.attach(units.values(), device)
     run = Run(
         folder,
         config,
         device,
         data,
-        weights,
-        optimizer,
-        engine,
+        units,
+        make_engine(config, units, optimizer, plan.micro_batch, device),
         plan.micro_batch,
         data.validation(config.train.eval_tokens),
         data.tokenizer.token_bytes(),
     )
     step = 0
     if found is None:
-        initialize(weights, model, config.run.seed, device)
+        initialize(units, config.run.seed, device)
     else:
         step = run.load(found)
         _say(f"continuing {folder} at step {step}")
@@ -296,8 +285,9 @@ def _write_beside(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def open_run(folder: Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
+def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
     """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer."""
+    folder = Path(folder)
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is no run: it has no {CONFIG}")
     config, _ = load_config(folder / CONFIG, [f"run.device={device}"] if device else None)
@@ -307,8 +297,9 @@ def open_run(folder: Path, device: str | None = None) -> tuple[Config, Engine, T
     if found is None:
         raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
     place = pick_device(config)
-    weights = empty_weights(config.model, config.memory.weights, config.memory.embeddings_kept_in, place)
-    for unit, stored in weights.items():
-        checkpoint.load_unit(found, unit, weight_tensors(stored), all_used=False)
+    kept = config.memory
+    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, place)
+    for name, unit in units.items():
+        checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
     micro_batch = memory.make_plan(config, place, on_this_machine=True).micro_batch
-    return config, make_engine(config, weights, None, micro_batch, place), Tokenizer(folder / TOKENIZER)
+    return config, make_engine(config, units, None, micro_batch, place), Tokenizer(folder / TOKENIZER)

@@ -11,29 +11,30 @@ import torch
 from torch import Tensor
 
 from lowres.config import Config, ModelConfig, parse_config
-from lowres.model import Weights, empty_weights, initialize
-from lowres.storage import Dense, Storage
+from lowres.model import Units, empty_units, initialize
+from lowres.optim import Optimizer
+from lowres.storage import Dense, Unit
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300)
 
 
-def make_weights(
+def make_units(
     config: ModelConfig,
     kind: str = "fp32",
     dtype: torch.dtype | None = None,
     seed: int = 0,
     device: torch.device = CPU,
-) -> Weights:
+) -> Units:
     """Initialised weights; with a dtype, dense in that one."""
-    weights = empty_weights(config, kind, "bf16" if kind == "bf16" else "fp32", device)
-    initialize(weights, config, seed, device)
+    units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", device)
+    initialize(units, seed, device)
     if dtype is not None:
-        for unit in weights.values():
-            for storage in unit.values():
+        for unit in units.values():
+            for storage in unit.weights.values():
                 assert isinstance(storage, Dense)
                 storage.value = storage.value.to(dtype)
-    return weights
+    return units
 
 
 def make_config(**sections: Mapping[str, object]) -> Config:
@@ -53,8 +54,15 @@ def make_batch(sequences: int = 7, length: int = 32, vocab: int = 300, seed: int
     return torch.randint(0, vocab, (sequences, length + 1), generator=generator)
 
 
-def dense_copy(weights: Weights) -> dict[str, Tensor]:
-    return {name: s.dense(torch.float64).clone() for unit in weights.values() for name, s in unit.items()}
+def make_optimizer(config: Config, units: Units, device: torch.device = CPU) -> Optimizer:
+    """The config's optimizer, with state for the units."""
+    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    optimizer.attach(units.values(), device)
+    return optimizer
+
+
+def dense_copy(units: Units) -> dict[str, Tensor]:
+    return {n: s.dense(torch.float64).clone() for unit in units.values() for n, s in unit.weights.items()}
 
 
 class Recorder:
@@ -65,16 +73,10 @@ class Recorder:
         self.accepted: dict[str, bool] = {}
 
     def update(
-        self,
-        unit: str,
-        weights: Mapping[str, Storage],
-        grads: Mapping[str, Tensor],
-        step: int,
-        schedule: float,
-        accepted: Tensor,
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
-        assert weights.keys() == grads.keys()
-        self.accepted[unit] = bool(accepted)
+        assert unit.weights.keys() == grads.keys()
+        self.accepted[unit.spec.name] = bool(accepted)
         for name, grad in grads.items():
             assert name not in self.grads, f"{name} was updated twice"
             self.grads[name] = grad.clone()

@@ -10,9 +10,19 @@ from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
 from lowres.memory import LiveTensors
-from lowres.model import Weights, units
+from lowres.model import Units, unit_specs
 from lowres.optim import Optimizer
-from tests.helpers import CPU, SMALL, Recorder, dense_copy, make_batch, make_config, make_weights
+from lowres.storage import Unit
+from tests.helpers import (
+    CPU,
+    SMALL,
+    Recorder,
+    dense_copy,
+    make_batch,
+    make_config,
+    make_optimizer,
+    make_units,
+)
 
 MODELS = {
     "plain": SMALL,
@@ -24,13 +34,13 @@ MODELS = {
 def gradients(
     engine_type: type,
     config: ModelConfig,
-    weights: Weights,
+    units: Units,
     micro_batch: int,
     dtype: torch.dtype,
     batch: Tensor,
 ) -> tuple[StepReport, dict[str, Tensor]]:
     recorder = Recorder()
-    engine = engine_type(config, weights, recorder, micro_batch, dtype, CPU, loss_chunk=50)
+    engine = engine_type(config, units, recorder, micro_batch, dtype, CPU, loss_chunk=50)
     return engine.step(batch, 0, 1.0), recorder.grads
 
 
@@ -39,14 +49,14 @@ def gradients(
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_equal_autograd(model: str, dtype: torch.dtype, tolerance: float, micro_batch: int) -> None:
     config = MODELS[model]
-    weights = make_weights(config, dtype=dtype)
+    units = make_units(config, dtype=dtype)
     batch = make_batch()
     batch[3, 10:] = IGNORED
-    report, grads = gradients(LayerwiseEngine, config, weights, micro_batch, dtype, batch)
-    wanted_report, wanted = gradients(AutogradEngine, config, weights, 7, dtype, batch)
+    report, grads = gradients(LayerwiseEngine, config, units, micro_batch, dtype, batch)
+    wanted_report, wanted = gradients(AutogradEngine, config, units, 7, dtype, batch)
     assert abs(report.loss - wanted_report.loss) < tolerance * wanted_report.loss
     assert abs(report.grad_norm - wanted_report.grad_norm) < 2 * tolerance * wanted_report.grad_norm
-    assert grads.keys() == wanted.keys() == {s.name for unit in units(config) for s in unit.tensors}
+    assert grads.keys() == wanted.keys() == {s.name for unit in unit_specs(config) for s in unit.tensors}
     for name, grad in grads.items():
         assert grad.dtype == dtype
         error = float((grad - wanted[name]).norm() / wanted[name].norm())
@@ -55,11 +65,11 @@ def test_gradients_equal_autograd(model: str, dtype: torch.dtype, tolerance: flo
 
 def test_loss_is_the_mean_over_valid_targets() -> None:
     """Not the mean of the micro-batches' means, which differs when they have unlike numbers of targets."""
-    weights = make_weights(SMALL)
+    units = make_units(SMALL)
     batch = make_batch()
     batch[0, 5:] = IGNORED
     batch[1, 2:] = IGNORED
-    engine = LayerwiseEngine(SMALL, weights, Recorder(), 2, torch.float32, CPU)
+    engine = LayerwiseEngine(SMALL, units, Recorder(), 2, torch.float32, CPU)
     total, count = engine.evaluate(batch)
     assert count == 5 * 32 + 4 + 1
     assert abs(engine.step(batch, 0, 1.0).loss - total / count) < 1e-6
@@ -67,14 +77,14 @@ def test_loss_is_the_mean_over_valid_targets() -> None:
 
 def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
     """With one sequence a micro-batch the sum of 64 gradients is as good as with all in one."""
-    weights = make_weights(SMALL)
+    units = make_units(SMALL)
     batch = make_batch(64)
     _, exact = gradients(
-        LayerwiseEngine, SMALL, make_weights(SMALL, dtype=torch.float64), 64, torch.float64, batch
+        LayerwiseEngine, SMALL, make_units(SMALL, dtype=torch.float64), 64, torch.float64, batch
     )
     errors = {}
     for micro_batch in (64, 1):
-        _, grads = gradients(LayerwiseEngine, SMALL, weights, micro_batch, torch.bfloat16, batch)
+        _, grads = gradients(LayerwiseEngine, SMALL, units, micro_batch, torch.bfloat16, batch)
         assert all(grad.dtype == torch.float32 for grad in grads.values())
         errors[micro_batch] = {n: float((g - exact[n]).norm() / exact[n].norm()) for n, g in grads.items()}
     for name, error in errors[1].items():
@@ -91,15 +101,15 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
     )
     results = []
     for engine_type, micro_batch in ((LayerwiseEngine, 2), (AutogradEngine, 7)):
-        weights = make_weights(config.model, dtype=torch.float64)
-        optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CPU)
-        for state in optimizer.state.values():
+        units = make_units(config.model, dtype=torch.float64)
+        optimizer = make_optimizer(config, units)
+        for state in (state for unit in units.values() for state in unit.state.values()):
             state.update({k: t.double() for k, t in state.items()})
-        engine = engine_type(config.model, weights, optimizer, micro_batch, torch.float64, CPU)
+        engine = engine_type(config.model, units, optimizer, micro_batch, torch.float64, CPU)
         for step in range(20):
             engine.step(make_batch(seed=step), step, 1.0)
-        results.append(dense_copy(weights))
-    start = dense_copy(make_weights(config.model))
+        results.append(dense_copy(units))
+    start = dense_copy(make_units(config.model))
     for key, value in results[0].items():
         moved = (value - start[key]).norm()
         assert moved > 0
@@ -110,9 +120,9 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
 @pytest.mark.parametrize("engine", ["layerwise", "autograd"])
 def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
     config = make_config(memory={"engine": engine, "weights": weights}, optim={"lr": 5e-3})
-    kept = make_weights(config.model, weights)
-    optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CPU)
-    made = make_engine(config, kept, optimizer, 3, CPU)
+    units = make_units(config.model, weights)
+    optimizer = make_optimizer(config, units)
+    made = make_engine(config, units, optimizer, 3, CPU)
     losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
 
@@ -120,46 +130,48 @@ def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
 @pytest.mark.parametrize("engine_type", [LayerwiseEngine, AutogradEngine])
 def test_a_loss_that_is_not_finite_changes_nothing(engine_type: type) -> None:
     config = make_config(optim={"weight_decay": 0.1})
-    weights = make_weights(config.model, "fp32")
-    optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CPU)
-    engine = engine_type(config.model, weights, optimizer, 4, torch.float32, CPU)
+    units = make_units(config.model, "fp32")
+    optimizer = make_optimizer(config, units)
+    engine = engine_type(config.model, units, optimizer, 4, torch.float32, CPU)
     engine.step(make_batch(), 0, 1.0)
-    norm = weights["head"]["model.norm.weight"].dense(torch.float32)
+    norm = units["head"].weights["model.norm.weight"].dense(torch.float32)
     kept = float(norm[3])
     norm[3] = torch.nan
-    before = dense_copy(weights)
-    state = {n: {k: t.clone() for k, t in s.items()} for n, s in optimizer.state.items()}
+    before = dense_copy(units)
+    state = {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
     report = engine.step(make_batch(seed=1), 1, 1.0)
     assert report.skipped == config.model.n_layers + 2
-    for name, value in dense_copy(weights).items():
+    for name, value in dense_copy(units).items():
         assert torch.equal(value.nan_to_num(9), before[name].nan_to_num(9)), name
-    for name, tensors in optimizer.state.items():
-        assert all(torch.equal(t, state[name][k]) for k, t in tensors.items()), name
+    for unit in units.values():
+        for name, tensor in unit.tensors().items():
+            assert torch.equal(tensor.nan_to_num(9), state[name].nan_to_num(9)), name
     norm[3] = kept
     assert engine.step(make_batch(seed=1), 2, 1.0).skipped == 0
-    assert all(int(count) == 2 for count in optimizer.updates.values())
+    assert all(int(unit.updates) == 2 for unit in units.values())
 
 
 def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
     config = make_config()
-    weights = make_weights(config.model)
+    units = make_units(config.model)
 
     class Poison(Optimizer):
         """After layer 2 is done, spoil layer 1's working weights as a numerical accident would."""
 
-        def update(self, unit: str, *arguments: Any) -> None:
+        def update(self, unit: Unit, *arguments: Any) -> None:
             super().update(unit, *arguments)
-            if unit == "layers.2":
-                weights["layers.1"]["model.layers.1.mlp.up_proj.weight"].dense(torch.float32)[0, 0] = (
+            if unit.spec.name == "layers.2":
+                units["layers.1"].weights["model.layers.1.mlp.up_proj.weight"].dense(torch.float32)[0, 0] = (
                     torch.inf
                 )
 
-    optimizer = Poison(config.optim, units(config.model), config.model.dim, 0, CPU)
-    engine = LayerwiseEngine(config.model, weights, optimizer, 4, torch.float32, CPU)
-    before = dense_copy(weights)
+    optimizer = Poison(config.optim, config.model.dim, 0)
+    optimizer.attach(units.values(), CPU)
+    engine = LayerwiseEngine(config.model, units, optimizer, 4, torch.float32, CPU)
+    before = dense_copy(units)
     report = engine.step(make_batch(), 0, 1.0)
     assert report.skipped == 3  # layers 1 and 0, embedding
-    after = dense_copy(weights)
+    after = dense_copy(units)
     for name in ("lm_head.weight", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"):
         assert after[name].isfinite().all() and not torch.equal(after[name], before[name])
     for name in (
@@ -175,10 +187,10 @@ def test_gradient_memory_does_not_grow_with_depth() -> None:
     extra = []
     for layers in (2, 8):
         config = make_config(model={"n_layers": layers, "dim": 128, "ffn_dim": 512})
-        weights = make_weights(config.model, "int8")
+        units = make_units(config.model, "int8")
         with LiveTensors() as live:
-            optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CPU)
-            engine = make_engine(config, weights, optimizer, 2, CPU)
+            optimizer = make_optimizer(config, units)
+            engine = make_engine(config, units, optimizer, 2, CPU)
             engine.step(make_batch(), 0, 1.0)
             live.peak = live.current
             before = live.current
@@ -191,20 +203,20 @@ def test_gradient_memory_does_not_grow_with_depth() -> None:
 
 def test_gradient_buffer_is_one_unit() -> None:
     config = make_config(model={"n_layers": 8}).model
-    engine = LayerwiseEngine(config, make_weights(config), Recorder(), 2, torch.float32, CPU)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), 2, torch.float32, CPU)
     pointers = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for g in engine._grads.values()
         for t in g.values()
     }
-    layer = sum(spec.numel for spec in units(config)[1].tensors)
+    layer = sum(spec.numel for spec in unit_specs(config)[1].tensors)
     assert list(pointers.values()) == [4 * layer]
 
 
 @pytest.mark.parametrize("engine_type", [LayerwiseEngine, AutogradEngine])
 def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> None:
-    weights = make_weights(SMALL)
-    engine = engine_type(SMALL, weights, None, 4, torch.float32, CPU)
+    units = make_units(SMALL)
+    engine = engine_type(SMALL, units, None, 4, torch.float32, CPU)
     batch = make_batch()
     logits = engine.logits(batch[:, :-1])
     assert logits.shape == (7, 300) and logits.dtype == torch.float32
@@ -216,7 +228,7 @@ def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> No
 
 def test_full_logits_never_exist() -> None:
     config = SMALL.model_copy(update={"vocab_size": 20000})
-    engine = LayerwiseEngine(config, make_weights(config), Recorder(), 8, torch.float32, CPU, loss_chunk=16)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), 8, torch.float32, CPU, loss_chunk=16)
     with LiveTensors() as live:
         engine.evaluate(make_batch(32))
     assert 0 < live.peak < 0.2 * 32 * 32 * 20000 * 4

@@ -7,9 +7,18 @@ import torch
 
 from lowres.engine import AutogradEngine, LayerwiseEngine, make_engine
 from lowres.memory import make_plan
-from lowres.model import empty_weights, initialize, units
-from lowres.optim import Optimizer
-from tests.helpers import CPU, SMALL, Recorder, dense_copy, lowres, make_batch, make_config, make_weights
+from lowres.model import empty_units, initialize
+from tests.helpers import (
+    CPU,
+    SMALL,
+    Recorder,
+    dense_copy,
+    lowres,
+    make_batch,
+    make_config,
+    make_optimizer,
+    make_units,
+)
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -20,12 +29,12 @@ CUDA = torch.device("cuda")
 )
 def test_gradients_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float) -> None:
     exact = Recorder()
-    AutogradEngine(SMALL, make_weights(SMALL, dtype=torch.float64), exact, 7, torch.float64, CPU).step(
+    AutogradEngine(SMALL, make_units(SMALL, dtype=torch.float64), exact, 7, torch.float64, CPU).step(
         make_batch(), 0, 1.0
     )
-    weights = make_weights(SMALL, dtype=torch.float64 if dtype == torch.float64 else None, device=CUDA)
+    units = make_units(SMALL, dtype=torch.float64 if dtype == torch.float64 else None, device=CUDA)
     recorder = Recorder()
-    engine = LayerwiseEngine(SMALL, weights, recorder, 3, dtype, CUDA, loss_chunk=50)
+    engine = LayerwiseEngine(SMALL, units, recorder, 3, dtype, CUDA, loss_chunk=50)
     engine.step(make_batch(), 0, 1.0)
     for name, grad in recorder.grads.items():
         wanted = exact.grads[name]
@@ -39,9 +48,8 @@ def test_the_gpu_trains_like_the_cpu(weights: str) -> None:
     config = make_config(memory={"weights": weights, "compute": "fp32"}, optim={"lr": 2e-3})
     losses = {}
     for device in (CPU, CUDA):
-        kept = make_weights(config.model, weights, device=device)
-        optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, device)
-        engine = make_engine(config, kept, optimizer, 3, device)
+        units = make_units(config.model, weights, device=device)
+        engine = make_engine(config, units, make_optimizer(config, units, device), 3, device)
         losses[device.type] = [engine.step(make_batch(seed=s), s, 1.0).loss for s in range(20)]
     for here, there in zip(losses["cpu"], losses["cuda"], strict=True):
         assert abs(here - there) < 0.02
@@ -49,9 +57,8 @@ def test_the_gpu_trains_like_the_cpu(weights: str) -> None:
 
 def test_a_step_waits_for_the_device_only_at_its_end() -> None:
     config = make_config(memory={"weights": "int8"})
-    kept = make_weights(config.model, "int8", device=CUDA)
-    optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CUDA)
-    engine = make_engine(config, kept, optimizer, 3, CUDA)
+    units = make_units(config.model, "int8", device=CUDA)
+    engine = make_engine(config, units, make_optimizer(config, units, CUDA), 3, CUDA)
     engine.step(make_batch(), 0, 1.0)
     torch.cuda.synchronize()
     waits = []
@@ -77,10 +84,9 @@ def test_the_plan_is_what_the_allocator_reports(weights: str, micro_batch: int) 
     plan = make_plan(config, CUDA)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    kept = empty_weights(config.model, weights, config.memory.embeddings_kept_in, CUDA)
-    initialize(kept, config.model, 0, CUDA)
-    optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CUDA)
-    engine = make_engine(config, kept, optimizer, micro_batch, CUDA)
+    units = empty_units(config.model, weights, config.memory.embeddings_kept_in, CUDA)
+    initialize(units, 0, CUDA)
+    engine = make_engine(config, units, make_optimizer(config, units, CUDA), micro_batch, CUDA)
     torch.cuda.reset_peak_memory_stats()
     for step in range(2):
         engine.step(make_batch(8, 1024, 32000), step, 1.0)
@@ -97,6 +103,6 @@ def test_train_and_resume_on_the_gpu(config: Path, tmp_path: Path) -> None:
 
 
 def test_equal_weights_on_both_devices() -> None:
-    here, there = make_weights(SMALL, "int8"), make_weights(SMALL, "int8", device=CUDA)
+    here, there = make_units(SMALL, "int8"), make_units(SMALL, "int8", device=CUDA)
     for name, value in dense_copy(here).items():
         assert torch.allclose(value, dense_copy(there)[name].cpu(), atol=1e-3), name

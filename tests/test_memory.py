@@ -9,9 +9,8 @@ import torch
 from lowres.config import load_config, parse_config
 from lowres.engine import make_engine
 from lowres.memory import GIB, LiveTensors, make_plan
-from lowres.model import empty_weights, initialize, units
-from lowres.optim import Optimizer
-from tests.helpers import CPU, make_batch, make_config
+from lowres.model import empty_units, initialize
+from tests.helpers import CPU, make_batch, make_config, make_optimizer
 
 CUDA = torch.device("cuda")  # planning needs no device
 MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 2000}
@@ -36,10 +35,9 @@ def test_the_plan_is_what_a_step_takes(
     )
     plan = make_plan(config, CPU)
     with LiveTensors() as live:
-        kept = empty_weights(config.model, weights, config.memory.embeddings_kept_in, CPU)
-        initialize(kept, config.model, 0, CPU)
-        optimizer = Optimizer(config.optim, units(config.model), config.model.dim, 0, CPU)
-        engine = make_engine(config, kept, optimizer, micro_batch, CPU)
+        units = empty_units(config.model, weights, config.memory.embeddings_kept_in, CPU)
+        initialize(units, 0, CPU)
+        engine = make_engine(config, units, make_optimizer(config, units), micro_batch, CPU)
         live.peak = live.current
         for step in range(2):
             engine.step(make_batch(8, 64, 2000), step, 1.0)

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowres.config import PRESETS, ModelConfig
-from lowres.model import Llama, empty_weights, initialize, units
+from lowres.model import Llama, empty_units, initialize, unit_specs
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -73,7 +73,7 @@ def test_gradients_equal_transformers(variant: str) -> None:
 
 def test_the_table_covers_the_module_exactly() -> None:
     for config in VARIANTS.values():
-        specs = [spec for unit in units(config) for spec in unit.tensors]
+        specs = [spec for unit in unit_specs(config) for spec in unit.tensors]
         names = [spec.name for spec in specs]
         parameters = dict(Llama(config).named_parameters())
         assert sorted(names) == sorted(parameters)
@@ -85,7 +85,7 @@ def test_the_table_covers_the_module_exactly() -> None:
 )
 def test_preset_sizes(preset: str, millions: float) -> None:
     config = ModelConfig.model_validate({"preset": preset})
-    count = sum(spec.numel for unit in units(config) for spec in unit.tensors)
+    count = sum(spec.numel for unit in unit_specs(config) for spec in unit.tensors)
     assert abs(count / 1e6 - millions) < 0.1
     assert preset in PRESETS
 
@@ -94,9 +94,9 @@ def test_initial_values_are_named_by_seed_and_tensor() -> None:
     config = VARIANTS["plain"]
 
     def values(seed: int, kind: str = "fp32") -> dict[str, torch.Tensor]:
-        weights = empty_weights(config, kind, "fp32", CPU)
-        initialize(weights, config, seed, CPU)
-        return {n: s.dense(torch.float32).clone() for u in weights.values() for n, s in u.items()}
+        units = empty_units(config, kind, "fp32", CPU)
+        initialize(units, seed, CPU)
+        return {n: s.dense(torch.float32).clone() for u in units.values() for n, s in u.weights.items()}
 
     first, again, other = values(0), values(0), values(1)
     for name, value in first.items():

@@ -15,7 +15,7 @@ from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
 from lowres.engine.common import StepReport
 from lowres.engine.layerwise import LayerwiseEngine
-from lowres.model import Weights
+from lowres.model import Units
 from lowres.optim import Optimizer
 from lowres.storage import compute_dtype
 
@@ -39,14 +39,14 @@ class Engine(Protocol):
 
 
 def make_engine(
-    config: Config, weights: Weights, optimizer: Optimizer | None, micro_batch: int, device: torch.device
+    config: Config, units: Units, optimizer: Optimizer | None, micro_batch: int, device: torch.device
 ) -> Engine:
     """The engine of a run. Without an optimizer it can only evaluate."""
     dtype = compute_dtype(config.memory.compute, device)
     if config.memory.engine == "autograd":
         return AutogradEngine(
             config.model,
-            weights,
+            units,
             optimizer,
             micro_batch,
             dtype,
@@ -55,5 +55,5 @@ def make_engine(
             config.optim.grad_clip,
         )
     return LayerwiseEngine(
-        config.model, weights, optimizer, micro_batch, dtype, device, config.memory.loss_chunk
+        config.model, units, optimizer, micro_batch, dtype, device, config.memory.loss_chunk
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
-from lowres.model import Llama, Weights
+from lowres.model import Llama, Units
 
 
 class AutogradEngine:
@@ -20,7 +20,7 @@ class AutogradEngine:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        units: Units,
         optimizer: Updater | None,
         micro_batch: int,
         compute: torch.dtype,
@@ -28,7 +28,7 @@ class AutogradEngine:
         loss_chunk: int = 1024,
         grad_clip: float = 0.0,
     ) -> None:
-        self.weights, self.optimizer = weights, optimizer
+        self.units, self.optimizer = units, optimizer
         self.micro_batch, self.device, self.loss_chunk, self.grad_clip = (
             micro_batch,
             device,
@@ -42,13 +42,13 @@ class AutogradEngine:
             if parameter.dim() == 2 or compute == torch.float64:
                 parameter.data = parameter.data.to(compute)
             parameter.requires_grad_(optimizer is not None)
-            assert any(name in unit for unit in weights.values()), f"{name} has no storage"
+            assert any(name in unit.weights for unit in units.values()), f"{name} has no storage"
 
     @torch.no_grad()
     def _load(self) -> None:
         """Bring the module up to date with the stored weights."""
-        for unit in self.weights.values():
-            for name, storage in unit.items():
+        for unit in self.units.values():
+            for name, storage in unit.weights.items():
                 parameter = self.model.get_parameter(name)
                 parameter.copy_(storage.dense(parameter.dtype))
 
@@ -80,11 +80,11 @@ class AutogradEngine:
             shrink = (self.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():
                 grad.mul_(shrink)
-        for unit in reversed(self.weights):
-            own = {name: grads[name] for name in self.weights[unit]}
-            self.optimizer.update(unit, self.weights[unit], own, step, schedule, accepted)
+        for unit in reversed(self.units.values()):
+            own = {name: grads[name] for name in unit.weights}
+            self.optimizer.update(unit, own, step, schedule, accepted)
         numbers = torch.stack([loss, squares.sqrt(), accepted.double()]).tolist()
-        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self.weights))
+        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self.units))
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from lowres.data.batches import IGNORED, inputs_and_targets
-from lowres.storage import Storage
+from lowres.storage import Unit
 
 
 class Updater(Protocol):
     """What an engine needs of an optimizer; see `lowres.optim.Optimizer.update`."""
 
     def update(
-        self,
-        unit: str,
-        weights: Mapping[str, Storage],
-        grads: Mapping[str, Tensor],
-        step: int,
-        schedule: float,
-        accepted: Tensor,
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None: ...
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
-from lowres.model import EMBEDDING, Weights, block, block_body, rms_norm, rope_tables, units
+from lowres.model import EMBEDDING, Units, block, block_body, rms_norm, rope_tables
 
 ALIGNMENT = 64  # elements between tensors in the gradient buffer, so that every view is aligned
 
@@ -85,18 +85,17 @@ class LayerwiseEngine:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        units: Units,
         optimizer: Updater | None,
         micro_batch: int,
         compute: torch.dtype,
         device: torch.device,
         loss_chunk: int = 1024,
     ) -> None:
-        self.config, self.weights, self.optimizer = config, weights, optimizer
+        self.config, self.units, self.optimizer = config, units, optimizer
         self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
         self.compute, self.device = compute, device
-        self.layers = [f"layers.{i}" for i in range(config.n_layers)]
-        self._specs = {unit.name: unit.tensors for unit in units(config)}
+        self.layers = [name for name in units if name not in ("embed", "head")]
         # the tied embedding collects its gradient from the head's use until the embedding's own
         self._grads = self._gradient_buffers() if optimizer is not None else {}
 
@@ -104,16 +103,16 @@ class LayerwiseEngine:
         """fp32 gradients of every unit as views of one buffer of the largest unit's size. A tied
         embedding has one of its own, as its gradient is alive while the layers use the other."""
         dtype = torch.promote_types(self.compute, torch.float32)
-        sizes = {name: sum(_aligned(s.numel) for s in specs) for name, specs in self._specs.items()}
+        sizes = {name: sum(_aligned(s.numel) for s in u.spec.tensors) for name, u in self.units.items()}
         own = ["embed"] if self.config.tie_embeddings else []
         shared = torch.empty(
             max(s for n, s in sizes.items() if n not in own), dtype=dtype, device=self.device
         )
         buffers = {}
-        for name, specs in self._specs.items():
+        for name, unit in self.units.items():
             flat = torch.empty(sizes[name], dtype=dtype, device=self.device) if name in own else shared
             views, start = {}, 0
-            for spec in specs:
+            for spec in unit.spec.tensors:
                 views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
                 start += _aligned(spec.numel)
             buffers[name] = views
@@ -125,8 +124,8 @@ class LayerwiseEngine:
     def _visit(self, unit: str, grads: bool = False) -> Iterator[dict[str, Any]]:
         """The weights of a unit by role, ready for use; with `grads`, also their zeroed buffers."""
         working: dict[str, Any] = {}
-        for spec in self._specs[unit]:
-            storage = self.weights[unit][spec.name]
+        for spec in self.units[unit].spec.tensors:
+            storage = self.units[unit].weights[spec.name]
             grad = self._grads[unit][spec.name].zero_() if grads else None
             if len(spec.shape) == 2:
                 working[spec.role] = WorkingMatrix(storage.dense(self.compute), grad)
@@ -140,7 +139,7 @@ class LayerwiseEngine:
     # forward
 
     def _embed(self, inputs: list[Tensor]) -> list[Tensor]:
-        table = self.weights["embed"][EMBEDDING]
+        table = self.units["embed"].weights[EMBEDDING]
         return [table.rows(tokens, self.compute) for tokens in inputs]
 
     def _forward(self, inputs: list[Tensor], stash: list[list[Tensor]] | None) -> list[Tensor]:
@@ -160,7 +159,7 @@ class LayerwiseEngine:
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
             return working["head"]
-        table = self.weights["embed"][EMBEDDING]
+        table = self.units["embed"].weights[EMBEDDING]
         return WorkingMatrix(table.dense(self.compute), grad)
 
     def _loss(self, x: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -240,7 +239,7 @@ class LayerwiseEngine:
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
-        for unit in ["head", *reversed(self.layers), "embed"]:
+        for unit in reversed(self.units):
             if unit == "embed":
                 self._backward_embedding(inputs, x)
             elif unit != "head":
@@ -249,11 +248,11 @@ class LayerwiseEngine:
             square = sum_of_squares(grads)
             squares += square
             accepted = accepted & square.isfinite()
-            self.optimizer.update(unit, self.weights[unit], grads, step, schedule, accepted)
+            self.optimizer.update(self.units[unit], grads, step, schedule, accepted)
             updated += accepted
         # the only wait for the device
         numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
-        return StepReport(numbers[0], numbers[1], len(self._specs) - int(numbers[2]))
+        return StepReport(numbers[0], numbers[1], len(self.units) - int(numbers[2]))
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:

@@ -5,7 +5,7 @@ Matrices of the blocks take the rule the config names; embedding, head and norms
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from lowres import rng
 from lowres.config import OptimConfig
 from lowres.optim.adamw import AdamW
 from lowres.optim.apollo import Apollo
-from lowres.optim.base import Clock, Rule, State, new_state
-from lowres.storage import MATRIX_ROLES, Storage, TensorSpec, UnitSpec
+from lowres.optim.base import Clock, Rule, State
+from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit
 
 __all__ = ["AdamW", "Apollo", "Clock", "Optimizer", "Rule", "State", "make_rule"]
 
@@ -25,6 +25,7 @@ __all__ = ["AdamW", "Apollo", "Clock", "Optimizer", "Rule", "State", "make_rule"
 class Group:
     """Tensors that share a rule, a learning rate and a weight decay."""
 
+    roles: tuple[str, ...]
     rule: Rule
     lr: float
     weight_decay: float
@@ -49,70 +50,65 @@ def make_rule(config: OptimConfig, dim: int, seed: int) -> Rule:
 
 
 class Optimizer:
-    """All update rules and all state of a run; an engine calls `update` once a unit and step."""
+    """All update rules of a run. State lives in the units; an engine calls `update` once a unit and step."""
 
-    def __init__(
-        self, config: OptimConfig, units: list[UnitSpec], dim: int, seed: int, device: torch.device
-    ) -> None:
+    def __init__(self, config: OptimConfig, dim: int, seed: int) -> None:
         assert config.lr is not None and config.eps is not None
         self.seed = seed
         adamw = AdamW(config.betas, config.eps)
-        self._groups = {
-            "matrices": Group(make_rule(config, dim, seed), config.lr, config.weight_decay),
-            "embeddings": Group(adamw, config.embed_lr or config.lr, config.weight_decay),
-            "norms": Group(adamw, config.lr, 0.0),
-        }
-        specs = [spec for unit in units for spec in unit.tensors]
-        self._group_of = {spec.name: group_name(spec) for spec in specs}
-        assert len(self._group_of) == len(specs), "a tensor in two units"
-        self.state: dict[str, State] = {
-            spec.name: new_state(self._rule(spec.name), spec.shape, device) for spec in specs
-        }
-        self.updates = {unit.name: torch.zeros((), dtype=torch.int64, device=device) for unit in units}
+        embed_lr = config.embed_lr or config.lr
+        self.groups = (
+            Group(MATRIX_ROLES, make_rule(config, dim, seed), config.lr, config.weight_decay),
+            Group(EMBEDDING_ROLES, adamw, embed_lr, config.weight_decay),
+            Group(NORM_ROLES, adamw, config.lr, 0.0),
+        )
 
-    def _rule(self, name: str) -> Rule:
-        return self._groups[self._group_of[name]].rule
+    def group_of(self, spec: TensorSpec) -> Group:
+        """The one group that a tensor belongs to, by its role."""
+        (group,) = (group for group in self.groups if spec.role in group.roles)
+        return group
+
+    def attach(self, units: Iterable[Unit], device: torch.device) -> None:
+        """Give every weight its state before the first update."""
+        for unit in units:
+            for spec in unit.spec.tensors:
+                shapes = self.group_of(spec).rule.state_shapes(spec.shape)
+                unit.state[spec.name] = {
+                    key: torch.zeros(shape, device=device) for key, shape in shapes.items()
+                }
 
     def update(
-        self,
-        unit: str,
-        weights: Mapping[str, Storage],
-        grads: Mapping[str, Tensor],
-        step: int,
-        schedule: float,
-        accepted: Tensor,
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
         """Update the weights of a unit in place from its fp32 gradients, which are overwritten.
 
         step: completed steps before this one. schedule: factor on the peak learning rates.
         accepted: bool scalar on the device; if false neither weights nor state change.
         """
-        assert weights.keys() == grads.keys(), f"{unit}: gradients and weights differ"
-        self.updates[unit] += accepted
-        clock = Clock(step, self.updates[unit], accepted)
+        assert grads.keys() == unit.weights.keys(), f"{unit.spec.name}: gradients and weights differ"
+        unit.updates += accepted
+        clock = Clock(step, unit.updates, accepted)
         for grad in grads.values():
             grad.masked_fill_(~accepted, 0.0)
-        for group_name, group in self._groups.items():
-            names = [name for name in weights if self._group_of[name] == group_name]
-            if not names:
-                continue
-            lr = group.lr * schedule
-            directions = [grads[name] for name in names]
-            states = [self.state[name] for name in names]
-            factors = group.rule.directions(names, directions, states, lr, clock)
-            decay = lr * group.weight_decay * accepted.float() if group.weight_decay else None
-            for name, direction, factor in zip(names, directions, factors, strict=True):
-                key = rng.make_key(self.seed, "rounding", name, step)
-                weights[name].apply(direction, factor, decay, key)
+        for group in self.groups:
+            specs = [spec for spec in unit.spec.tensors if spec.role in group.roles]
+            if specs:
+                self._update_group(group, unit, specs, grads, schedule, clock)
 
-    def tensors(self, unit: str, weights: Mapping[str, Storage]) -> dict[str, Tensor]:
-        """State of a unit as a checkpoint stores it: by weight name and key, and the unit's count."""
-        found = {f"{name}.{key}": t for name in weights for key, t in self.state[name].items()}
-        return found | {f"{unit}.updates": self.updates[unit]}
-
-
-def group_name(spec: TensorSpec) -> str:
-    """The group of a tensor, by its role."""
-    if spec.role in MATRIX_ROLES:
-        return "matrices"
-    return "embeddings" if spec.role in ("embedding", "head") else "norms"
+    def _update_group(
+        self,
+        group: Group,
+        unit: Unit,
+        specs: list[TensorSpec],
+        grads: Mapping[str, Tensor],
+        schedule: float,
+        clock: Clock,
+    ) -> None:
+        lr = group.lr * schedule
+        directions = [grads[spec.name] for spec in specs]
+        states = [unit.state[spec.name] for spec in specs]
+        factors = group.rule.directions(specs, directions, states, lr, clock)
+        decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
+        for spec, direction, factor in zip(specs, directions, factors, strict=True):
+            key = rng.make_key(self.seed, "rounding", spec.name, clock.step)
+            unit.weights[spec.name].apply(direction, factor, decay, key)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowres.optim.base import Clock, State
+from lowres.storage import TensorSpec
 
 
 class AdamW:
@@ -18,7 +19,7 @@ class AdamW:
         return {"exp_avg": shape, "exp_avg_sq": shape}
 
     def directions(
-        self, names: list[str], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
         weight1, weight2 = clock.moment_weights(self.betas)
         correction1, correction2 = clock.bias_corrections(self.betas)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.optim.base import Clock, State
+from lowres.storage import TensorSpec
 
 GROWTH = 1.01  # the limiter's gamma
 SLOWEST_FALL = 0.5
@@ -61,14 +62,14 @@ class Apollo:
         return self._drawn[name][1]
 
     def directions(
-        self, names: list[str], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
         weight1, weight2 = clock.moment_weights(self.betas)
         correction1, correction2 = clock.bias_corrections(self.betas)
         rate = lr * correction2.sqrt() / correction1 * clock.accepted
         return [
-            rate * self._factor(name, grad, state, clock, weight1, weight2)
-            for name, grad, state in zip(names, grads, states, strict=True)
+            rate * self._factor(spec.name, grad, state, clock, weight1, weight2)
+            for spec, grad, state in zip(specs, grads, states, strict=True)
         ]
 
     def _factor(

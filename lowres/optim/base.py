@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+from lowres.storage import TensorSpec
 
 State = dict[str, Tensor]
 
@@ -53,15 +54,10 @@ class Rule(Protocol):
         """Shapes of the fp32 state tensors of a weight of this shape; they start at zero."""
 
     def directions(
-        self, names: list[str], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
         """Phase one for some tensors of a unit.
 
         grads are fp32 and become the directions. Returns a factor for each, learning rate included:
         fp32, scalar or one per row [m, 1] or column [1, n].
         """
-
-
-def new_state(rule: Rule, shape: tuple[int, ...], device: torch.device) -> State:
-    """A weight's state before its first update."""
-    return {key: torch.zeros(s, device=device) for key, s in rule.state_shapes(shape).items()}
