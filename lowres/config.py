@@ -283,6 +283,12 @@ class MemoryConfig(Section):
     """Storage of embedding and head; auto: fp32 beside fp32 weights, else bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
     """Number format of activations and products; auto: bf16 on CUDA, fp32 on CPU."""
+    weights_on: Literal["gpu", "host", "auto"] = resumable("gpu")
+    """Where weights live between visits."""
+    state_on: Literal["gpu", "host", "auto"] = resumable("gpu")
+    """Where optimizer state lives between visits."""
+    stash_on: Literal["gpu", "host", "auto"] = resumable("gpu")
+    """Where the inputs of the layers wait for the backward pass."""
     loss_chunk: Positive = resumable(1024)
     """Tokens whose logits exist at one time."""
     budget_gib: Rate | None = resumable(None)
@@ -296,6 +302,9 @@ class MemoryConfig(Section):
             raise ValueError("engine: 'deepspeed' is not built yet; use layerwise or autograd")
         if self.compute == "int8":
             raise ValueError("compute: 'int8' is not built yet; use auto, bf16 or fp32")
+        for key in ("weights_on", "state_on", "stash_on"):
+            if getattr(self, key) != "gpu":
+                raise ValueError(f"{key}: {getattr(self, key)!r} is not built yet; use gpu")
         return self
 
     @property

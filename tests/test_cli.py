@@ -274,6 +274,7 @@ BAD_CONFIGS = {
     "unknown preset": ("model.preset=8b", "model.preset: '8b' is not known"),
     "unknown optimizer": ("optim.name=adam", "optim.name: 'adam' is not known; use one of"),
     "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
+    "residency is not built": ("memory.stash_on=host", "memory.stash_on: 'host' is not built yet; use gpu"),
     "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
     "no CUDA device": ("run.device=cuda", "run.device: no CUDA device is available"),
     "sequence longer than the data": (

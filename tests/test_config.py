@@ -45,7 +45,8 @@ SURFACE = {
         "checkpoint_every",
     }
     | {"keep_checkpoints"},
-    "memory": {"engine", "weights", "embeddings", "compute", "loss_chunk", "budget_gib", "host_budget_gib"},
+    "memory": {"engine", "weights", "embeddings", "compute", "loss_chunk", "budget_gib", "host_budget_gib"}
+    | {"weights_on", "state_on", "stash_on"},
     "log": {"progress", "sample_prompt", "sample_tokens"},
 }
 
