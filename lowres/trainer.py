@@ -148,9 +148,9 @@ def _due(step: int, every: int, total: int) -> bool:
 def _is_finished(config: Config, folder: Path) -> bool:
     try:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
-    except (OSError, ValueError):
+        return bool(summary["step"] >= config.train.total_steps)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return bool(summary["step"] >= config.train.total_steps)
 
 
 def _say(line: str) -> None:
@@ -160,7 +160,7 @@ def _say(line: str) -> None:
 def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     """Check everything, then build the run: from its newest valid checkpoint, or from nothing."""
     device = pick_device(config)
-    found, damaged = _find_checkpoint(config, folder, resume)
+    found, damaged = _find_checkpoint(folder, resume)
     data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
     if resume:
@@ -202,7 +202,7 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     return run, step
 
 
-def _find_checkpoint(config: Config, folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
+def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"--resume: {folder} is no run; start one without --resume")
