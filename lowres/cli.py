@@ -27,17 +27,20 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         parsed.command(parsed)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
     except UserError as error:
         print(f"lowres: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a disk or a permission; the text names the file
+        print(f"lowres: {error}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print(
             "lowres: interrupted; a run continues with --resume, data prepare by running it again",
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
     return 0
 
 

@@ -203,6 +203,8 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run: {folder} is a file; give a folder")
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"--resume: {folder} is no run; start one without --resume")

@@ -338,6 +338,11 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
         )
         fails("data", "prepare", tmp_path / name, tmp_path / "out", saying=name, run=False)
         assert not (tmp_path / "out").exists() and not (tmp_path / "c").exists()
+    (tmp_path / "file").write_text("")
+    refused = lowres("train", config, "--run", tmp_path / "file", code=2).stderr
+    assert "file is a file; give a folder" in refused
+    refused = lowres("train", config, "--run", tmp_path / "file" / "run", code=2).stderr
+    assert str(tmp_path / "file") in refused and len(refused.splitlines()) == 1
     fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is no run", run=False)
     fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)
 
