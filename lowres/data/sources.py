@@ -110,7 +110,7 @@ def _files(source: str) -> list[tuple[str, Path]]:
     elif glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))
         files = [(name, Path(name)) for name in matches if _kind(Path(name)) and Path(name).is_file()]
-        where = "matches"
+        where = "among what it matches"
     else:
         raise UserError(
             f"{source}: no such file or folder; data.source is stdlib, a path, a glob or hf:<dataset>"
