@@ -226,6 +226,8 @@ def _layerwise(
     chunk = min(config.memory.loss_chunk, micro_batch * seq)
     row_chunk = CHUNK_CUDA if device.type == "cuda" else CHUNK_CPU
     largest = max(s.numel for tensors in model_units.values() for s in tensors)
+    # a bf16 product exists in fp32 before it is added to the gradient; on a CPU in bf16 before that too
+    product = 0 if width == 4 else (4 if device.type == "cuda" else 6)
     found = [
         Component("gradient buffer", "gpu", 4 * (shared + (numel["embed"] if tied else 0))),
         Component("stash", "gpu", boundary * model.n_layers),
@@ -234,6 +236,13 @@ def _layerwise(
         Component(
             "activations inside a layer", "gpu", _activations(config, micro_batch * seq, width), "backward"
         ),
+        Component(
+            "weight gradient before it is added",
+            "gpu",
+            product * max(s.numel for s in model_units["layers.0"]),
+            "backward",
+        ),
+        Component("head's gradient before it is added", "gpu", product * model.vocab * model.dim, "loss"),
         Component("head in compute precision", "gpu", copies("embed" if tied else "head"), "loss"),
         Component("loss chunk", "gpu", chunk * model.vocab * (4 + (0 if width == 4 else width)), "loss"),
         Component("update workspace", "gpu", 6 * 4 * min(row_chunk, largest), "update"),

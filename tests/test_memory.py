@@ -16,7 +16,7 @@ CUDA = torch.device("cuda")  # planning needs no device
 MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 2000}
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp32"])
+@pytest.mark.parametrize("weights, compute", [("int8", "fp32"), ("fp32", "fp32"), ("int8", "bf16")])
 @pytest.mark.parametrize(
     "changed", [{}, {"n_layers": 8}, {"vocab_size": 8000}, {"tie_embeddings": True}, {"n_kv_heads": 1}]
 )
@@ -24,13 +24,13 @@ MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 
     "micro_batch, name", [(1, "apollo-mini"), (4, "apollo-mini"), (4, "adamw"), (8, "adamw")]
 )
 def test_the_plan_is_what_a_step_takes(
-    weights: str, changed: dict[str, object], micro_batch: int, name: str
+    weights: str, compute: str, changed: dict[str, object], micro_batch: int, name: str
 ) -> None:
     config = make_config(
         model=MODEL | changed,
         data={"seq_len": 64},
         train={"batch_tokens": 8 * 64, "micro_batch": micro_batch},
-        memory={"weights": weights, "loss_chunk": 256},
+        memory={"weights": weights, "loss_chunk": 256, "compute": compute},
         optim={"name": name},
     )
     plan = make_plan(config, CPU)
