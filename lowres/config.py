@@ -283,18 +283,35 @@ class MemoryConfig(Section):
     """Storage of embedding and head; auto: fp32 beside fp32 weights, else bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
     """Number format of activations and products; auto: bf16 on CUDA, fp32 on CPU."""
-    weights_on: Literal["gpu", "host", "auto"] = resumable("gpu")
-    """Where weights live between visits."""
-    state_on: Literal["gpu", "host", "auto"] = resumable("gpu")
-    """Where optimizer state lives between visits."""
-    stash_on: Literal["gpu", "host", "auto"] = resumable("gpu")
+    moments: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Optimizer moments with a number for every element of a matrix (AdamW's two, Adam-mini's first; also
+    of embedding and head beside apollo). int8: in blocks of 256, with bitsandbytes."""
+    master: Literal["none", "host"] = "none"
+    """host: a more precise copy of the block matrices there takes the updates, so that the weights on the
+    GPU are rounded to nearest from it and no update is lost."""
+    master_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the master copy; bf16 is rounded stochastically."""
+    weights_on: Literal["gpu", "host", "auto"] = resumable("auto")
+    """Where weights live between visits; auto: on the GPU, and as many units on the host as the budget asks."""
+    state_on: Literal["gpu", "host", "auto"] = resumable("auto")
+    """Where optimizer state lives between visits; with a master copy, host."""
+    stash_on: Literal["gpu", "host", "auto"] = resumable("auto")
     """Where the inputs of the layers wait for the backward pass."""
+    carry_on: Literal["gpu", "host", "auto"] = resumable("auto")
+    """Where the boundary that moves lives: the last layer's output, then the gradient on its way down."""
+    stash_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    """Number format of the stash; auto: that of compute, without loss. int8: groups of 32 with a scale."""
+    band: Positive | Literal["auto"] = resumable("auto")
+    """Layers that are recomputed together: the stash is divided by it, gradient buffer and activations are
+    multiplied. auto: 1 if that fits, else 2, 4 or 8."""
     loss_chunk: Positive = resumable(1024)
     """Tokens whose logits exist at one time."""
     budget_gib: Rate | None = resumable(None)
     """GPU memory that the run may take; default: what the device has."""
     host_budget_gib: Rate | None = resumable(None)
     """Host memory that the run may take; default: what the machine has."""
+    rehearse: bool | Literal["auto"] = resumable("auto")
+    """Rehearse the largest training, evaluation and saving step before the first; auto: on CUDA."""
 
     @model_validator(mode="after")
     def _built(self) -> MemoryConfig:
@@ -302,9 +319,19 @@ class MemoryConfig(Section):
             raise ValueError("engine: 'deepspeed' is not built yet; use layerwise or autograd")
         if self.compute == "int8":
             raise ValueError("compute: 'int8' is not built yet; use auto, bf16 or fp32")
-        for key in ("weights_on", "state_on", "stash_on"):
-            if getattr(self, key) != "gpu":
-                raise ValueError(f"{key}: {getattr(self, key)!r} is not built yet; use gpu")
+        if self.engine == "autograd":
+            for key in ("weights_on", "state_on", "stash_on", "carry_on"):
+                if getattr(self, key) == "host":
+                    raise ValueError(
+                        f"{key}: the autograd engine keeps everything on the GPU; use gpu or engine=layerwise"
+                    )
+            if self.master != "none" or self.stash_dtype != "auto":
+                key = "master" if self.master != "none" else "stash_dtype"
+                raise ValueError(f"{key}: only the layerwise engine has one; leave it out or change engine")
+        if self.master != "none" and self.state_on == "gpu":
+            raise ValueError("state_on: a master copy lives in host memory; use host or auto, or master=none")
+        if self.master != "none" and self.weights == "fp32":
+            raise ValueError("master: fp32 weights need no master copy; use weights=int8 or bf16")
         return self
 
     @property
@@ -348,7 +375,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_clip(self) -> Config:
+    def _check_engine(self) -> Config:
+        if self.memory.stash_dtype == "int8" and self.model.dim % 32:
+            raise ValueError(
+                f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {self.model.dim} is not a "
+                "multiple of 32; use auto or bf16"
+            )
         if self.optim.grad_clip and self.memory.engine == "layerwise":
             raise ValueError(
                 "optim.grad_clip: the layerwise engine has no global gradient norm before its first update; "
@@ -390,6 +422,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     for section in Config.model_fields:
         if section in values and not isinstance(values[section], dict):
             raise UserError(f"config {path}: {section} must be a section, written [{section}]")
+    keys = {override.partition("=")[0].strip() for override in overrides or []}
+    if "data.source" in keys and isinstance(values.get("data"), dict):
+        values["data"].pop("val_source", None)  # it belongs to the source in the file
     for override in overrides or []:
         _apply_override(values, override)
     return parse_config(values, str(path))

@@ -1,37 +1,51 @@
 """The plan: how many bytes each component of a run takes on GPU, host and disk, before any exists.
 
-Sizes of tensors at rest follow from their specifications and are exact. What lives only for a while
-(activations inside a layer, the loss chunk) is counted for the moment when it is largest, and belongs
-to a phase; the peak is everything that stays plus the largest phase. `LiveTensors` measures the same
-quantity on the CPU.
+Slabs follow from the specifications and are exact. What lives only for a while (activations inside a
+layer, the loss chunk) is counted for the moment when it is largest, and belongs to a phase of the step;
+the peak is everything that stays plus the largest phase. `lowres.meter` measures the same quantities.
 
-On a machine without a GPU the same tensors live in host memory; the plan still says what the GPU
-would need, so that a run can be planned anywhere.
+The plan also decides what the config leaves open: the micro-batch, the band, and what lives in host
+memory. On a machine without a GPU the same tensors live in the same memory; the plan still says what
+the GPU would need, so that a run can be planned anywhere.
 """
 
 from __future__ import annotations
 
 import os
-import resource
-import sys
-import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowres.config import Config
+from lowres.checkpoint import BOUNCE_BYTES
+from lowres.config import Config, ModelConfig
+from lowres.engine.boundaries import boundary_bytes, make_encoding
+from lowres.engine.layerwise import ALIGNMENT, PRODUCT_CHUNK
+from lowres.engine.residence import Visit, slot_bytes
 from lowres.errors import DoesNotFit
-from lowres.model import storage_kind, unit_specs
-from lowres.optim import Optimizer
-from lowres.storage import CHUNK_CPU, CHUNK_CUDA, MATRIX_ROLES, TensorSpec, compute_dtype
+from lowres.model import storage_kinds, unit_specs
+from lowres.optim import Optimizer, make_optimizer
+from lowres.rooms import GPU, HOST, Homes
+from lowres.storage import (
+    CHUNK_CPU,
+    CHUNK_CUDA,
+    MASTER,
+    MATRIX_ROLES,
+    UnitSpec,
+    compute_dtype,
+    field_bytes,
+    state_fields,
+    weight_fields,
+)
 
 GIB = 1 << 30
+DISK = "disk"
 # tokens in a micro-batch beyond which a matrix product is no faster
 USEFUL_TOKENS = {"cuda": 8192, "cpu": 2048}
+BANDS = (1, 2, 4, 8)
+# what cuBLAS takes for itself, at most: PyTorch gives it 32 MiB on Hopper and 8 MiB elsewhere
+CUBLAS_WORKSPACE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,14 +59,27 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What the config may leave to the plan."""
+
+    micro_batch: int
+    band: int
+    homes: Homes
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All components of a run and the numbers that were derived for it."""
+    """All components of a run and what was chosen for it."""
 
     components: tuple[Component, ...]
+    choice: Choice
     parameters: int
     batch_tokens: int
-    micro_batch: int
     budgets: dict[str, int | None]  # bytes by room; None is no limit
+
+    @property
+    def micro_batch(self) -> int:
+        return self.choice.micro_batch
 
     def peak(self, room: str) -> int:
         """Bytes in a room when it is fullest."""
@@ -62,32 +89,47 @@ class Plan:
             (sum(c.bytes for c in own if c.phase == phase) for phase in phases), default=0
         )
 
+    def size(self, name: str, room: str | None = None) -> int:
+        """Bytes of a component, in one room or in all."""
+        return sum(c.bytes for c in self.components if c.name == name and room in (None, c.room))
+
     @property
     def problems(self) -> list[str]:
         """What does not fit, and what to change; a line each."""
         found = []
-        for room, key in (("gpu", "memory.budget_gib"), ("host", "memory.host_budget_gib")):
-            budget = self.budgets[room]
-            if budget is not None and self.peak(room) > budget:
+        for room, key in ((GPU, "memory.budget_gib"), (HOST, "memory.host_budget_gib")):
+            budget, peak = self.budgets[room], self.peak(room)
+            if budget is not None and peak > budget:
                 largest = max((c for c in self.components if c.room == room), key=lambda c: c.bytes)
                 found.append(
-                    f"{key}: the run needs {self.peak(room) / GIB:.2f} GiB of {room} memory, the budget is "
+                    f"{key}: the run needs {peak / GIB:.2f} GiB of {room} memory, there are "
                     f"{budget / GIB:.2f} GiB; the largest part is the {largest.name} "
-                    f"({largest.bytes / GIB:.2f} GiB); lower train.micro_batch or train.batch_tokens"
+                    f"({largest.bytes / GIB:.2f} GiB); {_REMEDIES.get(largest.name, _SMALLER)}"
                 )
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for `lowres plan --json`."""
         return {
-            "gpu_peak_bytes": self.peak("gpu"),
-            "host_peak_bytes": self.peak("host"),
-            "disk_bytes_per_checkpoint": self.peak("disk"),
+            "gpu_peak_bytes": self.peak(GPU),
+            "host_peak_bytes": self.peak(HOST),
+            "disk_bytes_per_checkpoint": self.peak(DISK),
             "components": [vars(c) for c in self.components],
             "fits": not self.problems,
             "parameters": self.parameters,
             "tokens_per_step": self.batch_tokens,
-            "micro_batch": self.micro_batch,
+            "micro_batch": self.choice.micro_batch,
+            "band": self.choice.band,
+            "on_host": self._on_host(),
+        }
+
+    def _on_host(self) -> dict[str, Any]:
+        homes = self.choice.homes
+        return {
+            "weights": sorted(homes.weights),
+            "state": sorted(homes.state),
+            "stash": homes.stash,
+            "carry": homes.carry,
         }
 
     def table(self) -> str:
@@ -95,50 +137,50 @@ class Plan:
         lines = [f"{'component':<38}{'room':<6}{'GiB':>10}   alive"]
         for c in self.components:
             lines.append(f"{c.name:<38}{c.room:<6}{c.bytes / GIB:>10.3f}   {c.phase or 'always'}")
-        for room in ("gpu", "host", "disk"):
+        for room in (GPU, HOST, DISK):
             budget = self.budgets.get(room)
             limit = "" if budget is None else f"   budget {budget / GIB:.2f}"
-            name = "disk per checkpoint" if room == "disk" else f"{room} peak"
+            name = "disk per checkpoint" if room == DISK else f"{room} peak"
             lines.append(f"{name:<44}{self.peak(room) / GIB:>10.3f}{limit}")
         lines.append(
-            f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, "
-            f"micro-batches of {self.micro_batch} sequences"
+            f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
+            f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.problems])
+
+
+_SMALLER = "lower train.micro_batch or take a smaller model.preset"
+_REMEDIES = {
+    "stash": "lower train.batch_tokens, raise memory.band or set memory.stash_dtype=int8",
+    "carry": "lower train.batch_tokens",
+    "gradient buffer": "lower memory.band",
+    "activations inside a layer": "lower train.micro_batch or memory.band",
+    "loss chunk": "lower memory.loss_chunk",
+    "optimizer state": "set memory.moments=int8, or optim.name=apollo-mini, which needs next to none",
+    "master copy": "set memory.master_dtype=bf16 or memory.master=none",
+    "accumulated gradients": "set memory.engine=layerwise",
+    "model in compute precision": "set memory.engine=layerwise",
+}
 
 
 def make_plan(config: Config, device: torch.device, on_this_machine: bool = False) -> Plan:
-    """The plan of a run. train.micro_batch = "auto" becomes the largest useful one within the budget.
+    """The plan of a run: the first that fits of bands from small to large, with the largest useful
+    micro-batch, and as little as possible on the host.
 
     on_this_machine: a budget that the config leaves open is what the machine has.
     """
     budgets = {
-        "gpu": _budget(config.memory.budget_gib, _device_bytes(device) if on_this_machine else None),
-        "host": _budget(config.memory.host_budget_gib, _host_bytes() if on_this_machine else None),
+        GPU: _budget(config.memory.budget_gib, _device_bytes(device) if on_this_machine else None),
+        HOST: _budget(config.memory.host_budget_gib, host_bytes() if on_this_machine else None),
     }
-    asked = config.train.micro_batch
-    if asked != "auto":
-        return _plan_for(config, device, min(asked, config.batch_sequences), budgets)
-    micro_batch = max(1, min(config.batch_sequences, USEFUL_TOKENS[device.type] // config.data.seq_len))
-    while micro_batch > 1 and _plan_for(config, device, micro_batch, budgets).problems:
-        micro_batch -= 1
-    return _plan_for(config, device, micro_batch, budgets)
-
-
-def _budget(asked_gib: float | None, found: int | None) -> int | None:
-    return found if asked_gib is None else int(asked_gib * GIB)
-
-
-def _device_bytes(device: torch.device) -> int | None:
-    """Memory of the room that the plan calls gpu: free on a CUDA device, all of the host's on a CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_bytes()
-
-
-def _host_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return None
+    planner = _Planner(config, device, budgets)
+    plan = None
+    for band in planner.bands():
+        plan = planner.with_largest_micro_batch(band)
+        if not plan.problems:
+            return plan
+    assert plan is not None
+    return plan
 
 
 def require_fit(plan: Plan) -> None:
@@ -147,166 +189,274 @@ def require_fit(plan: Plan) -> None:
         raise DoesNotFit(plan.problems[0])
 
 
-def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: dict[str, int | None]) -> Plan:
-    model_units = unit_specs(config.model)
-    specs = [spec for unit in model_units for spec in unit.tensors]
-    kinds = {s.name: storage_kind(s, config.memory.weights, config.memory.embeddings_kept_in) for s in specs}
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
-    state = {spec.name: 4 * _state_size(optimizer, spec) for spec in specs}
-    found = [
-        *_weights_at_rest(specs, kinds),
-        Component("optimizer state", "gpu", sum(state.values()) + 8 * len(model_units)),
-    ]
-    working = _layerwise if config.memory.engine == "layerwise" else _autograd
-    found += working(config, device, kinds, micro_batch)
-    by_unit = [sum(_stored(s, kinds[s.name]) + state[s.name] for s in unit.tensors) for unit in model_units]
-    found.append(Component("checkpoint", "disk", sum(by_unit)))
-    if device.type == "cuda":
-        found.append(Component("checkpoint snapshot", "host", max(by_unit)))
-    parameters = sum(spec.numel for spec in specs)
-    return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets)
+def require_machine(plan: Plan, device: torch.device) -> None:
+    """Raise DoesNotFit with one line if this machine has not got, right now, what the plan takes."""
+    needs = {GPU: plan.peak(GPU), HOST: plan.peak(HOST)}
+    if device.type == "cpu":  # one memory for both
+        needs = {HOST: needs[GPU] + needs[HOST]}
+    for room, need in needs.items():
+        free = _device_bytes(device) if room == GPU else host_bytes()
+        if free is not None and need > free:
+            raise DoesNotFit(
+                f"the run needs {need / GIB:.2f} GiB of {room} memory, this machine has {free / GIB:.2f} GiB "
+                "free; `lowres plan` shows what takes it"
+            )
 
 
-def _state_size(optimizer: Optimizer, spec: TensorSpec) -> int:
-    shapes = optimizer.group_of(spec).rule.state_shapes(spec.shape).values()
-    return sum(torch.Size(shape).numel() for shape in shapes)
+def _budget(asked_gib: float | None, found: int | None) -> int | None:
+    return found if asked_gib is None else int(asked_gib * GIB)
 
 
-def _stored(spec: TensorSpec, kind: str) -> int:
-    if kind == "int8":
-        return spec.numel + 4 * spec.shape[0]
-    return spec.numel * (2 if kind == "bf16" else 4)
+def _device_bytes(device: torch.device) -> int | None:
+    """Memory of the room that the plan calls gpu: free on a CUDA device, that of the host on a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_bytes()
 
 
-def _weights_at_rest(specs: list[TensorSpec], kinds: dict[str, str]) -> list[Component]:
-    found: dict[str, int] = {}
-    for spec in specs:
-        kind, size = kinds[spec.name], _stored(spec, kinds[spec.name])
-        if kind == "int8":
-            found["block matrices: int8 codes"] = found.get("block matrices: int8 codes", 0) + spec.numel
-            name, size = "block matrices: scales", 4 * spec.shape[0]
-        elif spec.role in MATRIX_ROLES:
-            name = f"block matrices: {kind}"
-        else:
-            name = f"embedding and head: {kind}" if len(spec.shape) == 2 else "norms: fp32"
-        found[name] = found.get(name, 0) + size
-    return [Component(name, "gpu", size) for name, size in found.items()]
+def host_bytes() -> int | None:
+    """Host memory that can be had without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
-def _activations(config: Config, tokens: int, width: int) -> int:
-    """Most bytes alive inside one block while it is differentiated, for `tokens` in one micro-batch.
+class _Planner:
+    """Everything that does not depend on the choice, computed once."""
 
-    Kept for the backward: both normalised inputs, the norms' own copies of their fp32 inputs, rotated
-    q and k, v, attention's output and its transposed copy, the middle residual; gate, up, silu(gate)
-    and their product. At the peak, in the SwiGLU backward, two more of the width ffn_dim.
-    """
-    model = config.model
-    kv = model.kv_heads * model.head_dim
-    wide = 4 if width == 2 else width
-    kept = width * (6 * model.dim + 2 * kv + 4 * model.ffn_dim) + wide * 2 * model.dim
-    return tokens * (kept + width * 2 * model.ffn_dim)
+    def __init__(self, config: Config, device: torch.device, budgets: dict[str, int | None]) -> None:
+        self.config, self.device, self.budgets = config, device, budgets
+        model, kept = config.model, config.memory
+        self.units = {unit.name: unit for unit in unit_specs(model)}
+        self.kinds = storage_kinds(model, kept.weights, kept.embeddings_kept_in)
+        self.compute = compute_dtype(kept.compute, device)
+        self.encoding = make_encoding(kept.stash_dtype, self.compute)
+        optimizer = make_optimizer(config)
+        self.weights = {name: self._weights(unit) for name, unit in self.units.items()}
+        self.state = {name: _state(unit, optimizer) for name, unit in self.units.items()}
+        self.sizes = {
+            name: (sum(self.weights[name].values()), sum(self.state[name].values())) for name in self.units
+        }
+        self.blocks = [name for name in self.units if name not in ("embed", "head")]
+        self.numel = {name: sum(_aligned(s.numel) for s in unit.tensors) for name, unit in self.units.items()}
+        self.parameters = sum(s.numel for unit in self.units.values() for s in unit.tensors)
+        self.projections = optimizer.projection_bytes(s for u in self.units.values() for s in u.tensors)
 
+    def _weights(self, unit: UnitSpec) -> dict[str, int]:
+        """Bytes of a unit's weights by component."""
+        found: dict[str, int] = {}
+        sizes = field_bytes(weight_fields(unit, {s.name: self.kinds[s.name] for s in unit.tensors}))
+        for spec in unit.tensors:
+            kind = self.kinds[spec.name]
+            if kind == "int8":
+                name = "block matrices: int8 codes"
+                scales = "block matrices: scales"
+                found[scales] = found.get(scales, 0) + sizes[spec.name + ".scales"]
+            elif spec.role in MATRIX_ROLES:
+                name = f"block matrices: {kind}"
+            else:
+                name = f"embedding and head: {kind}" if len(spec.shape) == 2 else "norms: fp32"
+            found[name] = found.get(name, 0) + sizes[spec.name]
+        return found
 
-def _layerwise(
-    config: Config, device: torch.device, kinds: dict[str, str], micro_batch: int
-) -> list[Component]:
-    """What the layer-major engine adds to weights and state."""
-    model, seq = config.model, config.data.seq_len
-    width = compute_dtype(config.memory.compute, device).itemsize
-    same = "fp32" if width == 4 else "bf16"
-    model_units = {unit.name: unit.tensors for unit in unit_specs(model)}
-    numel = {name: sum(s.numel for s in tensors) for name, tensors in model_units.items()}
-    tied = model.tie_embeddings
-    shared = max(size for name, size in numel.items() if not (tied and name == "embed"))
+    # the choice
 
-    def copies(unit: str) -> int:
-        return sum(s.numel * width for s in model_units[unit] if len(s.shape) == 2 and kinds[s.name] != same)
+    def bands(self) -> tuple[int, ...]:
+        asked, layers = self.config.memory.band, self.config.model.n_layers
+        if self.config.memory.engine == "autograd":
+            return (1,)
+        return tuple(b for b in BANDS if b <= layers) if asked == "auto" else (min(asked, layers),)
 
-    boundary = config.train.batch_tokens * model.dim * width
-    chunk = min(config.memory.loss_chunk, micro_batch * seq)
-    row_chunk = CHUNK_CUDA if device.type == "cuda" else CHUNK_CPU
-    largest = max(s.numel for tensors in model_units.values() for s in tensors)
-    # a bf16 product exists in fp32 before it is added to the gradient; on a CPU in bf16 before that too
-    product = 0 if width == 4 else (4 if device.type == "cuda" else 6)
-    found = [
-        Component("gradient buffer", "gpu", 4 * (shared + (numel["embed"] if tied else 0))),
-        Component("stash", "gpu", boundary * model.n_layers),
-        Component("carry", "gpu", boundary),
-        Component("a layer in compute precision", "gpu", copies("layers.0"), "backward"),
-        Component(
-            "activations inside a layer", "gpu", _activations(config, micro_batch * seq, width), "backward"
-        ),
-        Component(
-            "weight gradient before it is added",
-            "gpu",
-            product * max(s.numel for s in model_units["layers.0"]),
-            "backward",
-        ),
-        Component("head's gradient before it is added", "gpu", product * model.vocab * model.dim, "loss"),
-        Component("head in compute precision", "gpu", copies("embed" if tied else "head"), "loss"),
-        Component("loss chunk", "gpu", chunk * model.vocab * (4 + (0 if width == 4 else width)), "loss"),
-        Component("update workspace", "gpu", 6 * 4 * min(row_chunk, largest), "update"),
-    ]
-    return [c for c in found if c.bytes]
+    def with_largest_micro_batch(self, band: int) -> Plan:
+        config = self.config
+        asked = config.train.micro_batch
+        if asked != "auto":
+            return self.place(min(asked, config.batch_sequences), band)
+        most = max(1, min(config.batch_sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
+        best = self.place(1, band)
+        low, high = 1, most
+        while low < high and not best.problems:  # the largest that fits, by halving
+            middle = (low + high + 1) // 2
+            plan = self.place(middle, band)
+            if plan.problems:
+                high = middle - 1
+            else:
+                low, best = middle, plan
+        return best
 
+    def place(self, micro_batch: int, band: int) -> Plan:
+        """The plan that has least on the host; if nothing fits, the one with all there that may be."""
+        everything = list(self.homes(band))
+        last = self.plan(Choice(micro_batch, band, everything[-1]))
+        budget = self.budgets[GPU]
+        if len(everything) == 1 or (budget is not None and last.peak(GPU) > budget):
+            return last
+        for homes in everything[:-1]:
+            plan = self.plan(Choice(micro_batch, band, homes))
+            if budget is None or plan.peak(GPU) <= budget:
+                return plan
+        return last
 
-def _autograd(
-    config: Config, device: torch.device, kinds: dict[str, str], micro_batch: int
-) -> list[Component]:
-    """What the autograd engine adds: the whole model and two gradients of it."""
-    model, seq = config.model, config.data.seq_len
-    width = compute_dtype(config.memory.compute, device).itemsize
-    parameters = sum(s.numel for unit in unit_specs(model) for s in unit.tensors)
-    tokens = micro_batch * seq
-    chunk = min(config.memory.loss_chunk, tokens)
-    return [
-        Component("model in compute precision", "gpu", parameters * width),
-        Component("accumulated gradients", "gpu", 4 * parameters),
-        Component("gradients of a micro-batch", "gpu", parameters * width),
-        Component("boundary activations", "gpu", tokens * model.dim * width * (model.n_layers + 1)),
-        Component("activations inside a layer", "gpu", _activations(config, tokens, width), "backward"),
-        Component("loss chunk", "gpu", 3 * chunk * model.vocab * 4, "loss"),
-    ]
-
-
-def peak_gib(device: torch.device) -> float:
-    """Most memory this process has had: PyTorch's allocator on CUDA, resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensor storage made inside it that is still alive; `peak` is the most.
-
-    Slow (it sees every operation): for tests and measurements.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current, self.peak = 0, 0
-        self._alive: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return result
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if id(storage) in self._alive:
+    def homes(self, band: int) -> Iterator[Homes]:
+        """From what must be on the host to all that may be: first what is moved least often in a step."""
+        kept = self.config.memory
+        if kept.engine == "autograd":
+            yield Homes()
             return
-        size, key = storage.nbytes(), id(storage)
+        bands = -(-self.config.model.n_layers // band)
+        # a tied embedding is used at both ends of the model, so it stays
+        movable = [*self.blocks, "head", *([] if self.config.model.tie_embeddings else ["embed"])]
+        limits = {
+            "stash": (kept.stash_on, bands),
+            "state": ("host" if kept.master == "host" else kept.state_on, len(movable)),
+            "weights": (kept.weights_on, len(movable)),
+            "carry": (kept.carry_on, 1),
+        }
+        counts = {key: most if home == "host" else 0 for key, (home, most) in limits.items()}
 
-        def forget(_: Any) -> None:
-            self._alive.pop(key, None)
-            self.current -= size
+        def chosen() -> Homes:
+            return Homes(
+                weights=frozenset(movable[: counts["weights"]]),
+                state=frozenset(movable[: counts["state"]]),
+                stash=counts["stash"],
+                carry=bool(counts["carry"]),
+            )
 
-        self._alive[key] = weakref.ref(storage, forget)
-        self.current += size
-        self.peak = max(self.peak, self.current)
+        yield chosen()
+        for key, (home, most) in limits.items():
+            while home == "auto" and counts[key] < most:
+                counts[key] += 1
+                yield chosen()
+
+    # the components
+
+    def plan(self, choice: Choice) -> Plan:
+        found = self._at_rest(choice.homes)
+        if self.config.memory.engine == "layerwise":
+            found += self._layerwise(choice)
+        else:
+            found += self._autograd(choice)
+        if self.projections:
+            found.append(Component("projections", GPU, self.projections))
+        if self.device.type == "cuda":
+            found.append(Component("cuBLAS workspace", GPU, CUBLAS_WORKSPACE))
+            found.append(Component("checkpoint snapshot", HOST, BOUNCE_BYTES, "saving"))
+        found.append(Component("checkpoint", DISK, sum(sum(pair) for pair in self.sizes.values())))
+        components = tuple(c for c in found if c.bytes)
+        return Plan(components, choice, self.parameters, self.config.train.batch_tokens, self.budgets)
+
+    def _at_rest(self, homes: Homes) -> list[Component]:
+        found: dict[tuple[str, str], int] = {}
+        for parts, on_host in ((self.weights, homes.weights), (self.state, homes.state)):
+            for unit, components in parts.items():
+                for name, size in components.items():
+                    key = (name, HOST if unit in on_host else GPU)
+                    found[key] = found.get(key, 0) + size
+        return [Component(name, room, size) for (name, room), size in sorted(found.items())]
+
+    def _layerwise(self, choice: Choice) -> list[Component]:
+        """What the layer-major engine adds to weights and state."""
+        config, model = self.config, self.config.model
+        seq, width, tied = config.data.seq_len, self.compute.itemsize, self.config.model.tie_embeddings
+        same = {4: "fp32", 2: "bf16"}[width]
+        wide = 4 if width == 2 else 0  # fp32 beside bf16
+        homes, micro_batch, band = choice.homes, choice.micro_batch, choice.band
+        tokens = micro_batch * seq
+        bands = [tuple(self.blocks[i : i + band]) for i in range(0, len(self.blocks), band)]
+
+        def copied(group: tuple[str, ...]) -> int:
+            specs = [s for name in group for s in self.units[name].tensors if len(s.shape) == 2]
+            return sum(_aligned(s.numel) * width for s in specs if self.kinds[s.name] != same)
+
+        gradients = max(sum(self.numel[name] for name in bands[0]), self.numel["head"], 0 if tied else self.numel["embed"])
+        visits = [Visit(group, update=True) for group in (*bands, ("head",), ("embed",))]
+        stash = boundary_bytes(self.encoding, model.dim, config.batch_sequences, micro_batch, seq)
+        carry = boundary_bytes(make_encoding("auto", self.compute), model.dim, config.batch_sequences, micro_batch, seq)
+        piece = self.encoding.nbytes(tokens, model.dim)
+        doors = (4 * piece if homes.stash else 0) + (4 * tokens * model.dim * width if homes.carry else 0)
+        decoded = 0 if self.encoding.is_free(self.compute) else tokens * model.dim * width
+        chunk = min(config.memory.loss_chunk, tokens)
+        row_chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
+        specs = [s for unit in self.units.values() for s in unit.tensors]
+
+        def product(numel: int) -> int:
+            """A bf16 weight gradient before it is added: in fp32, and on a CPU in bf16 before that."""
+            return 0 if not wide else min(numel, PRODUCT_CHUNK) * (wide if self.device.type == "cuda" else wide + 2)
+
+        block = max(s.numel for s in self.units[self.blocks[0]].tensors)
+        # logits in fp32, then their gradient in compute precision beside them or beside the head's
+        logits = chunk * model.vocab
+        loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
+        loss += chunk * model.dim * 18
+        backward = _activations(model, tokens, width) + (band - 1) * _kept(model, tokens, width)
+        return [
+            Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
+            Component("transfer of boundaries", GPU, doors),
+            Component("gradient buffer", GPU, 4 * (gradients + (self.numel["embed"] if tied else 0))),
+            Component(
+                "layers in compute precision",
+                GPU,
+                max(copied(bands[0]), copied(("embed",) if tied else ("head",))),
+            ),
+            Component("stash", GPU, stash * (len(bands) - homes.stash)),
+            Component("stash", HOST, stash * homes.stash),
+            Component("carry", HOST if homes.carry else GPU, carry),
+            Component("rotary tables", GPU, 2 * 4 * seq * model.head_dim),
+            Component("activations inside a layer", GPU, backward + decoded, "backward"),
+            Component("weight gradient before it is added", GPU, product(block), "backward"),
+            Component("loss chunk", GPU, loss, "loss"),
+            # fp32 copies of codes, change and new value, random bits, and what their making leaves behind
+            Component("update workspace", GPU, 9 * 4 * min(row_chunk, max(s.numel for s in specs)), "update"),
+        ]
+
+    def _autograd(self, choice: Choice) -> list[Component]:
+        """What the autograd engine adds: the whole model and two gradients of it."""
+        model, seq = self.config.model, self.config.data.seq_len
+        width = self.compute.itemsize
+        tokens = choice.micro_batch * seq
+        chunk = min(self.config.memory.loss_chunk, tokens)
+        return [
+            Component("model in compute precision", GPU, self.parameters * width),
+            Component("accumulated gradients", GPU, 4 * self.parameters),
+            Component("gradients of a micro-batch", GPU, self.parameters * width),
+            Component("boundary activations", GPU, tokens * model.dim * width * (model.n_layers + 1)),
+            Component("activations inside a layer", GPU, _activations(model, tokens, width), "backward"),
+            Component("loss chunk", GPU, 3 * chunk * model.vocab * 4, "loss"),
+        ]
+
+
+def _state(unit: UnitSpec, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of a unit's optimizer state by component."""
+    found = {"optimizer state": 0}
+    for name, size in field_bytes(state_fields(optimizer.unit_fields(unit))).items():
+        component = "master copy" if name.endswith(f".{MASTER}") else "optimizer state"
+        found[component] = found.get(component, 0) + size
+    return found
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _activations(model: ModelConfig, tokens: int, width: int) -> int:
+    """Most bytes alive while the last block of a band is differentiated, for `tokens` in a micro-batch.
+
+    At the peak, in the backward of SwiGLU: gate, up, silu(gate) and their product with two gradients of
+    that width; k and v; of the width of the model the normalised inputs, rotated q, attention's output
+    and its transposed copy, the middle residual and gradients; beside bf16, fp32 inputs of the norms.
+    """
+    kv = model.kv_heads * model.head_dim
+    size = width * (7 * model.dim + 2 * kv + 6 * model.ffn_dim)
+    return tokens * (size + (12 * model.dim if width == 2 else 0))
+
+
+def _kept(model: ModelConfig, tokens: int, width: int) -> int:
+    """Bytes that every other block of a band keeps meanwhile."""
+    kv = model.kv_heads * model.head_dim
+    size = width * (8 * model.dim + 2 * kv + 4 * model.ffn_dim)
+    return tokens * (size + (8 * model.dim if width == 2 else 0))

@@ -14,7 +14,7 @@ F ffn_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,18 @@ from torch.utils.checkpoint import checkpoint
 
 from lowres import rng
 from lowres.config import ModelConfig
-from lowres.storage import MATRIX_ROLES, TensorSpec, Unit, UnitSpec, make_storage, row_chunks
+from lowres.rooms import GPU, HOST, Rooms
+from lowres.storage import (
+    MASTER,
+    MATRIX_ROLES,
+    Dense,
+    TensorSpec,
+    Unit,
+    UnitSpec,
+    field_bytes,
+    row_chunks,
+    weight_fields,
+)
 
 # standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
 INIT_STD = 0.02
@@ -87,15 +98,24 @@ def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
 Units = dict[str, Unit]  # by name, in the order of the forward pass
 
 
-def empty_units(config: ModelConfig, matrices: str, embeddings: str, device: torch.device) -> Units:
-    """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32."""
+def storage_kinds(config: ModelConfig, matrices: str, embeddings: str) -> dict[str, str]:
+    """Number format of every tensor of the model by name."""
+    specs = (spec for unit in unit_specs(config) for spec in unit.tensors)
+    return {spec.name: storage_kind(spec, matrices, embeddings) for spec in specs}
+
+
+def empty_units(
+    config: ModelConfig, matrices: str, embeddings: str, rooms: Rooms, on_host: Collection[str] = ()
+) -> Units:
+    """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32. The units named in
+    `on_host` have their home there."""
+    kinds = storage_kinds(config, matrices, embeddings)
     found = {}
     for unit in unit_specs(config):
-        weights = {
-            spec.name: make_storage(storage_kind(spec, matrices, embeddings), spec.shape, device)
-            for spec in unit.tensors
-        }
-        found[unit.name] = Unit(unit, weights, device)
+        own = {spec.name: kinds[spec.name] for spec in unit.tensors}
+        size = sum(field_bytes(weight_fields(unit, own)).values())
+        slab = rooms.slab("weights", HOST if unit.name in on_host else GPU, size)
+        found[unit.name] = Unit(unit, own, slab)
     return found
 
 
@@ -104,6 +124,8 @@ def initialize(units: Units, seed: int, device: torch.device) -> None:
     for unit in units.values():
         for spec in unit.spec.tensors:
             unit.weights[spec.name].fill(_initial_rows(spec, seed, device))
+            if MASTER in unit.state.get(spec.name, {}):
+                Dense(unit.state[spec.name][MASTER]).fill(_initial_rows(spec, seed, device))
 
 
 def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

@@ -19,7 +19,7 @@ than half of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,8 +74,11 @@ class Storage(Protocol):
 
     shape: tuple[int, ...]
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`; the stored tensor itself where that is already so. Do not write to it."""
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype`; the stored tensor itself where that is already so. Do not write to it.
+
+        out: where to put it otherwise, flat, at least as many elements.
+        """
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the weight in `dtype`: shape index.shape + shape[1:]."""
@@ -94,34 +97,6 @@ class Storage(Protocol):
         """What a checkpoint stores, by suffix to the weight's name."""
 
 
-class Unit:
-    """What a step visits as a whole: the weights of the embedding, of one block, or of final norm and
-    head, with their optimizer state. Everything in it is touched once a direction and step, so it has
-    one home, travels together, and is one file of a checkpoint.
-
-    state: by weight name and key, filled by the optimizer. updates: int64 scalar, accepted updates.
-    """
-
-    def __init__(self, spec: UnitSpec, weights: dict[str, Storage], device: torch.device) -> None:
-        assert weights.keys() == {tensor.name for tensor in spec.tensors}
-        self.spec, self.weights = spec, weights
-        self.state: dict[str, dict[str, Tensor]] = {}
-        self.updates = torch.zeros((), dtype=torch.int64, device=device)
-
-    def weight_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors of the weights: what a trained model consists of."""
-        return {
-            name + suffix: tensor
-            for name, storage in self.weights.items()
-            for suffix, tensor in storage.tensors().items()
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights, optimizer state and count: what the next step depends on."""
-        state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
-        return self.weight_tensors() | state | {f"{self.spec.name}.updates": self.updates}
-
-
 def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Slices of rows that together cover a tensor, none much larger than the chunk size."""
     length = 1 if len(shape) == 1 else shape[1]
@@ -136,12 +111,14 @@ def _part(factor: Tensor, rows: slice) -> Tensor:
 class Dense:
     """A weight kept in a floating-point format. fp32 (and fp64, in tests) is written exactly."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = tuple(shape)
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, value: Tensor) -> None:
+        self.shape = tuple(value.shape)
+        self.value = value
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.value.to(dtype)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if out is None or self.value.dtype == dtype:
+            return self.value.to(dtype)
+        return out[: self.value.numel()].view(self.shape).copy_(self.value)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.value[index].to(dtype)
@@ -171,13 +148,14 @@ class Dense:
 class Int8:
     """A matrix kept as int8 codes [out, in] and fp32 scales [out, 1]: W = codes * scales."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape = tuple(shape)
-        self.codes = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.scales = torch.full((shape[0], 1), 1e-8, dtype=torch.float32, device=device)
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.shape = tuple(codes.shape)
+        self.codes, self.scales = codes, scales
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            out = torch.empty(self.codes.numel(), dtype=dtype, device=self.codes.device)
+        out = out[: self.codes.numel()].view(self.shape)
         for rows in row_chunks(self.shape, self.codes.device):
             out[rows] = self.codes[rows] * self.scales[rows]
         return out
@@ -214,8 +192,109 @@ class Int8:
         return {"": self.codes, ".scales": self.scales}
 
 
-def make_storage(kind: str, shape: tuple[int, ...], device: torch.device) -> Storage:
-    """An empty storage of a kind named in the config: int8, bf16 or fp32."""
+Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
+
+
+def storage_fields(kind: str, shape: tuple[int, ...]) -> Fields:
+    """The tensors that a weight of a kind (int8, bf16 or fp32) is kept in, by suffix to its name."""
     if kind == "int8":
-        return Int8(shape, device)
-    return Dense(shape, DENSE_DTYPES[kind], device)
+        return {"": (torch.int8, shape), ".scales": (torch.float32, (shape[0], 1))}
+    return {"": (DENSE_DTYPES[kind], shape)}
+
+
+def make_storage(kind: str, tensors: Mapping[str, Tensor]) -> Storage:
+    """A storage of a kind over the tensors of `storage_fields`."""
+    if kind == "int8":
+        return Int8(tensors[""], tensors[".scales"])
+    return Dense(tensors[""])
+
+
+ALIGNMENT = 256  # bytes between the tensors of a slab
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def field_bytes(fields: Fields) -> dict[str, int]:
+    """Bytes that each field takes in a slab."""
+    return {n: aligned(d.itemsize * torch.Size(shape).numel()) for n, (d, shape) in fields.items()}
+
+
+def fields_in(slab: Tensor, fields: Fields) -> dict[str, Tensor]:
+    """The tensors of `fields` as views of a uint8 slab, one after another."""
+    found, start = {}, 0
+    sizes = field_bytes(fields)
+    for name, (dtype, shape) in fields.items():
+        end = start + dtype.itemsize * torch.Size(shape).numel()
+        found[name] = slab[start:end].view(dtype).view(shape)
+        start += sizes[name]
+    return found
+
+
+class Unit:
+    """What a step visits as a whole: the weights of the embedding, of one block, or of final norm and
+    head, with their optimizer state. Each of the two is one slab, in a home of its own; everything in a
+    unit is touched once a direction and step, and it is one file of a checkpoint.
+
+    state: by weight name and key. updates: int64 scalar, accepted updates. Both come with `give_state`.
+    """
+
+    def __init__(self, spec: UnitSpec, kinds: Mapping[str, str], slab: Tensor) -> None:
+        self.spec, self.kinds, self.weights_slab = spec, kinds, slab
+        self.state_slab: Tensor | None = None
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.updates: Tensor | None = None
+        self._state_fields: Mapping[str, Fields] = {}
+        tensors = fields_in(slab, weight_fields(spec, kinds))
+        self.weights: dict[str, Storage] = {}
+        for tensor in spec.tensors:
+            own = {suffix: tensors[tensor.name + suffix] for suffix in storage_fields(kinds[tensor.name], tensor.shape)}
+            self.weights[tensor.name] = make_storage(kinds[tensor.name], own)
+
+    def give_state(self, fields: Mapping[str, Fields], slab: Tensor) -> None:
+        """Optimizer state, by weight name and key, in a slab that is all zero at the start."""
+        self._state_fields, self.state_slab = fields, slab
+        tensors = fields_in(slab, state_fields(fields))
+        self.updates = tensors.pop(UPDATES)
+        self.state = {name: {key: tensors[f"{name}.{key}"] for key in own} for name, own in fields.items()}
+
+    def over(self, weights: Tensor, state: Tensor | None) -> Unit:
+        """The same unit in other memory, such as a copy on the GPU; without state if that is None."""
+        unit = Unit(self.spec, self.kinds, weights)
+        if state is not None:
+            unit.give_state(self._state_fields, state)
+        return unit
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The stored tensors of the weights: what a trained model consists of."""
+        return {
+            name + suffix: tensor
+            for name, storage in self.weights.items()
+            for suffix, tensor in storage.tensors().items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and count: what the next step depends on."""
+        state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
+        count = {} if self.updates is None else {f"{self.spec.name}.{UPDATES}": self.updates}
+        return self.weight_tensors() | state | count
+
+
+# keys of optimizer state that every rule shares: the count, and a higher-precision copy of the weight
+UPDATES, MASTER = "updates", "master"
+
+
+def weight_fields(spec: UnitSpec, kinds: Mapping[str, str]) -> Fields:
+    """All tensors in the weights slab of a unit, by the names that a checkpoint uses."""
+    return {
+        tensor.name + suffix: field
+        for tensor in spec.tensors
+        for suffix, field in storage_fields(kinds[tensor.name], tensor.shape).items()
+    }
+
+
+def state_fields(fields: Mapping[str, Fields]) -> Fields:
+    """All tensors in the state slab of a unit."""
+    flat = {f"{name}.{key}": field for name, own in fields.items() for key, field in own.items()}
+    return flat | {UPDATES: (torch.int64, ())}

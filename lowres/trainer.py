@@ -31,25 +31,33 @@ from lowres import __version__, checkpoint, memory, metrics
 from lowres.config import Config, changed_keys, load_config, to_toml
 from lowres.data import TokenData, Tokenizer, open_data
 from lowres.engine import Engine, make_engine
-from lowres.errors import CheckFailed, UserError
+from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
 from lowres.model import Units, empty_units, initialize
-from lowres.optim import Optimizer
+from lowres.meter import Meter
+from lowres.optim import Optimizer, make_optimizer
 from lowres.optim.schedule import factor
 from lowres.report import draw_loss
+from lowres.rooms import Rooms
 from lowres.sample import sample
 
 CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 TOKENIZER = "tokenizer.model"
 # steps in a row without an update after which a run is not worth its electricity
 MOST_SKIPPED = 50
+# a model this wide is not trained on a CPU
+LARGE_WIDTH = 2048
 
 
 def pick_device(config: Config) -> torch.device:
     """The device that run.device asks for."""
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
-        raise UserError("run.device: no CUDA device is available; use --set run.device=cpu (or auto)")
+        large = ", or see a real 7B take steps without one: make smoke-7b-cpu"
+        raise UserError(
+            "run.device: this config is for a GPU and no CUDA device is available; "
+            f"use --set run.device=cpu{large if config.model.dim >= LARGE_WIDTH else ''}"
+        )
     return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
 
 
@@ -59,11 +67,12 @@ class Run:
 
     folder: Path
     config: Config
-    device: torch.device
+    plan: memory.Plan
+    rooms: Rooms
     data: TokenData
     units: Units
     engine: Engine
-    micro_batch: int
+    meter: Meter
     validation: Tensor  # windows of eval_tokens, see TokenData.validation
     token_bytes: Tensor
 
@@ -97,7 +106,8 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         # ---- once in a while: evaluate, checkpoint (a resumed run had done so where it stopped)
         if step == 0 or step > resumed_at:
             if _due(step, config.train.eval_every, total):
-                scores = evaluate(run.engine, run.validation, run.token_bytes, sequences)
+                with run.meter.watch("evaluation"):
+                    scores = evaluate(run.engine, run.validation, run.token_bytes, sequences)
                 log.write({"step": step, **scores})
                 _say(f"step {step}: validation loss {scores['val_loss']:.4f}")
             if step == total or (step and _due(step, config.train.checkpoint_every, total)):
@@ -108,7 +118,8 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         # ---- one step
         before = time.perf_counter()
         schedule = factor(config, step)
-        report = run.engine.step(run.data.batch(step, sequences), step, schedule)
+        with run.meter.watch("step"):
+            report = run.engine.step(run.data.batch(step, sequences), step, schedule)
         tokens_per_s = config.train.batch_tokens / (time.perf_counter() - before)
         step += 1
 
@@ -123,7 +134,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
                 "lr_over_batch": lr / sequences,
                 "grad_norm": report.grad_norm,
                 "tokens_per_s": tokens_per_s,
-                "peak_mem_gib": memory.peak_gib(run.device),
+                **run.meter.readings(),
                 "skipped": report.skipped,
             }
         )
@@ -161,12 +172,14 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     """Check everything, then build the run: from its newest valid checkpoint, or from nothing."""
     device = pick_device(config)
     found, damaged = _find_checkpoint(folder, resume)
+    # what cannot fit is refused before anything is read or written
+    smallest = config.model.vocab_size or config.data.vocab_size or 260
+    _check_room(config.with_vocab(smallest), device, folder)
     data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
     if resume:
         _require_same(config, folder, data, found)
-    plan = memory.make_plan(config, device, on_this_machine=True)
-    memory.require_fit(plan)
+    plan = _check_room(config, device, folder)
 
     for note in damaged + data.notes:
         _say(f"note: {note}")
@@ -177,18 +190,21 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     _write_beside(folder / CONFIG, to_toml(config))
     shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
 
-    kept = config.memory
-    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, device)
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
-    optimizer.attach(units.values(), device)
+    rooms = Rooms(device)
+    optimizer = make_optimizer(config)
+    units = _units(config, plan, rooms)
+    optimizer.attach(units.values(), rooms, plan.choice.homes.state)
+    engine = _engine(config, units, optimizer, plan, rooms)
+    engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
     run = Run(
         folder,
         config,
-        device,
+        plan,
+        rooms,
         data,
         units,
-        make_engine(config, units, optimizer, plan.micro_batch, device),
-        plan.micro_batch,
+        engine,
+        Meter(rooms),
         data.validation(config.train.eval_tokens),
         data.tokenizer.token_bytes(),
     )
@@ -198,8 +214,63 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     else:
         step = run.load(found)
         _say(f"continuing {folder} at step {step}")
-    _announce(run, plan)
+    _announce(run)
+    if config.memory.rehearse is True or (config.memory.rehearse == "auto" and device.type == "cuda"):
+        _rehearse(run)
     return run, step
+
+
+def _check_room(config: Config, device: torch.device, folder: Path) -> memory.Plan:
+    """The plan, if the budgets, this machine and its disk have room for it."""
+    plan = memory.make_plan(config, device, on_this_machine=True)
+    memory.require_fit(plan)
+    memory.require_machine(plan, device)
+    checkpoint.require_disk(
+        folder / CHECKPOINTS, plan.peak(memory.DISK), config.train.keep_checkpoints
+    )
+    return plan
+
+
+def _units(config: Config, plan: memory.Plan, rooms: Rooms) -> Units:
+    kept = config.memory
+    homes = plan.choice.homes
+    return empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, homes.weights)
+
+
+def _engine(
+    config: Config, units: Units, optimizer: Optimizer | None, plan: memory.Plan, rooms: Rooms
+) -> Engine:
+    choice = plan.choice
+    return make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+
+
+def _rehearse(run: Run) -> None:
+    """The largest step of training, of evaluation and of saving, so that what runs once runs always.
+
+    Two micro-batches do: what holds the whole batch is allocated. The step is refused at its end, so
+    weights and state stay as they are.
+    """
+    config = run.config
+    sequences = min(config.batch_sequences, 2 * run.plan.micro_batch)
+    shape = (sequences, config.data.seq_len + 1)
+    batch = torch.zeros(shape, dtype=torch.int64)
+    largest = max(run.units, key=lambda name: sum(t.nbytes for t in run.units[name].tensors().values()))
+    place = run.folder / "rehearsal"
+    try:
+        with run.meter.watch("step"):
+            run.engine.step(batch, 0, 0.0, rehearsal=True)
+        with run.meter.watch("evaluation"):
+            run.engine.evaluate(batch)
+        checkpoint.save(place, 0, [(largest, run.units[largest].tensors())], {}, keep=0)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit(
+            f"the rehearsal of a step ran out of GPU memory ({str(error).splitlines()[0]}); "
+            "lower memory.budget_gib or train.micro_batch"
+        ) from None
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    peak = run.meter.readings()["peak_mem_gib"]
+    _say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
@@ -233,18 +304,18 @@ def _require_same(config: Config, folder: Path, data: TokenData, found: Path | N
         )
 
 
-def _announce(run: Run, plan: memory.Plan) -> None:
-    config = run.config
+def _announce(run: Run) -> None:
+    config, plan = run.config, run.plan
     lr = config.optim.lr or 0
     _say(
-        f"{plan.parameters / 1e6:.2f} M parameters on {run.device.type}: {config.memory.engine} engine, "
+        f"{plan.parameters / 1e6:.2f} M parameters on {run.rooms.device.type}: {config.memory.engine} engine, "
         f"{config.memory.weights} weights, {config.optim.name}"
     )
     _say(
         f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
-        f"({config.batch_sequences} sequences in micro-batches of {run.micro_batch}), "
+        f"({config.batch_sequences} sequences in micro-batches of {plan.micro_batch}), "
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
-        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB"
+        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB on the host"
     )
 
 
@@ -298,10 +369,9 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
         _say(f"note: {note}")
     if found is None:
         raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
-    place = pick_device(config)
-    kept = config.memory
-    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, place)
+    rooms = Rooms(pick_device(config))
+    plan = memory.make_plan(config, rooms.device, on_this_machine=True)
+    units = _units(config, plan, rooms)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    micro_batch = memory.make_plan(config, place, on_this_machine=True).micro_batch
-    return config, make_engine(config, units, None, micro_batch, place), Tokenizer(folder / TOKENIZER)
+    return config, _engine(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 from lowres.config import Config, ModelConfig, parse_config
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
+from lowres.rooms import Rooms
 from lowres.storage import Dense, Unit
 
 CPU = torch.device("cpu")
+ROOMS = Rooms(CPU)
 SMALL = ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300)
 
 
@@ -27,7 +29,7 @@ def make_units(
     device: torch.device = CPU,
 ) -> Units:
     """Initialised weights; with a dtype, dense in that one."""
-    units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", device)
+    units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", Rooms(device))
     initialize(units, seed, device)
     if dtype is not None:
         for unit in units.values():
@@ -54,10 +56,12 @@ def make_batch(sequences: int = 7, length: int = 32, vocab: int = 300, seed: int
     return torch.randint(0, vocab, (sequences, length + 1), generator=generator)
 
 
-def make_optimizer(config: Config, units: Units, device: torch.device = CPU) -> Optimizer:
+def make_optimizer(
+    config: Config, units: Units, rooms: Rooms = ROOMS, on_host: Collection[str] = ()
+) -> Optimizer:
     """The config's optimizer, with state for the units."""
     optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
-    optimizer.attach(units.values(), device)
+    optimizer.attach(units.values(), rooms, on_host)
     return optimizer
 
 

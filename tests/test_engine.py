@@ -9,12 +9,12 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
-from lowres.memory import LiveTensors
+from lowres.meter import LiveTensors
 from lowres.model import Units, unit_specs
 from lowres.optim import Optimizer
 from lowres.storage import Unit
 from tests.helpers import (
-    CPU,
+    ROOMS,
     SMALL,
     Recorder,
     dense_copy,
@@ -40,7 +40,7 @@ def gradients(
     batch: Tensor,
 ) -> tuple[StepReport, dict[str, Tensor]]:
     recorder = Recorder()
-    engine = engine_type(config, units, recorder, micro_batch, dtype, CPU, loss_chunk=50)
+    engine = engine_type(config, units, recorder, micro_batch, dtype, ROOMS, loss_chunk=50)
     return engine.step(batch, 0, 1.0), recorder.grads
 
 
@@ -69,7 +69,7 @@ def test_loss_is_the_mean_over_valid_targets() -> None:
     batch = make_batch()
     batch[0, 5:] = IGNORED
     batch[1, 2:] = IGNORED
-    engine = LayerwiseEngine(SMALL, units, Recorder(), 2, torch.float32, CPU)
+    engine = LayerwiseEngine(SMALL, units, Recorder(), 2, torch.float32, ROOMS)
     total, count = engine.evaluate(batch)
     assert count == 5 * 32 + 4 + 1
     assert abs(engine.step(batch, 0, 1.0).loss - total / count) < 1e-6
@@ -105,7 +105,7 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
         optimizer = make_optimizer(config, units)
         for state in (state for unit in units.values() for state in unit.state.values()):
             state.update({k: t.double() for k, t in state.items()})
-        engine = engine_type(config.model, units, optimizer, micro_batch, torch.float64, CPU)
+        engine = engine_type(config.model, units, optimizer, micro_batch, torch.float64, ROOMS)
         for step in range(20):
             engine.step(make_batch(seed=step), step, 1.0)
         results.append(dense_copy(units))
@@ -122,7 +122,7 @@ def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
     config = make_config(memory={"engine": engine, "weights": weights}, optim={"lr": 5e-3})
     units = make_units(config.model, weights)
     optimizer = make_optimizer(config, units)
-    made = make_engine(config, units, optimizer, 3, CPU)
+    made = make_engine(config, units, optimizer, 3, ROOMS)
     losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
 
@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(engine_type: type) -> None:
     config = make_config(optim={"weight_decay": 0.1})
     units = make_units(config.model, "fp32")
     optimizer = make_optimizer(config, units)
-    engine = engine_type(config.model, units, optimizer, 4, torch.float32, CPU)
+    engine = engine_type(config.model, units, optimizer, 4, torch.float32, ROOMS)
     engine.step(make_batch(), 0, 1.0)
     norm = units["head"].weights["model.norm.weight"].dense(torch.float32)
     kept = float(norm[3])
@@ -166,8 +166,8 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
                 )
 
     optimizer = Poison(config.optim, config.model.dim, 0)
-    optimizer.attach(units.values(), CPU)
-    engine = LayerwiseEngine(config.model, units, optimizer, 4, torch.float32, CPU)
+    optimizer.attach(units.values(), ROOMS)
+    engine = LayerwiseEngine(config.model, units, optimizer, 4, torch.float32, ROOMS)
     before = dense_copy(units)
     report = engine.step(make_batch(), 0, 1.0)
     assert report.skipped == 3  # layers 1 and 0, embedding
@@ -183,27 +183,26 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
 
 
 def test_gradient_memory_does_not_grow_with_depth() -> None:
-    """Everything a step allocates beyond its stash is the same for 2 and for 8 layers."""
+    """Everything a step allocates beyond what is held from step to step is the same for 2 and for 8 layers."""
     extra = []
     for layers in (2, 8):
         config = make_config(model={"n_layers": layers, "dim": 128, "ffn_dim": 512})
         units = make_units(config.model, "int8")
         with LiveTensors() as live:
             optimizer = make_optimizer(config, units)
-            engine = make_engine(config, units, optimizer, 2, CPU)
+            engine = make_engine(config, units, optimizer, 2, ROOMS)
             engine.step(make_batch(), 0, 1.0)
-            live.peak = live.current
-            before = live.current
+            live.reset()
+            before = live.current["gpu"]
             engine.step(make_batch(), 1, 1.0)
-        stash = layers * 7 * 32 * 128 * 4
-        extra.append(live.peak - before - stash)
+        extra.append(live.peak["gpu"] - before)
     assert extra[0] > 0
     assert abs(extra[1] - extra[0]) < 0.02 * extra[0]
 
 
 def test_gradient_buffer_is_one_unit() -> None:
     config = make_config(model={"n_layers": 8}).model
-    engine = LayerwiseEngine(config, make_units(config), Recorder(), 2, torch.float32, CPU)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), 2, torch.float32, ROOMS)
     pointers = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for g in engine._grads.values()
@@ -216,7 +215,7 @@ def test_gradient_buffer_is_one_unit() -> None:
 @pytest.mark.parametrize("engine_type", [LayerwiseEngine, AutogradEngine])
 def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> None:
     units = make_units(SMALL)
-    engine = engine_type(SMALL, units, None, 4, torch.float32, CPU)
+    engine = engine_type(SMALL, units, None, 4, torch.float32, ROOMS)
     batch = make_batch()
     logits = engine.logits(batch[:, :-1])
     assert logits.shape == (7, 300) and logits.dtype == torch.float32
@@ -228,7 +227,7 @@ def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> No
 
 def test_full_logits_never_exist() -> None:
     config = SMALL.model_copy(update={"vocab_size": 20000})
-    engine = LayerwiseEngine(config, make_units(config), Recorder(), 8, torch.float32, CPU, loss_chunk=16)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), 8, torch.float32, ROOMS, loss_chunk=16)
     with LiveTensors() as live:
         engine.evaluate(make_batch(32))
-    assert 0 < live.peak < 0.2 * 32 * 32 * 20000 * 4
+    assert 0 < live.peak["gpu"] < 0.2 * 32 * 32 * 20000 * 4

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowres.config import PRESETS, ModelConfig
 from lowres.model import Llama, empty_units, initialize, unit_specs
+from lowres.rooms import Rooms
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -94,7 +95,7 @@ def test_initial_values_are_named_by_seed_and_tensor() -> None:
     config = VARIANTS["plain"]
 
     def values(seed: int, kind: str = "fp32") -> dict[str, torch.Tensor]:
-        units = empty_units(config, kind, "fp32", CPU)
+        units = empty_units(config, kind, "fp32", Rooms(CPU))
         initialize(units, seed, CPU)
         return {n: s.dense(torch.float32).clone() for u in units.values() for n, s in u.weights.items()}
 

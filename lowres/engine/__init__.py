@@ -17,6 +17,7 @@ from lowres.engine.common import StepReport
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Units
 from lowres.optim import Optimizer
+from lowres.rooms import Homes, Rooms
 from lowres.storage import compute_dtype
 
 __all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
@@ -25,10 +26,14 @@ __all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_en
 class Engine(Protocol):
     """One step, whatever the order of its work."""
 
-    def step(self, batch: Tensor, step: int, schedule: float) -> StepReport:
+    def reserve(self, sequences: int, length: int, training: bool) -> object:
+        """Allocate what a batch of that size needs now, instead of when it comes."""
+
+    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         """One optimizer step on batch int64 [sequences, seq_len + 1].
 
-        step: completed steps before this one. schedule: factor on the peak learning rates.
+        step: completed steps before this one. schedule: factor on the peak learning rates. rehearsal: do
+        everything, but refuse the update, so that neither weights nor state change.
         """
 
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
@@ -39,21 +44,30 @@ class Engine(Protocol):
 
 
 def make_engine(
-    config: Config, units: Units, optimizer: Optimizer | None, micro_batch: int, device: torch.device
+    config: Config,
+    units: Units,
+    optimizer: Optimizer | None,
+    micro_batch: int,
+    rooms: Rooms,
+    band: int = 1,
+    homes: Homes = Homes(),  # noqa: B008 - frozen
 ) -> Engine:
-    """The engine of a run. Without an optimizer it can only evaluate."""
-    dtype = compute_dtype(config.memory.compute, device)
-    if config.memory.engine == "autograd":
+    """The engine of a run. Without an optimizer it can only evaluate. band and homes: see the plan."""
+    kept = config.memory
+    dtype = compute_dtype(kept.compute, rooms.device)
+    if kept.engine == "autograd":
         return AutogradEngine(
-            config.model,
-            units,
-            optimizer,
-            micro_batch,
-            dtype,
-            device,
-            config.memory.loss_chunk,
-            config.optim.grad_clip,
+            config.model, units, optimizer, micro_batch, dtype, rooms, kept.loss_chunk, config.optim.grad_clip
         )
     return LayerwiseEngine(
-        config.model, units, optimizer, micro_batch, dtype, device, config.memory.loss_chunk
+        config.model,
+        units,
+        optimizer,
+        micro_batch,
+        dtype,
+        rooms,
+        kept.loss_chunk,
+        band,
+        homes,
+        kept.stash_dtype,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
 from lowres.model import Llama, Units
+from lowres.rooms import Rooms
 
 
 class AutogradEngine:
@@ -24,18 +25,14 @@ class AutogradEngine:
         optimizer: Updater | None,
         micro_batch: int,
         compute: torch.dtype,
-        device: torch.device,
+        rooms: Rooms,
         loss_chunk: int = 1024,
         grad_clip: float = 0.0,
     ) -> None:
         self.units, self.optimizer = units, optimizer
-        self.micro_batch, self.device, self.loss_chunk, self.grad_clip = (
-            micro_batch,
-            device,
-            loss_chunk,
-            grad_clip,
-        )
-        with torch.device(device):
+        self.micro_batch, self.loss_chunk, self.grad_clip = micro_batch, loss_chunk, grad_clip
+        self.rooms, self.device = rooms, rooms.device
+        with torch.device(self.device):
             self.model = Llama(config)
         for name, parameter in self.model.named_parameters():
             # norms stay fp32, as in every engine
@@ -52,17 +49,20 @@ class AutogradEngine:
                 parameter = self.model.get_parameter(name)
                 parameter.copy_(storage.dense(parameter.dtype))
 
-    def step(self, batch: Tensor, step: int, schedule: float) -> StepReport:
+    def reserve(self, sequences: int, length: int, training: bool) -> None:
+        """Nothing: autograd allocates as it goes."""
+
+    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
-        inputs, targets, count = split(batch, self.micro_batch, self.device)
+        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self.model.named_parameters()
         }
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens, wanted in zip(inputs, targets, strict=True):
-            loss = self.model.loss_sum(tokens, wanted, self.loss_chunk)
+            loss = self.model.loss_sum(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
             (loss / count).backward()
             total += loss.detach()
             for name, parameter in self.model.named_parameters():
@@ -70,12 +70,14 @@ class AutogradEngine:
                 grads[name].add_(parameter.grad)
                 parameter.grad = None
         with torch.no_grad():
-            return self._update(grads, total / count, step, schedule)
+            return self._update(grads, total / count, step, schedule, rehearsal)
 
-    def _update(self, grads: dict[str, Tensor], loss: Tensor, step: int, schedule: float) -> StepReport:
+    def _update(
+        self, grads: dict[str, Tensor], loss: Tensor, step: int, schedule: float, rehearsal: bool
+    ) -> StepReport:
         assert self.optimizer is not None
         squares = sum_of_squares(grads)
-        accepted = loss.isfinite() & squares.isfinite()
+        accepted = loss.isfinite() & squares.isfinite() & (not rehearsal)
         if self.grad_clip:
             shrink = (self.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():
@@ -89,8 +91,11 @@ class AutogradEngine:
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         self._load()
-        inputs, targets, count = split(batch, self.micro_batch, self.device)
-        losses = [self.model.loss_sum(i, t, self.loss_chunk) for i, t in zip(inputs, targets, strict=True)]
+        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        losses = [
+            self.model.loss_sum(i.to(self.device), t.to(self.device), self.loss_chunk)
+            for i, t in zip(inputs, targets, strict=True)
+        ]
         return float(torch.stack(losses).sum()), count
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.rooms import HOST, Rooms
 from lowres.storage import Unit
 
 
@@ -34,12 +35,14 @@ class StepReport:
     skipped: int
 
 
-def split(batch: Tensor, micro_batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], int]:
-    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], and how many targets
-    count (at least 1, to divide by)."""
-    inputs, targets = inputs_and_targets(batch)
-    count = max(1, int((targets != IGNORED).sum()))
-    inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
+    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], still in host memory, and how
+    many targets count (at least 1, to divide by)."""
+    with rooms.allocate_in(HOST):
+        inputs, targets = inputs_and_targets(batch)
+        count = max(1, int((targets != IGNORED).sum()))
+        if rooms.device.type == "cuda":  # so that a copy to the device waits for nothing
+            inputs, targets = inputs.contiguous().pin_memory(), targets.contiguous().pin_memory()
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
 
 

@@ -6,8 +6,13 @@
                gradients adding up in one fp32 buffer; update the layer; reuse the buffer
 
 So gradients take the memory of one unit, a weight is dequantised once per direction and step, and
-accumulation is exact at any batch size. The layer order is that of L2L (arXiv 2002.05645); its union
-with INT8 weights and a fused per-layer update is this project's own.
+accumulation is exact at any batch size. Each unit is touched once a direction, so it may live in host
+memory (`residence`), and so may the stash and the carry, which pass by a micro-batch at a time
+(`boundaries`). The layer order is that of L2L (arXiv 2002.05645); its union with INT8 weights and a
+fused per-layer update is this project's own.
+
+A band is as many neighbouring layers as are recomputed and differentiated together. The stash keeps
+the input of each band only; a band has the gradient buffers and activations of all its layers.
 
 There is no global gradient norm before the first update. A loss that is not finite therefore skips
 the step before anything changed; a gradient that is not finite poisons all below it, so it ends the
@@ -16,8 +21,8 @@ step's updates there. Both are decided on the device: nothing here waits for it 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,10 +30,16 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
+from lowres.engine.boundaries import Boundaries, Boundary, make_encoding
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
+from lowres.engine.residence import Residence, Visit
 from lowres.model import EMBEDDING, Units, block, block_body, rms_norm, rope_tables
+from lowres.rooms import GPU, Homes, Mover, Rooms
+from lowres.storage import Unit
 
-ALIGNMENT = 64  # elements between tensors in the gradient buffer, so that every view is aligned
+ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
+# elements of a weight gradient in another precision that exist before they are added to the buffer
+PRODUCT_CHUNK = 1 << 24
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -42,8 +53,10 @@ def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad."""
     if dy.dtype == grad.dtype:
         grad.addmm_(dy.T, x)
-    else:
-        grad.add_(matmul_wide(dy.T, x))
+        return
+    rows = max(1, PRODUCT_CHUNK // grad.shape[1])
+    for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
+        part.add_(matmul_wide(columns.T, x))
 
 
 class WorkingMatrix:
@@ -79,6 +92,18 @@ class _Multiply(torch.autograd.Function):
         return ctx.matrix.backward(dy, x), None
 
 
+class _Last(torch.autograd.Function):
+    """`_Multiply` for the last product of a recomputation, whose value nobody needs: it is not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.matrix = matrix
+        return x.new_empty(1).expand(*x.shape[:-1], len(matrix.value))
+
+    backward = _Multiply.backward
+
+
 class LayerwiseEngine:
     """Engine interface: see `lowres.engine.Engine`."""
 
@@ -89,186 +114,302 @@ class LayerwiseEngine:
         optimizer: Updater | None,
         micro_batch: int,
         compute: torch.dtype,
-        device: torch.device,
+        rooms: Rooms,
         loss_chunk: int = 1024,
+        band: int = 1,
+        homes: Homes = Homes(),  # noqa: B008 - frozen
+        stash_dtype: str = "auto",
+        exact_forward: bool = False,
     ) -> None:
-        self.config, self.units, self.optimizer = config, units, optimizer
+        """band: layers that are recomputed and differentiated together. homes: where units, stash and
+        carry live; the units were made accordingly. exact_forward: if the stash is lossy, the forward
+        pass goes on from the exact values instead of the stored ones."""
+        self.config, self.optimizer = config, optimizer
         self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
-        self.compute, self.device = compute, device
-        self.layers = [name for name in units if name not in ("embed", "head")]
+        self.compute, self.device, self.rooms = compute, rooms.device, rooms
+        self.homes, self.exact_forward = homes, exact_forward
+        self.encoding = make_encoding(stash_dtype, compute)
+        self._units = units
+        blocks = [name for name in units if name not in ("embed", "head")]
+        self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
+        self._mover = Mover(self.device)
+        self._residence = Residence(units, homes, self._forward_visits() + self._backward_visits(), rooms, self._mover)
+        self._copies = self._copy_buffer()
         # the tied embedding collects its gradient from the head's use until the embedding's own
         self._grads = self._gradient_buffers() if optimizer is not None else {}
+        self._boundaries: Boundaries | None = None
+
+    def _forward_visits(self) -> list[Visit]:
+        return [Visit(("embed",)), *(Visit(band) for band in self.bands)]
+
+    def _backward_visits(self) -> list[Visit]:
+        blocks = [Visit(band, update=True) for band in reversed(self.bands)]
+        return [Visit(("head",), update=True), *blocks, Visit(("embed",), update=True)]
+
+    def _groups(self) -> list[tuple[str, ...]]:
+        """Units that are visited together."""
+        return [*self.bands, ("head",), ("embed",)]
+
+    def _copy_buffer(self) -> Tensor:
+        """Room for the matrices of the largest visit in compute precision, where they are kept otherwise."""
+        tied = self.config.tie_embeddings
+        sizes = []
+        for group in self._groups():
+            used = ("embed",) if tied and group == ("head",) else () if group == ("embed",) else group
+            sizes.append(sum(_copied(self._units[name], self.compute) for name in used))
+        slab = self.rooms.slab("layers in compute precision", GPU, max(sizes) * self.compute.itemsize)
+        return slab.view(self.compute)
 
     def _gradient_buffers(self) -> dict[str, dict[str, Tensor]]:
-        """fp32 gradients of every unit as views of one buffer of the largest unit's size. A tied
-        embedding has one of its own, as its gradient is alive while the layers use the other."""
+        """fp32 gradients of every unit as views of one buffer for the largest visit. A tied embedding has
+        one of its own, as its gradient is alive while the layers use the other."""
         dtype = torch.promote_types(self.compute, torch.float32)
-        sizes = {name: sum(_aligned(s.numel) for s in u.spec.tensors) for name, u in self.units.items()}
-        own = ["embed"] if self.config.tie_embeddings else []
-        shared = torch.empty(
-            max(s for n, s in sizes.items() if n not in own), dtype=dtype, device=self.device
-        )
-        buffers = {}
-        for name, unit in self.units.items():
-            flat = torch.empty(sizes[name], dtype=dtype, device=self.device) if name in own else shared
-            views, start = {}, 0
-            for spec in unit.spec.tensors:
-                views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
-                start += _aligned(spec.numel)
-            buffers[name] = views
-        return buffers
+        sizes = {n: sum(_aligned(s.numel) for s in u.spec.tensors) for n, u in self._units.items()}
+        own = ("embed",) if self.config.tie_embeddings else ()
+
+        def buffer(size: int) -> Tensor:
+            return self.rooms.slab("gradient buffer", GPU, size * dtype.itemsize).view(dtype)
+
+        shared = buffer(max(sum(sizes[n] for n in group) for group in self._groups() if group != own))
+        found = {}
+        for group in self._groups():
+            flat = buffer(sizes["embed"]) if group == own else shared
+            start = 0
+            for name in group:
+                views = {}
+                for spec in self._units[name].spec.tensors:
+                    views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
+                    start += _aligned(spec.numel)
+                found[name] = views
+        return found
+
+    def reserve(self, sequences: int, length: int, training: bool) -> Boundaries:
+        """Stash and carry for batches of this size, cut for one of them."""
+        bands = len(self.bands) if training else 0
+        if self._boundaries is None or not self._boundaries.holds(sequences, length, bands):
+            self._boundaries = None  # before its successor is allocated
+            self._boundaries = Boundaries(
+                self.rooms,
+                self._mover,
+                self.homes,
+                self.encoding,
+                bands,
+                self.config.dim,
+                self.compute,
+                sequences,
+                self.micro_batch,
+                length,
+            )
+        self._boundaries.cut(sequences, length)
+        return self._boundaries
 
     # a visit
 
-    @contextmanager
-    def _visit(self, unit: str, grads: bool = False) -> Iterator[dict[str, Any]]:
-        """The weights of a unit by role, ready for use; with `grads`, also their zeroed buffers."""
-        working: dict[str, Any] = {}
-        for spec in self.units[unit].spec.tensors:
-            storage = self.units[unit].weights[spec.name]
-            grad = self._grads[unit][spec.name].zero_() if grads else None
-            if len(spec.shape) == 2:
-                working[spec.role] = WorkingMatrix(storage.dense(self.compute), grad)
-                continue
-            norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
-            if grad is not None:
-                norm.requires_grad_().grad = grad  # autograd adds to an existing .grad in place
-            working[spec.role] = norm
-        yield working
+    def _working(self, units: list[Unit], grads: bool = False) -> list[dict[str, Any]]:
+        """The weights of each unit by role, ready for use; with `grads`, also their zeroed buffers."""
+        found, free = [], self._copies
+        for unit in units:
+            working: dict[str, Any] = {}
+            for spec in unit.spec.tensors:
+                storage = unit.weights[spec.name]
+                grad = self._grads[unit.spec.name][spec.name].zero_() if grads else None
+                if len(spec.shape) == 2:
+                    value = storage.dense(self.compute, free)
+                    if value.data_ptr() == free.data_ptr():
+                        free = free[_aligned(spec.numel) :]
+                    working[spec.role] = WorkingMatrix(value, grad)
+                    continue
+                norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
+                if grad is not None:
+                    norm.requires_grad_().grad = grad  # autograd adds to an existing .grad in place
+                working[spec.role] = norm
+            found.append(working)
+        return found
 
     # forward
 
-    def _embed(self, inputs: list[Tensor]) -> list[Tensor]:
-        table = self.units["embed"].weights[EMBEDDING]
-        return [table.rows(tokens, self.compute) for tokens in inputs]
-
-    def _forward(self, inputs: list[Tensor], stash: list[list[Tensor]] | None) -> list[Tensor]:
-        """Output of the last block for every micro-batch; each layer's inputs go to the stash, if any."""
+    def _forward(self, inputs: list[Tensor], kept: Boundaries, training: bool) -> None:
+        """Run all layers; the output of the last is left in the carry. In training, the stash is filled."""
+        self.rooms.phase = "forward"
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
-        x = self._embed(inputs)
-        for layer in self.layers:
-            if stash is not None:
-                stash.append(list(x))
-            with self._visit(layer) as w:
-                for i in range(len(x)):
-                    x[i] = block(x[i], w, rope, self.config)
-        return x
+        stash = kept.stash if training else []
+        # the next boundary is the next band's entry in the stash, so that it is written once
+        through_stash = training and not self.exact_forward
+        places = [*stash, kept.carry] if through_stash else [kept.carry] * (len(self.bands) + 1)
+        with self._residence.visit() as (embed,):
+            table = embed.weights[EMBEDDING]
+            for i, tokens in enumerate(inputs):
+                places[0].put(i, table.rows(tokens.to(self.device, non_blocking=True), self.compute))
+        for band, (here, there) in enumerate(itertools.pairwise(places)):
+            with self._residence.visit() as units:
+                layers = self._working(units)
+                for i in range(len(inputs)):
+                    x = here.get(i)
+                    if training and not through_stash:
+                        stash[band].put(i, x)
+                    for w in layers:
+                        x = block(x, w, rope, self.config)
+                    there.put(i, x)
 
     # head
 
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
             return working["head"]
-        table = self.units["embed"].weights[EMBEDDING]
-        return WorkingMatrix(table.dense(self.compute), grad)
+        table = self._units["embed"].weights[EMBEDDING]  # tied, so it lives on the GPU
+        return WorkingMatrix(table.dense(self.compute, self._copies), grad)
 
-    def _loss(self, x: list[Tensor], targets: list[Tensor]) -> Tensor:
+    def _loss(self, carry: Boundary, targets: list[Tensor]) -> Tensor:
         """Sum of the loss, fp64 scalar."""
+        self.rooms.phase = "loss"
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with self._visit("head") as w:
+        with self._residence.visit() as units:
+            (w,) = self._working(units)
             head = self._head_matrix(w, None)
-            for xi, ti in zip(x, targets, strict=True):
-                for h, t in self._chunks(xi, ti):
+            for i, wanted in enumerate(targets):
+                for h, t in self._chunks(carry.get(i), wanted):
                     normed = rms_norm(h, w["norm"], self.config.norm_eps)
                     total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
-    def _loss_and_backward(self, x: list[Tensor], targets: list[Tensor], count: int) -> Tensor:
-        """Mean loss; x becomes its gradient, and the gradients of norm and head are left in their buffers."""
+    def _loss_and_backward(self, w: dict[str, Any], carry: Boundary, targets: list[Tensor], count: int) -> Tensor:
+        """Mean loss; the carry becomes its gradient, and those of norm and head are left in their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING].zero_() if self.config.tie_embeddings else None
-        with self._visit("head", grads=True) as w:
-            head = self._head_matrix(w, tied)
-            for i, (xi, ti) in enumerate(zip(x, targets, strict=True)):
-                dx = torch.empty_like(xi)
-                for (h, t), dh in zip(
-                    self._chunks(xi, ti), dx.flatten(0, 1).split(self.loss_chunk), strict=True
-                ):
-                    leaf = h.detach().requires_grad_()
-                    with torch.enable_grad():
-                        normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
-                    logits = matmul_wide(normed.detach(), head.value.T)
-                    total += _cross_entropy(logits, t, 1 / count)
-                    d_normed = head.backward(logits.to(self.compute), normed.detach())
-                    del logits  # before the next chunk makes its own
-                    torch.autograd.backward(normed, d_normed)
-                    assert leaf.grad is not None
-                    dh.copy_(leaf.grad)
-                x[i] = dx
+        head = self._head_matrix(w, tied)
+        for i, wanted in enumerate(targets):
+            x = carry.get(i)
+            for h, t in self._chunks(x, wanted):
+                leaf = h.detach().requires_grad_()
+                with torch.enable_grad():
+                    normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
+                logits = matmul_wide(normed.detach(), head.value.T)
+                total += _cross_entropy(logits, t, 1 / count)
+                d_logits = logits.to(self.compute)
+                del logits  # in bf16 both are large
+                d_normed = head.backward(d_logits, normed.detach())
+                del d_logits
+                torch.autograd.backward(normed, d_normed)
+                assert leaf.grad is not None
+                h.copy_(leaf.grad)
+            carry.put(i, x)
         return total / count
 
     def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(
-            x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk), strict=True
-        )
+        flat = targets.to(self.device, non_blocking=True).flatten()
+        return zip(x.flatten(0, 1).split(self.loss_chunk), flat.split(self.loss_chunk), strict=True)
 
     # backward
 
     def _backward(
-        self, layer: str, stash: list[Tensor], dx: list[Tensor], rope: tuple[Tensor, Tensor]
+        self, layers: list[dict[str, Any]], stash: Boundary, carry: Boundary, count: int, rope: tuple[Tensor, Tensor]
     ) -> None:
-        """Gradients of a layer into its buffers; dx [micro-batch] from its output's to its input's."""
-        with self._visit(layer, grads=True) as w:
-            for i in range(len(dx)):
-                x = stash[i].detach().requires_grad_()
-                with torch.enable_grad():
-                    residual, product = block_body(x, w, rope, self.config)
-                d_product = w["down"].backward(dx[i], product.detach())
-                torch.autograd.backward((residual, product), (dx[i], d_product))
-                assert x.grad is not None
-                dx[i] = x.grad
+        """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
+        for i in range(count):
+            x = stash.get(i).detach().requires_grad_()
+            outputs = self._recompute(x, layers, rope)
+            dy = carry.get(i)
+            torch.autograd.backward(outputs, (dy, dy))
+            assert x.grad is not None
+            carry.put(i, x.grad)
 
-    def _backward_embedding(self, inputs: list[Tensor], dx: list[Tensor]) -> None:
+    def _recompute(self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The two terms of a band's output, with their graph; the second is not computed."""
+        with torch.enable_grad():
+            for w in layers[:-1]:
+                x = block(x, w, rope, self.config)
+            residual, product = block_body(x, layers[-1], rope, self.config)
+            return residual, _Last.apply(product, layers[-1]["down"])
+
+    def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
         grad = self._grads["embed"][EMBEDDING]
         if not self.config.tie_embeddings:
             grad.zero_()
-        for tokens, d in zip(inputs, dx, strict=True):
-            grad.index_add_(0, tokens.flatten(), d.flatten(0, 1).to(grad.dtype))
+        for i, tokens in enumerate(inputs):
+            index = tokens.to(self.device, non_blocking=True).flatten()
+            grad.index_add_(0, index, carry.get(i).flatten(0, 1).to(grad.dtype))
 
     # the interface
 
     @torch.no_grad()
-    def step(self, batch: Tensor, step: int, schedule: float) -> StepReport:
+    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
-        inputs, targets, count = split(batch, self.micro_batch, self.device)
-        stash: list[list[Tensor]] = []
-        x = self._forward(inputs, stash)
-        loss = self._loss_and_backward(x, targets, count)  # x is its gradient from here on
+        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        kept = self.reserve(*_shape(batch), training=True)
+        self._residence.begin(self._forward_visits() + self._backward_visits())
+        self._forward(inputs, kept, training=True)
 
-        accepted = loss.isfinite()
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
+        loss = accepted = torch.tensor(not rehearsal, device=self.device)
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
-        for unit in reversed(self.units):
-            if unit == "embed":
-                self._backward_embedding(inputs, x)
-            elif unit != "head":
-                self._backward(unit, stash.pop(), x, rope)
-            grads = self._grads[unit]
-            square = sum_of_squares(grads)
-            squares += square
-            accepted = accepted & square.isfinite()
-            self.optimizer.update(self.units[unit], grads, step, schedule, accepted)
-            updated += accepted
+        stash = list(kept.stash)
+        for visit in self._backward_visits():
+            with self._residence.visit() as units:
+                self.rooms.phase = "loss" if visit.units == ("head",) else "backward"
+                if visit.units == ("head",):
+                    (w,) = self._working(units, grads=True)
+                    loss = self._loss_and_backward(w, kept.carry, targets, count)
+                    accepted = accepted & loss.isfinite()
+                elif visit.units == ("embed",):
+                    self._backward_embedding(inputs, kept.carry)
+                else:
+                    layers = self._working(units, grads=True)
+                    self._backward(layers, stash.pop(), kept.carry, len(inputs), rope)
+                self.rooms.phase = "update"
+                for unit in reversed(units):
+                    grads = self._grads[unit.spec.name]
+                    square = sum_of_squares(grads)
+                    squares += square
+                    accepted = accepted & square.isfinite()
+                    self.optimizer.update(unit, grads, step, schedule, accepted)
+                    updated += accepted
+        self.rooms.phase = ""
         # the only wait for the device
         numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
-        return StepReport(numbers[0], numbers[1], len(self.units) - int(numbers[2]))
+        self._mover.finish()
+        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        inputs, targets, count = split(batch, self.micro_batch, self.device)
-        return float(self._loss(self._forward(inputs, None), targets)), count
+        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        kept = self.reserve(*_shape(batch), training=False)
+        self._residence.begin([*self._forward_visits(), Visit(("head",))])
+        self._forward(inputs, kept, training=False)
+        total = float(self._loss(kept.carry, targets))
+        self.rooms.phase = ""
+        return total, count
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        (x,) = self._forward([tokens.to(self.device)], None)
-        with self._visit("head") as w:
+        self._residence.begin([*self._forward_visits(), Visit(("head",))])
+        rope = rope_tables(self.config, tokens.shape[1], self.device)
+        with self._residence.visit() as (embed,):
+            x = embed.weights[EMBEDDING].rows(tokens.to(self.device), self.compute)
+        for _ in self.bands:
+            with self._residence.visit() as units:
+                for w in self._working(units):
+                    x = block(x, w, rope, self.config)
+        with self._residence.visit() as units:
+            (w,) = self._working(units)
             normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)
             return matmul_wide(normed, self._head_matrix(w, None).value.T)
 
 
+def _shape(batch: Tensor) -> tuple[int, int]:
+    """Sequences and length of the inputs of a batch."""
+    return batch.shape[0], batch.shape[1] - 1
+
+
 def _aligned(numel: int) -> int:
     return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _copied(unit: Unit, compute: torch.dtype) -> int:
+    """Elements of a unit's matrices that exist in compute precision beside what is stored."""
+    stored = unit.weight_tensors()
+    matrices = [spec for spec in unit.spec.tensors if len(spec.shape) == 2]
+    return sum(_aligned(spec.numel) for spec in matrices if stored[spec.name].dtype != compute)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:

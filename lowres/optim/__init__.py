@@ -5,7 +5,7 @@ Matrices of the blocks take the rule the config names; embedding, head and norms
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from lowres.config import OptimConfig
 from lowres.optim.adamw import AdamW
 from lowres.optim.apollo import Apollo
 from lowres.optim.base import Clock, Rule, State
-from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit
+from lowres.rooms import GPU, HOST, Rooms
+from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit, UnitSpec, Fields, field_bytes, state_fields
 
 __all__ = ["AdamW", "Apollo", "Clock", "Optimizer", "Rule", "State", "make_rule"]
 
@@ -68,14 +69,23 @@ class Optimizer:
         (group,) = (group for group in self.groups if spec.role in group.roles)
         return group
 
-    def attach(self, units: Iterable[Unit], device: torch.device) -> None:
-        """Give every weight its state before the first update."""
+    def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
+        """Give every unit its state before the first update, all zero. The states of the units named in
+        `on_host` have their home there."""
         for unit in units:
-            for spec in unit.spec.tensors:
-                shapes = self.group_of(spec).rule.state_shapes(spec.shape)
-                unit.state[spec.name] = {
-                    key: torch.zeros(shape, device=device) for key, shape in shapes.items()
-                }
+            fields = self.unit_fields(unit.spec)
+            size = sum(field_bytes(state_fields(fields)).values())
+            home = HOST if unit.spec.name in on_host else GPU
+            unit.give_state(fields, rooms.slab("optimizer state", home, size))
+
+    def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
+        """The state of a unit, by weight name and key."""
+        return {
+            spec.name: {
+                k: (torch.float32, s) for k, s in self.group_of(spec).rule.state_shapes(spec.shape).items()
+            }
+            for spec in unit.tensors
+        }
 
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor

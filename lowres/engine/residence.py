@@ -1,0 +1,110 @@
+"""Units at hand: those that live in host memory are fetched one visit ahead and written back.
+
+Two sets of slots on the GPU, taken in turns. While one visit computes, the units of the next arrive in
+the other set, and what an update changed leaves. A unit whose home is the GPU is used where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowres.rooms import GPU, Event, Homes, Mover, Rooms
+from lowres.storage import Unit
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Units that are needed together. update: with their state, and they will change."""
+
+    units: tuple[str, ...]
+    update: bool = False
+
+
+def slot_bytes(visits: Sequence[Visit], sizes: Mapping[str, tuple[int, int]], homes: Homes) -> int:
+    """Bytes of one of the two slots. sizes: bytes of weights and state by unit."""
+    return max((_hosted_bytes(visit, sizes, homes) for visit in visits), default=0)
+
+
+def _hosted_bytes(visit: Visit, sizes: Mapping[str, tuple[int, int]], homes: Homes) -> int:
+    weights = sum(sizes[unit][0] for unit in visit.units if unit in homes.weights)
+    state = sum(sizes[unit][1] for unit in visit.units if unit in homes.state)
+    return weights + (state if visit.update else 0)
+
+
+class Residence:
+    """Brings the units of every visit to the GPU, in the order that `begin` was told."""
+
+    def __init__(
+        self,
+        units: Mapping[str, Unit],
+        homes: Homes,
+        visits: Sequence[Visit],
+        rooms: Rooms,
+        mover: Mover,
+    ) -> None:
+        """visits: all that will ever be asked for, to size the slots."""
+        self._units, self._homes, self._mover = units, homes, mover
+        sizes = {
+            name: (u.weights_slab.numel(), 0 if u.state_slab is None else u.state_slab.numel())
+            for name, u in units.items()
+        }
+        size = slot_bytes(visits, sizes, homes)
+        self._slots = [rooms.slab("transfer of layers", GPU, size) for _ in range(2)] if size else []
+        self._visits: list[Visit] = []
+        self._at = 0
+        # of the visit that is on its way: its units on the GPU and when they are complete
+        self._coming: tuple[list[Unit], Event] = ([], None)
+
+    def begin(self, visits: Sequence[Visit]) -> None:
+        """The visits that follow, in order. The first is fetched now."""
+        self._visits, self._at = list(visits), 0
+        self._coming = self._fetch(0)
+
+    @contextmanager
+    def visit(self) -> Iterator[list[Unit]]:
+        """The units of the next visit, on the GPU until the end of the block."""
+        visit, (units, event) = self._visits[self._at], self._coming
+        self._at += 1
+        self._mover.wait(event)
+        if self._at < len(self._visits):
+            self._coming = self._fetch(self._at)
+        yield units
+        if visit.update:
+            self._mover.store(
+                (home, here)
+                for name, unit in zip(visit.units, units, strict=True)
+                for home, here in _slabs(self._units[name], unit)
+                if home is not here
+            )
+
+    def _fetch(self, index: int) -> tuple[list[Unit], Event]:
+        visit = self._visits[index]
+        free = self._slots[index % 2] if self._slots else None
+        units, copies = [], []
+        for name in visit.units:
+            unit = self._units[name]
+            weights, state = unit.weights_slab, unit.state_slab if visit.update else None
+            if name in self._homes.weights:
+                weights, free = _cut(free, weights)
+                copies.append((weights, unit.weights_slab))
+            if name in self._homes.state and state is not None:
+                home = state
+                state, free = _cut(free, home)
+                copies.append((state, home))
+            units.append(unit.over(weights, state) if copies else unit)
+        return units, self._mover.fetch(copies) if copies else None
+
+
+def _cut(free: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    assert free is not None
+    return free[: like.numel()], free[like.numel() :]
+
+
+def _slabs(home: Unit, here: Unit) -> Iterator[tuple[Tensor, Tensor]]:
+    yield home.weights_slab, here.weights_slab
+    if home.state_slab is not None and here.state_slab is not None:
+        yield home.state_slab, here.state_slab

@@ -1,0 +1,112 @@
+"""Measured memory: what really is alive, by room and by what the step was doing at the time.
+
+On CUDA the allocator knows. On a CPU, where both rooms are the same memory, every tensor storage is
+followed from its birth to its end; a storage that is a slab of the host room counts there, everything
+else counts as GPU memory, which is where it would be.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowres.rooms import GPU, HOST, Rooms
+
+GIB = 1 << 30
+
+
+class Meter:
+    """Peak memory of a run. On a CPU the first step and the first evaluation are counted: the following
+    ones take the same, and counting is slow."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self._seen: set[str] = set()
+        self._peak = 0
+
+    @contextmanager
+    def watch(self, what: str) -> Iterator[None]:
+        """Measure what happens in the block, if nothing of the kind was measured yet."""
+        if what in self._seen or self._rooms.device.type == "cuda":
+            yield
+            return
+        self._seen.add(what)
+        with LiveTensors(self._rooms) as live:
+            yield
+        self._peak = max(self._peak, live.peak[GPU])
+
+    def readings(self) -> dict[str, float]:
+        """For the metrics, in GiB. peak_mem_gib: in the GPU room, as the allocator reports it on CUDA;
+        host_mem_gib: slabs in the host room; peak_rss_gib: resident memory of the process."""
+        device = self._rooms.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else self._peak
+        host = sum(size for (_, room), size in self._rooms.held().items() if room == HOST)
+        return {"peak_mem_gib": peak / GIB, "host_mem_gib": host / GIB, "peak_rss_gib": rss_gib()}
+
+
+def rss_gib() -> float:
+    """Most resident memory that this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of tensor storage that exist while it is active: the slabs of `rooms` and what
+    is made inside it. `current` and `peak` are bytes by room, `phases` the peak in the GPU room by
+    `rooms.phase`. It sees every operation, so it is slow: for one step, or for tests.
+    """
+
+    def __init__(self, rooms: Rooms | None = None) -> None:
+        super().__init__()
+        self.rooms = rooms
+        self.current = {GPU: 0, HOST: 0}
+        self.peak = {GPU: 0, HOST: 0}
+        self.phases: dict[str, int] = {}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __enter__(self) -> LiveTensors:
+        for _, room, storage in self.rooms.slabs() if self.rooms else ():
+            self._count(storage, room)
+        super().__enter__()
+        return self
+
+    def reset(self) -> None:
+        """Forget the peaks so far."""
+        self.peak, self.phases = dict(self.current), {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id(a.untyped_storage()) for a in args if isinstance(a, Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            # a view of something older is not new memory
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
+                self._count(tensor.untyped_storage(), self.rooms.allocating if self.rooms else GPU)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, room: str) -> None:
+        key = id(storage)
+        if key in self._alive:
+            return
+        size = storage.nbytes()
+
+        def forget(_: Any) -> None:
+            self._alive.pop(key, None)
+            self.current[room] -= size
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.current[room] += size
+        self.peak[room] = max(self.peak[room], self.current[room])
+        if room == GPU and self.rooms is not None:
+            phase = self.rooms.phase
+            self.phases[phase] = max(self.phases.get(phase, 0), self.current[GPU])
+

@@ -1,0 +1,157 @@
+"""The rooms that tensors live in: the compute device ("gpu") and host memory ("host").
+
+Everything large is a slab: one allocation of exactly the bytes that are needed, under the name of the
+component it belongs to, so that what is really held can be counted (`Rooms.held`). On a CUDA machine
+host slabs are page-locked, for copies beside the computation. They are registered, not allocated, as
+such: PyTorch's pinned allocator rounds up to powers of two, and 6 GiB would become 8.
+
+On a machine without a GPU both rooms are the same memory. Components keep their rooms, copies happen
+where they would, and what the GPU would hold can be counted.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowres.errors import DoesNotFit
+
+GPU, HOST = "gpu", "host"
+
+
+@dataclass(frozen=True)
+class Homes:
+    """What lives in host memory between its uses; everything else is on the GPU.
+
+    weights, state: names of units. stash: as many of the first boundaries. carry: whether it does.
+    """
+
+    weights: frozenset[str] = frozenset()
+    state: frozenset[str] = frozenset()
+    stash: int = 0
+    carry: bool = False
+
+
+class Rooms:
+    """Allocates slabs and knows which exist.
+
+    For measurements: `phase` is what a step is doing, `allocating` the room that a new tensor is for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phase = ""
+        self.allocating = GPU
+        self._slabs: list[tuple[str, str, weakref.ref[torch.UntypedStorage]]] = []
+
+    def slab(self, component: str, room: str, nbytes: int) -> Tensor:
+        """uint8 [nbytes], all zero. Raises DoesNotFit if the memory cannot be had."""
+        try:
+            with self.allocate_in(room):
+                slab = self._allocate(room, nbytes)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+            raise DoesNotFit(
+                f"{component}: {nbytes / 2**30:.2f} GiB of {room} memory cannot be allocated "
+                f"({str(error).splitlines()[0]}); lower memory.budget_gib or memory.host_budget_gib"
+            ) from None
+        self._slabs.append((component, room, weakref.ref(slab.untyped_storage())))
+        return slab
+
+    def _allocate(self, room: str, nbytes: int) -> Tensor:
+        if self.device.type == "cuda" and room == HOST:
+            return _page_locked(nbytes)
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+
+    @contextmanager
+    def allocate_in(self, room: str) -> Iterator[None]:
+        """Count tensors that are made in the block to a room."""
+        before, self.allocating = self.allocating, room
+        try:
+            yield
+        finally:
+            self.allocating = before
+
+    def slabs(self) -> list[tuple[str, str, torch.UntypedStorage]]:
+        """Component, room and memory of every slab that is still in use."""
+        alive = [(component, room, ref()) for component, room, ref in self._slabs]
+        return [(component, room, storage) for component, room, storage in alive if storage is not None]
+
+    def held(self) -> dict[tuple[str, str], int]:
+        """Bytes in slabs by component and room."""
+        found: dict[tuple[str, str], int] = {}
+        for component, room, storage in self.slabs():
+            found[component, room] = found.get((component, room), 0) + storage.nbytes()
+        return found
+
+
+def _page_locked(nbytes: int) -> Tensor:
+    """Zeroed host memory in whole pages, registered with CUDA until it is freed."""
+    slab = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)))
+    weakref.finalize(slab.untyped_storage(), runtime.cudaHostUnregister, slab.data_ptr())
+    return slab
+
+
+Event = torch.cuda.Event | None
+Copies = Iterable[tuple[Tensor, Tensor]]  # (destination, source)
+
+
+class Mover:
+    """Copies between the rooms, beside the computation: one stream in each direction.
+
+    A fetch waits for the computation that was enqueued before it, which may still read what is
+    overwritten, and for earlier stores, which may still write what is read. A store waits for the
+    computation that made its source. On a CPU a copy is done when the call returns.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._in = torch.cuda.Stream(device) if cuda else None
+        self._out = torch.cuda.Stream(device) if cuda else None
+
+    def fetch(self, copies: Copies) -> Event:
+        """Host to GPU. Returns what `wait` takes."""
+        if self._in is None or self._out is None:
+            return _copy(copies)
+        self._in.wait_stream(torch.cuda.current_stream())
+        self._in.wait_stream(self._out)
+        return _copy_on(self._in, copies)
+
+    def store(self, copies: Copies) -> Event:
+        """GPU to host. Returns what `wait` takes, before the source may be overwritten."""
+        if self._out is None:
+            return _copy(copies)
+        self._out.wait_stream(torch.cuda.current_stream())
+        return _copy_on(self._out, copies)
+
+    def wait(self, event: Event) -> None:
+        """Let the computation that follows wait for a copy."""
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def finish(self) -> None:
+        """Wait on the host until all copies are done: only then may the CPU look at host slabs."""
+        if self._in is not None and self._out is not None:
+            self._in.synchronize()
+            self._out.synchronize()
+
+
+def _copy(copies: Copies) -> None:
+    for destination, source in copies:
+        destination.copy_(source)
+
+
+def _copy_on(stream: torch.cuda.Stream, copies: Copies) -> torch.cuda.Event:
+    with torch.cuda.stream(stream):
+        for destination, source in copies:
+            destination.copy_(source, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(stream)
+    return event
