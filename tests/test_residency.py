@@ -71,9 +71,10 @@ def peak(model: ModelConfig, homes: Homes, sequences: int, band: int = 1) -> tup
     optimizer = make_optimizer(config, units, rooms, homes.state)
     initialize(units, 0, CPU)
     engine = LayerwiseEngine(model, units, optimizer, 1, torch.float32, rooms, 64, band, homes)
+    batch = make_batch(sequences, 64)
     with LiveTensors(rooms) as live:
         for step in range(2):
-            engine.step(make_batch(sequences, 64), step, 1.0)
+            engine.step(batch, step, 1.0)
     return live.peak[GPU], live.peak[HOST]
 
 
