@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowres.errors import UserError
+from lowres.errors import DoesNotFit, UserError
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -90,6 +90,32 @@ def save(
         ) from None
     _delete_old(checkpoints, keep)
     return target
+
+
+def require_disk(checkpoints: Path, bytes_per_checkpoint: int, keep: int) -> None:
+    """Raise DoesNotFit if the disk of a folder, which need not exist yet, cannot hold the checkpoints.
+
+    A run that keeps K needs room for K + 1, as the new one is whole before the oldest goes; what is there
+    already is not needed again. keep = 0 (never delete) asks for the next one only.
+    """
+    place = checkpoints.absolute()
+    while not place.exists():
+        place = place.parent
+    # the next save deletes first what an interrupted one left
+    free = shutil.disk_usage(place).free + _bytes_in(_unfinished(checkpoints))
+    all_kept = (keep + 1) * bytes_per_checkpoint - _bytes_in(find(checkpoints)) if keep else 0
+    needed = max(bytes_per_checkpoint, all_kept)
+    if free < needed:
+        # not from 1, as 0 keeps all
+        fewer = f" or lower train.keep_checkpoints = {keep}" if keep > 1 and all_kept == needed else ""
+        raise DoesNotFit(
+            f"checkpoints {checkpoints}: {free / 2**30:.2f} GiB of the disk are free and "
+            f"{needed / 2**30:.2f} GiB are needed; make room, choose another --run DIR{fewer}"
+        )
+
+
+def _bytes_in(folders: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
 
 
 def _unfinished(checkpoints: Path) -> list[Path]:

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowres import checkpoint
-from lowres.errors import UserError
+from lowres.errors import DoesNotFit, UserError
 from lowres.memory import LiveTensors
 
 
@@ -196,6 +198,42 @@ def test_a_short_file_is_named_and_overwrites_nothing(tmp_path: Path, left: int)
     with pytest.raises(UserError, match=f"{victim}: is cut short"):
         checkpoint.load_unit(victim.parent, "embed", into)
     assert not any(t.any() for t in into.values())
+
+
+@pytest.mark.parametrize(
+    "existing, keep, needed",
+    # at most keep + 1 at a time, those that exist included, and never less than the next one
+    [(0, 2, 3), (1, 2, 2), (2, 2, 1), (5, 2, 1), (0, 1, 2), (0, 0, 1), (4, 0, 1)],
+)
+def test_disk_for_the_checkpoints_kept_and_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: int, keep: int, needed: int
+) -> None:
+    for step in range(existing):
+        save(tmp_path, step)
+    size = sum(f.stat().st_size for f in save(tmp_path / "other", 0).iterdir())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, needed * size + 20))
+    checkpoint.require_disk(tmp_path, size, keep)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, needed * size - 20))
+    with pytest.raises(DoesNotFit) as caught:
+        checkpoint.require_disk(tmp_path, size, keep)
+    # what helps, and only that
+    assert ("train.keep_checkpoints" in str(caught.value)) == (needed > 1 and keep > 1)
+    # an interrupted save gives its room back
+    (tmp_path / "step_00000099.unfinished").mkdir()
+    (tmp_path / "step_00000099.unfinished" / "embed.safetensors").write_bytes(bytes(100))
+    checkpoint.require_disk(tmp_path, size, keep)
+    save(tmp_path, 9)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/mine/checkpoints")
+    checkpoint.require_disk(folder, 1, 2)
+    with pytest.raises(DoesNotFit, match=r"runs/mine/checkpoints: [\d.]+ GiB.* 3221225472.00 GiB.*--run"):
+        checkpoint.require_disk(folder, 1 << 60, 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_tensor_must_be_used_and_fit(tmp_path: Path) -> None:
