@@ -5,30 +5,47 @@
         state.json                                                        step, tokens, fingerprints
         manifest.json                                                     size and BLAKE2b of each file
 
-A file a unit of the model, so saving and loading need host memory for one unit. Loading reads into
-the tensors that are there already: no mapped pages, no second copy, so a resumed run peaks where a
-fresh one does. A folder without a manifest that agrees with its files is not a checkpoint.
+A file a unit of the model. Tensors in host memory are written from where they are and read into where
+they are: no mapped pages, no second copy, so neither a save nor a resume peaks above training. Tensors
+of another device pass through PIECE_BYTES of host memory. The safetensors library is not used because
+it first gathers what it saves, in older releases as a copy of the whole file; its format is small: 8
+bytes length of the header (little-endian), the header in JSON, and the data without gaps. A folder
+without a manifest that agrees with its files is not a checkpoint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lowres.errors import UserError
+from lowres.errors import DoesNotFit, UserError
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 PREFIX, UNFINISHED = "step_", ".unfinished"
+# what is hashed, written or moved between devices at a time
+PIECE_BYTES = 8 << 20
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -51,18 +68,16 @@ def save(
     target = step_folder(checkpoints, step)
     beside = target.with_name(target.name + UNFINISHED)
     try:
-        shutil.rmtree(beside, ignore_errors=True)
+        for left in _unfinished(checkpoints):
+            shutil.rmtree(left, ignore_errors=True)
         beside.mkdir(parents=True)
+        bounce = _bounce()
         files = {}
         for name, tensors in units:
             path = beside / f"{name}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, {"format": "pt"})
-            files[path.name] = _seal(path)
-        (beside / STATE).write_text(json.dumps(state | {"step": step}, indent=1))
-        files[STATE] = _seal(beside / STATE)
-        manifest = {"format": FORMAT, "files": files}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(beside / MANIFEST)
+            files[path.name] = _write(path, _safetensors(tensors, bounce))
+        files[STATE] = _write(beside / STATE, [_json(state | {"step": step})])
+        _write(beside / MANIFEST, [_json({"format": FORMAT, "files": files})])
         _sync(beside)
         shutil.rmtree(target, ignore_errors=True)
         beside.rename(target)
@@ -77,9 +92,38 @@ def save(
     return target
 
 
+def require_disk(checkpoints: Path, bytes_per_checkpoint: int, keep: int) -> None:
+    """Raise DoesNotFit if the disk of a folder, which need not exist yet, cannot hold the checkpoints.
+
+    A run that keeps K needs room for K + 1, as the new one is whole before the oldest goes; what is there
+    already is not needed again. keep = 0 (never delete) asks for the next one only.
+    """
+    place = checkpoints.absolute()
+    while not place.exists():
+        place = place.parent
+    # the next save deletes first what an interrupted one left
+    free = shutil.disk_usage(place).free + _bytes_in(_unfinished(checkpoints))
+    all_kept = (keep + 1) * bytes_per_checkpoint - _bytes_in(find(checkpoints)) if keep else 0
+    needed = max(bytes_per_checkpoint, all_kept)
+    if free < needed:
+        # not from 1, as 0 keeps all
+        fewer = f" or lower train.keep_checkpoints = {keep}" if keep > 1 and all_kept == needed else ""
+        raise DoesNotFit(
+            f"checkpoints {checkpoints}: {free / 2**30:.2f} GiB of the disk are free and "
+            f"{needed / 2**30:.2f} GiB are needed; make room, choose another --run DIR{fewer}"
+        )
+
+
+def _bytes_in(folders: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
+
+
+def _unfinished(checkpoints: Path) -> list[Path]:
+    """What a kill during a save left."""
+    return list(checkpoints.glob(f"{PREFIX}*{UNFINISHED}"))
+
+
 def _delete_old(checkpoints: Path, keep: int) -> None:
-    for left in checkpoints.glob(f"{PREFIX}*{UNFINISHED}"):
-        shutil.rmtree(left, ignore_errors=True)
     if keep:
         for old in find(checkpoints)[:-keep]:
             # without its manifest a half-deleted folder is no checkpoint
@@ -133,14 +177,12 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: bool = True) -> None:
     """Read a unit's tensors from a checkpoint into `tensors`, in place.
 
-    all_used: every tensor of the file must be asked for. Raises UserError on a tensor that is missing
-    or has another shape or type.
+    all_used: every tensor of the file must be asked for. Raises UserError, with nothing overwritten, on a
+    file that is cut short and on a tensor that is missing or has another shape or type.
     """
     path = folder / f"{unit}.safetensors"
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        start, header = _read_header(file, path)
         if all_used and header.keys() != tensors.keys():
             odd = sorted(header.keys() ^ tensors.keys())
             raise UserError(f"checkpoint {path}: holds other tensors than the run needs, such as {odd[0]}")
@@ -152,33 +194,85 @@ def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: boo
                 or entry["dtype"] != DTYPES[tensor.dtype]
             ):
                 raise UserError(f"checkpoint {path}: {name} is missing or of another shape or type")
-            file.seek(8 + length + entry["data_offsets"][0])
-            _read_into(file, tensor)
+        bounce = _bounce()
+        for name, tensor in tensors.items():
+            file.seek(start + header[name]["data_offsets"][0])
+            _read_into(file, tensor, bounce)
 
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
+def _read_header(file: BufferedReader, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file starts, and the entry of each tensor; all data is there."""
+    size = path.stat().st_size
+    start = 8 + int.from_bytes(file.read(8), "little")
+    if start <= size:
+        header: dict[str, Any] = json.loads(file.read(start - 8))
+        header.pop("__metadata__", None)
+        if start + max((entry["data_offsets"][1] for entry in header.values()), default=0) <= size:
+            return start, header
+    raise UserError(
+        f"checkpoint {path}: is cut short at {size} bytes; delete its folder and use an older one"
+    )
 
 
-def _read_into(file: Any, tensor: Tensor) -> None:
-    """Fill a tensor from the file's position; one on another device goes through a host copy of itself."""
-    host = tensor if tensor.device.type == "cpu" else torch.empty_like(tensor, device="cpu")
-    flat = host.view(-1).view(torch.uint8).numpy()
-    if file.readinto(flat.data) != flat.nbytes:
-        raise UserError(f"checkpoint {file.name}: ends too early")
-    if host is not tensor:
-        tensor.copy_(host)
+def _read_into(file: BufferedReader, tensor: Tensor, bounce: Tensor) -> None:
+    """Fill a tensor from the file's position; only one that is not contiguous needs a copy."""
+    whole = tensor.detach().contiguous()
+    for piece in whole.view(-1).view(torch.uint8).split(PIECE_BYTES):
+        host = piece if _on_host(piece) else bounce[: len(piece)]
+        if file.readinto(host.numpy().data) != len(piece):
+            raise UserError(f"checkpoint {file.name}: ends too early")
+        if host is not piece:
+            piece.copy_(host)
+    if not tensor.is_contiguous():
+        tensor.detach().copy_(whole)
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    _sync(path)
-    return {"bytes": path.stat().st_size, "blake2b": _digest(path)}
+def _safetensors(tensors: dict[str, Tensor], bounce: Tensor) -> Iterator[bytes | memoryview]:
+    """A safetensors file of the tensors, piece by piece; a piece is valid until the next is asked for."""
+    # widest elements first, so that every tensor is aligned, as some readers need
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in ordered.values():
+        for piece in tensor.detach().contiguous().view(-1).view(torch.uint8).split(PIECE_BYTES):
+            host = piece if _on_host(piece) else bounce[: len(piece)].copy_(piece)
+            yield host.numpy().data
+
+
+def _bounce() -> Tensor:
+    """Host memory for pieces of another device's tensors."""
+    # its pages come with its first use and go with it, where malloc would keep them
+    return torch.frombuffer(mmap.mmap(-1, PIECE_BYTES), dtype=torch.uint8)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file through to the disk; returns its size and BLAKE2b for the manifest."""
+    size, digest = 0, hashlib.blake2b()
+    with path.open("wb") as file:
+        for piece in pieces:
+            size += file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "blake2b": digest.hexdigest()}
 
 
 def _digest(path: Path) -> str:
@@ -187,8 +281,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,13 +1,22 @@
 """Checkpoints are whole or absent, verified, and read into place."""
 
+import errno
+import json
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowres import checkpoint
-from lowres.errors import UserError
+from lowres.errors import DoesNotFit, UserError
 from lowres.memory import LiveTensors
 
 
@@ -39,6 +48,56 @@ def test_round_trip_and_format(tmp_path: Path) -> None:
         assert torch.equal(into[name], t) and torch.equal(library[name], t)
 
 
+def odd_tensors() -> dict[str, torch.Tensor]:
+    """Every type, in sizes that leave the next tensor unaligned if the file's order does not see to it."""
+    kinds = {name: torch.randint(0, 100, (3, 5)).to(dtype) for dtype, name in checkpoint.DTYPES.items()}
+    return dict(reversed(kinds.items())) | {
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(1.5).bfloat16(),
+        "transposed": torch.randn(7, 9).t(),
+        "strided": torch.arange(40, dtype=torch.uint8)[::3],
+        "nan": torch.tensor([float("nan"), -0.0]),
+        'a "name" in \u00fcnicode!': torch.ones(1),
+    }
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_every_type_and_shape_is_what_the_library_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_host: bool
+) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 16)  # many pieces, some in the middle of an element
+    monkeypatch.setattr(checkpoint, "_on_host", lambda _: on_host)
+    wanted = odd_tensors()
+    saved = checkpoint.save(tmp_path, 1, [("u", wanted)], {}, 0)
+    assert checkpoint.verify(saved) == []
+    save_file({k: t.contiguous() for k, t in wanted.items()}, saved / "library.safetensors")
+    library = load_file(saved / "u.safetensors")
+    assert library.keys() == wanted.keys()
+    content = (saved / "u.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    assert start % 8 == 0 and header["__metadata__"] == {"format": "pt"}
+    assert all(header[k]["data_offsets"][0] % t.element_size() == 0 for k, t in wanted.items())
+    for unit in ("u", "library"):
+        into = {k: torch.zeros_like(t) for k, t in wanted.items()}  # as strided as the original
+        checkpoint.load_unit(saved, unit, into)
+        for name, t in wanted.items():
+            for got in (into[name], library[name]):
+                assert got.dtype == t.dtype and got.shape == t.shape
+                assert got.flatten().view(torch.uint8).equal(t.flatten().view(torch.uint8)), name
+
+
+@pytest.mark.gpu
+def test_a_device_passes_through_host_memory_in_pieces(tmp_path: Path) -> None:
+    wanted = {"w": torch.randn(3000, 2000, device="cuda").bfloat16(), "updates": torch.tensor(3).cuda()}
+    saved = checkpoint.save(tmp_path, 1, [("u", wanted)], {}, 0)
+    library = load_file(saved / "u.safetensors")
+    into = {k: torch.zeros_like(t) for k, t in wanted.items()}
+    checkpoint.load_unit(saved, "u", into)
+    for name, t in wanted.items():
+        assert torch.equal(into[name], t) and torch.equal(library[name], t.cpu())
+
+
 def test_loading_needs_no_second_copy(tmp_path: Path) -> None:
     big = {"w": torch.randn(1000, 1000)}
     saved = checkpoint.save(tmp_path, 1, [("embed", big)], {}, 0)
@@ -47,6 +106,38 @@ def test_loading_needs_no_second_copy(tmp_path: Path) -> None:
         checkpoint.load_unit(saved, "embed", into)
     assert torch.equal(into["w"], big["w"])
     assert live.peak <= 4_000_000  # the tensor itself, seen through its view
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from lowres import checkpoint
+
+def memory(key):  # of this process; ru_maxrss would begin with its parent's
+    return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
+
+def round_trip(step, unit):
+    for on_host in (True, False):
+        checkpoint._on_host = lambda _: on_host
+        saved = checkpoint.save(Path(sys.argv[1]), step, [("u", unit)], {}, 1)
+        assert checkpoint.verify(saved) == []
+        checkpoint.load_unit(saved, "u", unit)
+
+unit = {str(i): torch.full((8 << 20,), float(i)) for i in range(4)}  # 4 of 32 MiB
+round_trip(1, {"w": torch.ones(9)})  # loads what code there is to load
+before = memory("VmRSS")
+round_trip(2, unit)
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_saving_and_loading_128_mib_needs_less_than_24(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PEAK, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 24
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "broken manifest"])
@@ -76,16 +167,73 @@ def test_keeps_the_newest_and_clears_what_a_kill_left(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
 
 
-def test_a_failing_disk_leaves_the_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", ["write", "sync"])
+def test_a_failing_disk_leaves_the_old_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
     old = save(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        save(tmp_path, 2)
-    assert checkpoint.find(tmp_path) == [old] and checkpoint.verify(old) == []
+    if failure == "sync":
+        monkeypatch.setattr(checkpoint.os, "fsync", full)
+    try:
+        if failure == "write":  # fails as a full disk does, in the middle of a file
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        with pytest.raises(UserError, match=r"step_00000002.*(No space left|File too large)"):
+            checkpoint.save(tmp_path, 2, [("u", {"w": torch.zeros(1 << 20)})], {}, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [old] and checkpoint.verify(old) == []
+
+
+@pytest.mark.parametrize("left", [-1, 100, 4])
+def test_a_short_file_is_named_and_overwrites_nothing(tmp_path: Path, left: int) -> None:
+    victim = save(tmp_path, 1) / "embed.safetensors"
+    victim.write_bytes(victim.read_bytes()[:left])
+    into = {k: torch.zeros_like(t) for k, t in tensors().items()}
+    with pytest.raises(UserError, match=f"{victim}: is cut short"):
+        checkpoint.load_unit(victim.parent, "embed", into)
+    assert not any(t.any() for t in into.values())
+
+
+@pytest.mark.parametrize(
+    "existing, keep, needed",
+    # at most keep + 1 at a time, those that exist included, and never less than the next one
+    [(0, 2, 3), (1, 2, 2), (2, 2, 1), (5, 2, 1), (0, 1, 2), (0, 0, 1), (4, 0, 1)],
+)
+def test_disk_for_the_checkpoints_kept_and_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: int, keep: int, needed: int
+) -> None:
+    for step in range(existing):
+        save(tmp_path, step)
+    size = sum(f.stat().st_size for f in save(tmp_path / "other", 0).iterdir())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, needed * size + 20))
+    checkpoint.require_disk(tmp_path, size, keep)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, 0, needed * size - 20))
+    with pytest.raises(DoesNotFit) as caught:
+        checkpoint.require_disk(tmp_path, size, keep)
+    # what helps, and only that
+    assert ("train.keep_checkpoints" in str(caught.value)) == (needed > 1 and keep > 1)
+    # an interrupted save gives its room back
+    (tmp_path / "step_00000099.unfinished").mkdir()
+    (tmp_path / "step_00000099.unfinished" / "embed.safetensors").write_bytes(bytes(100))
+    checkpoint.require_disk(tmp_path, size, keep)
+    save(tmp_path, 9)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/mine/checkpoints")
+    checkpoint.require_disk(folder, 1, 2)
+    with pytest.raises(DoesNotFit, match=r"runs/mine/checkpoints: [\d.]+ GiB.* 3221225472.00 GiB.*--run"):
+        checkpoint.require_disk(folder, 1 << 60, 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_tensor_must_be_used_and_fit(tmp_path: Path) -> None:
