@@ -151,8 +151,8 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: d
     model_units = unit_specs(config.model)
     specs = [spec for unit in model_units for spec in unit.tensors]
     kinds = {s.name: storage_kind(s, config.memory.weights, config.memory.embeddings_kept_in) for s in specs}
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
-    state = {spec.name: 4 * _state_size(optimizer, spec) for spec in specs}
+    optimizer = Optimizer(config.optim, config.model, config.run.seed)
+    state = {spec.name: _state_bytes(optimizer, spec) for spec in specs}
     found = [
         *_weights_at_rest(specs, kinds),
         Component("optimizer state", "gpu", sum(state.values()) + 8 * len(model_units)),
@@ -167,9 +167,9 @@ def _plan_for(config: Config, device: torch.device, micro_batch: int, budgets: d
     return Plan(tuple(found), parameters, config.train.batch_tokens, micro_batch, budgets)
 
 
-def _state_size(optimizer: Optimizer, spec: TensorSpec) -> int:
-    shapes = optimizer.group_of(spec).rule.state_shapes(spec.shape).values()
-    return sum(torch.Size(shape).numel() for shape in shapes)
+def _state_bytes(optimizer: Optimizer, spec: TensorSpec) -> int:
+    fields = optimizer.state_fields(spec).values()
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in fields)
 
 
 def _stored(spec: TensorSpec, kind: str) -> int:

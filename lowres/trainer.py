@@ -179,7 +179,7 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
 
     kept = config.memory
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, device)
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    optimizer = Optimizer(config.optim, config.model, config.run.seed)
     optimizer.attach(units.values(), device)
     run = Run(
         folder,

@@ -54,9 +54,11 @@ def make_batch(sequences: int = 7, length: int = 32, vocab: int = 300, seed: int
     return torch.randint(0, vocab, (sequences, length + 1), generator=generator)
 
 
-def make_optimizer(config: Config, units: Units, device: torch.device = CPU) -> Optimizer:
+def make_optimizer(
+    config: Config, units: Units, device: torch.device = CPU, moments: str = "fp32"
+) -> Optimizer:
     """The config's optimizer, with state for the units."""
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    optimizer = Optimizer(config.optim, config.model, config.run.seed, moments)
     optimizer.attach(units.values(), device)
     return optimizer
 

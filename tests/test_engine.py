@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
                     torch.inf
                 )
 
-    optimizer = Poison(config.optim, config.model.dim, 0)
+    optimizer = Poison(config.optim, config.model, 0)
     optimizer.attach(units.values(), CPU)
     engine = LayerwiseEngine(config.model, units, optimizer, 4, torch.float32, CPU)
     before = dense_copy(units)

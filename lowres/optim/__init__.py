@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.config import OptimConfig
+from lowres.config import ModelConfig, OptimConfig
 from lowres.optim.adamw import AdamW
 from lowres.optim.apollo import Apollo
-from lowres.optim.base import Clock, Rule, State
+from lowres.optim.base import Clock, Fields, Rule, State
+from lowres.optim.moments import bitsandbytes_functional
 from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit
 
-__all__ = ["AdamW", "Apollo", "Clock", "Optimizer", "Rule", "State", "make_rule"]
+__all__ = ["AdamW", "Apollo", "Clock", "Fields", "Optimizer", "Rule", "State", "make_rule"]
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,20 @@ class Group:
     weight_decay: float
 
 
-def make_rule(config: OptimConfig, dim: int, seed: int) -> Rule:
-    """The rule that `optim.name` asks for, for the matrices of a model of width dim."""
+def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> Rule:
+    """The rule that `optim.name` asks for, for the matrices of the blocks.
+
+    moments: fp32, bf16 or int8, what element-wise moments are kept in. Those of blocks and of projected
+    gradients are few, and always fp32.
+    """
     assert config.eps is not None
     if config.name == "adamw":
-        return AdamW(config.betas, config.eps)
+        return AdamW(config.betas, config.eps, moments)
     assert config.scale is not None and config.refresh_every is not None
     return Apollo(
         config.betas,
         config.eps,
-        rank=config.rank or max(1, dim // 4),
+        rank=config.rank or max(1, model.dim // 4),
         scale=config.scale,
         refresh_every=config.refresh_every,
         per_channel=config.name == "apollo",
@@ -52,15 +57,16 @@ def make_rule(config: OptimConfig, dim: int, seed: int) -> Rule:
 class Optimizer:
     """All update rules of a run. State lives in the units; an engine calls `update` once a unit and step."""
 
-    def __init__(self, config: OptimConfig, dim: int, seed: int) -> None:
+    def __init__(self, config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> None:
         assert config.lr is not None and config.eps is not None
-        self.seed = seed
-        adamw = AdamW(config.betas, config.eps)
+        self.seed, self.moments = seed, moments
+        rule = make_rule(config, model, seed, moments)
+        rest = AdamW(config.betas, config.eps, moments)
         embed_lr = config.embed_lr or config.lr
         self.groups = (
-            Group(MATRIX_ROLES, make_rule(config, dim, seed), config.lr, config.weight_decay),
-            Group(EMBEDDING_ROLES, adamw, embed_lr, config.weight_decay),
-            Group(NORM_ROLES, adamw, config.lr, 0.0),
+            Group(MATRIX_ROLES, rule, config.lr, config.weight_decay),
+            Group(EMBEDDING_ROLES, rest, embed_lr, config.weight_decay),
+            Group(NORM_ROLES, rest, config.lr, 0.0),
         )
 
     def group_of(self, spec: TensorSpec) -> Group:
@@ -68,13 +74,19 @@ class Optimizer:
         (group,) = (group for group in self.groups if spec.role in group.roles)
         return group
 
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        """The state tensors of a weight: dtype and shape by key."""
+        return self.group_of(spec).rule.state_fields(spec)
+
     def attach(self, units: Iterable[Unit], device: torch.device) -> None:
         """Give every weight its state before the first update."""
+        if self.moments == "int8":
+            bitsandbytes_functional()  # say that it is missing now, not at the first update
         for unit in units:
             for spec in unit.spec.tensors:
-                shapes = self.group_of(spec).rule.state_shapes(spec.shape)
                 unit.state[spec.name] = {
-                    key: torch.zeros(shape, device=device) for key, shape in shapes.items()
+                    key: torch.zeros(shape, dtype=dtype, device=device)
+                    for key, (dtype, shape) in self.state_fields(spec).items()
                 }
 
     def update(
@@ -87,7 +99,7 @@ class Optimizer:
         """
         assert grads.keys() == unit.weights.keys(), f"{unit.spec.name}: gradients and weights differ"
         unit.updates += accepted
-        clock = Clock(step, unit.updates, accepted)
+        clock = Clock(step, unit.updates, accepted, self.seed)
         for grad in grads.values():
             grad.masked_fill_(~accepted, 0.0)
         for group in self.groups:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.optim.base import Clock, State
+from lowres.optim.base import Clock, Fields, State
 from lowres.storage import TensorSpec
 
 GROWTH = 1.01  # the limiter's gamma
@@ -45,10 +45,10 @@ class Apollo:
         self.seed = seed
         self._drawn: dict[str, tuple[int, Tensor]] = {}  # name -> (draw, projection)
 
-    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        m, n = shape
-        projected = (m, self.rank) if m >= n else (self.rank, n)
-        return {"exp_avg": projected, "exp_avg_sq": projected, "norm": ()}
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        m, n = spec.shape
+        projected = torch.float32, (m, self.rank) if m >= n else (self.rank, n)
+        return {"exp_avg": projected, "exp_avg_sq": projected, "norm": (torch.float32, ())}
 
     def projection(self, name: str, shape: tuple[int, ...], step: int, device: torch.device) -> Tensor:
         """fp32 [rank, n] for m >= n, else [m, rank], entries N(0, 1 / rank). A function of its name and
