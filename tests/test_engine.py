@@ -93,7 +93,7 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["adamw", "apollo-mini", "apollo"])
+@pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini", "apollo"])
 def test_engines_reach_the_same_weights(name: str, model: str) -> None:
     changed = {"n_kv_heads": MODELS[model].n_kv_heads, "tie_embeddings": MODELS[model].tie_embeddings}
     config = make_config(

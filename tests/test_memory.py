@@ -21,7 +21,8 @@ MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 
     "changed", [{}, {"n_layers": 8}, {"vocab_size": 8000}, {"tie_embeddings": True}, {"n_kv_heads": 1}]
 )
 @pytest.mark.parametrize(
-    "micro_batch, name", [(1, "apollo-mini"), (4, "apollo-mini"), (4, "adamw"), (8, "adamw")]
+    "micro_batch, name",
+    [(1, "apollo-mini"), (4, "apollo-mini"), (4, "adamw"), (8, "adamw"), (8, "adam-mini")],
 )
 def test_the_plan_is_what_a_step_takes(
     weights: str, compute: str, changed: dict[str, object], micro_batch: int, name: str

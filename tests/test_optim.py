@@ -9,7 +9,7 @@ from torch import Tensor
 from lowres.config import OPTIMIZER_DEFAULTS, OPTIMIZERS, ModelConfig, parse_config
 from lowres.errors import UserError
 from lowres.model import unit_specs
-from lowres.optim import AdamW, Apollo, Clock, make_rule
+from lowres.optim import AdamMini, AdamW, Apollo, Clock, make_rule
 from lowres.optim.base import Rule
 from tests.helpers import CPU, SMALL, make_config, make_optimizer, make_units
 from tests.rules import BETAS, new_state, random_grads, run_rule, spec_of, state_bytes
@@ -106,6 +106,7 @@ def test_a_spike_is_limited_to_one_percent_growth() -> None:
     "rule",
     [
         *(AdamW(BETAS, 1e-8, kind) for kind in ("fp32", "int8")),  # bf16 is rounded by the step's number
+        *(AdamMini(BETAS, 1e-8, 8, kind) for kind in ("fp32", "int8")),
         mini(),
         mini(rank=4, per_channel=True, scale=1.0),
     ],

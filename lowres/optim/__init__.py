@@ -1,6 +1,7 @@
 """Optimizers: which rule updates which tensor, at which rate, and the state they keep.
 
-Matrices of the blocks take the rule the config names; embedding, head and norms take AdamW.
+Matrices of the blocks take the rule the config names. Embedding, head and norms take it too if it is
+Adam-mini, else AdamW.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.config import ModelConfig, OptimConfig
+from lowres.optim.adam_mini import AdamMini
 from lowres.optim.adamw import AdamW
 from lowres.optim.apollo import Apollo
 from lowres.optim.base import Clock, Fields, Rule, State
 from lowres.optim.moments import bitsandbytes_functional
 from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit
 
-__all__ = ["AdamW", "Apollo", "Clock", "Fields", "Optimizer", "Rule", "State", "make_rule"]
+__all__ = ["AdamMini", "AdamW", "Apollo", "Clock", "Fields", "Optimizer", "Rule", "State", "make_rule"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     assert config.eps is not None
     if config.name == "adamw":
         return AdamW(config.betas, config.eps, moments)
+    if config.name == "adam-mini":
+        return AdamMini(config.betas, config.eps, model.head_dim, moments)
     assert config.scale is not None and config.refresh_every is not None
     return Apollo(
         config.betas,
@@ -61,7 +65,7 @@ class Optimizer:
         assert config.lr is not None and config.eps is not None
         self.seed, self.moments = seed, moments
         rule = make_rule(config, model, seed, moments)
-        rest = AdamW(config.betas, config.eps, moments)
+        rest = rule if config.name == "adam-mini" else AdamW(config.betas, config.eps, moments)
         embed_lr = config.embed_lr or config.lr
         self.groups = (
             Group(MATRIX_ROLES, rule, config.lr, config.weight_decay),
