@@ -42,23 +42,38 @@ def test_gradients_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float)
         assert float((grad.cpu().double() - wanted).norm() / wanted.norm()) < tolerance, name
 
 
-@pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
-def test_the_gpu_trains_like_the_cpu(weights: str) -> None:
+@pytest.mark.parametrize(
+    "weights, name, moments",
+    [
+        ("int8", "apollo-mini", "fp32"),
+        ("bf16", "apollo-mini", "fp32"),
+        ("fp32", "apollo-mini", "fp32"),
+        ("fp32", "adamw", "bf16"),
+        ("fp32", "adamw", "int8"),
+        ("fp32", "adam-mini", "int8"),
+    ],
+)
+def test_the_gpu_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
     """Same batches, same named rounding; products differ in their last bits."""
-    config = make_config(memory={"weights": weights, "compute": "fp32"}, optim={"lr": 2e-3})
+    config = make_config(
+        memory={"weights": weights, "compute": "fp32"}, optim={"name": name, "lr": 2e-3, "eps": 1e-6}
+    )
     losses = {}
     for device in (CPU, CUDA):
         units = make_units(config.model, weights, device=device)
-        engine = make_engine(config, units, make_optimizer(config, units, device), 3, device)
+        engine = make_engine(config, units, make_optimizer(config, units, device, moments), 3, device)
         losses[device.type] = [engine.step(make_batch(seed=s), s, 1.0).loss for s in range(20)]
     for here, there in zip(losses["cpu"], losses["cuda"], strict=True):
         assert abs(here - there) < 0.02
 
 
-def test_a_step_waits_for_the_device_only_at_its_end() -> None:
-    config = make_config(memory={"weights": "int8"})
+@pytest.mark.parametrize(
+    "name, moments", [("apollo-mini", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("adam-mini", "int8")]
+)
+def test_a_step_waits_for_the_device_only_at_its_end(name: str, moments: str) -> None:
+    config = make_config(memory={"weights": "int8"}, optim={"name": name})
     units = make_units(config.model, "int8", device=CUDA)
-    engine = make_engine(config, units, make_optimizer(config, units, CUDA), 3, CUDA)
+    engine = make_engine(config, units, make_optimizer(config, units, CUDA, moments), 3, CUDA)
     engine.step(make_batch(), 0, 1.0)
     torch.cuda.synchronize()
     waits = []
