@@ -159,6 +159,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galor
 # name -> defaults of the keys that depend on the optimizer; an optimizer not in here is not built yet
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
+    "adam-mini": {"lr": 1e-3, "eps": 1e-8},
     "apollo": {"lr": 1e-2, "eps": 1e-6, "scale": 1.0, "refresh_every": 200, "scale_front": False},
     "apollo-mini": {
         "lr": 1e-2,
@@ -177,9 +178,9 @@ class OptimConfig(Section):
     """The optimizer. Defaults that depend on it are filled in when the config is read."""
 
     name: str = "apollo-mini"
-    """adamw, apollo or apollo-mini: the rule of the block matrices. Embedding, head and norms take AdamW."""
+    """adamw, adam-mini, apollo or apollo-mini; beside the last two embedding, head and norms take AdamW."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; default 1e-3 for adamw, 1e-2 for apollo and apollo-mini."""
+    """Peak learning rate; default 1e-3 for adamw and adam-mini, 1e-2 for apollo and apollo-mini."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
     betas: Annotated[
@@ -187,7 +188,7 @@ class OptimConfig(Section):
     ] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate | None = None
-    """Added to the denominator; default 1e-8 for adamw, 1e-6 for apollo and apollo-mini."""
+    """Added to the denominator; default 1e-8 for adamw and adam-mini, 1e-6 for apollo and apollo-mini."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
@@ -292,7 +293,7 @@ class MemoryConfig(Section):
     master_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the master copy; bf16 is rounded stochastically."""
     weights_on: Literal["gpu", "host", "auto"] = resumable("auto")
-    """Where weights live between visits; auto: on the GPU, and as many units on the host as the budget asks."""
+    """Where weights live between visits; auto: as many units on the host as memory.budget_gib asks."""
     state_on: Literal["gpu", "host", "auto"] = resumable("auto")
     """Where optimizer state lives between visits; with a master copy, host."""
     stash_on: Literal["gpu", "host", "auto"] = resumable("auto")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowres.checkpoint import BOUNCE_BYTES
+from lowres.checkpoint import PIECE_BYTES
 from lowres.config import Config, ModelConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.layerwise import ALIGNMENT, PRODUCT_CHUNK
@@ -92,6 +92,12 @@ class Plan:
     def size(self, name: str, room: str | None = None) -> int:
         """Bytes of a component, in one room or in all."""
         return sum(c.bytes for c in self.components if c.name == name and room in (None, c.room))
+
+    @property
+    def excess(self) -> int:
+        """Bytes beyond the budgets."""
+        limits = ((room, budget) for room, budget in self.budgets.items() if budget is not None)
+        return sum(max(0, self.peak(room) - budget) for room, budget in limits)
 
     @property
     def problems(self) -> list[str]:
@@ -174,13 +180,12 @@ def make_plan(config: Config, device: torch.device, on_this_machine: bool = Fals
         HOST: _budget(config.memory.host_budget_gib, host_bytes() if on_this_machine else None),
     }
     planner = _Planner(config, device, budgets)
-    plan = None
+    plans = []
     for band in planner.bands():
-        plan = planner.with_largest_micro_batch(band)
-        if not plan.problems:
-            return plan
-    assert plan is not None
-    return plan
+        plans.append(planner.with_largest_micro_batch(band))
+        if not plans[-1].problems:
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.excess)
 
 
 def require_fit(plan: Plan) -> None:
@@ -345,7 +350,7 @@ class _Planner:
             found.append(Component("projections", GPU, self.projections))
         if self.device.type == "cuda":
             found.append(Component("cuBLAS workspace", GPU, CUBLAS_WORKSPACE))
-            found.append(Component("checkpoint snapshot", HOST, BOUNCE_BYTES, "saving"))
+            found.append(Component("checkpoint snapshot", HOST, PIECE_BYTES, "saving"))
         found.append(Component("checkpoint", DISK, sum(sum(pair) for pair in self.sizes.values())))
         components = tuple(c for c in found if c.bytes)
         return Plan(components, choice, self.parameters, self.config.train.batch_tokens, self.budgets)
@@ -373,27 +378,34 @@ class _Planner:
             specs = [s for name in group for s in self.units[name].tensors if len(s.shape) == 2]
             return sum(_aligned(s.numel) * width for s in specs if self.kinds[s.name] != same)
 
-        gradients = max(sum(self.numel[name] for name in bands[0]), self.numel["head"], 0 if tied else self.numel["embed"])
+        gradients = max(
+            sum(self.numel[name] for name in bands[0]), self.numel["head"], 0 if tied else self.numel["embed"]
+        )
         visits = [Visit(group, update=True) for group in (*bands, ("head",), ("embed",))]
         stash = boundary_bytes(self.encoding, model.dim, config.batch_sequences, micro_batch, seq)
-        carry = boundary_bytes(make_encoding("auto", self.compute), model.dim, config.batch_sequences, micro_batch, seq)
+        carry = boundary_bytes(
+            make_encoding("auto", self.compute), model.dim, config.batch_sequences, micro_batch, seq
+        )
         piece = self.encoding.nbytes(tokens, model.dim)
         doors = (4 * piece if homes.stash else 0) + (4 * tokens * model.dim * width if homes.carry else 0)
         decoded = 0 if self.encoding.is_free(self.compute) else tokens * model.dim * width
         chunk = min(config.memory.loss_chunk, tokens)
-        row_chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
-        specs = [s for unit in self.units.values() for s in unit.tensors]
 
         def product(numel: int) -> int:
             """A bf16 weight gradient before it is added: in fp32, and on a CPU in bf16 before that."""
-            return 0 if not wide else min(numel, PRODUCT_CHUNK) * (wide if self.device.type == "cuda" else wide + 2)
+            return (
+                0
+                if not wide
+                else min(numel, PRODUCT_CHUNK) * (wide if self.device.type == "cuda" else wide + 2)
+            )
 
         block = max(s.numel for s in self.units[self.blocks[0]].tensors)
         # logits in fp32, then their gradient in compute precision beside them or beside the head's
         logits = chunk * model.vocab
         loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
         loss += chunk * model.dim * 18
-        backward = _activations(model, tokens, width) + (band - 1) * _kept(model, tokens, width)
+        kept = _kept(model, tokens, width)
+        backward = max(_activations(model, tokens, width), kept + product(block)) + (band - 1) * kept
         return [
             Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
             Component("transfer of boundaries", GPU, doors),
@@ -408,11 +420,21 @@ class _Planner:
             Component("carry", HOST if homes.carry else GPU, carry),
             Component("rotary tables", GPU, 2 * 4 * seq * model.head_dim),
             Component("activations inside a layer", GPU, backward + decoded, "backward"),
-            Component("weight gradient before it is added", GPU, product(block), "backward"),
             Component("loss chunk", GPU, loss, "loss"),
-            # fp32 copies of codes, change and new value, random bits, and what their making leaves behind
-            Component("update workspace", GPU, 9 * 4 * min(row_chunk, max(s.numel for s in specs)), "update"),
+            Component("update workspace", GPU, self._update_workspace(), "update"),
         ]
+
+    def _update_workspace(self) -> int:
+        """fp32 numbers beside a chunk of a weight while it is written: for int8 codes, change, new value,
+        random bits and what their making leaves behind; less for what is rounded in one go."""
+        kept, kinds = self.config.memory, set(self.kinds.values())
+        if kept.master == "none" and "int8" in kinds:
+            numbers = 9
+        else:
+            numbers = 4 if kept.master != "none" or "bf16" in kinds or kept.moments != "fp32" else 0
+        chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
+        largest = max(s.numel for unit in self.units.values() for s in unit.tensors)
+        return numbers * 4 * min(chunk, largest)
 
     def _autograd(self, choice: Choice) -> list[Component]:
         """What the autograd engine adds: the whole model and two gradients of it."""

@@ -86,7 +86,8 @@ class LiveTensors(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {id(a.untyped_storage()) for a in args if isinstance(a, Tensor)}
+        inputs = (*args, *(kwargs or {}).values())
+        given = {id(a.untyped_storage()) for a in inputs if isinstance(a, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
             # a view of something older is not new memory
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
@@ -109,4 +110,3 @@ class LiveTensors(TorchDispatchMode):
         if room == GPU and self.rooms is not None:
             phase = self.rooms.phase
             self.phases[phase] = max(self.phases.get(phase, 0), self.current[GPU])
-

@@ -119,7 +119,8 @@ class Mover:
     def fetch(self, copies: Copies) -> Event:
         """Host to GPU. Returns what `wait` takes."""
         if self._in is None or self._out is None:
-            return _copy(copies)
+            _copy(copies)
+            return None
         self._in.wait_stream(torch.cuda.current_stream())
         self._in.wait_stream(self._out)
         return _copy_on(self._in, copies)
@@ -127,7 +128,8 @@ class Mover:
     def store(self, copies: Copies) -> Event:
         """GPU to host. Returns what `wait` takes, before the source may be overwritten."""
         if self._out is None:
-            return _copy(copies)
+            _copy(copies)
+            return None
         self._out.wait_stream(torch.cuda.current_stream())
         return _copy_on(self._out, copies)
 

@@ -249,7 +249,10 @@ class Unit:
         tensors = fields_in(slab, weight_fields(spec, kinds))
         self.weights: dict[str, Storage] = {}
         for tensor in spec.tensors:
-            own = {suffix: tensors[tensor.name + suffix] for suffix in storage_fields(kinds[tensor.name], tensor.shape)}
+            own = {
+                suffix: tensors[tensor.name + suffix]
+                for suffix in storage_fields(kinds[tensor.name], tensor.shape)
+            }
             self.weights[tensor.name] = make_storage(kinds[tensor.name], own)
 
     def give_state(self, fields: Mapping[str, Fields], slab: Tensor) -> None:

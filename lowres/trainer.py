@@ -33,8 +33,8 @@ from lowres.data import TokenData, Tokenizer, open_data
 from lowres.engine import Engine, make_engine
 from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
-from lowres.model import Units, empty_units, initialize
 from lowres.meter import Meter
+from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.optim.schedule import factor
 from lowres.report import draw_loss
@@ -225,9 +225,10 @@ def _check_room(config: Config, device: torch.device, folder: Path) -> memory.Pl
     plan = memory.make_plan(config, device, on_this_machine=True)
     memory.require_fit(plan)
     memory.require_machine(plan, device)
-    checkpoint.require_disk(
-        folder / CHECKPOINTS, plan.peak(memory.DISK), config.train.keep_checkpoints
-    )
+    train = config.train
+    saves = -(-train.total_steps // train.checkpoint_every) if train.checkpoint_every else 1
+    kept = min(train.keep_checkpoints, saves - 1)
+    checkpoint.require_disk(folder / CHECKPOINTS, plan.peak(memory.DISK), kept)
     return plan
 
 
@@ -308,14 +309,15 @@ def _announce(run: Run) -> None:
     config, plan = run.config, run.plan
     lr = config.optim.lr or 0
     _say(
-        f"{plan.parameters / 1e6:.2f} M parameters on {run.rooms.device.type}: {config.memory.engine} engine, "
-        f"{config.memory.weights} weights, {config.optim.name}"
+        f"{plan.parameters / 1e6:.2f} M parameters on {run.rooms.device.type}: {config.memory.engine} "
+        f"engine, {config.memory.weights} weights, {config.optim.name}"
     )
     _say(
         f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
         f"({config.batch_sequences} sequences in micro-batches of {plan.micro_batch}), "
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
-        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB on the host"
+        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB "
+        "on the host"
     )
 
 

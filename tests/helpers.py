@@ -13,8 +13,9 @@ from torch import Tensor
 from lowres.config import Config, ModelConfig, parse_config
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
+from lowres.optim import make_optimizer as optimizer_of
 from lowres.rooms import Rooms
-from lowres.storage import Dense, Unit
+from lowres.storage import Dense, Storage, Unit, make_storage, storage_fields
 
 CPU = torch.device("cpu")
 ROOMS = Rooms(CPU)
@@ -39,6 +40,12 @@ def make_units(
     return units
 
 
+def new_storage(kind: str, shape: tuple[int, ...], device: torch.device = CPU) -> Storage:
+    """A storage of a kind, all zero bytes."""
+    fields = storage_fields(kind, shape)
+    return make_storage(kind, {k: torch.zeros(s, dtype=d, device=device) for k, (d, s) in fields.items()})
+
+
 def make_config(**sections: Mapping[str, object]) -> Config:
     """A small config with the given sections changed."""
     base: dict[str, dict[str, object]] = {
@@ -60,7 +67,7 @@ def make_optimizer(
     config: Config, units: Units, rooms: Rooms = ROOMS, on_host: Collection[str] = ()
 ) -> Optimizer:
     """The config's optimizer, with state for the units."""
-    optimizer = Optimizer(config.optim, config.model.dim, config.run.seed)
+    optimizer = optimizer_of(config)
     optimizer.attach(units.values(), rooms, on_host)
     return optimizer
 

@@ -6,50 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.config import OPTIMIZER_DEFAULTS, OPTIMIZERS, parse_config
+from lowres.config import OPTIMIZER_DEFAULTS, OPTIMIZERS, ModelConfig, parse_config
 from lowres.errors import UserError
 from lowres.model import unit_specs
-from lowres.optim import AdamW, Apollo, Clock, make_rule
-from lowres.optim.base import Rule, State
-from lowres.storage import Dense, TensorSpec
-from tests.helpers import CPU, make_config, make_optimizer, make_units
-
-BETAS = (0.9, 0.999)
-
-
-def new_state(rule: Rule, shape: tuple[int, ...]) -> State:
-    return {key: torch.zeros(s) for key, s in rule.state_shapes(shape).items()}
-
-
-def spec_of(shape: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec("w", shape, "up")
-
-
-def run_rule(
-    rule: Rule, start: Tensor, grads: list[Tensor], lr: float, decay: float = 0.0, bad: tuple[int, ...] = ()
-) -> tuple[Tensor, dict[str, Tensor], list[float]]:
-    """Apply a rule to an fp32 weight; returns the weight, the state, and the norm of every change."""
-    kept = Dense(tuple(start.shape), torch.float32, CPU)
-    kept.value.copy_(start)
-    state = new_state(rule, tuple(start.shape))
-    updates = torch.zeros((), dtype=torch.int64)
-    changes = []
-    for step, grad in enumerate(grads):
-        accepted = torch.tensor(step not in bad)
-        updates += accepted
-        before = kept.value.clone()
-        direction = grad.clone() * accepted
-        (factor,) = rule.directions(
-            [spec_of(kept.shape)], [direction], [state], lr, Clock(step, updates, accepted)
-        )
-        kept.apply(direction, factor, torch.tensor(lr * decay) if decay else None, (0, 0))
-        changes.append(float((kept.value - before).norm()))
-    return kept.value, state, changes
-
-
-def random_grads(shape: tuple[int, ...], steps: int = 20, scale: float = 1e-3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(shape, generator=generator) * scale * (1 + 0.5 * (i % 3)) for i in range(steps)]
+from lowres.optim import AdamMini, AdamW, Apollo, Clock, make_rule
+from lowres.optim.base import Rule
+from tests.helpers import CPU, SMALL, make_config, make_optimizer, make_units
+from tests.rules import BETAS, new_state, random_grads, run_rule, spec_of, state_bytes
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -126,20 +89,28 @@ def test_a_spike_is_limited_to_one_percent_growth() -> None:
     grads = [random_grads((32, 16), 1)[0] * (1000 if i == 10 else 1) for i in range(12)]
     rule = mini()
     kept = []
-    state = new_state(rule, (32, 16))
+    state = new_state(rule, spec_of((32, 16)))
     for step, grad in enumerate(grads):
         rule.directions(
             [spec_of((32, 16))],
             [grad.clone()],
             [state],
             1e-2,
-            Clock(step, torch.tensor(step + 1), torch.tensor(True)),
+            Clock(step, torch.tensor(step + 1), torch.tensor(True), 0),
         )
         kept.append(float(state["norm"]))
     assert kept[10] <= kept[9] * 1.01001
 
 
-@pytest.mark.parametrize("rule", [AdamW(BETAS, 1e-8), mini(), mini(rank=4, per_channel=True, scale=1.0)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(AdamW(BETAS, 1e-8, kind) for kind in ("fp32", "int8")),  # bf16 is rounded by the step's number
+        *(AdamMini(BETAS, 1e-8, 8, kind) for kind in ("fp32", "int8")),
+        mini(),
+        mini(rank=4, per_channel=True, scale=1.0),
+    ],
+)
 def test_a_refused_update_leaves_no_trace(rule: Rule) -> None:
     """A step that is refused, and one that never was, lead to the same weight and state."""
     grads = random_grads((24, 16), 10)
@@ -173,10 +144,11 @@ def test_state_is_fp32_and_small() -> None:
     assert all(t.dtype == torch.float32 for t in state)
     assert sum(t.numel() * 4 for t in state) / sum(s.numel for s in block) < 0.05
     # at the width of LLaMA-7B, counted without allocating
-    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-    rule = make_rule(config.optim, 4096, 0)
-    total = sum(4 * torch.Size(s).numel() for shape in shapes for s in rule.state_shapes(shape).values())
-    assert total / sum(m * n for m, n in shapes) < 0.01
+    model = ModelConfig.model_validate({"preset": "7b"})
+    rule = make_rule(config.optim, model, 0)
+    specs = [spec for spec in unit_specs(model)[1].tensors if len(spec.shape) == 2]
+    assert sum(spec.shape == (4096, 4096) for spec in specs) == 4
+    assert sum(state_bytes(rule, spec) for spec in specs) / sum(spec.numel for spec in specs) < 0.01
 
 
 def test_every_tensor_is_in_one_group_at_its_own_rate() -> None:
@@ -203,7 +175,7 @@ def test_every_tensor_is_in_one_group_at_its_own_rate() -> None:
 def test_every_optimizer_is_built_or_refused_by_name() -> None:
     for name in OPTIMIZERS:
         if name in OPTIMIZER_DEFAULTS:
-            make_rule(parse_config({"optim": {"name": name}})[0].optim, 64, 0)
+            make_rule(parse_config({"optim": {"name": name}})[0].optim, SMALL, 0)
         else:
             with pytest.raises(UserError, match=f"'{name}' is not built yet"):
                 parse_config({"optim": {"name": name}})

@@ -113,9 +113,7 @@ def test_a_band_divides_the_stash() -> None:
 def test_lossless_boundaries_give_back_what_they_got() -> None:
     for homes in (Homes(), Homes(stash=2, carry=True)):
         rooms = Rooms(CPU)
-        kept = Boundaries(
-            rooms, Mover(CPU), homes, Plain(torch.float32), 2, 64, torch.float32, 7, 3, 16
-        )
+        kept = Boundaries(rooms, Mover(CPU), homes, Plain(torch.float32), 2, 64, torch.float32, 7, 3, 16)
         kept.cut(7, 16)
         pieces = list(torch.randn(7, 16, 64).split(3))
         for boundary in (kept.carry, *kept.stash):
@@ -157,7 +155,14 @@ def test_gradients_with_an_int8_stash_point_the_right_way(exact_forward: bool) -
         units: Units = make_units(SMALL)
         recorder = Recorder()
         engine = LayerwiseEngine(
-            SMALL, units, recorder, 3, torch.float32, Rooms(CPU), stash_dtype=stash, exact_forward=exact_forward
+            SMALL,
+            units,
+            recorder,
+            3,
+            torch.float32,
+            Rooms(CPU),
+            stash_dtype=stash,
+            exact_forward=exact_forward,
         )
         loss = engine.step(make_batch(), 0, 1.0).loss
         found[stash] = (loss, torch.cat([g.double().flatten() for g in recorder.grads.values()]))
@@ -173,9 +178,7 @@ def test_a_rehearsal_changes_nothing() -> None:
         config = make_config(optim={"name": name, "weight_decay": 0.1}, memory={"weights": "int8"})
         rooms = Rooms(CPU)
         units = make_units(config.model, "int8")
-        engine = LayerwiseEngine(
-            config.model, units, make_optimizer(config, units), 2, torch.float32, rooms
-        )
+        engine = LayerwiseEngine(config.model, units, make_optimizer(config, units), 2, torch.float32, rooms)
         engine.step(make_batch(), 0, 1.0)
         before = {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
         report = engine.step(make_batch(seed=3), 1, 1.0, rehearsal=True)

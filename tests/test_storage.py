@@ -7,13 +7,14 @@ import torch
 
 from lowres import rng, storage
 from lowres.storage import Dense, Int8, Storage
+from tests.helpers import new_storage
 
 CPU = torch.device("cpu")
 M, N = 96, 256
 
 
 def filled(kind: str, values: torch.Tensor) -> Storage:
-    made = storage.make_storage(kind, tuple(values.shape), CPU)
+    made = new_storage(kind, tuple(values.shape))
     made.fill(iter([(0, values)]))
     return made
 
@@ -41,7 +42,7 @@ def test_int8_quantises_to_half_a_code() -> None:
 def test_int8_takes_at_most_1_02_bytes_a_parameter(dim: int, ffn: int) -> None:
     meta = torch.device("meta")
     shapes = [(dim, dim)] * 4 + [(ffn, dim)] * 2 + [(dim, ffn)]
-    sizes = [sum(t.numel() * t.element_size() for t in Int8(s, meta).tensors().values()) for s in shapes]
+    sizes = [sum(t.nbytes for t in new_storage("int8", s, meta).tensors().values()) for s in shapes]
     assert sum(sizes) / sum(math.prod(s) for s in shapes) <= 1.02
 
 
@@ -171,7 +172,7 @@ def test_dense_rows_and_reading() -> None:
 @pytest.mark.parametrize("kind", ["int8", "bf16", "fp32"])
 def test_the_gpu_writes_the_same_values(kind: str) -> None:
     cuda = torch.device("cuda")
-    here, there = filled(kind, weights()), storage.make_storage(kind, (M, N), cuda)
+    here, there = filled(kind, weights()), new_storage(kind, (M, N), cuda)
     there.fill(iter([(0, weights().to(cuda))]))
     direction = torch.randn(M, N)
     for step in range(5):

@@ -133,7 +133,9 @@ class LayerwiseEngine:
         blocks = [name for name in units if name not in ("embed", "head")]
         self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
         self._mover = Mover(self.device)
-        self._residence = Residence(units, homes, self._forward_visits() + self._backward_visits(), rooms, self._mover)
+        self._residence = Residence(
+            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._mover
+        )
         self._copies = self._copy_buffer()
         # the tied embedding collects its gradient from the head's use until the embedding's own
         self._grads = self._gradient_buffers() if optimizer is not None else {}
@@ -272,7 +274,9 @@ class LayerwiseEngine:
                     total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
-    def _loss_and_backward(self, w: dict[str, Any], carry: Boundary, targets: list[Tensor], count: int) -> Tensor:
+    def _loss_and_backward(
+        self, w: dict[str, Any], carry: Boundary, targets: list[Tensor], count: int
+    ) -> Tensor:
         """Mean loss; the carry becomes its gradient, and those of norm and head are left in their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING].zero_() if self.config.tie_embeddings else None
@@ -302,7 +306,12 @@ class LayerwiseEngine:
     # backward
 
     def _backward(
-        self, layers: list[dict[str, Any]], stash: Boundary, carry: Boundary, count: int, rope: tuple[Tensor, Tensor]
+        self,
+        layers: list[dict[str, Any]],
+        stash: Boundary,
+        carry: Boundary,
+        count: int,
+        rope: tuple[Tensor, Tensor],
     ) -> None:
         """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
         for i in range(count):
@@ -313,7 +322,9 @@ class LayerwiseEngine:
             assert x.grad is not None
             carry.put(i, x.grad)
 
-    def _recompute(self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _recompute(
+        self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """The two terms of a band's output, with their graph; the second is not computed."""
         with torch.enable_grad():
             for w in layers[:-1]:

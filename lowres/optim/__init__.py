@@ -1,6 +1,7 @@
 """Optimizers: which rule updates which tensor, at which rate, and the state they keep.
 
-Matrices of the blocks take the rule the config names; embedding, head and norms take AdamW.
+Matrices of the blocks take the rule the config names. Embedding, head and norms take it too if it is
+Adam-mini, else AdamW.
 """
 
 from __future__ import annotations
@@ -8,18 +9,42 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.config import OptimConfig
+from lowres.config import Config, ModelConfig, OptimConfig
+from lowres.optim.adam_mini import AdamMini
 from lowres.optim.adamw import AdamW
 from lowres.optim.apollo import Apollo
-from lowres.optim.base import Clock, Rule, State
+from lowres.optim.base import Clock, Rule
+from lowres.optim.moments import bitsandbytes_functional
 from lowres.rooms import GPU, HOST, Rooms
-from lowres.storage import EMBEDDING_ROLES, MATRIX_ROLES, NORM_ROLES, TensorSpec, Unit, UnitSpec, Fields, field_bytes, state_fields
+from lowres.storage import (
+    DENSE_DTYPES,
+    EMBEDDING_ROLES,
+    MASTER,
+    MATRIX_ROLES,
+    NORM_ROLES,
+    Dense,
+    Fields,
+    TensorSpec,
+    Unit,
+    UnitSpec,
+    field_bytes,
+    row_chunks,
+    state_fields,
+)
 
-__all__ = ["AdamW", "Apollo", "Clock", "Optimizer", "Rule", "State", "make_rule"]
+__all__ = [
+    "AdamMini",
+    "AdamW",
+    "Apollo",
+    "Clock",
+    "Optimizer",
+    "Rule",
+    "make_optimizer",
+    "make_rule",
+]
 
 
 @dataclass(frozen=True)
@@ -32,16 +57,22 @@ class Group:
     weight_decay: float
 
 
-def make_rule(config: OptimConfig, dim: int, seed: int) -> Rule:
-    """The rule that `optim.name` asks for, for the matrices of a model of width dim."""
+def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> Rule:
+    """The rule that `optim.name` asks for, for the matrices of the blocks.
+
+    moments: fp32, bf16 or int8, what element-wise moments are kept in. Those of blocks and of projected
+    gradients are few, and always fp32.
+    """
     assert config.eps is not None
     if config.name == "adamw":
-        return AdamW(config.betas, config.eps)
+        return AdamW(config.betas, config.eps, moments)
+    if config.name == "adam-mini":
+        return AdamMini(config.betas, config.eps, model.head_dim, moments)
     assert config.scale is not None and config.refresh_every is not None
     return Apollo(
         config.betas,
         config.eps,
-        rank=config.rank or max(1, dim // 4),
+        rank=config.rank or max(1, model.dim // 4),
         scale=config.scale,
         refresh_every=config.refresh_every,
         per_channel=config.name == "apollo",
@@ -53,15 +84,25 @@ def make_rule(config: OptimConfig, dim: int, seed: int) -> Rule:
 class Optimizer:
     """All update rules of a run. State lives in the units; an engine calls `update` once a unit and step."""
 
-    def __init__(self, config: OptimConfig, dim: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: OptimConfig,
+        model: ModelConfig,
+        seed: int,
+        moments: str = "fp32",
+        master: str | None = None,
+    ) -> None:
+        """moments, master: number formats of element-wise moments and of the master copy of the block
+        matrices, if there is one."""
         assert config.lr is not None and config.eps is not None
-        self.seed = seed
-        adamw = AdamW(config.betas, config.eps)
+        self.seed, self.moments, self.master = seed, moments, master
+        rule = make_rule(config, model, seed, moments)
+        rest = rule if config.name == "adam-mini" else AdamW(config.betas, config.eps, moments)
         embed_lr = config.embed_lr or config.lr
         self.groups = (
-            Group(MATRIX_ROLES, make_rule(config, dim, seed), config.lr, config.weight_decay),
-            Group(EMBEDDING_ROLES, adamw, embed_lr, config.weight_decay),
-            Group(NORM_ROLES, adamw, config.lr, 0.0),
+            Group(MATRIX_ROLES, rule, config.lr, config.weight_decay),
+            Group(EMBEDDING_ROLES, rest, embed_lr, config.weight_decay),
+            Group(NORM_ROLES, rest, config.lr, 0.0),
         )
 
     def group_of(self, spec: TensorSpec) -> Group:
@@ -69,23 +110,32 @@ class Optimizer:
         (group,) = (group for group in self.groups if spec.role in group.roles)
         return group
 
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        """The state tensors of a weight: dtype and shape by key."""
+        fields = self.group_of(spec).rule.state_fields(spec)
+        if self.master is not None and spec.role in MATRIX_ROLES:
+            fields = fields | {MASTER: (DENSE_DTYPES[self.master], spec.shape)}
+        return fields
+
+    def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
+        """The state of a unit, by weight name and key."""
+        return {spec.name: self.state_fields(spec) for spec in unit.tensors}
+
+    def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
+        """Bytes that APOLLO's projections take between steps."""
+        rules = ((spec, self.group_of(spec).rule) for spec in specs)
+        return sum(rule.kept_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo))
+
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The states of the units named in
         `on_host` have their home there."""
+        if self.moments == "int8":
+            bitsandbytes_functional()  # say that it is missing now, not at the first update
         for unit in units:
             fields = self.unit_fields(unit.spec)
             size = sum(field_bytes(state_fields(fields)).values())
             home = HOST if unit.spec.name in on_host else GPU
             unit.give_state(fields, rooms.slab("optimizer state", home, size))
-
-    def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
-        """The state of a unit, by weight name and key."""
-        return {
-            spec.name: {
-                k: (torch.float32, s) for k, s in self.group_of(spec).rule.state_shapes(spec.shape).items()
-            }
-            for spec in unit.tensors
-        }
 
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
@@ -96,8 +146,9 @@ class Optimizer:
         accepted: bool scalar on the device; if false neither weights nor state change.
         """
         assert grads.keys() == unit.weights.keys(), f"{unit.spec.name}: gradients and weights differ"
+        assert unit.updates is not None, f"{unit.spec.name}: has no optimizer state"
         unit.updates += accepted
-        clock = Clock(step, unit.updates, accepted)
+        clock = Clock(step, unit.updates, accepted, self.seed)
         for grad in grads.values():
             grad.masked_fill_(~accepted, 0.0)
         for group in self.groups:
@@ -121,4 +172,16 @@ class Optimizer:
         decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
         for spec, direction, factor in zip(specs, directions, factors, strict=True):
             key = rng.make_key(self.seed, "rounding", spec.name, clock.step)
-            unit.weights[spec.name].apply(direction, factor, decay, key)
+            weight, master = unit.weights[spec.name], unit.state[spec.name].get(MASTER)
+            if master is None:
+                weight.apply(direction, factor, decay, key)
+                continue
+            Dense(master).apply(direction, factor, decay, key)
+            weight.fill((rows.start, master[rows].float()) for rows in row_chunks(spec.shape, master.device))
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """The optimizer of a run."""
+    kept = config.memory
+    master = kept.master_dtype if kept.master == "host" else None
+    return Optimizer(config.optim, config.model, config.run.seed, kept.moments, master)

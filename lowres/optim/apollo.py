@@ -20,9 +20,11 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.optim.base import Clock, State
-from lowres.storage import TensorSpec
+from lowres.storage import Fields, TensorSpec
 
 GROWTH = 1.01  # the limiter's gamma
+# a projection of more numbers is drawn again in every step instead of being kept
+KEPT_PROJECTION = 1 << 14
 SLOWEST_FALL = 0.5
 
 
@@ -45,21 +47,29 @@ class Apollo:
         self.seed = seed
         self._drawn: dict[str, tuple[int, Tensor]] = {}  # name -> (draw, projection)
 
-    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        m, n = shape
-        projected = (m, self.rank) if m >= n else (self.rank, n)
-        return {"exp_avg": projected, "exp_avg_sq": projected, "norm": ()}
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        m, n = spec.shape
+        projected = torch.float32, (m, self.rank) if m >= n else (self.rank, n)
+        return {"exp_avg": projected, "exp_avg_sq": projected, "norm": (torch.float32, ())}
 
     def projection(self, name: str, shape: tuple[int, ...], step: int, device: torch.device) -> Tensor:
         """fp32 [rank, n] for m >= n, else [m, rank], entries N(0, 1 / rank). A function of its name and
         the step alone, so it is kept only to save drawing it again."""
         draw = step // self.refresh_every
-        if name not in self._drawn or self._drawn[name][0] != draw:
-            m, n = shape
-            key = rng.make_key(self.seed, "projection", name, draw)
-            values = rng.normal(key, 0, self.rank * min(m, n), device).div_(math.sqrt(self.rank))
-            self._drawn[name] = (draw, values.view((self.rank, n) if m >= n else (m, self.rank)))
-        return self._drawn[name][1]
+        if name in self._drawn and self._drawn[name][0] == draw:
+            return self._drawn[name][1]
+        m, n = shape
+        key = rng.make_key(self.seed, "projection", name, draw)
+        values = rng.normal(key, 0, self.rank * min(m, n), device).div_(math.sqrt(self.rank))
+        projection = values.view((self.rank, n) if m >= n else (m, self.rank))
+        if projection.numel() <= KEPT_PROJECTION:
+            self._drawn[name] = (draw, projection)
+        return projection
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that the projection of a weight takes between steps."""
+        numel = self.rank * min(shape)
+        return 4 * numel if numel <= KEPT_PROJECTION else 0
 
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock

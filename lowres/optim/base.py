@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lowres.storage import TensorSpec
+from lowres.storage import Fields, TensorSpec
 
 State = dict[str, Tensor]
 
@@ -30,11 +30,13 @@ class Clock:
     updates: int64 scalar on the device, accepted updates of this unit including this one.
     accepted: bool scalar on the device. If false the gradients have been set to zero, and the rule
         must leave its state as it is and return factors of zero.
+    seed: that of the run; names random numbers.
     """
 
     step: int
     updates: Tensor
     accepted: Tensor
+    seed: int
 
     def moment_weights(self, betas: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """Weight of the newest value in both moving averages, fp32 scalars; zero if not accepted."""
@@ -50,8 +52,8 @@ class Clock:
 class Rule(Protocol):
     """One update rule, shared by all tensors of a group."""
 
-    def state_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the fp32 state tensors of a weight of this shape; they start at zero."""
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        """The state tensors of a weight. They start as zero bytes."""
 
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock

@@ -1,0 +1,90 @@
+"""Adam-mini (Zhang et al., arXiv 2406.16793): AdamW with one second moment for a block of a weight.
+
+    v <- beta2 v + (1 - beta2) mean over the block of g^2
+    m <- beta1 m + (1 - beta1) g
+    W <- W - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+Blocks are the paper's, found by the role of a tensor in the model: a head of query or key, and a row
+of every other matrix; a norm is one block. All are whole rows, so the denominator is a factor per row
+and no matrix is divided. Written from the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lowres.optim.base import Clock, State
+from lowres.optim.moments import Moment, flat_chunks, moment_fields
+from lowres.storage import NORM_ROLES, Fields, TensorSpec
+
+HEAD_ROLES = ("q", "k")
+ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head")
+
+
+def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:
+    """(number of blocks, rows in each) of a weight; a 1-D weight of m elements has m rows."""
+    if spec.role in NORM_ROLES:
+        rows = spec.shape[0]
+    elif spec.role in HEAD_ROLES:
+        rows = head_dim
+    elif spec.role in ROW_ROLES:
+        rows = 1
+    else:
+        raise ValueError(f"{spec.name}: adam-mini has no blocks for the role {spec.role!r}")
+    assert spec.shape[0] % rows == 0, f"{spec.name}: {spec.shape[0]} rows are no multiple of {rows}"
+    return spec.shape[0] // rows, rows
+
+
+def describe_partition(specs: Iterable[TensorSpec], head_dim: int) -> str:
+    """The blocks of a model's weights, a line for each role."""
+    tensors: dict[tuple[str, int, int], int] = {}
+    for spec in specs:
+        key = (spec.role, *partition(spec, head_dim))
+        tensors[key] = tensors.get(key, 0) + 1
+    return "\n".join(
+        f"{role:<10} {blocks:>6} blocks of {rows} rows in each of {count} tensors"
+        for (role, blocks, rows), count in tensors.items()
+    )
+
+
+class AdamMini:
+    """First moment element by element, one fp32 second moment a block: 4, 2 or about 1 byte a parameter."""
+
+    def __init__(self, betas: tuple[float, float], eps: float, head_dim: int, moments: str = "fp32") -> None:
+        self.betas, self.eps, self.head_dim, self.moments = betas, eps, head_dim, moments
+
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        blocks, _ = partition(spec, self.head_dim)
+        first = moment_fields("exp_avg", spec.shape, self.moments)
+        return first | {"exp_avg_sq": (torch.float32, (blocks,))}
+
+    def directions(
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+    ) -> list[Tensor]:
+        weight1, weight2 = clock.moment_weights(self.betas)
+        correction1, correction2 = clock.bias_corrections(self.betas)
+        rate = lr / correction1 * clock.accepted
+        factors = []
+        for spec, grad, state in zip(specs, grads, states, strict=True):
+            blocks, rows = partition(spec, self.head_dim)
+            v = state["exp_avg_sq"].lerp_(_mean_square(grad, blocks), weight2)
+            first, flat = Moment(spec, "exp_avg", state, clock, signed=True), grad.view(-1)
+            for part in flat_chunks(spec.numel, grad.device):
+                m = first.read(part).lerp_(flat[part], weight1)
+                first.write(m, part)
+                flat[part] = m  # a copy, as the direction must not be the state itself
+            factor = rate / (v / correction2).sqrt_().add_(self.eps)
+            one_each = factor.unsqueeze(1).expand(blocks, rows).reshape(-1, 1)
+            factors.append(one_each if grad.dim() == 2 else factor[0])
+        return factors
+
+
+def _mean_square(grad: Tensor, blocks: int) -> Tensor:
+    """Mean of the squares in each block of rows: [blocks]. By rows first, which needs no second matrix
+    and keeps the fp32 sums short."""
+    rows = grad.view(grad.shape[0], -1)
+    squares = torch.linalg.vector_norm(rows, dim=1).square_()
+    return squares.view(blocks, -1).mean(1).div_(rows.shape[1])

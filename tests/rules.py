@@ -1,0 +1,56 @@
+"""Driving an update rule on one weight, for the tests of rules and moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowres.optim.base import Clock, Rule, State
+from lowres.storage import Dense, TensorSpec
+
+BETAS = (0.9, 0.999)
+
+
+def spec_of(shape: tuple[int, ...], role: str = "up") -> TensorSpec:
+    return TensorSpec("w", shape, role)
+
+
+def new_state(rule: Rule, spec: TensorSpec) -> State:
+    return {key: torch.zeros(shape, dtype=dtype) for key, (dtype, shape) in rule.state_fields(spec).items()}
+
+
+def state_bytes(rule: Rule, spec: TensorSpec) -> int:
+    """Counted without allocating."""
+    return sum(d.itemsize * torch.Size(s).numel() for d, s in rule.state_fields(spec).values())
+
+
+def random_grads(shape: tuple[int, ...], steps: int = 20, scale: float = 1e-3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator) * scale * (1 + 0.5 * (i % 3)) for i in range(steps)]
+
+
+def run_rule(
+    rule: Rule,
+    start: Tensor,
+    grads: list[Tensor],
+    lr: float,
+    decay: float = 0.0,
+    bad: tuple[int, ...] = (),
+    role: str = "up",
+) -> tuple[Tensor, State, list[float]]:
+    """Apply a rule to an fp32 weight; returns the weight, the state, and the norm of every change."""
+    spec = spec_of(tuple(start.shape), role)
+    kept = Dense(start.clone())
+    state = new_state(rule, spec)
+    updates = torch.zeros((), dtype=torch.int64)
+    changes = []
+    for step, grad in enumerate(grads):
+        accepted = torch.tensor(step not in bad)
+        updates += accepted
+        before = kept.value.clone()
+        direction = grad.clone() * accepted
+        clock = Clock(step, updates, accepted, 0)
+        (factor,) = rule.directions([spec], [direction], [state], lr, clock)
+        kept.apply(direction, factor, torch.tensor(lr * decay) if decay else None, (0, 0))
+        changes.append(float((kept.value - before).norm()))
+    return kept.value, state, changes
