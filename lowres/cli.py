@@ -169,6 +169,7 @@ def _plan(parsed: argparse.Namespace) -> None:
     plan = memory.make_plan(config, device)
     print(json.dumps(plan.as_dict(), indent=1) if parsed.json else plan.table())
     memory.require_fit(plan)
+    memory.require_fit(plan)
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

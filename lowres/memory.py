@@ -152,7 +152,7 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
-        return "\n".join([*lines, *self.problems])
+        return "\n".join(lines)
 
 
 _SMALLER = "lower train.micro_batch or take a smaller model.preset"
