@@ -302,6 +302,9 @@ class MemoryConfig(Section):
     """Where the boundary that moves lives: the last layer's output, then the gradient on its way down."""
     stash_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Number format of the stash; auto: that of compute, without loss. int8: groups of 32 with a scale."""
+    exact_forward: bool = False
+    """With a lossy stash, go on from the exact values in the forward pass instead of the stored ones: the
+    carry makes a round trip more for every band, and the recomputation sees other values than the forward."""
     band: Positive | Literal["auto"] = resumable("auto")
     """Layers that are recomputed together: the stash is divided by it, gradient buffer and activations are
     multiplied. auto: 1 if that fits, else 2, 4 or 8."""

@@ -69,4 +69,5 @@ def make_engine(
         band,
         homes,
         kept.stash_dtype,
+        kept.exact_forward,
     )
