@@ -61,9 +61,7 @@ def main() -> None:
     differences = {kind: means[kind] / means[first] - 1 for kind in others}
     for kind in others:
         perplexity = math.exp(means[kind] - means[first]) - 1
-        print(
-            f"{kind} against {first}: {differences[kind]:+.2%} in validation loss, {perplexity:+.2%} in perplexity"
-        )
+        print(f"{kind} against {first}: loss {differences[kind]:+.2%}, perplexity {perplexity:+.2%}")
 
     config, _ = load_config(parsed.config, parsed.overrides)
     record = {
