@@ -94,7 +94,9 @@ def _page_locked(nbytes: int) -> Tensor:
     """Zeroed host memory in whole pages, registered with CUDA until it is freed."""
     slab = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)))
+    failed = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
+    if failed:
+        raise RuntimeError(f"cudaHostRegister: error {failed}")
     weakref.finalize(slab.untyped_storage(), runtime.cudaHostUnregister, slab.data_ptr())
     return slab
 

@@ -316,11 +316,11 @@ class LayerwiseEngine:
         """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
         for i in range(count):
             x = stash.get(i).detach().requires_grad_()
-            outputs = self._recompute(x, layers, rope)
-            dy = carry.get(i)
+            outputs, dy = self._recompute(x, layers, rope), carry.get(i)
             torch.autograd.backward(outputs, (dy, dy))
             assert x.grad is not None
             carry.put(i, x.grad)
+            del x, outputs, dy  # before the next micro-batch makes its own
 
     def _recompute(
         self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]
