@@ -250,7 +250,9 @@ class _Planner:
         self.blocks = [name for name in self.units if name not in ("embed", "head")]
         self.numel = {name: sum(_aligned(s.numel) for s in unit.tensors) for name, unit in self.units.items()}
         self.parameters = sum(s.numel for unit in self.units.values() for s in unit.tensors)
-        self.projections = optimizer.projection_bytes(s for u in self.units.values() for s in u.tensors)
+        specs = [s for unit in self.units.values() for s in unit.tensors]
+        self.projections = optimizer.projection_bytes(specs)
+        self.directions = optimizer.workspace_bytes(specs)
 
     def _weights(self, unit: UnitSpec) -> dict[str, int]:
         """Bytes of a unit's weights by component."""
@@ -425,8 +427,8 @@ class _Planner:
         ]
 
     def _update_workspace(self) -> int:
-        """fp32 numbers beside a chunk of a weight while it is written: for int8 codes, change, new value,
-        random bits and what their making leaves behind; less for what is rounded in one go."""
+        """Bytes while directions are found, or while a chunk of a weight is written: for int8 codes, change,
+        new value, random bits and what their making leaves behind; less for what is rounded in one go."""
         kept, kinds = self.config.memory, set(self.kinds.values())
         if kept.master == "none" and "int8" in kinds:
             numbers = 9
@@ -434,7 +436,7 @@ class _Planner:
             numbers = 4 if kept.master != "none" or "bf16" in kinds or kept.moments != "fp32" else 0
         chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
         largest = max(s.numel for unit in self.units.values() for s in unit.tensors)
-        return numbers * 4 * min(chunk, largest)
+        return max(numbers * 4 * min(chunk, largest), self.directions)
 
     def _autograd(self, choice: Choice) -> list[Component]:
         """What the autograd engine adds: the whole model and two gradients of it."""

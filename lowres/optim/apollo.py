@@ -71,6 +71,11 @@ class Apollo:
         numel = self.rank * min(shape)
         return 4 * numel if numel <= KEPT_PROJECTION else 0
 
+    def workspace_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes beside the state while the directions of a weight are found: the projection, the projected
+        gradient and two more of its size."""
+        return 4 * self.rank * (min(shape) + 3 * max(shape))
+
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
