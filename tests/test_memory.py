@@ -164,7 +164,7 @@ def test_the_plan_is_what_a_large_step_takes(variant: str) -> None:
         LARGE[variant],
         model={"vocab_size": 32000},
         data={"seq_len": 512},
-        train={"batch_tokens": 8 * 512, "micro_batch": 2},
+        train={"batch_tokens": 4 * 512, "micro_batch": 2},
         memory={"band": 1},
     )
     plan = make_plan(config, CPU)

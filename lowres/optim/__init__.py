@@ -127,7 +127,7 @@ class Optimizer:
         return sum(rule.kept_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo))
 
     def workspace_bytes(self, specs: Iterable[TensorSpec]) -> int:
-        """Bytes that exist beside gradients and state while directions are found, where that is not little."""
+        """Bytes beside gradients and state while directions are found, where that is not little."""
         rules = ((spec, self.group_of(spec).rule) for spec in specs)
         sizes = [rule.workspace_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo)]
         return max(sizes, default=0)
