@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from lowres.trainer import CHECKPOINTS, open_run, pick_device, train
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    # segments that grow leave less memory unusable between allocations; read when CUDA starts
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     parsed = _parser().parse_args(arguments)
     try:
         parsed.command(parsed)

@@ -405,7 +405,7 @@ class _Planner:
         # logits in fp32, then their gradient in compute precision beside them or beside the head's
         logits = chunk * model.vocab
         loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
-        loss += chunk * model.dim * 18
+        loss += chunk * model.dim * 14
         kept = _kept(model, tokens, width)
         backward = max(_activations(model, tokens, width), kept + product(block)) + (band - 1) * kept
         return [
@@ -471,16 +471,14 @@ def _activations(model: ModelConfig, tokens: int, width: int) -> int:
     """Most bytes alive while the last block of a band is differentiated, for `tokens` in a micro-batch.
 
     At the peak, in the backward of SwiGLU: gate, up, silu(gate) and their product with two gradients of
-    that width; k and v; of the width of the model the normalised inputs, rotated q, attention's output
-    and its transposed copy, the middle residual and gradients; beside bf16, fp32 inputs of the norms.
+    that width; k and v; of the width of the model the first normalised input, rotated q, attention's
+    output and its transposed copy, and the middle residual.
     """
     kv = model.kv_heads * model.head_dim
-    size = width * (7 * model.dim + 2 * kv + 6 * model.ffn_dim)
-    return tokens * (size + (12 * model.dim if width == 2 else 0))
+    return tokens * width * (5 * model.dim + 2 * kv + 6 * model.ffn_dim)
 
 
 def _kept(model: ModelConfig, tokens: int, width: int) -> int:
     """Bytes that every other block of a band keeps meanwhile."""
     kv = model.kv_heads * model.head_dim
-    size = width * (8 * model.dim + 2 * kv + 4 * model.ffn_dim)
-    return tokens * (size + (8 * model.dim if width == 2 else 0))
+    return tokens * width * (6 * model.dim + 2 * kv + 4 * model.ffn_dim)
