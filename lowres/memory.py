@@ -152,7 +152,18 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
+        lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
         return "\n".join(lines)
+
+    def _hosted(self) -> str:
+        homes = self.choice.homes
+        parts = {
+            "weights of {} units": len(homes.weights),
+            "optimizer state of {} units": len(homes.state),
+            "the inputs of {} bands (stash)": homes.stash,
+            "the carry": int(homes.carry),
+        }
+        return ", ".join(text.format(count) for text, count in parts.items() if count)
 
 
 _SMALLER = "lower train.micro_batch or take a smaller model.preset"
