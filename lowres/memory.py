@@ -391,14 +391,13 @@ class _Planner:
             specs = [s for name in group for s in self.units[name].tensors if len(s.shape) == 2]
             return sum(_aligned(s.numel) * width for s in specs if self.kinds[s.name] != same)
 
-        gradients = max(
-            sum(self.numel[name] for name in bands[0]), self.numel["head"], 0 if tied else self.numel["embed"]
-        )
+        own = self.numel["embed"] if tied else 0  # a tied embedding has a gradient buffer of its own
+        groups = [bands[0], ("head",), *([] if tied else [("embed",)])]
+        gradients = own + max(sum(self.numel[name] for name in group) for group in groups)
         visits = [Visit(group, update=True) for group in (*bands, ("head",), ("embed",))]
         stash = boundary_bytes(self.encoding, model.dim, config.batch_sequences, micro_batch, seq)
-        carry = boundary_bytes(
-            make_encoding("auto", self.compute), model.dim, config.batch_sequences, micro_batch, seq
-        )
+        exact = make_encoding("auto", self.compute)
+        carry = boundary_bytes(exact, model.dim, config.batch_sequences, micro_batch, seq)
         piece = self.encoding.nbytes(tokens, model.dim)
         doors = (4 * piece if homes.stash else 0) + (4 * tokens * model.dim * width if homes.carry else 0)
         decoded = 0 if self.encoding.is_free(self.compute) else tokens * model.dim * width
@@ -406,11 +405,8 @@ class _Planner:
 
         def product(numel: int) -> int:
             """A bf16 weight gradient before it is added: in fp32, and on a CPU in bf16 before that."""
-            return (
-                0
-                if not wide
-                else min(numel, PRODUCT_CHUNK) * (wide if self.device.type == "cuda" else wide + 2)
-            )
+            each = wide if self.device.type == "cuda" else wide + 2
+            return min(numel, PRODUCT_CHUNK) * each if wide else 0
 
         block = max(s.numel for s in self.units[self.blocks[0]].tensors)
         # logits in fp32, then their gradient in compute precision beside them or beside the head's
@@ -422,7 +418,7 @@ class _Planner:
         return [
             Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
             Component("transfer of boundaries", GPU, doors),
-            Component("gradient buffer", GPU, 4 * (gradients + (self.numel["embed"] if tied else 0))),
+            Component("gradient buffer", GPU, 4 * gradients),
             Component(
                 "layers in compute precision",
                 GPU,
@@ -454,14 +450,20 @@ class _Planner:
         model, seq = self.config.model, self.config.data.seq_len
         width = self.compute.itemsize
         tokens = choice.micro_batch * seq
+        boundary, inside = tokens * model.dim * width, _activations(model, tokens, width)
+        gradients, block = self.parameters * width, self.numel[self.blocks[0]] * width
+        embedding = model.vocab * model.dim * width
+        head = boundary * (model.n_layers + 1) + embedding  # until the last block is differentiated
+        # the embedding's gradient comes last; if it is tied, beside that of its use as the head
+        twice = embedding if model.tie_embeddings else 0
+        first_block = boundary * 2 + inside + gradients - block - embedding + twice
+        backward = max(head + inside, first_block, boundary + gradients + twice)
         chunk = min(self.config.memory.loss_chunk, tokens)
         return [
             Component("model in compute precision", GPU, self.parameters * width),
             Component("accumulated gradients", GPU, 4 * self.parameters),
-            Component("gradients of a micro-batch", GPU, self.parameters * width),
-            Component("boundary activations", GPU, tokens * model.dim * width * (model.n_layers + 1)),
-            Component("activations inside a layer", GPU, _activations(model, tokens, width), "backward"),
-            Component("loss chunk", GPU, 3 * chunk * model.vocab * 4, "loss"),
+            Component("activations and gradients of a micro-batch", GPU, backward, "backward"),
+            Component("loss chunk", GPU, head + 3 * chunk * model.vocab * 4, "loss"),
         ]
 
 

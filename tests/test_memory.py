@@ -143,6 +143,23 @@ def test_the_plan_is_what_a_step_takes(variant: str) -> None:
     check(config, allowance=3 * MIB // 2)
 
 
+@pytest.mark.parametrize(
+    "variant", ["fp32", "int8", "bf16 compute", "deep", "wide vocabulary", "tied", "adamw"]
+)
+def test_the_plan_of_the_autograd_engine(variant: str) -> None:
+    """In total; what autograd allocates has no names."""
+    config = varied(
+        {key: dict(VARIANTS[variant].get(key, {})) for key in ("model", "optim")},
+        model=MODEL,
+        data={"seq_len": 256},
+        train={"batch_tokens": 8 * 256, "micro_batch": 4},
+        memory={**VARIANTS[variant].get("memory", {}), "loss_chunk": 256, "engine": "autograd"},
+    )
+    plan = make_plan(config, CPU)
+    _, peaks = measured(config, plan)
+    assert agree(plan.peak(GPU), peaks[GPU], allowance=0), (plan.peak(GPU) / MIB, peaks[GPU] / MIB)
+
+
 LARGE: dict[str, dict[str, Mapping[str, object]]] = {
     "350m": {"model": {"preset": "350m"}},
     "350m adamw": {"model": {"preset": "350m"}, "optim": {"name": "adamw"}},
