@@ -271,7 +271,7 @@ class LayerwiseEngine:
             for i, wanted in enumerate(targets):
                 for h, t in self._chunks(carry.get(i), wanted):
                     normed = rms_norm(h, w["norm"], self.config.norm_eps)
-                    total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
+                    total += cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
     def _loss_and_backward(
@@ -288,7 +288,7 @@ class LayerwiseEngine:
                 with torch.enable_grad():
                     normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
                 logits = matmul_wide(normed.detach(), head.value.T)
-                total += _cross_entropy(logits, t, 1 / count)
+                total += cross_entropy(logits, t, 1 / count)
                 d_logits = logits.to(self.compute)
                 del logits  # in bf16 both are large
                 d_normed = head.backward(d_logits, normed.detach())
@@ -423,7 +423,7 @@ def _copied(unit: Unit, compute: torch.dtype) -> int:
     return sum(_aligned(spec.numel) for spec in matrices if stored[spec.name].dtype != compute)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
     """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
 
     With a weight they become the gradient of weight times that sum; all in place, so that a chunk
