@@ -1,6 +1,7 @@
 """scripts/bench_gpu.py without a GPU: everything but the calls to CUDA."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 def bench(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/bench_gpu.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}  # as on a machine where lowres is not installed
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env=here
+    )
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
