@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,17 +230,29 @@ def _device_bytes(device: torch.device) -> int | None:
 
 
 def host_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system does not say."""
+    """Host memory that can be had without swapping, also in a container; None where the system does not
+    say."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        return min([available, *_container_bytes()])
     except (OSError, KeyError, ValueError):
         pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _container_bytes() -> list[int]:
+    """What is left of the limit of this process's control group, if it has one; cached files give way."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [limit - used + int(parts["inactive_file"]) + int(parts["active_file"])]
+    except (OSError, ValueError, KeyError):  # no such files, or "max"
+        return []
 
 
 class _Planner:

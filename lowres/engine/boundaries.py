@@ -93,7 +93,8 @@ class Door:
         self._mover = mover
         self._in = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
         self._out = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
-        self._stored: list[Event] = [None, None]
+        self._left: list[Event] = [None, None]  # when the last copy out of a slot is done
+        self._written: dict[int, Event] = {}  # and into the piece at an address
         self._coming: dict[int, tuple[int, Event]] = {}  # by slot: address of the piece and its arrival
 
     def fetch(self, piece: Tensor, following: Tensor | None, index: int) -> Tensor:
@@ -101,23 +102,25 @@ class Door:
         slot = index % 2
         address, event = self._coming.pop(slot, (0, None))
         if address != piece.data_ptr():
-            event = self._mover.fetch([(self._in[slot][: piece.numel()], piece)])
+            event = self._start(slot, piece)
         if following is not None:
-            other = 1 - slot
-            arrival = self._mover.fetch([(self._in[other][: following.numel()], following)])
-            self._coming[other] = (following.data_ptr(), arrival)
+            self._coming[1 - slot] = (following.data_ptr(), self._start(1 - slot, following))
         self._mover.wait(event)
         return self._in[slot][: piece.numel()]
 
+    def _start(self, slot: int, piece: Tensor) -> Event:
+        copy = (self._in[slot][: piece.numel()], piece)
+        return self._mover.fetch([copy], [self._written.get(piece.data_ptr())])
+
     def leave(self, index: int, nbytes: int) -> Tensor:
         """Where to put a piece that is to leave."""
-        self._mover.wait(self._stored[index % 2])
+        self._mover.wait(self._left[index % 2])
         return self._out[index % 2][:nbytes]
 
     def store(self, index: int, piece: Tensor) -> None:
         """Send what was put there to its home."""
         copy = (piece, self._out[index % 2][: piece.numel()])
-        self._stored[index % 2] = self._mover.store([copy])
+        self._left[index % 2] = self._written[piece.data_ptr()] = self._mover.store([copy])
 
 
 class Boundary:

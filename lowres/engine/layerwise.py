@@ -132,9 +132,10 @@ class LayerwiseEngine:
         self._units = units
         blocks = [name for name in units if name not in ("embed", "head")]
         self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
-        self._mover = Mover(self.device)
+        # two, so that a layer on its way does not hold up the pieces of a boundary
+        self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
         self._residence = Residence(
-            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._mover
+            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._units_mover
         )
         self._copies = self._copy_buffer()
         # the tied embedding collects its gradient from the head's use until the embedding's own
@@ -192,7 +193,7 @@ class LayerwiseEngine:
             self._boundaries = None  # before its successor is allocated
             self._boundaries = Boundaries(
                 self.rooms,
-                self._mover,
+                self._boundaries_mover,
                 self.homes,
                 self.encoding,
                 bands,
@@ -271,7 +272,7 @@ class LayerwiseEngine:
             for i, wanted in enumerate(targets):
                 for h, t in self._chunks(carry.get(i), wanted):
                     normed = rms_norm(h, w["norm"], self.config.norm_eps)
-                    total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
+                    total += cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
     def _loss_and_backward(
@@ -288,7 +289,7 @@ class LayerwiseEngine:
                 with torch.enable_grad():
                     normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
                 logits = matmul_wide(normed.detach(), head.value.T)
-                total += _cross_entropy(logits, t, 1 / count)
+                total += cross_entropy(logits, t, 1 / count)
                 d_logits = logits.to(self.compute)
                 del logits  # in bf16 both are large
                 d_normed = head.backward(d_logits, normed.detach())
@@ -352,7 +353,8 @@ class LayerwiseEngine:
 
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = accepted = torch.tensor(not rehearsal, device=self.device)
+        # filled there: a copy from here would wait
+        loss = accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
         stash = list(kept.stash)
         for visit in self._backward_visits():
@@ -378,7 +380,8 @@ class LayerwiseEngine:
         self.rooms.phase = ""
         # the only wait for the device
         numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
-        self._mover.finish()
+        self._units_mover.finish()
+        self._boundaries_mover.finish()
         return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
 
     @torch.no_grad()
@@ -423,7 +426,7 @@ def _copied(unit: Unit, compute: torch.dtype) -> int:
     return sum(_aligned(spec.numel) for spec in matrices if stored[spec.name].dtype != compute)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
     """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
 
     With a weight they become the gradient of weight times that sum; all in place, so that a chunk
