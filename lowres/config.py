@@ -192,7 +192,8 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
-    """Clip the global gradient norm to this (autograd engine); 0 = off."""
+    """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
+    it, as it has no global norm before its first update."""
     rank: Positive | None = None
     """apollo, apollo-mini: rank of the projected gradient; default dim / 4, or 1 for apollo-mini."""
     scale: Rate | None = None
@@ -384,11 +385,6 @@ class Config(Section):
             raise ValueError(
                 f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {self.model.dim} is not a "
                 "multiple of 32; use auto or bf16"
-            )
-        if self.optim.grad_clip and self.memory.engine == "layerwise":
-            raise ValueError(
-                "optim.grad_clip: the layerwise engine has no global gradient norm before its first update; "
-                "leave it 0 (apollo-mini limits each tensor) or use memory.engine=autograd"
             )
         return self
 

@@ -411,8 +411,11 @@ class _Planner:
         stash = boundary_bytes(self.encoding, model.dim, config.batch_sequences, micro_batch, seq)
         exact = make_encoding("auto", self.compute)
         carry = boundary_bytes(exact, model.dim, config.batch_sequences, micro_batch, seq)
+        carries = 2 if config.optim.grad_clip else 1  # the second keeps the output for a second pass
         piece = self.encoding.nbytes(tokens, model.dim)
-        doors = (4 * piece if homes.stash else 0) + (4 * tokens * model.dim * width if homes.carry else 0)
+        doors = (4 * piece if homes.stash else 0) + (
+            4 * carries * tokens * model.dim * width if homes.carry else 0
+        )
         decoded = 0 if self.encoding.is_free(self.compute) else tokens * model.dim * width
         chunk = min(config.memory.loss_chunk, tokens)
 
@@ -439,7 +442,7 @@ class _Planner:
             ),
             Component("stash", GPU, stash * (len(bands) - homes.stash)),
             Component("stash", HOST, stash * homes.stash),
-            Component("carry", HOST if homes.carry else GPU, carry),
+            Component("carry", HOST if homes.carry else GPU, carries * carry),
             Component("rotary tables", GPU, 2 * 4 * seq * model.head_dim),
             Component("activations inside a layer", GPU, backward + decoded, "backward"),
             Component("loss chunk", GPU, loss, "loss"),

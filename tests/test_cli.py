@@ -291,7 +291,6 @@ BAD_CONFIGS = {
     ),
     "vocabulary too small": ("model.vocab_size=300", "model.vocab_size: 300 is less than the 500 pieces"),
     "not an override": ("steps", "--set steps: write it as section.key=value"),
-    "clip in layerwise": ("optim.grad_clip=1.0", "optim.grad_clip: the layerwise engine"),
     "tokenizer is missing": ("data.tokenizer=none.model", "none.model"),
 }
 

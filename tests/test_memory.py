@@ -121,6 +121,7 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "int8 stash": {"memory": {"stash_dtype": "int8", "stash_on": "host"}},
     "bf16 stash": {"memory": {"stash_dtype": "bf16"}},
     "master": {"memory": {"master": "host"}, "optim": {"name": "adam-mini"}},
+    "clipped": {"optim": {"grad_clip": 1.0}, "memory": {"carry_on": "host"}},
     "bf16 master": {"memory": {"master": "host", "master_dtype": "bf16"}},
 }
 

@@ -70,4 +70,5 @@ def make_engine(
         homes,
         kept.stash_dtype,
         kept.exact_forward,
+        config.optim.grad_clip,
     )

@@ -183,8 +183,10 @@ class Boundaries:
         sequences: int,
         micro_batch: int,
         length: int,
+        keep_output: bool = False,
     ) -> None:
-        """bands: how many boundaries the stash has; 0 for evaluation."""
+        """bands: how many boundaries the stash has; 0 for evaluation. keep_output: the output of the last
+        band has a place of its own, so that two backward passes can begin there."""
         self.capacity = (sequences, length, bands)
         self._micro_batch = micro_batch
         carried = Plain(compute)
@@ -200,6 +202,7 @@ class Boundaries:
 
         stash_door = door(stash_encoding, bands > 0 and homes.stash > 0)
         self.carry = boundary("carry", carried, door(carried, homes.carry))
+        self.output = boundary("carry", carried, door(carried, homes.carry)) if keep_output else self.carry
         self.stash = [
             boundary("stash", stash_encoding, stash_door if band < homes.stash else None)
             for band in range(bands)
@@ -213,5 +216,5 @@ class Boundaries:
     def cut(self, sequences: int, length: int) -> None:
         """Cut all boundaries into micro-batches of a batch."""
         counts = [min(self._micro_batch, sequences - s) for s in range(0, sequences, self._micro_batch)]
-        for boundary in (self.carry, *self.stash):
+        for boundary in (self.carry, self.output, *self.stash):
             boundary.cut([(count, length) for count in counts])
