@@ -186,3 +186,34 @@ def test_a_rehearsal_changes_nothing() -> None:
         for unit in units.values():
             for key, tensor in unit.tensors().items():
                 assert torch.equal(tensor, before[key]), key
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_master_copy_takes_the_updates(kind: str) -> None:
+    """It is what fp32 (or bf16) weights would be, and the int8 weights are it, rounded to nearest."""
+    config = make_config(
+        memory={"weights": "int8", "master": "host", "master_dtype": kind},
+        optim={"name": "adamw", "lr": 1e-5, "weight_decay": 0.1},
+    )
+    plain = make_config(memory={"weights": kind}, optim={"name": "adamw", "lr": 1e-5, "weight_decay": 0.1})
+    rooms = Rooms(CPU)
+    units = empty_units(config.model, "int8", "bf16", rooms)
+    wanted = empty_units(plain.model, kind, "bf16", rooms)
+    optimizers = make_optimizer(config, units, rooms), make_optimizer(plain, wanted, rooms)
+    for some in (units, wanted):
+        initialize(some, 0, CPU)
+    unit, other = units["layers.0"], wanted["layers.0"]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        grads = {s.name: torch.randn(s.shape, generator=generator) for s in unit.spec.tensors}
+        for optimizer, some in zip(optimizers, (unit, other), strict=True):
+            own = {name: grad.clone() for name, grad in grads.items()}
+            optimizer.update(some, own, step, 1.0, torch.tensor(True))
+    for spec in unit.spec.tensors:
+        if len(spec.shape) == 2:
+            master = unit.state[spec.name]["master"]
+            expected = other.weights[spec.name].dense(torch.float32)
+            assert torch.equal(master.float(), expected)
+            kept = unit.weights[spec.name]
+            scales = kept.tensors()[".scales"]
+            assert ((kept.dense(torch.float32) - expected).abs() <= 0.5001 * scales).all()
