@@ -2,6 +2,9 @@
 
 Matrices of the blocks take the rule the config names. Embedding, head and norms take it too if it works
 element by element or by blocks (AdamW, Adam-mini, SGD); beside a rule that projects they take AdamW.
+
+`Optimizer` serves the engines of lowres. AdamMini, Apollo, ApolloMini, Fira and GaLore are the same rules
+as ordinary `torch.optim.Optimizer` classes.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from lowres.optim.galore import GaLoreRule
 from lowres.optim.lowrank import RandomProjection, SvdProjection
 from lowres.optim.moments import bitsandbytes_functional
 from lowres.optim.sgd import SgdRule
+from lowres.optim.torch_optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
 from lowres.rooms import GPU, HOST, Rooms
 from lowres.storage import (
     DENSE_DTYPES,
@@ -40,7 +44,18 @@ from lowres.storage import (
     state_fields,
 )
 
-__all__ = ["Clock", "Optimizer", "Rule", "make_optimizer", "make_rule"]
+__all__ = [
+    "AdamMini",
+    "Apollo",
+    "ApolloMini",
+    "Clock",
+    "Fira",
+    "GaLore",
+    "Optimizer",
+    "Rule",
+    "make_optimizer",
+    "make_rule",
+]
 
 # optimizers whose rule serves embedding, head and norms too
 FOR_ALL_TENSORS = ("adamw", "adamw8bit", "adam-mini", "sgd")
