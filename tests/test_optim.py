@@ -1,10 +1,12 @@
 """Update rules against independent implementations, and the traps of the published ones."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig, parse_config
 from lowres.errors import UserError
@@ -168,6 +170,14 @@ def test_singular_vectors_are_those_of_an_svd(
     assert torch.allclose(product.abs()[:2, :2], torch.eye(2, dtype=torch.float64), atol=1e-5)
 
 
+def mini() -> ApolloRule:
+    return ApolloRule(BETAS, 1e-6, RandomProjection(1, 200), scale=128.0, per_channel=False)
+
+
+def apollo() -> ApolloRule:
+    return ApolloRule(BETAS, 1e-6, RandomProjection(4, 200), scale=1.0, per_channel=True)
+
+
 def galore() -> GaLoreRule:
     return GaLoreRule(BETAS, 1e-6, SvdProjection(4, 3), 0.25)
 
@@ -234,6 +244,33 @@ def test_the_back_projection_takes_the_gradients_memory(
     assert 0 < live.peak["gpu"] < 0.2 * 4 * spec.numel
 
 
+class Launches(TorchDispatchMode):
+    """Counts operations that compute, where a view does not."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make, each", [(mini, 5), (apollo, 6), (galore, 2), (fira, 15)])
+def test_a_layers_update_is_a_few_launches(make: Callable[[], Rule], each: int) -> None:
+    """Small tensors are worked on together: one more matrix costs its products and norms only."""
+    counts = []
+    for tensors in (1, 8):
+        rule, specs = make(), [TensorSpec(f"w{i}", (24, 16), "up") for i in range(tensors)]
+        states = [new_state(rule, spec) for spec in specs]
+        for step in range(2):
+            grads = [torch.randn(24, 16) for _ in specs]
+            clock = Clock(step, torch.tensor(step + 1), torch.tensor(True), 0)
+            with Launches() as launches:
+                rule.directions(specs, grads, states, 1e-2, clock)
+        counts.append(launches.count)
+    assert counts[0] < 60
+    assert counts[1] - counts[0] <= 7 * each
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_sgd_equals_torch(momentum: float) -> None:
     start, grads = torch.randn(30, 20), random_grads((30, 20))
@@ -245,14 +282,6 @@ def test_sgd_equals_torch(momentum: float) -> None:
     value, state, _ = run_rule(SgdRule(momentum), start, grads, 0.1)
     assert distance(value, parameter, start) < 1e-5
     assert set(state) == ({"momentum"} if momentum else set())
-
-
-def mini() -> ApolloRule:
-    return ApolloRule(BETAS, 1e-6, RandomProjection(1, 200), scale=128.0, per_channel=False)
-
-
-def apollo() -> ApolloRule:
-    return ApolloRule(BETAS, 1e-6, RandomProjection(4, 200), scale=1.0, per_channel=True)
 
 
 @pytest.mark.parametrize("make", [mini, apollo, fira])

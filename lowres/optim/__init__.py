@@ -163,8 +163,10 @@ class Optimizer:
         assert unit.updates is not None, f"{unit.spec.name}: has no optimizer state"
         unit.updates += accepted
         clock = Clock(step, unit.updates, accepted, self.seed)
-        for grad in grads.values():
-            grad.masked_fill_(~accepted, 0.0)
+        if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
+            refused = ~accepted
+            for grad in grads.values():
+                grad.masked_fill_(refused, 0.0)
         for group in self.groups:
             specs = [spec for spec in unit.spec.tensors if spec.role in group.roles]
             if specs:

@@ -71,10 +71,10 @@ class ApolloRule:
             torch._foreach_add_(below, 1e-8)
             factors = list(torch._foreach_div(lowrank.channel_norms(adam, axes), below))
             scaled = torch._foreach_mul(lowrank.channel_norms(grads, axes), factors)
-            norms = torch.stack(torch._foreach_norm(scaled))
+            norms = lowrank.norms(list(scaled))
         else:
-            ratio = _norms(adam) / (_norms(projected) + 1e-8)
-            norms = _norms(grads) * ratio
+            ratio = lowrank.norms(adam) / (lowrank.norms(projected) + 1e-8)
+            norms = lowrank.norms(grads) * ratio
         root = math.sqrt(self.scale)
         common = rate * root
         if self.limiter:
@@ -85,8 +85,3 @@ class ApolloRule:
             return list((ratio * common).unbind())
         torch._foreach_mul_(factors, list(common.expand(len(factors)).unbind()))
         return factors
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Frobenius norms: [k]."""
-    return torch.stack(torch._foreach_norm(tensors))

@@ -71,7 +71,7 @@ class FiraRule:
                 (g.square() - self.scale * (2 - self.scale) * r.square()).clamp_(min=0).sqrt_() * f
                 for g, r, f in zip(whole, inside, factors, strict=True)
             ]
-            excess = lowrank.limit(torch.stack(torch._foreach_norm(rest)), states, clock.accepted)
+            excess = lowrank.limit(lowrank.norms(rest), states, clock.accepted)
             torch._foreach_div_(factors, list(excess.unbind()))
         for grad, p, r, n, f in zip(grads, matrices, projected, adam, factors, strict=True):
             low = n.addcmul_(r, f, value=-1)

@@ -217,6 +217,14 @@ def channel_norms(tensors: list[Tensor], axes: list[int]) -> list[Tensor]:
     return [torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, axes, strict=True)]
 
 
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Frobenius norms: [k]."""
+    if tensors[0].device.type == "cpu" and tensors[0].numel() > storage.CHUNK_CPU:
+        # a dot product takes half the time of a norm, and for 45 M elements errs by 5e-5 instead of 3e-3
+        return torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in tensors]).sqrt_()
+    return torch.stack(torch._foreach_norm(tensors))
+
+
 def limit(norms: Tensor, states: list[State], accepted: Tensor) -> Tensor:
     """The norm-growth limiter: what to divide updates of these norms [k] by; remembers what is left.
 
