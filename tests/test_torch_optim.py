@@ -261,7 +261,7 @@ def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
     for _ in range(100):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-    assert abs(float(weight.double().mean()) - 0.9) < 0.002
+    assert abs(weight.double().mean().item() - 0.9) < 0.002
     nearest = torch.ones((), dtype=torch.bfloat16)
     assert float(nearest - 1e-3) == 1.0
 

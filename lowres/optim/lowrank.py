@@ -149,21 +149,11 @@ class SvdProjection:
 def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     """The first `rank` singular vectors of the smaller side, as P: [r, n] or [m, r].
 
-    Eigenvectors of G^T G or G G^T. An SVD would need copies of the whole gradient, and minutes for a
-    matrix of LLaMA-7B. fp64, because the squares of small singular values would drown in fp32.
+    A decomposition in fp32, as in the references: signs are free, but moments outlive a refresh, so they
+    matter. It needs about twice the gradient's memory for a moment.
     """
-    tall = is_tall(grad.shape)
-    rows = grad if tall else grad.T
-    gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=grad.device)
-    step = max(1, storage.CHUNK_CUDA // rows.shape[1])
-    for part in rows.split(step):
-        wide = part.double()
-        gram.addmm_(wide.T, wide)
-    _, vectors = torch.linalg.eigh(gram)  # by ascending eigenvalue
-    first = vectors[:, -rank:].flip(1)
-    # a sign is free, but as moments outlive a refresh it must not be left to the library
-    first = torch.where(first.sum(0) < 0, -first, first).to(grad.dtype)
-    return first.T if tall else first
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
 
 
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
