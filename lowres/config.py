@@ -155,32 +155,35 @@ class DataConfig(Section):
         return value or None
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "apollo", "apollo-mini", "adam-mini", "galore", "fira", "sgd")
-# name -> defaults of the keys that depend on the optimizer; an optimizer not in here is not built yet
+_LOW_RANK = {"lr": 1e-2, "eps": 1e-6, "refresh_every": 200}
+# name -> defaults of the keys that depend on the optimizer
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
+    "adamw8bit": {"lr": 1e-3, "eps": 1e-8},
     "adam-mini": {"lr": 1e-3, "eps": 1e-8},
-    "apollo": {"lr": 1e-2, "eps": 1e-6, "scale": 1.0, "refresh_every": 200, "scale_front": False},
-    "apollo-mini": {
-        "lr": 1e-2,
-        "eps": 1e-6,
-        "rank": 1,
-        "scale": 128.0,
-        "refresh_every": 200,
-        "scale_front": False,
-    },
+    "apollo": _LOW_RANK | {"scale": 1.0, "scale_front": False, "projection": "random"},
+    "apollo-mini": _LOW_RANK | {"rank": 1, "scale": 128.0, "scale_front": False, "projection": "random"},
+    "galore": _LOW_RANK | {"scale": 0.25},
+    "fira": _LOW_RANK | {"scale": 0.25},
+    "sgd": {"lr": 0.1, "eps": 1e-8},
 }
 # keys that only these optimizers read
-OPTIMIZER_KEYS = dict.fromkeys(("rank", "scale", "refresh_every", "scale_front"), ("apollo", "apollo-mini"))
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "eps": tuple(name for name in OPTIMIZER_DEFAULTS if name != "sgd"),
+    **dict.fromkeys(("rank", "scale", "refresh_every"), ("apollo", "apollo-mini", "galore", "fira")),
+    **dict.fromkeys(("scale_front", "projection"), ("apollo", "apollo-mini")),
+}
 
 
 class OptimConfig(Section):
     """The optimizer. Defaults that depend on it are filled in when the config is read."""
 
     name: str = "apollo-mini"
-    """adamw, adam-mini, apollo or apollo-mini; beside the last two embedding, head and norms take AdamW."""
+    """adamw, adamw8bit (AdamW with memory.moments = int8), adam-mini, sgd (momentum is betas[0]; 0 = none,
+    and no state), apollo, apollo-mini, galore or fira; beside the last four, embedding, head and norms take
+    AdamW."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; default 1e-3 for adamw and adam-mini, 1e-2 for apollo and apollo-mini."""
+    """Peak learning rate; default 1e-3 for adamw, adamw8bit and adam-mini, 0.1 for sgd, else 1e-2."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
     betas: Annotated[
@@ -188,20 +191,25 @@ class OptimConfig(Section):
     ] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Rate | None = None
-    """Added to the denominator; default 1e-8 for adamw and adam-mini, 1e-6 for apollo and apollo-mini."""
+    """Added to the denominator; default 1e-8 for adamw, adamw8bit and adam-mini, else 1e-6."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
     it, as it has no global norm before its first update."""
     rank: Positive | None = None
-    """apollo, apollo-mini: rank of the projected gradient; default dim / 4, or 1 for apollo-mini."""
+    """apollo, galore, fira: rank of the projected gradient, at most the smaller dimension of a matrix;
+    default dim / 4, or 1 for apollo-mini."""
     scale: Rate | None = None
-    """apollo, apollo-mini: the update is multiplied by its square root; default 1, or 128 for apollo-mini."""
+    """apollo: the update is multiplied by its square root; default 1, or 128 for apollo-mini. galore, fira:
+    factor on what comes back from the projection; default 0.25."""
     refresh_every: Positive | None = None
-    """apollo, apollo-mini: steps between two draws of the projection; default 200."""
+    """apollo, galore, fira: steps between two choices of the projection; default 200."""
     scale_front: bool | None = None
     """apollo, apollo-mini: scale before the norm-growth limiter instead of after it; default false."""
+    projection: Literal["random", "svd"] | None = None
+    """apollo, apollo-mini: random numbers, which are no state, or the first singular vectors of the
+    gradient, as galore and fira have them; default random."""
 
     @model_validator(mode="before")
     @classmethod
@@ -210,8 +218,7 @@ class OptimConfig(Section):
             return values
         name = values.get("name", "apollo-mini")
         if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
-            known = "is not built yet" if name in OPTIMIZERS else "is not known"
-            raise ValueError(f"name: {name!r} {known}; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
+            raise ValueError(f"name: {name!r} is not known; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
         return OPTIMIZER_DEFAULTS.get(name, {}) | values
 
 
@@ -369,6 +376,16 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     log: LogConfig = LogConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _moments_of_adamw8bit(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        optim, memory = values.get("optim"), values.get("memory", {})
+        if isinstance(optim, dict) and optim.get("name") == "adamw8bit" and isinstance(memory, dict):
+            return values | {"memory": memory | {"moments": "int8"}}
+        return values
+
     @model_validator(mode="after")
     def _check_batch(self) -> Config:
         batch, seq = self.train.batch_tokens, self.data.seq_len
@@ -491,6 +508,8 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
     for key, readers in OPTIMIZER_KEYS.items():
         if key in values.get("optim", {}) and config.optim.name not in readers:
             notes.append(f"optim.{key} is not used by {config.optim.name}")
+    if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
+        notes.append(f"memory.moments is int8 with {config.optim.name}")
     for name, keys in SCHEDULE_KEYS.items():
         for key in keys:
             if key in values.get("schedule", {}) and name != config.schedule.name:

@@ -276,7 +276,7 @@ class _Planner:
         self.parameters = sum(s.numel for unit in self.units.values() for s in unit.tensors)
         specs = [s for unit in self.units.values() for s in unit.tensors]
         self.projections = optimizer.projection_bytes(specs)
-        self.directions = optimizer.workspace_bytes(specs)
+        self.directions = max(optimizer.workspace_bytes(unit) for unit in self.units.values())
 
     def _weights(self, unit: UnitSpec) -> dict[str, int]:
         """Bytes of a unit's weights by component."""

@@ -99,7 +99,14 @@ def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
 
 
-@pytest.mark.parametrize("changed", [["memory.weights=int8"], ["memory.weights=fp32", "optim.name=adamw"]])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["memory.weights=int8"],
+        ["memory.weights=fp32", "optim.name=adamw"],
+        ["memory.weights=bf16", "optim.name=fira", "optim.refresh_every=5"],
+    ],
+)
 def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
     config: Path, tmp_path: Path, changed: list[str]
 ) -> None:

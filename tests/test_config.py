@@ -33,7 +33,7 @@ SURFACE = {
         "scale",
         "refresh_every",
     }
-    | {"scale_front"},
+    | {"scale_front", "projection"},
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
     "train": {
         "steps",

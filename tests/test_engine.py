@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.config import ModelConfig
+from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
 from lowres.meter import LiveTensors
@@ -95,18 +95,23 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini", "apollo"])
+@pytest.mark.parametrize(
+    "name", ["adamw", "adam-mini", "apollo-mini", "apollo", "apollo svd", "galore", "fira", "sgd"]
+)
 def test_engines_reach_the_same_weights(name: str, model: str) -> None:
     changed = {"n_kv_heads": MODELS[model].n_kv_heads, "tie_embeddings": MODELS[model].tie_embeddings}
-    config = make_config(
-        optim={"name": name, "lr": 1e-3, "eps": 1e-5}, model={k: v for k, v in changed.items() if v}
-    )
+    optim: dict[str, object] = {"name": name.removesuffix(" svd"), "lr": 1e-3, "eps": 1e-5}
+    if name not in ("adamw", "adam-mini", "sgd"):
+        optim["refresh_every"] = 8
+    if name.endswith(" svd"):
+        optim["projection"] = "svd"
+    config = make_config(optim=optim, model={k: v for k, v in changed.items() if v})
     results = []
     for engine_type, micro_batch in ((LayerwiseEngine, 2), (AutogradEngine, 7)):
         units = make_units(config.model, dtype=torch.float64)
         optimizer = make_optimizer(config, units)
         for state in (state for unit in units.values() for state in unit.state.values()):
-            state.update({k: t.double() for k, t in state.items()})
+            state.update({k: t.double() for k, t in state.items() if t.is_floating_point()})
         engine = engine_type(config.model, units, optimizer, micro_batch, torch.float64, ROOMS)
         for step in range(20):
             engine.step(make_batch(seed=step), step, 1.0)
@@ -161,6 +166,21 @@ def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
     made = make_engine(config, units, optimizer, 3, ROOMS)
     losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+def test_every_optimizer_learns_a_batch(name: str, weights: str) -> None:
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
+    lr = {"adamw": 3e-3, "adamw8bit": 3e-3, "adam-mini": 3e-3, "sgd": 0.1}.get(name, 5e-3)
+    config = make_config(memory={"weights": weights}, optim={"name": name, "lr": lr})
+    units = make_units(config.model, weights)
+    made = make_engine(config, units, make_optimizer(config, units), 3, ROOMS)
+    losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
+    assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
+    dtypes = {t.dtype for t in units["layers.0"].state["model.layers.0.mlp.up_proj.weight"].values()}
+    assert (torch.uint8 in dtypes) == (name == "adamw8bit")
 
 
 @pytest.mark.parametrize("engine_type", [LayerwiseEngine, AutogradEngine])

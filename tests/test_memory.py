@@ -113,6 +113,7 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "adamw int8 on host": {"optim": {"name": "adamw"}, "memory": {"moments": "int8", "state_on": "host"}},
     "adam-mini bf16": {"optim": {"name": "adam-mini"}, "memory": {"moments": "bf16"}},
     "apollo": {"optim": {"name": "apollo"}},
+    "galore": {"optim": {"name": "galore"}},
     "stash on host": {"memory": {"stash_on": "host"}},
     "carry on host": {"memory": {"carry_on": "host", "compute": "bf16"}},
     "all on host": {"memory": ON_HOST},

@@ -10,7 +10,9 @@ from torch import Tensor
 from lowres import storage
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
-from lowres.optim import AdamMini, AdamW, Clock
+from lowres.optim import Clock
+from lowres.optim.adam_mini import AdamMiniRule
+from lowres.optim.adamw import AdamWRule
 from lowres.optim.base import Rule
 from lowres.optim.moments import KINDS, Moment, flat_chunks, moment_fields
 from tests.helpers import CPU, ROOMS, SMALL, make_batch, make_config, make_optimizer, make_units
@@ -25,7 +27,7 @@ def _bitsandbytes() -> None:
 
 
 def rule_of(name: str, kind: str) -> Rule:
-    return AdamW(BETAS, 1e-8, kind) if name == "adamw" else AdamMini(BETAS, 1e-8, 8, kind)
+    return AdamWRule(BETAS, 1e-8, kind) if name == "adamw" else AdamMiniRule(BETAS, 1e-8, 8, kind)
 
 
 def clock(step: int, accepted: Tensor = YES) -> Clock:
@@ -132,7 +134,7 @@ def test_a_second_moment_decays(kind: str) -> None:
     """Rounded to nearest, a bf16 moment of 1 stays 1 for ever under beta2 = 0.999."""
     assert float(torch.tensor(1.0).bfloat16() * torch.tensor(0.999)) > 0.998
     assert float((torch.tensor(1.0) * 0.999).bfloat16()) == 1.0
-    rule, spec = AdamW(BETAS, 1e-8, kind), spec_of((64, 64))
+    rule, spec = AdamWRule(BETAS, 1e-8, kind), spec_of((64, 64))
     state = new_state(rule, spec)
     state["exp_avg_sq"].fill_(1.0)
     for step in range(1000):
@@ -149,7 +151,7 @@ def test_bf16_moments_are_unbiased() -> None:
     spec = spec_of((128, 128))
     states = {}
     for kind in ("fp32", "bf16"):
-        rule = AdamW(BETAS, 1e-8, kind)
+        rule = AdamWRule(BETAS, 1e-8, kind)
         states[kind] = new_state(rule, spec)
         generator = torch.Generator().manual_seed(1)
         for step in range(200):
@@ -201,7 +203,7 @@ def test_int8_adamw_equals_bitsandbytes(spread: float) -> None:
         parameter.grad = grad.clone()
         oracle.step()
     assert oracle.state[parameter]["state1"].dtype == torch.uint8
-    value, state, _ = run_rule(AdamW(BETAS, 1e-8, "int8"), start, grads, 1e-3, decay=0.1)
+    value, state, _ = run_rule(AdamWRule(BETAS, 1e-8, "int8"), start, grads, 1e-3, decay=0.1)
     moved = float((parameter.detach() - start).norm())
     assert float((value - parameter.detach()).norm()) < 1e-3 * moved
     assert float((state["exp_avg"] != oracle.state[parameter]["state1"]).float().mean()) < 1e-3

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowres.config import ModelConfig
+from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
 from lowres.engine import LayerwiseEngine
 from lowres.engine.boundaries import GROUP, Boundaries, Grouped, Plain
 from lowres.meter import LiveTensors
@@ -45,7 +45,13 @@ def trained(homes: Homes, band: int, micro_batch: int, weights: str, name: str, 
 
 
 @pytest.mark.parametrize(
-    "weights, name, tied", [("int8", "apollo-mini", False), ("fp32", "adamw", False), ("int8", "adamw", True)]
+    "weights, name, tied",
+    [
+        ("int8", "apollo-mini", False),
+        ("fp32", "adamw", False),
+        ("int8", "adamw", True),
+        ("bf16", "fira", False),
+    ],
 )
 @pytest.mark.parametrize("band", [1, 2, 3])
 @pytest.mark.parametrize("homes", [key for key in HOMES if key != "gpu"])
@@ -174,7 +180,7 @@ def test_gradients_with_an_int8_stash_point_the_right_way(exact_forward: bool) -
 
 
 def test_a_rehearsal_changes_nothing() -> None:
-    for name in ("apollo-mini", "apollo", "adamw"):
+    for name in OPTIMIZER_DEFAULTS:
         config = make_config(optim={"name": name, "weight_decay": 0.1}, memory={"weights": "int8"})
         rooms = Rooms(CPU)
         units = make_units(config.model, "int8")
@@ -200,8 +206,8 @@ def test_a_master_copy_takes_the_updates(kind: str) -> None:
     units = empty_units(config.model, "int8", "bf16", rooms)
     wanted = empty_units(plain.model, kind, "bf16", rooms)
     optimizers = make_optimizer(config, units, rooms), make_optimizer(plain, wanted, rooms)
-    for some in (units, wanted):
-        initialize(some, 0, CPU)
+    initialize(units, 0, CPU)
+    initialize(wanted, 0, CPU)
     unit, other = units["layers.0"], wanted["layers.0"]
     generator = torch.Generator().manual_seed(1)
     for step in range(5):

@@ -1,7 +1,10 @@
 """Optimizers: which rule updates which tensor, at which rate, and the state they keep.
 
-Matrices of the blocks take the rule the config names. Embedding, head and norms take it too if it is
-Adam-mini, else AdamW.
+Matrices of the blocks take the rule the config names. Embedding, head and norms take it too if it works
+element by element or by blocks (AdamW, Adam-mini, SGD); beside a rule that projects they take AdamW.
+
+`Optimizer` serves the engines of lowres. AdamMini, Apollo, ApolloMini, Fira and GaLore are the same rules
+as ordinary `torch.optim.Optimizer` classes.
 """
 
 from __future__ import annotations
@@ -9,15 +12,21 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowres import rng
 from lowres.config import Config, ModelConfig, OptimConfig
-from lowres.optim.adam_mini import AdamMini
-from lowres.optim.adamw import AdamW
-from lowres.optim.apollo import Apollo
+from lowres.optim.adam_mini import AdamMiniRule
+from lowres.optim.adamw import AdamWRule
+from lowres.optim.apollo import ApolloRule
 from lowres.optim.base import Clock, Rule
+from lowres.optim.fira import FiraRule
+from lowres.optim.galore import GaLoreRule
+from lowres.optim.lowrank import RandomProjection, SvdProjection, workspace_bytes
 from lowres.optim.moments import bitsandbytes_functional
+from lowres.optim.sgd import SgdRule
+from lowres.optim.torch_optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
 from lowres.rooms import GPU, HOST, Rooms
 from lowres.storage import (
     DENSE_DTYPES,
@@ -37,14 +46,21 @@ from lowres.storage import (
 
 __all__ = [
     "AdamMini",
-    "AdamW",
     "Apollo",
+    "ApolloMini",
     "Clock",
+    "Fira",
+    "GaLore",
     "Optimizer",
     "Rule",
     "make_optimizer",
     "make_rule",
 ]
+
+# optimizers whose rule serves embedding, head and norms too
+FOR_ALL_TENSORS = ("adamw", "adamw8bit", "adam-mini", "sgd")
+
+PROJECTING = ApolloRule, GaLoreRule, FiraRule
 
 
 @dataclass(frozen=True)
@@ -63,22 +79,22 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     moments: fp32, bf16 or int8, what element-wise moments are kept in. Those of blocks and of projected
     gradients are few, and always fp32.
     """
-    assert config.eps is not None
-    if config.name == "adamw":
-        return AdamW(config.betas, config.eps, moments)
-    if config.name == "adam-mini":
-        return AdamMini(config.betas, config.eps, model.head_dim, moments)
+    betas, eps, name = config.betas, config.eps, config.name
+    assert eps is not None
+    if name in ("adamw", "adamw8bit"):
+        return AdamWRule(betas, eps, "int8" if name == "adamw8bit" else moments)
+    if name == "adam-mini":
+        return AdamMiniRule(betas, eps, model.head_dim, moments)
+    if name == "sgd":
+        return SgdRule(betas[0], moments)
     assert config.scale is not None and config.refresh_every is not None
-    return Apollo(
-        config.betas,
-        config.eps,
-        rank=config.rank or max(1, model.dim // 4),
-        scale=config.scale,
-        refresh_every=config.refresh_every,
-        per_channel=config.name == "apollo",
-        scale_front=bool(config.scale_front),
-        seed=seed,
-    )
+    rank = config.rank or max(1, model.dim // 4)
+    svd = SvdProjection(rank, config.refresh_every)
+    if name in ("galore", "fira"):
+        return (GaLoreRule if name == "galore" else FiraRule)(betas, eps, svd, config.scale)
+    random = RandomProjection(rank, config.refresh_every, seed)
+    projection = svd if config.projection == "svd" else random
+    return ApolloRule(betas, eps, projection, config.scale, name == "apollo", bool(config.scale_front))
 
 
 class Optimizer:
@@ -95,9 +111,9 @@ class Optimizer:
         """moments, master: number formats of element-wise moments and of the master copy of the block
         matrices, if there is one."""
         assert config.lr is not None and config.eps is not None
-        self.seed, self.moments, self.master = seed, moments, master
+        self.seed, self.master = seed, master
         rule = make_rule(config, model, seed, moments)
-        rest = rule if config.name == "adam-mini" else AdamW(config.betas, config.eps, moments)
+        rest = rule if config.name in FOR_ALL_TENSORS else AdamWRule(config.betas, config.eps, moments)
         embed_lr = config.embed_lr or config.lr
         self.groups = (
             Group(MATRIX_ROLES, rule, config.lr, config.weight_decay),
@@ -122,23 +138,24 @@ class Optimizer:
         return {spec.name: self.state_fields(spec) for spec in unit.tensors}
 
     def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
-        """Bytes that APOLLO's projections take between steps."""
+        """Bytes that random projections take between steps."""
         rules = ((spec, self.group_of(spec).rule) for spec in specs)
-        return sum(rule.kept_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo))
+        return sum(r.projection.kept_bytes(spec.shape) for spec, r in rules if isinstance(r, PROJECTING))
 
-    def workspace_bytes(self, specs: Iterable[TensorSpec]) -> int:
-        """Bytes beside gradients and state while directions are found, where that is not little."""
-        rules = ((spec, self.group_of(spec).rule) for spec in specs)
-        sizes = [rule.workspace_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo)]
-        return max(sizes, default=0)
+    def workspace_bytes(self, unit: UnitSpec) -> int:
+        """Bytes beside gradients and state while the directions of a unit are found by a rule that
+        projects; the others work in small chunks."""
+        rules = ((spec, self.group_of(spec).rule) for spec in unit.tensors)
+        found = [(spec.shape, rule.projection) for spec, rule in rules if isinstance(rule, PROJECTING)]
+        return workspace_bytes(found[0][1], [shape for shape, _ in found]) if found else 0
 
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The states of the units named in
         `on_host` have their home there."""
-        if self.moments == "int8":
-            bitsandbytes_functional()  # say that it is missing now, not at the first update
         for unit in units:
             fields = self.unit_fields(unit.spec)
+            if any(dtype == torch.uint8 for own in fields.values() for dtype, _ in own.values()):
+                bitsandbytes_functional()  # say that it is missing now, not at the first update
             size = sum(field_bytes(state_fields(fields)).values())
             home = HOST if unit.spec.name in on_host else GPU
             unit.give_state(fields, rooms.slab("optimizer state", home, size))
@@ -155,8 +172,10 @@ class Optimizer:
         assert unit.updates is not None, f"{unit.spec.name}: has no optimizer state"
         unit.updates += accepted
         clock = Clock(step, unit.updates, accepted, self.seed)
-        for grad in grads.values():
-            grad.masked_fill_(~accepted, 0.0)
+        if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
+            refused = ~accepted
+            for grad in grads.values():
+                grad.masked_fill_(refused, 0.0)
         for group in self.groups:
             specs = [spec for spec in unit.spec.tensors if spec.role in group.roles]
             if specs:

@@ -50,8 +50,10 @@ def describe_partition(specs: Iterable[TensorSpec], head_dim: int) -> str:
     )
 
 
-class AdamMini:
+class AdamMiniRule:
     """First moment element by element, one fp32 second moment a block: 4, 2 or about 1 byte a parameter."""
+
+    overwrites = True
 
     def __init__(self, betas: tuple[float, float], eps: float, head_dim: int, moments: str = "fp32") -> None:
         self.betas, self.eps, self.head_dim, self.moments = betas, eps, head_dim, moments

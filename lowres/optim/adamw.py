@@ -10,8 +10,10 @@ from lowres.optim.moments import Moment, flat_chunks, moment_fields
 from lowres.storage import Fields, TensorSpec
 
 
-class AdamW:
+class AdamWRule:
     """Both moments element by element: 8, 4 or about 2 bytes of state a parameter."""
+
+    overwrites = True
 
     def __init__(self, betas: tuple[float, float], eps: float, moments: str = "fp32") -> None:
         self.betas, self.eps, self.moments = betas, eps, moments

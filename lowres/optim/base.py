@@ -52,6 +52,9 @@ class Clock:
 class Rule(Protocol):
     """One update rule, shared by all tensors of a group."""
 
+    overwrites: bool
+    """Whether the directions are put where the gradients were; if not, they are the gradients."""
+
     def state_fields(self, spec: TensorSpec) -> Fields:
         """The state tensors of a weight. They start as zero bytes."""
 

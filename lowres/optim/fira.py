@@ -1,0 +1,82 @@
+"""Fira (Chen et al., arXiv 2410.01623): GaLore, and the rest of the gradient scaled as APOLLO does.
+
+    R = project(G),  N = Adam(R),  f = ||N|| / ||R|| per channel
+    W <- W - lr * (scale * back(N) + (G - scale * back(R)) * f / limiter)
+
+The rest is what the authors' code takes: G less the *scaled* back-projection, where the paper has
+G - back(R). Only the rest passes the norm-growth limiter. Written from the paper.
+
+Two identities save a second matrix of the gradient's size. f is a factor per channel, so it passes
+through `back`: the direction is G * f/L + back(scale * (N - R * f/L)). And as the vectors of P are
+orthonormal, a channel of the rest has the squared norm ||g||^2 - scale (2 - scale) ||r||^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowres.optim import lowrank
+from lowres.optim.base import Clock, State
+from lowres.optim.lowrank import SvdProjection
+from lowres.storage import Fields, TensorSpec
+
+
+class FiraRule:
+    """State of a matrix [m, n]: rank * (2 * max(m, n) + min(m, n)) + 1 numbers and a count."""
+
+    overwrites = True
+
+    def __init__(
+        self,
+        betas: tuple[float, float],
+        eps: float,
+        projection: SvdProjection,
+        scale: float,
+        limiter: bool = True,
+    ) -> None:
+        self.betas, self.eps, self.projection = betas, eps, projection
+        self.scale, self.limiter = scale, limiter
+
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        fields = lowrank.moment_fields(self.projection.rank, spec.shape)
+        if self.limiter:
+            fields["norm"] = (torch.float32, ())
+        return fields | self.projection.state_fields(spec.shape)
+
+    def directions(
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+    ) -> list[Tensor]:
+        for part in lowrank.batches(specs, self.projection.rank):
+            self._directions(specs[part], grads[part], states[part], clock)
+        return [lowrank.rate(lr, clock, self.betas)] * len(grads)
+
+    def _directions(
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], clock: Clock
+    ) -> None:
+        matrices = [
+            self.projection.matrix(spec, grad, state, clock)
+            for spec, grad, state in zip(specs, grads, states, strict=True)
+        ]
+        projected = [lowrank.project(g, p) for g, p in zip(grads, matrices, strict=True)]
+        adam = lowrank.adam(projected, states, clock, self.betas, self.eps)
+        axes = [lowrank.channel_axis(spec.shape) for spec in specs]
+        inside = lowrank.channel_norms(projected, axes)
+        factors = list(
+            torch._foreach_div(lowrank.channel_norms(adam, axes), torch._foreach_add(inside, 1e-8))
+        )
+        if self.limiter:
+            whole = lowrank.channel_norms(grads, axes)
+            rest = [
+                (g.square() - self.scale * (2 - self.scale) * r.square()).clamp_(min=0).sqrt_() * f
+                for g, r, f in zip(whole, inside, factors, strict=True)
+            ]
+            excess = lowrank.limit(lowrank.norms(rest), states, clock.accepted)
+            torch._foreach_div_(factors, list(excess.unbind()))
+        for grad, p, r, n, f in zip(grads, matrices, projected, adam, factors, strict=True):
+            low = n.addcmul_(r, f, value=-1)
+            grad.mul_(f)
+            if lowrank.is_tall(grad.shape):
+                grad.addmm_(low, p, alpha=self.scale)
+            else:
+                grad.addmm_(p, low, alpha=self.scale)

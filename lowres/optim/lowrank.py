@@ -1,0 +1,243 @@
+"""What APOLLO, GaLore and Fira share: projections of a gradient, Adam on what is projected, a limiter.
+
+For a gradient G [m, n] the smaller dimension is compressed to the rank r:
+
+    m >= n ("tall"):  P [r, n],  R = G P^T [m, r],  back(R) = R P
+    m <  n ("wide"):  P [m, r],  R = P^T G [r, n],  back(R) = P R
+
+Lists of small tensors are worked on with `torch._foreach_*`, one kernel for all tensors of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowres import rng, storage
+from lowres.optim.base import Clock, State
+from lowres.storage import Fields, TensorSpec
+
+GROWTH = 1.01  # the limiter's gamma
+# how fast the limiter's memory may fall: one tiny gradient would else hold the updates down for a
+# thousand steps, as growth is limited to 1 % a step
+SLOWEST_FALL = 0.5
+# a random projection of more numbers is drawn again in every step instead of being kept
+KEPT_PROJECTION = 1 << 14
+# projected numbers in a batch of tensors; above it a launch is cheap beside its work, and memory is not
+BATCH = 1 << 20
+
+
+def is_tall(shape: tuple[int, ...]) -> bool:
+    return shape[0] >= shape[1]
+
+
+def channel_axis(shape: tuple[int, ...]) -> int:
+    """The dimension to sum over for one number per index of the larger dimension."""
+    return 1 if is_tall(shape) else 0
+
+
+def project(grad: Tensor, projection: Tensor) -> Tensor:
+    """R [m, r] or [r, n]."""
+    return grad @ projection.T if is_tall(grad.shape) else projection.T @ grad
+
+
+class Projection(Protocol):
+    """Where P comes from. rank None: a quarter of the smaller dimension."""
+
+    rank: int | None
+
+    def state_fields(self, shape: tuple[int, ...]) -> Fields:
+        """What must be kept of P."""
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that P takes between steps beside the state."""
+
+    def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
+        """P [r, n] or [m, r] for this step, in the dtype of the gradient."""
+
+
+def rank_of(rank: int | None, shape: tuple[int, ...]) -> int:
+    """No rank is larger than the smaller dimension: there is nothing left to project."""
+    return min(rank or max(1, min(shape) // 4), *shape)
+
+
+def projection_shape(rank: int | None, shape: tuple[int, ...]) -> tuple[int, int]:
+    r = rank_of(rank, shape)
+    return (r, shape[1]) if is_tall(shape) else (shape[0], r)
+
+
+def projected_shape(rank: int | None, shape: tuple[int, ...]) -> tuple[int, int]:
+    r = rank_of(rank, shape)
+    return (shape[0], r) if is_tall(shape) else (r, shape[1])
+
+
+class RandomProjection:
+    """Entries N(0, 1 / r), drawn anew every `refresh_every` steps. A function of the seed, the name of
+    the weight and the step alone, so it is no state; it is kept only to save drawing it again."""
+
+    def __init__(self, rank: int | None, refresh_every: int, seed: int = 0) -> None:
+        self.rank, self.refresh_every, self.seed = rank, refresh_every, seed
+        self._drawn: dict[str, tuple[int, Tensor]] = {}  # name -> (draw, projection)
+
+    def state_fields(self, shape: tuple[int, ...]) -> Fields:
+        return {}
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        numel = math.prod(projection_shape(self.rank, shape))
+        return 4 * numel if numel <= KEPT_PROJECTION else 0
+
+    def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
+        return self.draw(spec.name, spec.shape, clock.step, grad.device).to(grad.dtype)
+
+    def draw(self, name: str, shape: tuple[int, ...], step: int, device: torch.device) -> Tensor:
+        """fp32 P of a weight at a step."""
+        draw = step // self.refresh_every
+        if name in self._drawn and self._drawn[name][0] == draw:
+            return self._drawn[name][1]
+        size = projection_shape(self.rank, shape)
+        key = rng.make_key(self.seed, "projection", name, draw)
+        scale = math.sqrt(rank_of(self.rank, shape))
+        projection = rng.normal(key, 0, math.prod(size), device).div_(scale).view(size)
+        if projection.numel() <= KEPT_PROJECTION:
+            self._drawn[name] = (draw, projection)
+        return projection
+
+
+class SvdProjection:
+    """The first r singular vectors of the gradient, found anew every `refresh_every` steps.
+
+    They depend on the gradient of that step, so they are state, with the number of the refresh beside
+    them. A gradient that is refused or zero has none; the next one is asked then.
+    """
+
+    def __init__(self, rank: int | None, refresh_every: int) -> None:
+        self.rank, self.refresh_every = rank, refresh_every
+        self._fresh: dict[str, int] = {}  # name -> the refresh that its state is known to hold
+
+    def state_fields(self, shape: tuple[int, ...]) -> Fields:
+        matrix = torch.float32, projection_shape(self.rank, shape)
+        return {"projection": matrix, "refreshes": (torch.int64, ())}
+
+    def kept_bytes(self, shape: tuple[int, ...]) -> int:
+        return 0
+
+    def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
+        period = clock.step // self.refresh_every + 1
+        # a step that starts a period asks again, as a rule may be used for a second run
+        if clock.step % self.refresh_every == 0 or self._fresh.get(spec.name) != period:
+            self._refresh(spec.name, grad, state, clock, period)
+        return state["projection"]
+
+    def _refresh(self, name: str, grad: Tensor, state: State, clock: Clock, period: int) -> None:
+        """The only place that waits for the device: in the first step of a period or of a process."""
+        started = clock.step % self.refresh_every == 0
+        current = not started and int(state["refreshes"]) == period  # so it is after a resume
+        if not current and bool(clock.accepted & grad.any()):
+            state["projection"].copy_(singular_vectors(grad, rank_of(self.rank, grad.shape)))
+            state["refreshes"].fill_(period)
+            current = True
+        if current:
+            self._fresh[name] = period
+        else:
+            self._fresh.pop(name, None)
+
+
+def singular_vectors(grad: Tensor, rank: int) -> Tensor:
+    """The first `rank` singular vectors of the smaller side, as P: [r, n] or [m, r].
+
+    A decomposition in fp32, as in the references: signs are free, but moments outlive a refresh, so they
+    matter. It needs about twice the gradient's memory for a moment.
+    """
+    u, _, vh = torch.linalg.svd(grad, full_matrices=False)
+    return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
+
+
+def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
+    """Runs of tensors whose projected gradients have BATCH numbers together, or that are alone."""
+    start = total = 0
+    for i, spec in enumerate(specs):
+        numel = math.prod(projected_shape(rank, spec.shape))
+        if i > start and total + numel > BATCH:
+            yield slice(start, i)
+            start, total = i, 0
+        total += numel
+    yield slice(start, len(specs))
+
+
+def workspace_bytes(projection: Projection, shapes: list[tuple[int, ...]]) -> int:
+    """Most bytes beside gradients and state while the directions of matrices of these shapes are found:
+    of one of the `batches` the projections, the projected gradients, and two more of their size."""
+    rank = projection.rank
+    specs = [TensorSpec("", shape, "") for shape in shapes]
+    numbers = []
+    for run in batches(specs, rank):
+        projected = sum(math.prod(projected_shape(rank, spec.shape)) for spec in specs[run])
+        numbers.append(3 * projected + sum(math.prod(projection_shape(rank, s.shape)) for s in specs[run]))
+    if isinstance(projection, SvdProjection):  # U, V and a copy of the gradient
+        numbers.append(max(2 * math.prod(shape) + min(shape) ** 2 for shape in shapes))
+    return 4 * max(numbers)
+
+
+def moment_fields(rank: int | None, shape: tuple[int, ...]) -> Fields:
+    projected = torch.float32, projected_shape(rank, shape)
+    return {"exp_avg": projected, "exp_avg_sq": projected}
+
+
+def adam(
+    projected: list[Tensor], states: list[State], clock: Clock, betas: tuple[float, float], eps: float
+) -> list[Tensor]:
+    """Brings the moments M and V of the projected gradients up to date; returns N = M / (sqrt(V) + eps).
+
+    The bias corrections are the caller's (`rate`): eps is added before them, as in the references.
+    """
+    weight1, weight2 = clock.moment_weights(betas)
+    first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    _move(first, projected, weight1)
+    _move(second, torch._foreach_mul(projected, projected), weight2)
+    denominators = torch._foreach_sqrt(second)
+    torch._foreach_add_(denominators, eps)
+    return list(torch._foreach_div(first, denominators))
+
+
+def _move(values: list[Tensor], ends: list[Tensor] | tuple[Tensor, ...], weight: Tensor) -> None:
+    """values <- values + weight (ends - values): `lerp_` with a weight that is on the device."""
+    steps = torch._foreach_sub(ends, values)
+    torch._foreach_mul_(steps, weight)
+    torch._foreach_add_(values, steps)
+
+
+def rate(lr: float, clock: Clock, betas: tuple[float, float]) -> Tensor:
+    """Learning rate with the bias corrections of `adam`, fp32 scalar; zero if the update is refused."""
+    correction1, correction2 = clock.bias_corrections(betas)
+    return lr * correction2.sqrt() / correction1 * clock.accepted
+
+
+def channel_norms(tensors: list[Tensor], axes: list[int]) -> list[Tensor]:
+    """Norms over one dimension of each tensor, which is kept with the size 1."""
+    return [torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, axes, strict=True)]
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Frobenius norms: [k]."""
+    if tensors[0].device.type == "cpu" and tensors[0].numel() > storage.CHUNK_CPU:
+        # a dot product takes half the time of a norm, and for 45 M elements errs by 5e-5 instead of 3e-3
+        return torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in tensors]).sqrt_()
+    return torch.stack(torch._foreach_norm(tensors))
+
+
+def limit(norms: Tensor, states: list[State], accepted: Tensor) -> Tensor:
+    """The norm-growth limiter: what to divide updates of these norms [k] by; remembers what is left.
+
+    Only accepted norms enter its memory, `state["norm"]`. A gradient of zero leaves it alone. The first
+    norm is only remembered.
+    """
+    kept = [state["norm"] for state in states]
+    last = torch.stack(kept)
+    excess = torch.where(last > 0, (norms / (last + 1e-8)).clamp(min=GROWTH) / GROWTH, 1.0)
+    new = torch.maximum(norms / excess, last * SLOWEST_FALL)
+    torch._foreach_copy_(kept, list(torch.where(accepted & (norms > 0), new, last).unbind()))
+    return excess

@@ -1,0 +1,478 @@
+"""The update rules as ordinary `torch.optim.Optimizer` classes, for any model and training loop.
+
+    optimizer = Apollo(model.named_parameters(), lr=1e-2, rank=256)
+
+Names decide which tensors take the rule: with Apollo, ApolloMini, GaLore and Fira all matrices but
+embeddings and heads, with AdamMini all whose place in a LLaMA model is known. The rest (1-D tensors
+too) takes AdamW. The group key `role` overrides that: {"params": ..., "role": "adamw"} or "matrix", and
+for AdamMini one of its roles. A group without names takes the rule for all of its matrices.
+
+Unlike the optimizers of torch:
+- bf16 parameters are written with stochastic rounding, from fp32 arithmetic and fp32 state, and that
+  state is not cast to the parameter's dtype when it is loaded.
+- A step whose gradients are not all finite changes nothing. Asking for that is the one time in a step
+  that the device is waited for.
+- 1-D tensors have no weight decay; that of the others is decoupled.
+- All random numbers are named by `seed`, the parameter and the step, so a resumed run is the same run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.optim.adam_mini import HEAD_ROLES, ROW_ROLES, AdamMiniRule, describe_partition
+from lowres.optim.adamw import AdamWRule
+from lowres.optim.apollo import ApolloRule
+from lowres.optim.base import Clock
+from lowres.optim.fira import FiraRule
+from lowres.optim.galore import GaLoreRule
+from lowres.optim.lowrank import RandomProjection, SvdProjection
+from lowres.storage import Dense, TensorSpec
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+Betas = tuple[float, float]
+AnyRule = AdamWRule | ApolloRule | GaLoreRule | FiraRule | AdamMiniRule
+
+ADAMW, MATRIX, NORM = "adamw", "matrix", "norm"
+HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier", "wte", "wpe")
+LLAMA_ROLES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
+
+
+@dataclass
+class Part:
+    """What is derived from a param group: the spec and the rule of each of its parameters."""
+
+    specs: list[TensorSpec]
+    rules: list[AnyRule]
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """What all classes here share. State of a parameter: its count of steps and the rule's tensors."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        betas: Betas,
+        eps: float,
+        weight_decay: float,
+        moments: str,
+        seed: int,
+        **more: Any,
+    ) -> None:
+        """moments: fp32, bf16 or int8, what element-wise moments are kept in."""
+        _require(lr >= 0, "lr", lr, "at least 0")
+        _require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
+        _require(eps > 0, "eps", eps, "above 0")
+        _require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
+        _require(moments in ("fp32", "bf16", "int8"), "moments", moments, "fp32, bf16 or int8")
+        self._parts: list[Part] = []
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "moments": moments,
+                "seed": seed,
+                "role": None,
+                **more,
+            },
+        )
+
+    # which parameter takes which rule
+
+    def _rule(self, group: dict[str, Any]) -> AnyRule:
+        """The rule of a group, from its hyper-parameters."""
+        raise NotImplementedError
+
+    def _roles(self, group: dict[str, Any], names: list[str]) -> list[str]:
+        """ADAMW, or a role that the rule knows, for each parameter of a group."""
+        if group["role"] not in (None, ADAMW, MATRIX):
+            raise ValueError(f"role: {group['role']!r} is not known; use {ADAMW} or {MATRIX}")
+        if group["role"] == MATRIX:
+            for name, p in zip(names, group["params"], strict=True):
+                if p.dim() != 2:
+                    raise ValueError(f"{name}: has the shape {list(p.shape)}, but role={MATRIX!r} is for 2-D")
+        if group["role"] is not None:
+            return [group["role"]] * len(names)
+        matrices = [p.dim() == 2 for p in group["params"]]
+        if "param_names" not in group:
+            if any(matrices):
+                warnings.warn(
+                    f"{type(self).__name__}: parameters without names, so all matrices take its rule, "
+                    "embedding and head too; pass model.named_parameters(), or a role in each group",
+                    stacklevel=6,
+                )
+            return [MATRIX if matrix else ADAMW for matrix in matrices]
+        return [
+            MATRIX if matrix and not _is_embedding_or_norm(name) else ADAMW
+            for name, matrix in zip(names, matrices, strict=True)
+        ]
+
+    def _part(self, index: int) -> Part:
+        group = self.param_groups[index]
+        params: list[Tensor] = group["params"]
+        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(params))]
+        for name, p in zip(names, params, strict=True):
+            if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise ValueError(f"{name}: is {p.dtype}; small updates are lost in it, use fp32 or bf16")
+        own, adamw = self._rule(group), AdamWRule(group["betas"], group["eps"], group["moments"])
+        roles = self._roles(group, names)
+        # a scalar is a tensor of one element
+        specs = [
+            TensorSpec(name, tuple(p.shape) or (1,), role)
+            for name, p, role in zip(names, params, roles, strict=True)
+        ]
+        return Part(specs, [adamw if role == ADAMW else own for role in roles])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._parts.append(self._part(len(self.param_groups) - 1))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # after unpickling, copying and loading
+        self._parts = [self._part(i) for i in range(len(self.param_groups))]
+
+    # the update
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients, which are left as they are. Returns what `closure` does."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if any(grad.is_sparse for grad in grads):
+            raise ValueError("gradients are sparse; use nn.Embedding(sparse=False)")
+        if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            warnings.warn("gradients are not finite: nothing is updated in such a step", stacklevel=2)
+            return loss
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            self._update_group(group, part)
+        return loss
+
+    def _update_group(self, group: dict[str, Any], part: Part) -> None:
+        # parameters can have joined late, and live on several devices
+        together: dict[tuple[bool, torch.device, int], list[int]] = {}
+        for i, (p, spec, rule) in enumerate(zip(group["params"], part.specs, part.rules, strict=True)):
+            rule.betas, rule.eps = group["betas"], group["eps"]  # some schedulers change them
+            if p.grad is None:
+                continue
+            if not self.state[p]:
+                fields = rule.state_fields(spec)
+                self.state[p]["step"] = 0
+                for key, (dtype, shape) in fields.items():
+                    self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)
+            together.setdefault((spec.role == ADAMW, p.device, self.state[p]["step"]), []).append(i)
+        for members in together.values():
+            # a rule that writes to gradients is given copies, one at a time
+            one_by_one = part.rules[members[0]].overwrites
+            for run in [[i] for i in members] if one_by_one else [members]:
+                self._update(group, part, run)
+
+    def _update(self, group: dict[str, Any], part: Part, members: list[int]) -> None:
+        """Update parameters of one rule, device and age."""
+        params = [group["params"][i] for i in members]
+        specs, rule = [part.specs[i] for i in members], part.rules[members[0]]
+        states = [self.state[p] for p in params]
+        directions = [
+            p.grad.to(torch.float32, copy=rule.overwrites).contiguous().view(spec.shape)
+            for p, spec in zip(params, specs, strict=True)
+        ]
+        lr, step, device, seed = float(group["lr"]), states[0]["step"], params[0].device, group["seed"]
+        updates = torch.full((), step + 1, dtype=torch.int64, device=device)
+        clock = Clock(step, updates, torch.ones((), dtype=torch.bool, device=device), seed)
+        factors = rule.directions(specs, directions, states, lr, clock)
+        decay = torch.full((), lr * group["weight_decay"], device=device) if group["weight_decay"] else None
+        for p, spec, direction, factor in zip(params, specs, directions, factors, strict=True):
+            key = rng.make_key(seed, "rounding", spec.name, step)
+            weight = Dense(p.view(1) if p.dim() == 0 else p)
+            weight.apply(direction, factor, decay if p.dim() > 1 else None, key)
+            self.state[p]["step"] += 1
+
+    # the state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked."""
+        super().load_state_dict({**state_dict, "state": {}})  # it would cast them
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        specs = [spec for part in self._parts for spec in part.specs]
+        rules = [rule for part in self._parts for rule in part.rules]
+        for index, p, spec, rule in zip(saved, params, specs, rules, strict=True):
+            state = state_dict["state"].get(index)
+            if not state:
+                continue
+            fields = rule.state_fields(spec)
+            if {"step", *fields} != state.keys() or any(
+                state[key].shape != shape for key, (_, shape) in fields.items()
+            ):
+                raise ValueError(f"{spec.name}: the saved state is that of another rule, rank or shape")
+            self.state[p] = {
+                key: state[key].to(p.device, dtype, copy=True) for key, (dtype, _) in fields.items()
+            }
+            self.state[p]["step"] = int(state["step"])
+
+
+class Apollo(RuleOptimizer):
+    """APOLLO (Zhu et al., arXiv 2412.05270): Adam's scaling per channel, from a low-rank projection.
+
+    rank: default, a quarter of the smaller dimension. scale: the update is multiplied by its square
+    root, with scale_front before the norm-growth limiter. refresh_every: steps between two projections.
+    projection: random, which needs no memory, or svd.
+    """
+
+    _per_channel = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        scale: float = 1.0,
+        refresh_every: int = 200,
+        scale_front: bool = False,
+        limiter: bool = True,
+        projection: str = "random",
+        moments: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        _require_low_rank(rank, scale, refresh_every)
+        _require(projection in ("random", "svd"), "projection", projection, "random or svd")
+        more = {"scale_front": scale_front, "limiter": limiter, "projection": projection}
+        more |= {"rank": rank, "scale": scale, "refresh_every": refresh_every}
+        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
+
+    def _rule(self, group: dict[str, Any]) -> AnyRule:
+        rank, every = group["rank"], group["refresh_every"]
+        projection = (
+            SvdProjection(rank, every)
+            if group["projection"] == "svd"
+            else RandomProjection(rank, every, group["seed"])
+        )
+        return ApolloRule(
+            group["betas"],
+            group["eps"],
+            projection,
+            group["scale"],
+            self._per_channel,
+            group["scale_front"],
+            group["limiter"],
+        )
+
+
+class ApolloMini(Apollo):
+    """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one factor for the whole matrix. State of a
+    matrix is two vectors and a norm. Keywords as for Apollo."""
+
+    _per_channel = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 1,
+        scale: float = 128.0,
+        **more: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, **more)
+
+
+class GaLore(RuleOptimizer):
+    """GaLore (Zhao et al., arXiv 2403.03507): Adam in the space of the gradient's first singular vectors.
+
+    rank: default, a quarter of the smaller dimension. scale: factor on the update. refresh_every: steps
+    between two decompositions.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        scale: float = 0.25,
+        refresh_every: int = 200,
+        moments: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        _require_low_rank(rank, scale, refresh_every)
+        more = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
+        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
+
+    def _rule(self, group: dict[str, Any]) -> AnyRule:
+        projection = SvdProjection(group["rank"], group["refresh_every"])
+        return GaLoreRule(group["betas"], group["eps"], projection, group["scale"])
+
+
+class Fira(RuleOptimizer):
+    """Fira (Chen et al., arXiv 2410.01623): GaLore, and the rest of the gradient scaled per channel.
+
+    Keywords as for GaLore; limiter: whether the growth of the rest's norm is limited.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1e-2,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = None,
+        scale: float = 0.25,
+        refresh_every: int = 200,
+        limiter: bool = True,
+        moments: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        _require_low_rank(rank, scale, refresh_every)
+        more = {"rank": rank, "scale": scale, "refresh_every": refresh_every, "limiter": limiter}
+        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
+
+    def _rule(self, group: dict[str, Any]) -> AnyRule:
+        projection = SvdProjection(group["rank"], group["refresh_every"])
+        return FiraRule(group["betas"], group["eps"], projection, group["scale"], group["limiter"])
+
+
+class AdamMini(RuleOptimizer):
+    """Adam-mini (Zhang et al., arXiv 2406.16793): one second moment a head, row or norm.
+
+    dim, n_heads, n_kv_heads, head_dim: of the LLaMA model; default as many KV heads as heads, and dim /
+    n_heads. Biases take AdamW. Raises ValueError for tensors without a known place, such as a fused QKV,
+    adapters or 3-D experts; `role` in a group says what they are: q, k, v, o, gate, up, down, embedding,
+    head, norm or adamw.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Params,
+        lr: float = 1e-3,
+        betas: Betas = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        moments: str = "fp32",
+        seed: int = 0,
+    ) -> None:
+        if head_dim is None:
+            _require(dim % n_heads == 0, "n_heads", n_heads, f"a divisor of dim {dim}, or give head_dim")
+        more = {
+            "dim": dim,
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads or n_heads,
+            "head_dim": head_dim or dim // n_heads,
+        }
+        super().__init__(named_parameters, lr, betas, eps, weight_decay, moments, seed, **more)
+
+    def describe_partition(self) -> str:
+        """The blocks of the parameters, a line for each role."""
+        specs = [spec for part in self._parts for spec in part.specs if spec.role != ADAMW]
+        return describe_partition(specs, self.defaults["head_dim"])
+
+    def _rule(self, group: dict[str, Any]) -> AnyRule:
+        return AdamMiniRule(group["betas"], group["eps"], group["head_dim"], group["moments"])
+
+    def _roles(self, group: dict[str, Any], names: list[str]) -> list[str]:
+        known = (*HEAD_ROLES, *ROW_ROLES, NORM, ADAMW)
+        if group["role"] not in (None, *known):
+            raise ValueError(f"role: {group['role']!r} is not known; use one of {', '.join(known)}")
+        named = "param_names" in group
+        roles, odd = [], []
+        for name, p in zip(names, group["params"], strict=True):
+            role = group["role"] or (_llama_role(name, p) if named else None)
+            if role is None or not self._fits(role, tuple(p.shape), group, exact=group["role"] is None):
+                odd.append(f"{name} {list(p.shape)}")
+            roles.append(role or "")
+        if odd:
+            raise ValueError(
+                f"AdamMini cannot place {', '.join(odd)} in a LLaMA model with dim {group['dim']}, "
+                f"{group['n_heads']} heads and {group['n_kv_heads']} KV heads of {group['head_dim']}; pass "
+                "names from model.named_parameters(), or put such tensors in a group of their own with "
+                f"role='{ADAMW}' or one of {', '.join(known)}"
+            )
+        return roles
+
+    @staticmethod
+    def _fits(role: str, shape: tuple[int, ...], group: dict[str, Any], exact: bool) -> bool:
+        """Whether a role can have that shape; exact: in this model, else at all."""
+        if role == ADAMW:
+            return True
+        if role == NORM:
+            return len(shape) == 1
+        if len(shape) != 2 or (role in HEAD_ROLES and shape[0] % group["head_dim"]):
+            return False
+        dim, heads, kv = group["dim"], group["n_heads"], group["n_kv_heads"]
+        rows = {"q": heads * group["head_dim"], "k": kv * group["head_dim"], "o": dim, "down": dim}
+        columns = {"o": heads * group["head_dim"], "down": shape[1]}
+        rows["v"] = rows["k"]
+        return not exact or (rows.get(role, shape[0]), columns.get(role, dim)) == shape
+
+
+def _module(name: str) -> str:
+    """The last module in the name of a parameter: "q_proj" in "layers.0.self_attn.q_proj.weight"."""
+    *path, last = name.split(".")
+    return path[-1] if path and last in ("weight", "bias") else last
+
+
+def _is_embedding_or_norm(name: str) -> bool:
+    module = _module(name)
+    return module in HEADS or "embed" in module or "norm" in module
+
+
+def _llama_role(name: str, p: Tensor) -> str | None:
+    """The role of a parameter of a Hugging Face LLaMA model; None if it has none."""
+    if p.dim() == 1:
+        return ADAMW if name.endswith("bias") else NORM if "norm" in _module(name) else None
+    return LLAMA_ROLES.get(_module(name)) if name.endswith(".weight") else None
+
+
+def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{key}: {value!r} must be {wanted}")
+
+
+def _require_low_rank(rank: int | None, scale: float, refresh_every: int) -> None:
+    _require(rank is None or rank >= 1, "rank", rank, "at least 1")
+    _require(scale > 0, "scale", scale, "above 0")
+    _require(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")

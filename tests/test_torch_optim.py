@@ -1,0 +1,402 @@
+"""The `torch.optim.Optimizer` classes: the engine's rules, in any training loop."""
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowres.model import unit_specs
+from lowres.optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
+from lowres.optim.torch_optim import ADAMW, RuleOptimizer
+from tests.helpers import SMALL, make_config, make_optimizer, make_units
+
+Make = Callable[..., RuleOptimizer]
+SHAPE: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_kv_heads": 2}
+
+
+def adam_mini(params: Any, **more: Any) -> AdamMini:
+    return AdamMini(params, **(SHAPE | more))
+
+
+# with few steps between two projections, so that the tests see some
+CLASSES: dict[str, tuple[Make, dict[str, Any]]] = {
+    "apollo": (Apollo, {"refresh_every": 3, "rank": 8}),
+    "apollo svd": (Apollo, {"refresh_every": 3, "projection": "svd"}),
+    "apollo-mini": (ApolloMini, {"refresh_every": 3}),
+    "galore": (GaLore, {"refresh_every": 3}),
+    "fira": (Fira, {"refresh_every": 3}),
+    "adam-mini": (adam_mini, {}),
+}
+EVERY = pytest.mark.parametrize("name", CLASSES)
+
+
+def llama(**changed: Any) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="pip install lowres[dev]")
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        **changed,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0, scheduler: Any = None
+) -> list[float]:
+    """The loop of a user of transformers, over four batches."""
+    losses = []
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step % 4)
+        tokens = torch.randint(0, 100, (4, 24), generator=generator)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@EVERY
+def test_same_result_as_the_engines_rule(name: str, kind: str) -> None:
+    """Bit for bit: there is one implementation, and one name for every random number."""
+    make, keywords = CLASSES[name]
+    optim: dict[str, Any] = {"name": name.removesuffix(" svd"), "lr": 1e-3, "weight_decay": 0.1, "eps": 1e-7}
+    if name == "adam-mini":
+        keywords = {"n_kv_heads": 4}
+    else:
+        optim |= keywords
+    config = make_config(optim=optim)
+    units = make_units(config.model, kind)
+    engine = make_optimizer(config, units)
+    parameters = {
+        name: nn.Parameter(
+            storage.dense(
+                torch.bfloat16 if kind == "bf16" and len(storage.shape) == 2 else torch.float32
+            ).clone()
+        )
+        for unit in units.values()
+        for name, storage in unit.weights.items()
+    }
+    optimizer = make(parameters.items(), lr=1e-3, weight_decay=0.1, eps=1e-7, **keywords)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(8):
+        grads = {key: torch.randn(p.shape, generator=generator) * 1e-3 for key, p in parameters.items()}
+        for key, p in parameters.items():
+            p.grad = grads[key].to(p.dtype)
+        kept = {key: p.grad.clone() for key, p in parameters.items() if p.grad is not None}
+        for unit in units.values():
+            own = {spec.name: kept[spec.name].to(torch.float32, copy=True) for spec in unit.spec.tensors}
+            engine.update(unit, own, step, 1.0, torch.tensor(True))
+        optimizer.step()
+        for key, p in parameters.items():
+            assert p.grad is not None and torch.equal(p.grad, kept[key]), "gradients are left as they are"
+    for unit in units.values():
+        for key, storage in unit.weights.items():
+            value = parameters[key].detach()
+            assert torch.equal(storage.dense(value.dtype), value), key
+
+
+@EVERY
+def test_trains_a_transformers_model(name: str) -> None:
+    make, keywords = CLASSES[name]
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = make(model.named_parameters(), lr=3e-3, **keywords)
+        losses = train(model, optimizer, 40)
+    assert losses[0] > 4.4 and losses[-1] < losses[0] - 1
+    own = [spec.name for part in optimizer._parts for spec in part.specs if spec.role != ADAMW]
+    others = [spec.name for part in optimizer._parts for spec in part.specs if spec.role == ADAMW]
+    if name == "adam-mini":
+        assert others == [] and "v" in adam_mini(model.named_parameters()).describe_partition()
+    else:
+        assert len(own) == 14 and all("_proj." in key for key in own)
+        assert len(others) == 7 and {"lm_head.weight", "model.embed_tokens.weight"} < set(others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY
+def test_a_saved_state_resumes_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    """Tensors and numbers only, which `weights_only` asks for. fp32 moments must stay so: torch casts
+    what it loads to the parameter's dtype, and a bf16 second moment never decays."""
+    make, keywords = CLASSES[name]
+    straight = llama().to(dtype)
+    optimizer = make(straight.named_parameters(), lr=1e-3, **keywords)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    train(straight, optimizer, 5, scheduler=scheduler)
+    buffer = io.BytesIO()
+    torch.save([straight.state_dict(), optimizer.state_dict(), scheduler.state_dict()], buffer)
+    losses = train(straight, optimizer, 5, 5, scheduler)
+
+    buffer.seek(0)
+    weights, state, schedule = torch.load(buffer, weights_only=True)
+    resumed = llama().to(dtype)
+    resumed.load_state_dict(weights)
+    again = make(resumed.named_parameters(), lr=5.0, **keywords)
+    again.load_state_dict(state)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(again, 10)
+    scheduler.load_state_dict(schedule)
+    dtypes = {t.dtype for s in again.state.values() for t in s.values() if isinstance(t, Tensor)}
+    assert dtypes <= {torch.float32, torch.int64}
+    assert train(resumed, again, 5, 5, scheduler) == losses
+    for here, there in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(here, there)
+    for here, there in zip(again.state.values(), optimizer.state.values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(here[k]), torch.as_tensor(there[k])) for k in there)
+
+
+def test_a_loaded_state_is_a_copy() -> None:
+    """In torch two optimizers in one process would then write to the same moments."""
+    weight = nn.Parameter(torch.randn(8, 4))
+    optimizer = ApolloMini([("w", weight)])
+    weight.grad = torch.randn(8, 4)
+    optimizer.step()
+    other = ApolloMini([("w", nn.Parameter(weight.detach().clone()))])
+    other.load_state_dict(optimizer.state_dict())
+    (mine,), (theirs,) = optimizer.state.values(), other.state.values()
+    assert mine["exp_avg"].data_ptr() != theirs["exp_avg"].data_ptr()
+
+
+def test_a_state_of_another_rank_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(8, 4))
+    optimizer = Apollo([("w", weight)], rank=2)
+    weight.grad = torch.randn(8, 4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["rank"] = 3
+    with pytest.raises(ValueError, match="w: the saved state is that of another rule, rank or shape"):
+        Apollo([("w", weight)]).load_state_dict(state)
+
+
+@EVERY
+def test_a_copy_goes_on_alike(name: str) -> None:
+    make, keywords = CLASSES[name]
+    model = llama()
+    optimizer = make(model.named_parameters(), lr=1e-3, **keywords)
+    train(model, optimizer, 4)
+    pair = copy.deepcopy((model, optimizer))
+    assert train(*pair, 4, 4) == train(model, optimizer, 4, 4)
+
+
+@EVERY
+def test_learning_rate_schedulers_decide(name: str) -> None:
+    make, keywords = CLASSES[name]
+    model = llama()
+    optimizer = make(model.named_parameters(), lr=1e-3, **keywords)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 2 else 1.0)
+    train(model, optimizer, 2, scheduler=scheduler)
+    before = [p.clone() for p in model.parameters()]
+    train(model, optimizer, 1, 2, scheduler)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    train(model, optimizer, 1, 3, scheduler)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_schedulers_may_change_beta() -> None:
+    """As OneCycleLR does."""
+    results = []
+    for betas in ((0.9, 0.999), (0.5, 0.999)):
+        weight = nn.Parameter(torch.ones(4, 4))
+        optimizer = ApolloMini([("norm", weight)], betas=(0.9, 0.999))
+        optimizer.param_groups[0]["betas"] = betas
+        for value in (1.0, -1.0):
+            weight.grad = torch.full((4, 4), value)
+            optimizer.step()
+        results.append(weight.detach())
+    assert not torch.equal(*results)
+
+
+def test_a_closure_is_called_with_gradients() -> None:
+    weight = nn.Parameter(torch.ones(8, 4))
+    optimizer = Fira([("w", weight)], lr=0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (weight**2).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(10)]
+    assert losses[0] == 32 and losses[-1] < 20
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@EVERY
+def test_one_gradient_that_is_not_finite_changes_nothing(name: str, bad: float) -> None:
+    """In the published limiter one inf poisons the weights and its memory for good."""
+    make, keywords = CLASSES[name]
+    model = llama()
+    optimizer = make(model.named_parameters(), lr=1e-3, **keywords)
+    train(model, optimizer, 3)
+    pair = copy.deepcopy((model, optimizer))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    next(iter(model.parameters())).grad[0, 0] = bad  # type: ignore[index]
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(pair[0].parameters(), model.parameters(), strict=True))
+    assert train(model, optimizer, 3, 3) == train(*pair, 3, 3)
+
+
+def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
+    """An update of 1e-3 of a weight is less than half a bf16 step; rounded to nearest it never happens."""
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = ApolloMini([("embed", weight)], lr=1e-3)  # AdamW: each update is lr
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert abs(weight.double().mean().item() - 0.9) < 0.002
+    nearest = torch.ones((), dtype=torch.bfloat16)
+    assert float(nearest - 1e-3) == 1.0
+
+
+def test_weights_of_one_shape_have_projections_of_their_own() -> None:
+    """The references seed them alike."""
+    weights = {name: nn.Parameter(torch.zeros(16, 8)) for name in ("a", "b")}
+    optimizer = Apollo(weights.items(), rank=2)
+    for p in weights.values():
+        p.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert not torch.equal(weights["a"], weights["b"])
+
+
+def test_groups_say_which_rule() -> None:
+    matrix, embedding, bias = (nn.Parameter(torch.randn(s)) for s in ((8, 4), (10, 4), (4,)))
+    named = Apollo([("x.weight", matrix), ("embed_tokens.weight", embedding), ("x.bias", bias)])
+    assert [spec.role for spec in named._parts[0].specs] == ["matrix", ADAMW, ADAMW]
+    groups: list[dict[str, Any]] = [
+        {"params": [embedding], "role": "matrix", "lr": 0.5, "rank": 2},
+        {"params": [matrix, bias], "role": ADAMW},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explicit = Apollo(groups, lr=0.1)
+    assert [[spec.role for spec in part.specs] for part in explicit._parts] == [["matrix"], [ADAMW, ADAMW]]
+    embedding.grad = torch.randn(10, 4)
+    explicit.step()
+    assert explicit.state[embedding]["exp_avg"].shape == (10, 2) and not explicit.state[matrix]
+    with pytest.warns(UserWarning, match=r"parameters without names.*model.named_parameters\(\)"):
+        plain = Apollo([matrix, bias])
+    assert [spec.role for spec in plain._parts[0].specs] == ["matrix", ADAMW]
+    with pytest.raises(ValueError, match="bias: has the shape"):
+        Apollo([{"params": [("x.bias", bias)], "role": "matrix"}])
+    with pytest.raises(ValueError, match="'attention' is not known"):
+        Apollo([{"params": [matrix], "role": "attention"}])
+    with pytest.raises(ValueError, match="float16"):
+        Apollo([("h", nn.Parameter(torch.zeros(4, 4, dtype=torch.float16)))])
+    with pytest.raises(ValueError, match="rank: 0 must be at least 1"):
+        Apollo([matrix], rank=0)
+
+
+def test_odd_parameters_are_served() -> None:
+    """Scalars, convolutions, rows that are not contiguous, one that joins late, one without a gradient."""
+    odd = {
+        "scalar": nn.Parameter(torch.tensor(1.0)),
+        "half": nn.Parameter(torch.tensor(1.0, dtype=torch.bfloat16)),
+        "kernel": nn.Parameter(torch.randn(4, 3, 5, 5)),
+        "half_kernel": nn.Parameter(torch.randn(4, 3, 5, 5, dtype=torch.bfloat16)),
+        "turned": nn.Parameter(torch.randn(6, 8).T),
+        "late": nn.Parameter(torch.randn(8, 6)),
+        "double": nn.Parameter(torch.randn(8, 6, dtype=torch.float64)),
+        "frozen": nn.Parameter(torch.randn(8, 6)),
+    }
+    before = {key: p.detach().clone() for key, p in odd.items()}
+    optimizer = ApolloMini(odd.items(), lr=0.1)
+    for step in range(4):
+        for key, p in odd.items():
+            if key != "frozen" and (key != "late" or step > 1):
+                p.grad = torch.randn_like(p)
+        optimizer.step()
+    for key, p in odd.items():
+        assert torch.equal(before[key], p) == (key == "frozen"), key
+        assert p.isfinite().all()
+    assert optimizer.state[odd["late"]]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", (128, 64)),  # fused
+        ("model.layers.0.self_attn.q_proj.weight", (128, 64)),  # fused under an innocent name
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", (8, 64)),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 64, 192)),
+        ("model.layers.0.mlp.down_proj.weight", (4, 64, 96)),
+        ("transformer.h.0.attn.c_attn.weight", (64, 192)),
+        ("model.layers.0.scale", (64,)),
+    ],
+)
+def test_adam_mini_names_what_it_cannot_place(name: str, shape: tuple[int, ...]) -> None:
+    known = ("model.layers.0.self_attn.k_proj.weight", nn.Parameter(torch.zeros(32, 64)))
+    unknown = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match="AdamMini cannot place") as caught:
+        adam_mini([known, (name, unknown)])
+    assert f"{name} {list(shape)}" in str(caught.value) and known[0] not in str(caught.value)
+    optimizer = adam_mini([{"params": [known]}, {"params": [(name, unknown)], "role": ADAMW}])
+    assert [part.specs[0].role for part in optimizer._parts] == ["k", ADAMW]
+
+
+def test_adam_mini_goes_by_modules_not_by_parts_of_names() -> None:
+    """The reference takes "mlp_norm" for a part of the MLP."""
+    shapes = {"mlp_norm.weight": (64,), "self_attn.q_proj.bias": (64,), "mlp.down_proj.weight": (64, 96)}
+    optimizer = adam_mini([(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()])
+    assert [spec.role for spec in optimizer._parts[0].specs] == ["norm", ADAMW, "down"]
+    fields = [
+        rule.state_fields(spec)
+        for spec, rule in zip(optimizer._parts[0].specs, optimizer._parts[0].rules, strict=True)
+    ]
+    assert [f["exp_avg_sq"][1] for f in fields] == [(1,), (64,), (64,)]
+
+
+def test_adam_mini_knows_head_dim() -> None:
+    named = [("q_proj.weight", nn.Parameter(torch.zeros(4 * 32, 64)))]
+    with pytest.raises(ValueError, match="cannot place"):
+        adam_mini(named)
+    optimizer = adam_mini(named, head_dim=32)
+    assert optimizer.describe_partition().split()[:5] == ["q", "4", "blocks", "of", "32"]
+    with pytest.raises(ValueError, match=r"cannot place 0\.0"):
+        adam_mini([nn.Parameter(torch.zeros(64, 64))])
+    roles = adam_mini([{"params": [nn.Parameter(torch.zeros(64, 64))], "role": "q"}])
+    assert roles._parts[0].specs[0].role == "q"
+    with pytest.raises(ValueError, match="'attn' is not known"):
+        adam_mini([{"params": [nn.Parameter(torch.zeros(64, 64))], "role": "attn"}])
+
+
+def test_eight_bit_moments_resume() -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
+    model = llama()
+    optimizer = adam_mini(model.named_parameters(), lr=3e-3, moments="int8")
+    train(model, optimizer, 3)
+    other, again = copy.deepcopy(model), None
+    again = adam_mini(other.named_parameters(), lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    assert any(
+        t.dtype == torch.uint8 for s in again.state.values() for t in s.values() if isinstance(t, Tensor)
+    )
+    assert train(model, optimizer, 3, 3) == train(other, again, 3, 3)
+
+
+def test_named_as_the_engine_names() -> None:
+    """Names of transformers and of the engine are the same, so seeds and roles are."""
+    names = {
+        spec.name
+        for unit in unit_specs(SMALL)
+        for spec in unit.tensors
+        if not spec.name.startswith("model.layers.2")
+    }
+    assert {name for name, _ in llama().named_parameters()} == names
