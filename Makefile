@@ -38,7 +38,7 @@ $(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
 # The real model and the real config, with batches that two cores can do.
 SMOKE := configs/llama_7b_12gb.toml --run runs/smoke-7b --set run.device=cpu --set data.source=stdlib \
 	--set data.seq_len=128 --set train.batch_tokens=512 --set train.micro_batch=1 --set train.eval_every=0 \
-	--set optim.lr=0.001
+	--set optim.lr=0.0001
 
 smoke-7b-cpu: $(STAMP)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=2 $(if $(wildcard runs/smoke-7b/config.toml),--resume)
