@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 RUN ?= runs/tiny
-RUN_7B ?= runs/llama-7b
+PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb
 
-.PHONY: help setup pretrain-tiny pretrain-7b-24gb test test-slow lint format clean
+.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) smoke-7b-cpu test test-slow lint format clean
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
 	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
+	@echo "                        likewise $(wordlist 2,9,$(PRESETS:%=pretrain-%))"
+	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, half an hour)"
 	@echo "make test               run the tests"
 	@echo "make lint               ruff and mypy over everything"
 
@@ -25,14 +27,22 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
 
-# A finished run says so; an interrupted one goes on.
 pretrain-tiny: $(STAMP)
 	$(BIN)/lowres train configs/tiny.toml --run $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
 
-# DATA=path trains on local text instead of C4
-pretrain-7b-24gb: $(STAMP)
-	$(BIN)/lowres train configs/llama_7b_24gb.toml --run $(RUN_7B) \
-		$(if $(DATA),--set data.source=$(DATA) --set data.val_source=) $(if $(wildcard $(RUN_7B)/config.toml),--resume)
+# A finished run says so; an interrupted one goes on. DATA=path trains on local text instead of C4.
+$(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
+	$(BIN)/lowres train configs/llama_$(subst -,_,$*).toml --run runs/llama-$* \
+		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/llama-$*/config.toml),--resume)
+
+# The real model and the real config, with batches that two cores can do.
+SMOKE := configs/llama_7b_12gb.toml --run runs/smoke-7b --set run.device=cpu --set data.source=stdlib \
+	--set data.seq_len=128 --set train.batch_tokens=512 --set train.micro_batch=1 --set train.eval_every=0 \
+	--set optim.lr=0.001
+
+smoke-7b-cpu: $(STAMP)
+	$(BIN)/lowres train $(SMOKE) --set train.steps=2 $(if $(wildcard runs/smoke-7b/config.toml),--resume)
+	$(BIN)/lowres train $(SMOKE) --set train.steps=3 --resume
 
 # two processes of one thread each: small tensors gain nothing from threads
 test: $(STAMP)

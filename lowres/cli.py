@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from lowres.config import Config, describe, load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
+from lowres.probe import probe
 from lowres.sample import sample
 from lowres.trainer import CHECKPOINTS, open_run, pick_device, train
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    # segments that grow leave less memory unusable between allocations; read when CUDA starts
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     parsed = _parser().parse_args(arguments)
     try:
         parsed.command(parsed)
@@ -66,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
     _add_config(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
 
     data = commands.add_parser("data", help="Work with training data.").add_subparsers(
         required=True, metavar="COMMAND"
@@ -164,10 +169,16 @@ def _train(parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
+    # as many pieces as the data will have, as far as the config says
+    config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     plan = memory.make_plan(config, device)
-    print(json.dumps(plan.as_dict(), indent=1) if parsed.json else plan.table())
+    found = probe(config, plan) if parsed.probe and not plan.problems else None
+    if parsed.json:
+        print(json.dumps(plan.as_dict() | ({"probe": found.as_dict()} if found else {}), indent=1))
+    else:
+        print("\n".join([plan.table(), *([found.table()] if found else [])]))
     memory.require_fit(plan)
 
 

@@ -195,7 +195,8 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
-    """Clip the global gradient norm to this (autograd engine); 0 = off."""
+    """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
+    it, as it has no global norm before its first update."""
     rank: Positive | None = None
     """apollo, galore, fira: rank of the projected gradient, at most the smaller dimension of a matrix;
     default dim / 4, or 1 for apollo-mini."""
@@ -309,6 +310,9 @@ class MemoryConfig(Section):
     """Where the boundary that moves lives: the last layer's output, then the gradient on its way down."""
     stash_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     """Number format of the stash; auto: that of compute, without loss. int8: groups of 32 with a scale."""
+    exact_forward: bool = False
+    """With a lossy stash, go on from the exact values in the forward pass instead of the stored ones: the
+    carry makes a round trip more for every band, and the recomputation sees other values than the forward."""
     band: Positive | Literal["auto"] = resumable("auto")
     """Layers that are recomputed together: the stash is divided by it, gradient buffer and activations are
     multiplied. auto: 1 if that fits, else 2, 4 or 8."""
@@ -398,11 +402,6 @@ class Config(Section):
             raise ValueError(
                 f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {self.model.dim} is not a "
                 "multiple of 32; use auto or bf16"
-            )
-        if self.optim.grad_clip and self.memory.engine == "layerwise":
-            raise ValueError(
-                "optim.grad_clip: the layerwise engine has no global gradient norm before its first update; "
-                "leave it 0 (apollo-mini limits each tensor) or use memory.engine=autograd"
             )
         return self
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,7 +153,18 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
-        return "\n".join([*lines, *self.problems])
+        lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
+        return "\n".join(lines)
+
+    def _hosted(self) -> str:
+        homes = self.choice.homes
+        parts = {
+            "weights of {} units": len(homes.weights),
+            "optimizer state of {} units": len(homes.state),
+            "the inputs of {} bands (stash)": homes.stash,
+            "the carry": int(homes.carry),
+        }
+        return ", ".join(text.format(count) for text, count in parts.items() if count)
 
 
 _SMALLER = "lower train.micro_batch or take a smaller model.preset"
@@ -218,17 +230,29 @@ def _device_bytes(device: torch.device) -> int | None:
 
 
 def host_bytes() -> int | None:
-    """Host memory that can be had without swapping; None where the system does not say."""
+    """Host memory that can be had without swapping, also in a container; None where the system does not
+    say."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        return min([available, *_container_bytes()])
     except (OSError, KeyError, ValueError):
         pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _container_bytes() -> list[int]:
+    """What is left of the limit of this process's control group, if it has one; cached files give way."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return [limit - used + int(parts["inactive_file"]) + int(parts["active_file"])]
+    except (OSError, ValueError, KeyError):  # no such files, or "max"
+        return []
 
 
 class _Planner:
@@ -250,7 +274,9 @@ class _Planner:
         self.blocks = [name for name in self.units if name not in ("embed", "head")]
         self.numel = {name: sum(_aligned(s.numel) for s in unit.tensors) for name, unit in self.units.items()}
         self.parameters = sum(s.numel for unit in self.units.values() for s in unit.tensors)
-        self.projections = optimizer.projection_bytes(s for u in self.units.values() for s in u.tensors)
+        specs = [s for unit in self.units.values() for s in unit.tensors]
+        self.projections = optimizer.projection_bytes(specs)
+        self.directions = optimizer.workspace_bytes(specs)
 
     def _weights(self, unit: UnitSpec) -> dict[str, int]:
         """Bytes of a unit's weights by component."""
@@ -378,38 +404,37 @@ class _Planner:
             specs = [s for name in group for s in self.units[name].tensors if len(s.shape) == 2]
             return sum(_aligned(s.numel) * width for s in specs if self.kinds[s.name] != same)
 
-        gradients = max(
-            sum(self.numel[name] for name in bands[0]), self.numel["head"], 0 if tied else self.numel["embed"]
-        )
+        own = self.numel["embed"] if tied else 0  # a tied embedding has a gradient buffer of its own
+        groups = [bands[0], ("head",), *([] if tied else [("embed",)])]
+        gradients = own + max(sum(self.numel[name] for name in group) for group in groups)
         visits = [Visit(group, update=True) for group in (*bands, ("head",), ("embed",))]
         stash = boundary_bytes(self.encoding, model.dim, config.batch_sequences, micro_batch, seq)
-        carry = boundary_bytes(
-            make_encoding("auto", self.compute), model.dim, config.batch_sequences, micro_batch, seq
-        )
+        exact = make_encoding("auto", self.compute)
+        carry = boundary_bytes(exact, model.dim, config.batch_sequences, micro_batch, seq)
+        carries = 2 if config.optim.grad_clip else 1  # the second keeps the output for a second pass
         piece = self.encoding.nbytes(tokens, model.dim)
-        doors = (4 * piece if homes.stash else 0) + (4 * tokens * model.dim * width if homes.carry else 0)
+        doors = (4 * piece if homes.stash else 0) + (
+            4 * carries * tokens * model.dim * width if homes.carry else 0
+        )
         decoded = 0 if self.encoding.is_free(self.compute) else tokens * model.dim * width
         chunk = min(config.memory.loss_chunk, tokens)
 
         def product(numel: int) -> int:
             """A bf16 weight gradient before it is added: in fp32, and on a CPU in bf16 before that."""
-            return (
-                0
-                if not wide
-                else min(numel, PRODUCT_CHUNK) * (wide if self.device.type == "cuda" else wide + 2)
-            )
+            each = wide if self.device.type == "cuda" else wide + 2
+            return min(numel, PRODUCT_CHUNK) * each if wide else 0
 
         block = max(s.numel for s in self.units[self.blocks[0]].tensors)
         # logits in fp32, then their gradient in compute precision beside them or beside the head's
         logits = chunk * model.vocab
         loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
-        loss += chunk * model.dim * 18
+        loss += chunk * model.dim * 14
         kept = _kept(model, tokens, width)
         backward = max(_activations(model, tokens, width), kept + product(block)) + (band - 1) * kept
         return [
             Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
             Component("transfer of boundaries", GPU, doors),
-            Component("gradient buffer", GPU, 4 * (gradients + (self.numel["embed"] if tied else 0))),
+            Component("gradient buffer", GPU, 4 * gradients),
             Component(
                 "layers in compute precision",
                 GPU,
@@ -417,7 +442,7 @@ class _Planner:
             ),
             Component("stash", GPU, stash * (len(bands) - homes.stash)),
             Component("stash", HOST, stash * homes.stash),
-            Component("carry", HOST if homes.carry else GPU, carry),
+            Component("carry", HOST if homes.carry else GPU, carries * carry),
             Component("rotary tables", GPU, 2 * 4 * seq * model.head_dim),
             Component("activations inside a layer", GPU, backward + decoded, "backward"),
             Component("loss chunk", GPU, loss, "loss"),
@@ -425,8 +450,8 @@ class _Planner:
         ]
 
     def _update_workspace(self) -> int:
-        """fp32 numbers beside a chunk of a weight while it is written: for int8 codes, change, new value,
-        random bits and what their making leaves behind; less for what is rounded in one go."""
+        """Bytes while directions are found, or while a chunk of a weight is written: for int8 codes, change,
+        new value, random bits and what their making leaves behind; less for what is rounded in one go."""
         kept, kinds = self.config.memory, set(self.kinds.values())
         if kept.master == "none" and "int8" in kinds:
             numbers = 9
@@ -434,21 +459,27 @@ class _Planner:
             numbers = 4 if kept.master != "none" or "bf16" in kinds or kept.moments != "fp32" else 0
         chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
         largest = max(s.numel for unit in self.units.values() for s in unit.tensors)
-        return numbers * 4 * min(chunk, largest)
+        return max(numbers * 4 * min(chunk, largest), self.directions)
 
     def _autograd(self, choice: Choice) -> list[Component]:
         """What the autograd engine adds: the whole model and two gradients of it."""
         model, seq = self.config.model, self.config.data.seq_len
         width = self.compute.itemsize
         tokens = choice.micro_batch * seq
+        boundary, inside = tokens * model.dim * width, _activations(model, tokens, width)
+        gradients, block = self.parameters * width, self.numel[self.blocks[0]] * width
+        embedding = model.vocab * model.dim * width
+        head = boundary * (model.n_layers + 1) + embedding  # until the last block is differentiated
+        # the embedding's gradient comes last; if it is tied, beside that of its use as the head
+        twice = embedding if model.tie_embeddings else 0
+        first_block = boundary * 2 + inside + gradients - block - embedding + twice
+        backward = max(head + inside, first_block, boundary + gradients + twice)
         chunk = min(self.config.memory.loss_chunk, tokens)
         return [
             Component("model in compute precision", GPU, self.parameters * width),
             Component("accumulated gradients", GPU, 4 * self.parameters),
-            Component("gradients of a micro-batch", GPU, self.parameters * width),
-            Component("boundary activations", GPU, tokens * model.dim * width * (model.n_layers + 1)),
-            Component("activations inside a layer", GPU, _activations(model, tokens, width), "backward"),
-            Component("loss chunk", GPU, 3 * chunk * model.vocab * 4, "loss"),
+            Component("activations and gradients of a micro-batch", GPU, backward, "backward"),
+            Component("loss chunk", GPU, head + 3 * chunk * model.vocab * 4, "loss"),
         ]
 
 
@@ -469,16 +500,14 @@ def _activations(model: ModelConfig, tokens: int, width: int) -> int:
     """Most bytes alive while the last block of a band is differentiated, for `tokens` in a micro-batch.
 
     At the peak, in the backward of SwiGLU: gate, up, silu(gate) and their product with two gradients of
-    that width; k and v; of the width of the model the normalised inputs, rotated q, attention's output
-    and its transposed copy, the middle residual and gradients; beside bf16, fp32 inputs of the norms.
+    that width; k and v; of the width of the model the first normalised input, rotated q, attention's
+    output and its transposed copy, and the middle residual.
     """
     kv = model.kv_heads * model.head_dim
-    size = width * (7 * model.dim + 2 * kv + 6 * model.ffn_dim)
-    return tokens * (size + (12 * model.dim if width == 2 else 0))
+    return tokens * width * (5 * model.dim + 2 * kv + 6 * model.ffn_dim)
 
 
 def _kept(model: ModelConfig, tokens: int, width: int) -> int:
     """Bytes that every other block of a band keeps meanwhile."""
     kv = model.kv_heads * model.head_dim
-    size = width * (8 * model.dim + 2 * kv + 4 * model.ffn_dim)
-    return tokens * (size + (8 * model.dim if width == 2 else 0))
+    return tokens * width * (6 * model.dim + 2 * kv + 4 * model.ffn_dim)

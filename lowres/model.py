@@ -151,8 +151,32 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square normalisation over the last dimension, in fp32 or better."""
-    wide = x.float() if x.dtype == torch.bfloat16 else x
-    return F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps).to(x.dtype)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row for the backward; autograd would keep fp32 copies of x beside bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, dy = _wide(x) * scale, _wide(dy)
+        d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        d_normed = dy * weight
+        along = (d_normed * normed).mean(-1, keepdim=True)
+        dx = d_normed.sub_(normed.mul_(along)).mul_(scale)
+        return dx.to(x.dtype), d_weight, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -92,9 +92,14 @@ class Rooms:
 
 def _page_locked(nbytes: int) -> Tensor:
     """Zeroed host memory in whole pages, registered with CUDA until it is freed."""
-    slab = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # 24 GiB in pages of 4 KiB take long to lock
+    slab = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
     runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)))
+    failed = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
+    if failed:
+        raise RuntimeError(f"cudaHostRegister: error {failed}")
     weakref.finalize(slab.untyped_storage(), runtime.cudaHostUnregister, slab.data_ptr())
     return slab
 
@@ -106,9 +111,8 @@ Copies = Iterable[tuple[Tensor, Tensor]]  # (destination, source)
 class Mover:
     """Copies between the rooms, beside the computation: one stream in each direction.
 
-    A fetch waits for the computation that was enqueued before it, which may still read what is
-    overwritten, and for earlier stores, which may still write what is read. A store waits for the
-    computation that made its source. On a CPU a copy is done when the call returns.
+    Both wait for the computation that was enqueued before them: it may still read what a fetch will
+    overwrite, and write what a store will read. On a CPU a copy is done when the call returns.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -116,22 +120,14 @@ class Mover:
         self._in = torch.cuda.Stream(device) if cuda else None
         self._out = torch.cuda.Stream(device) if cuda else None
 
-    def fetch(self, copies: Copies) -> Event:
-        """Host to GPU. Returns what `wait` takes."""
-        if self._in is None or self._out is None:
-            _copy(copies)
-            return None
-        self._in.wait_stream(torch.cuda.current_stream())
-        self._in.wait_stream(self._out)
-        return _copy_on(self._in, copies)
+    def fetch(self, copies: Copies, after: Iterable[Event] = ()) -> Event:
+        """Host to GPU, after earlier copies that wrote the source or read the destination. Returns what
+        `wait` and `after` take."""
+        return _copy(self._in, copies, after)
 
     def store(self, copies: Copies) -> Event:
-        """GPU to host. Returns what `wait` takes, before the source may be overwritten."""
-        if self._out is None:
-            _copy(copies)
-            return None
-        self._out.wait_stream(torch.cuda.current_stream())
-        return _copy_on(self._out, copies)
+        """GPU to host. Returns what `wait` and `after` take."""
+        return _copy(self._out, copies, ())
 
     def wait(self, event: Event) -> None:
         """Let the computation that follows wait for a copy."""
@@ -145,15 +141,18 @@ class Mover:
             self._out.synchronize()
 
 
-def _copy(copies: Copies) -> None:
-    for destination, source in copies:
-        destination.copy_(source)
-
-
-def _copy_on(stream: torch.cuda.Stream, copies: Copies) -> torch.cuda.Event:
+def _copy(stream: torch.cuda.Stream | None, copies: Copies, after: Iterable[Event]) -> Event:
+    if stream is None:
+        for destination, source in copies:
+            destination.copy_(source)
+        return None
+    stream.wait_stream(torch.cuda.current_stream())
+    for event in after:
+        if event is not None:
+            stream.wait_event(event)
     with torch.cuda.stream(stream):
         for destination, source in copies:
             destination.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(stream)
-    return event
+    done = torch.cuda.Event()
+    done.record(stream)
+    return done

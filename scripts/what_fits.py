@@ -1,9 +1,9 @@
-"""Prints the README's table of what fits where: planned GPU memory of every preset.
+"""Prints the README's table of what fits where: planned GPU and host memory of every preset and card.
 
-    python scripts/what_fits.py [--batch-tokens 32768] [--seq-len 2048]
+    python scripts/what_fits.py [--batch-tokens 131072] [--seq-len 2048] [--host-gib 28]
 
-The layer-major engine with INT8 weights and APOLLO-Mini, bf16 compute and micro-batches of one
-sequence. A card is counted as 2 GiB smaller than it is called, for CUDA itself and a desktop.
+The layer-major engine with INT8 weights, APOLLO-Mini, 8-bit moments of embedding and head, bf16
+compute; micro-batch, band and homes as the plan chooses them.
 """
 
 from __future__ import annotations
@@ -15,38 +15,42 @@ import torch
 from lowres.config import PRESETS, parse_config
 from lowres.memory import GIB, Plan, make_plan
 
-CARDS_GIB = (6, 8, 12, 16, 24, 32)
-RESERVED_GIB = 2
+# GB that a card is called -> GiB that a run may take, less what CUDA itself and a desktop do
+CARDS = {6: 4.8, 8: 6.5, 12: 10.5, 16: 14.0, 24: 20.0}
 
 
-def plan_of(preset: str, batch_tokens: int, seq_len: int) -> Plan:
+def plan_of(preset: str, budget: float, host: float, batch_tokens: int, seq_len: int) -> Plan:
     config, _ = parse_config(
         {
             "model": {"preset": preset},
             "data": {"seq_len": seq_len},
-            "train": {"batch_tokens": batch_tokens, "micro_batch": 1},
+            "train": {"batch_tokens": batch_tokens},
+            "memory": {"moments": "int8", "budget_gib": budget, "host_budget_gib": host},
         }
     )
     return make_plan(config, torch.device("cuda"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Planned GPU memory of every preset, as a table.")
-    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser = argparse.ArgumentParser(description="Planned memory of every preset and card, as a table.")
+    parser.add_argument("--batch-tokens", type=int, default=131072)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--host-gib", type=float, default=28.0)
     parsed = parser.parse_args()
-    print("| model | parameters | weights and optimizer | stash and carry | GPU peak | smallest card |")
-    print("|---|---|---|---|---|---|")
+    print("| model | parameters | checkpoint | " + " | ".join(f"{card} GB card" for card in CARDS) + " |")
+    print("|---|---|---|" + "---|" * len(CARDS))
     for preset in PRESETS:
-        plan = plan_of(preset, parsed.batch_tokens, parsed.seq_len)
-        boundary = sum(c.bytes for c in plan.components if c.name in ("stash", "carry")) / GIB
-        rest = sum(c.bytes for c in plan.components if c.room == "disk") / GIB
-        peak = plan.peak("gpu") / GIB
-        card = next((f"{gib} GB" for gib in CARDS_GIB if peak <= gib - RESERVED_GIB), "none")
-        print(
-            f"| {preset} | {plan.parameters / 1e6:,.0f} M | {rest:.2f} GiB | {boundary:.2f} GiB "
-            f"| {peak:.1f} GiB | {card} |"
-        )
+        plans = [
+            plan_of(preset, budget, parsed.host_gib, parsed.batch_tokens, parsed.seq_len)
+            for budget in CARDS.values()
+        ]
+        cells = [
+            "no" if plan.problems else f"{plan.peak('gpu') / GIB:.1f} + {plan.peak('host') / GIB:.1f}"
+            for plan in plans
+        ]
+        checkpoint = plans[0].peak("disk") / GIB
+        parameters = plans[0].parameters / 1e6
+        print(f"| {preset} | {parameters:,.0f} M | {checkpoint:.2f} GiB | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

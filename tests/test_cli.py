@@ -25,6 +25,8 @@ STEP_KEYS = {
     "grad_norm",
     "tokens_per_s",
     "peak_mem_gib",
+    "host_mem_gib",
+    "peak_rss_gib",
     "skipped",
 }
 VAL_KEYS = {"step", "val_loss", "val_ppl", "val_bits_per_byte"}
@@ -230,7 +232,7 @@ def test_resuming_needs_no_more_memory_than_starting(config: Path, tmp_path: Pat
     ]
     lowres("train", config, *options, "--set", "train.steps=2", "--run", run)
     lowres("train", config, *options, "--set", "train.steps=4", "--run", run, "--resume")
-    peaks = [r["peak_mem_gib"] for r in metrics.read(run / "metrics.jsonl")]
+    peaks = [r["peak_rss_gib"] for r in metrics.read(run / "metrics.jsonl")]
     assert len(peaks) == 4 and peaks[0] > 0.4
     assert peaks[3] < peaks[1] * 1.03
 
@@ -281,16 +283,21 @@ BAD_CONFIGS = {
     "unknown preset": ("model.preset=8b", "model.preset: '8b' is not known"),
     "unknown optimizer": ("optim.name=adam", "optim.name: 'adam' is not known; use one of"),
     "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
-    "residency is not built": ("memory.stash_on=host", "memory.stash_on: 'host' is not built yet; use gpu"),
+    "no host in autograd": (
+        "memory.stash_on=host memory.engine=autograd",
+        "memory.stash_on: the autograd engine keeps everything on the GPU; use gpu or engine=layerwise",
+    ),
     "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
-    "no CUDA device": ("run.device=cuda", "run.device: no CUDA device is available"),
+    "no CUDA device": (
+        "run.device=cuda",
+        "run.device: this config is for a GPU and no CUDA device is available",
+    ),
     "sequence longer than the data": (
         "data.seq_len=1048576",
         "data.seq_len: 1048576 is longer than the data",
     ),
     "vocabulary too small": ("model.vocab_size=300", "model.vocab_size: 300 is less than the 500 pieces"),
     "not an override": ("steps", "--set steps: write it as section.key=value"),
-    "clip in layerwise": ("optim.grad_clip=1.0", "optim.grad_clip: the layerwise engine"),
     "tokenizer is missing": ("data.tokenizer=none.model", "none.model"),
 }
 
@@ -298,7 +305,7 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_input(case: str, config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     override, message = BAD_CONFIGS[case]
-    overrides = [override]
+    overrides = override.split()
     if case.startswith("sequence longer"):
         overrides.append("train.batch_tokens=1048576")
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -314,6 +321,76 @@ def test_bad_input(case: str, config: Path, tmp_path: Path, capfd: pytest.Captur
     assert message in error
     assert len(error.splitlines()) == 1, error
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+TOO_SMALL = {
+    "no room for a layer": (["memory.budget_gib=0.0001"], "memory.budget_gib: the run needs"),
+    "no room for the stash": (
+        ["memory.stash_on=host", "memory.host_budget_gib=0.00001"],
+        "the largest part is the stash",
+    ),
+    "not in this machine": (
+        ["model.dim=32768", "model.n_heads=64", "model.ffn_dim=131072", "memory.budget_gib=1000"],
+        "of host memory, this machine has",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOO_SMALL)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    case: str, config: Path, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys, message = TOO_SMALL[case]
+    keys = [*keys, f"data.source={corpus}", f"data.cache={tmp_path / 'cache'}"]
+    before = sorted(p.name for p in tmp_path.iterdir())
+    options = [o for key in keys for o in ("--set", key)]
+    assert main(["train", str(config), *options, "--run", str(tmp_path / "run")]) == 3
+    error = capfd.readouterr().err.strip()
+    assert message in error and "GiB" in error
+    assert len(error.splitlines()) == 1, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(["train", str(config), "--run", str(tmp_path / "run")]) == 3
+    error = capfd.readouterr().err.strip()
+    assert "GiB" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_says_what_does_not_fit(config: Path) -> None:
+    done = lowres("plan", config, "--set", "memory.budget_gib=0.0001", code=3)
+    assert "activations inside a layer" in done.stdout and "memory.budget_gib" in done.stderr
+    plan = json.loads(lowres("plan", config, "--set", "memory.budget_gib=0.0001", "--json", code=3).stdout)
+    assert plan["fits"] is False
+    assert json.loads(lowres("plan", config, "--json").stdout)["fits"] is True
+
+
+def test_a_run_on_the_host_is_the_run_on_the_gpu(config: Path, tmp_path: Path) -> None:
+    """Everything in host memory, layers in bands, rehearsed, and resumed with other homes."""
+    plain, hosted = tmp_path / "plain", tmp_path / "hosted"
+    keys = [f"memory.{part}_on=host" for part in ("weights", "state", "stash", "carry")]
+    options = [o for key in [*keys, "memory.band=2", "memory.rehearse=true"] for o in ("--set", key)]
+    lowres("train", config, "--run", plain)
+    done = lowres("train", config, "--run", hosted, *options, "--set", "train.steps=30")
+    assert "rehearsed a step" in done.stderr
+    assert losses(hosted) == losses(plain)
+    records = [r for r in metrics.read(hosted / "metrics.jsonl") if "loss" in r]
+    assert all(r["host_mem_gib"] > 0 and 0 < r["peak_mem_gib"] < r["peak_rss_gib"] for r in records)
+    shutil.rmtree(hosted / "checkpoints" / "step_00000030")
+    (hosted / "summary.json").unlink()
+    lowres("train", config, "--run", hosted, "--resume", "--set", "memory.stash_on=host")
+    assert losses(hosted) == losses(plain)
+
+
+def test_a_large_config_without_a_gpu_names_what_works(tmp_path: Path) -> None:
+    done = lowres("train", "configs/llama_7b_8gb.toml", "--run", tmp_path / "run", code=2)
+    assert "make smoke-7b-cpu" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:

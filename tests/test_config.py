@@ -47,6 +47,7 @@ SURFACE = {
     | {"keep_checkpoints"},
     "memory": {"engine", "weights", "embeddings", "compute", "loss_chunk", "budget_gib", "host_budget_gib"}
     | {"weights_on", "state_on", "stash_on", "carry_on", "stash_dtype", "band", "rehearse"}
+    | {"exact_forward"}
     | {"moments", "master", "master_dtype"},
     "log": {"progress", "sample_prompt", "sample_tokens"},
 }

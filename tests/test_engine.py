@@ -12,8 +12,10 @@ from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engi
 from lowres.meter import LiveTensors
 from lowres.model import Units, unit_specs
 from lowres.optim import Optimizer
+from lowres.rooms import Homes, Rooms
 from lowres.storage import Unit
 from tests.helpers import (
+    CPU,
     ROOMS,
     SMALL,
     Recorder,
@@ -119,6 +121,40 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
         moved = (value - start[key]).norm()
         assert moved > 0
         assert float((value - results[1][key]).norm() / moved) < 1e-6, key
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("homes", [Homes(), Homes(stash=2, carry=True)])
+def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> None:
+    """AdamW with a large eps, so that the size of a gradient counts; torch's own clipping is the oracle."""
+    config, clip = MODELS[model], 0.05
+    wanted = Recorder()
+    units = make_units(config, dtype=torch.float64)
+    report = AutogradEngine(config, units, wanted, 7, torch.float64, ROOMS).step(make_batch(), 0, 1.0)
+    parameters = [torch.nn.Parameter(grad) for grad in wanted.grads.values()]
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    assert norm > 10 * clip and abs(report.grad_norm - norm) < 1e-9
+    clipped = Recorder()
+    engine = LayerwiseEngine(
+        config, units, clipped, 2, torch.float64, Rooms(CPU), band=2, homes=homes, grad_clip=clip
+    )
+    found = engine.step(make_batch(), 0, 1.0)
+    assert abs(found.grad_norm - norm) < 1e-9 and abs(found.loss - report.loss) < 1e-9 and not found.skipped
+    for name, parameter in zip(wanted.grads, parameters, strict=True):
+        assert parameter.grad is not None
+        error = float((clipped.grads[name] - parameter.grad).norm() / parameter.grad.norm())
+        assert error < 1e-9, name
+    # a norm below the limit changes nothing, and a loss that is not finite skips everything
+    engine.grad_clip = 1e6
+    clipped.grads.clear()
+    engine.step(make_batch(), 0, 1.0)
+    for name, grad in wanted.grads.items():
+        assert float((clipped.grads[name] - grad).norm() / grad.norm()) < 1e-9, name
+    units["head"].weights["model.norm.weight"].dense(torch.float64)[3] = torch.nan
+    clipped.grads.clear()
+    assert engine.step(make_batch(), 0, 1.0).skipped == config.n_layers + 2
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])

@@ -24,6 +24,7 @@ FLOORS = {
     "evaluate": 4,
     "sample": 4,
     "report": 4,
+    "probe": 5,
     "trainer": 5,
     "cli": 6,
     "__main__": 7,

@@ -92,7 +92,12 @@ def test_a_step_waits_for_the_device_only_at_its_end(name: str, moments: str) ->
 
 
 MODEL = {"dim": 1024, "n_layers": 6, "n_heads": 16, "ffn_dim": 2736, "vocab_size": 32000}
-ON_HOST: dict[str, object] = {"weights_on": "host", "state_on": "host", "stash_on": "host", "carry_on": "host"}
+ON_HOST: dict[str, object] = {
+    "weights_on": "host",
+    "state_on": "host",
+    "stash_on": "host",
+    "carry_on": "host",
+}
 MEMORY: dict[str, dict[str, object]] = {
     "int8": {},
     "bf16": {"weights": "bf16"},
@@ -142,7 +147,7 @@ def test_what_lives_on_the_host_trains_the_same(name: str, memory: str) -> None:
     """Copies beside the computation must neither come late nor overwrite what is in use. Not bit for
     bit: the sum over equal tokens in the embedding's gradient has no fixed order on a GPU."""
     sections: dict[str, dict[str, object]] = {
-        "model": MODEL | {"vocab_size": 2000},
+        "model": {**MODEL, "vocab_size": 2000},
         "data": {"seq_len": 256},
         "train": {"batch_tokens": 16 * 256, "micro_batch": 2},
         "optim": {"name": name, "lr": 1e-3, "eps": 1e-6},

@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import os
 import platform
@@ -179,9 +180,7 @@ class _ZstdReader(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise UserError(
-                f"{file}: .zst files need the package zstandard: pip install lowres[zstd]"
-            ) from None
+            raise UserError(f"{file}: .zst files need the package zstandard: pip install zstandard") from None
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
@@ -251,9 +250,7 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            f"{file}: .parquet files need the package pyarrow: pip install lowres[parquet]"
-        ) from None
+        raise UserError(f"{file}: .parquet files need the package pyarrow: pip install pyarrow") from None
     # the format is read from its end, and seeking in compressed data would decompress it many times
     seekable = io.BytesIO(stream.read()) if file.suffix in COMPRESSIONS else stream
     try:
@@ -279,7 +276,9 @@ def _stream_rows(source: str, start: int) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{source}: hf: sources need the package datasets: pip install lowres[hub]") from None
+        raise UserError(f"{source}: hf: sources need the package datasets: pip install datasets") from None
+    # of a hub that is out of reach the error below says all there is to say, in one line
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for row in dataset.skip(start):
@@ -290,7 +289,7 @@ def _stream_rows(source: str, start: int) -> Iterator[str]:
     except Exception as error:
         raise UserError(
             f"{source}: {_first_line(error)} ({type(error).__name__}); "
-            "without the hub, point data.source at local files"
+            "without the hub, train on local text: --set data.source=PATH, or make ... DATA=PATH"
         ) from None
 
 

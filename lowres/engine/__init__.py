@@ -69,4 +69,6 @@ def make_engine(
         band,
         homes,
         kept.stash_dtype,
+        kept.exact_forward,
+        config.optim.grad_clip,
     )

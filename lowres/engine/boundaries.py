@@ -93,7 +93,8 @@ class Door:
         self._mover = mover
         self._in = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
         self._out = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
-        self._stored: list[Event] = [None, None]
+        self._left: list[Event] = [None, None]  # when the last copy out of a slot is done
+        self._written: dict[int, Event] = {}  # and into the piece at an address
         self._coming: dict[int, tuple[int, Event]] = {}  # by slot: address of the piece and its arrival
 
     def fetch(self, piece: Tensor, following: Tensor | None, index: int) -> Tensor:
@@ -101,23 +102,25 @@ class Door:
         slot = index % 2
         address, event = self._coming.pop(slot, (0, None))
         if address != piece.data_ptr():
-            event = self._mover.fetch([(self._in[slot][: piece.numel()], piece)])
+            event = self._start(slot, piece)
         if following is not None:
-            other = 1 - slot
-            arrival = self._mover.fetch([(self._in[other][: following.numel()], following)])
-            self._coming[other] = (following.data_ptr(), arrival)
+            self._coming[1 - slot] = (following.data_ptr(), self._start(1 - slot, following))
         self._mover.wait(event)
         return self._in[slot][: piece.numel()]
 
+    def _start(self, slot: int, piece: Tensor) -> Event:
+        copy = (self._in[slot][: piece.numel()], piece)
+        return self._mover.fetch([copy], [self._written.get(piece.data_ptr())])
+
     def leave(self, index: int, nbytes: int) -> Tensor:
         """Where to put a piece that is to leave."""
-        self._mover.wait(self._stored[index % 2])
+        self._mover.wait(self._left[index % 2])
         return self._out[index % 2][:nbytes]
 
     def store(self, index: int, piece: Tensor) -> None:
         """Send what was put there to its home."""
         copy = (piece, self._out[index % 2][: piece.numel()])
-        self._stored[index % 2] = self._mover.store([copy])
+        self._left[index % 2] = self._written[piece.data_ptr()] = self._mover.store([copy])
 
 
 class Boundary:
@@ -180,8 +183,10 @@ class Boundaries:
         sequences: int,
         micro_batch: int,
         length: int,
+        keep_output: bool = False,
     ) -> None:
-        """bands: how many boundaries the stash has; 0 for evaluation."""
+        """bands: how many boundaries the stash has; 0 for evaluation. keep_output: the output of the last
+        band has a place of its own, so that two backward passes can begin there."""
         self.capacity = (sequences, length, bands)
         self._micro_batch = micro_batch
         carried = Plain(compute)
@@ -197,6 +202,7 @@ class Boundaries:
 
         stash_door = door(stash_encoding, bands > 0 and homes.stash > 0)
         self.carry = boundary("carry", carried, door(carried, homes.carry))
+        self.output = boundary("carry", carried, door(carried, homes.carry)) if keep_output else self.carry
         self.stash = [
             boundary("stash", stash_encoding, stash_door if band < homes.stash else None)
             for band in range(bands)
@@ -210,5 +216,5 @@ class Boundaries:
     def cut(self, sequences: int, length: int) -> None:
         """Cut all boundaries into micro-batches of a batch."""
         counts = [min(self._micro_batch, sequences - s) for s in range(0, sequences, self._micro_batch)]
-        for boundary in (self.carry, *self.stash):
+        for boundary in (self.carry, self.output, *self.stash):
             boundary.cut([(count, length) for count in counts])

@@ -120,21 +120,24 @@ class LayerwiseEngine:
         homes: Homes = Homes(),  # noqa: B008 - frozen
         stash_dtype: str = "auto",
         exact_forward: bool = False,
+        grad_clip: float = 0.0,
     ) -> None:
         """band: layers that are recomputed and differentiated together. homes: where units, stash and
         carry live; the units were made accordingly. exact_forward: if the stash is lossy, the forward
-        pass goes on from the exact values instead of the stored ones."""
+        pass goes on from the exact values instead of the stored ones. grad_clip: largest global gradient
+        norm; if not 0, a first backward pass finds the norm and a second one updates."""
         self.config, self.optimizer = config, optimizer
         self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
         self.compute, self.device, self.rooms = compute, rooms.device, rooms
-        self.homes, self.exact_forward = homes, exact_forward
+        self.homes, self.exact_forward, self.grad_clip = homes, exact_forward, grad_clip
         self.encoding = make_encoding(stash_dtype, compute)
         self._units = units
         blocks = [name for name in units if name not in ("embed", "head")]
         self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
-        self._mover = Mover(self.device)
+        # two, so that a layer on its way does not hold up the pieces of a boundary
+        self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
         self._residence = Residence(
-            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._mover
+            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._units_mover
         )
         self._copies = self._copy_buffer()
         # the tied embedding collects its gradient from the head's use until the embedding's own
@@ -192,7 +195,7 @@ class LayerwiseEngine:
             self._boundaries = None  # before its successor is allocated
             self._boundaries = Boundaries(
                 self.rooms,
-                self._mover,
+                self._boundaries_mover,
                 self.homes,
                 self.encoding,
                 bands,
@@ -201,6 +204,7 @@ class LayerwiseEngine:
                 sequences,
                 self.micro_batch,
                 length,
+                keep_output=bool(self.grad_clip),
             )
         self._boundaries.cut(sequences, length)
         return self._boundaries
@@ -231,13 +235,13 @@ class LayerwiseEngine:
     # forward
 
     def _forward(self, inputs: list[Tensor], kept: Boundaries, training: bool) -> None:
-        """Run all layers; the output of the last is left in the carry. In training, the stash is filled."""
+        """Run all layers and keep the output of the last. In training, the stash is filled."""
         self.rooms.phase = "forward"
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
         stash = kept.stash if training else []
         # the next boundary is the next band's entry in the stash, so that it is written once
         through_stash = training and not self.exact_forward
-        places = [*stash, kept.carry] if through_stash else [kept.carry] * (len(self.bands) + 1)
+        places = [*stash, kept.output] if through_stash else [kept.carry] * len(self.bands) + [kept.output]
         with self._residence.visit() as (embed,):
             table = embed.weights[EMBEDDING]
             for i, tokens in enumerate(inputs):
@@ -261,7 +265,7 @@ class LayerwiseEngine:
         table = self._units["embed"].weights[EMBEDDING]  # tied, so it lives on the GPU
         return WorkingMatrix(table.dense(self.compute, self._copies), grad)
 
-    def _loss(self, carry: Boundary, targets: list[Tensor]) -> Tensor:
+    def _loss(self, output: Boundary, targets: list[Tensor]) -> Tensor:
         """Sum of the loss, fp64 scalar."""
         self.rooms.phase = "loss"
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -269,34 +273,37 @@ class LayerwiseEngine:
             (w,) = self._working(units)
             head = self._head_matrix(w, None)
             for i, wanted in enumerate(targets):
-                for h, t in self._chunks(carry.get(i), wanted):
+                for h, t in self._chunks(output.get(i), wanted):
                     normed = rms_norm(h, w["norm"], self.config.norm_eps)
-                    total += _cross_entropy(matmul_wide(normed, head.value.T), t, None)
+                    total += cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
 
     def _loss_and_backward(
-        self, w: dict[str, Any], carry: Boundary, targets: list[Tensor], count: int
+        self, w: dict[str, Any], kept: Boundaries, targets: list[Tensor], count: int
     ) -> Tensor:
-        """Mean loss; the carry becomes its gradient, and those of norm and head are left in their buffers."""
+        """Mean loss; its gradient goes into the carry, and those of norm and head into their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING].zero_() if self.config.tie_embeddings else None
         head = self._head_matrix(w, tied)
         for i, wanted in enumerate(targets):
-            x = carry.get(i)
-            for h, t in self._chunks(x, wanted):
+            x = kept.output.get(i)
+            dx = x if kept.output is kept.carry else torch.empty_like(x)
+            for (h, t), dh in zip(
+                self._chunks(x, wanted), dx.flatten(0, 1).split(self.loss_chunk), strict=True
+            ):
                 leaf = h.detach().requires_grad_()
                 with torch.enable_grad():
                     normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
                 logits = matmul_wide(normed.detach(), head.value.T)
-                total += _cross_entropy(logits, t, 1 / count)
+                total += cross_entropy(logits, t, 1 / count)
                 d_logits = logits.to(self.compute)
                 del logits  # in bf16 both are large
                 d_normed = head.backward(d_logits, normed.detach())
                 del d_logits
                 torch.autograd.backward(normed, d_normed)
                 assert leaf.grad is not None
-                h.copy_(leaf.grad)
-            carry.put(i, x)
+                dh.copy_(leaf.grad)
+            kept.carry.put(i, dx)
         return total / count
 
     def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -316,11 +323,11 @@ class LayerwiseEngine:
         """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
         for i in range(count):
             x = stash.get(i).detach().requires_grad_()
-            outputs = self._recompute(x, layers, rope)
-            dy = carry.get(i)
+            outputs, dy = self._recompute(x, layers, rope), carry.get(i)
             torch.autograd.backward(outputs, (dy, dy))
             assert x.grad is not None
             carry.put(i, x.grad)
+            del x, outputs, dy  # before the next micro-batch makes its own
 
     def _recompute(
         self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]
@@ -347,12 +354,51 @@ class LayerwiseEngine:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         inputs, targets, count = split(batch, self.micro_batch, self.rooms)
         kept = self.reserve(*_shape(batch), training=True)
-        self._residence.begin(self._forward_visits() + self._backward_visits())
+        backward = self._backward_visits()
+        norm_only = [Visit(visit.units) for visit in backward] if self.grad_clip else []
+        self._residence.begin(self._forward_visits() + norm_only + backward)
         self._forward(inputs, kept, training=True)
 
+        # filled there: a copy from here would wait
+        accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
+        shrink = None
+        if self.grad_clip:
+            norm, loss = self._norm(inputs, targets, count, kept)
+            accepted = accepted & norm.isfinite() & loss.isfinite()
+            shrink = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
-        loss = accepted = torch.tensor(not rehearsal, device=self.device)
+        for unit, grads, loss in self._gradients(inputs, targets, count, kept):
+            self.rooms.phase = "update"
+            square = sum_of_squares(grads)
+            squares += square
+            accepted = accepted & square.isfinite() & loss.isfinite()
+            if shrink is not None:
+                for grad in grads.values():
+                    grad.mul_(shrink)
+            self.optimizer.update(unit, grads, step, schedule, accepted)
+            updated += accepted
+        self.rooms.phase = ""
+        # the only wait for the device
+        numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
+        self._units_mover.finish()
+        self._boundaries_mover.finish()
+        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
+
+    def _norm(
+        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
+    ) -> tuple[Tensor, Tensor]:
+        """Norm of the gradient of all weights, at the price of a backward pass; and the loss."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for _, grads, mean_loss in self._gradients(inputs, targets, count, kept):
+            squares += sum_of_squares(grads)
+            loss = mean_loss
+        return squares.sqrt(), loss
+
+    def _gradients(
+        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
+    ) -> Iterator[tuple[Unit, dict[str, Tensor], Tensor]]:
+        """Every unit from the head down with its gradients, which last until the next, and the mean loss."""
         rope = rope_tables(self.config, inputs[0].shape[1], self.device)
         stash = list(kept.stash)
         for visit in self._backward_visits():
@@ -360,26 +406,14 @@ class LayerwiseEngine:
                 self.rooms.phase = "loss" if visit.units == ("head",) else "backward"
                 if visit.units == ("head",):
                     (w,) = self._working(units, grads=True)
-                    loss = self._loss_and_backward(w, kept.carry, targets, count)
-                    accepted = accepted & loss.isfinite()
+                    loss = self._loss_and_backward(w, kept, targets, count)
                 elif visit.units == ("embed",):
                     self._backward_embedding(inputs, kept.carry)
                 else:
                     layers = self._working(units, grads=True)
                     self._backward(layers, stash.pop(), kept.carry, len(inputs), rope)
-                self.rooms.phase = "update"
                 for unit in reversed(units):
-                    grads = self._grads[unit.spec.name]
-                    square = sum_of_squares(grads)
-                    squares += square
-                    accepted = accepted & square.isfinite()
-                    self.optimizer.update(unit, grads, step, schedule, accepted)
-                    updated += accepted
-        self.rooms.phase = ""
-        # the only wait for the device
-        numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
-        self._mover.finish()
-        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
+                    yield unit, self._grads[unit.spec.name], loss
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
@@ -387,7 +421,7 @@ class LayerwiseEngine:
         kept = self.reserve(*_shape(batch), training=False)
         self._residence.begin([*self._forward_visits(), Visit(("head",))])
         self._forward(inputs, kept, training=False)
-        total = float(self._loss(kept.carry, targets))
+        total = float(self._loss(kept.output, targets))
         self.rooms.phase = ""
         return total, count
 
@@ -423,7 +457,7 @@ def _copied(unit: Unit, compute: torch.dtype) -> int:
     return sum(_aligned(spec.numel) for spec in matrices if stored[spec.name].dtype != compute)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
     """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
 
     With a weight they become the gradient of weight times that sum; all in place, so that a chunk

@@ -54,6 +54,9 @@ class Residence:
         }
         size = slot_bytes(visits, sizes, homes)
         self._slots = [rooms.slab("transfer of layers", GPU, size) for _ in range(2)] if size else []
+        # when the last copy out of a slot, and into the home of a unit, is done
+        self._left: list[Event] = [None, None]
+        self._written: dict[str, Event] = {}
         self._visits: list[Visit] = []
         self._at = 0
         # of the visit that is on its way: its units on the GPU and when they are complete
@@ -67,19 +70,21 @@ class Residence:
     @contextmanager
     def visit(self) -> Iterator[list[Unit]]:
         """The units of the next visit, on the GPU until the end of the block."""
-        visit, (units, event) = self._visits[self._at], self._coming
+        visit, (units, event), slot = self._visits[self._at], self._coming, self._at % 2
         self._at += 1
         self._mover.wait(event)
         if self._at < len(self._visits):
             self._coming = self._fetch(self._at)
         yield units
-        if visit.update:
-            self._mover.store(
-                (home, here)
-                for name, unit in zip(visit.units, units, strict=True)
-                for home, here in _slabs(self._units[name], unit)
-                if home is not here
-            )
+        changed = [
+            (home, here)
+            for name, unit in zip(visit.units, units, strict=True)
+            for home, here in _slabs(self._units[name], unit)
+            if visit.update and home is not here
+        ]
+        if changed:
+            self._left[slot] = self._mover.store(changed)
+            self._written.update(dict.fromkeys(visit.units, self._left[slot]))
 
     def _fetch(self, index: int) -> tuple[list[Unit], Event]:
         visit = self._visits[index]
@@ -96,7 +101,8 @@ class Residence:
                 state, free = _cut(free, home)
                 copies.append((state, home))
             units.append(unit.over(weights, state) if copies else unit)
-        return units, self._mover.fetch(copies) if copies else None
+        after = [self._left[index % 2], *(self._written.get(name) for name in visit.units)]
+        return units, self._mover.fetch(copies, after) if copies else None
 
 
 def _cut(free: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

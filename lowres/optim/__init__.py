@@ -140,6 +140,12 @@ class Optimizer:
         rules = ((spec, self.group_of(spec).rule) for spec in specs)
         return sum(r.projection.kept_bytes(spec.shape) for spec, r in rules if isinstance(r, ApolloRule))
 
+    def workspace_bytes(self, specs: Iterable[TensorSpec]) -> int:
+        """Bytes beside gradients and state while directions are found, where that is not little."""
+        rules = ((spec, self.group_of(spec).rule) for spec in specs)
+        sizes = [rule.workspace_bytes(spec.shape) for spec, rule in rules if isinstance(rule, Apollo)]
+        return max(sizes, default=0)
+
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The states of the units named in
         `on_host` have their home there."""

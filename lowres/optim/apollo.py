@@ -47,6 +47,11 @@ class ApolloRule:
             fields["norm"] = (torch.float32, ())
         return fields | self.projection.state_fields(spec.shape)
 
+    def workspace_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes beside the state while the directions of a weight are found: the projection, the projected
+        gradient and two more of its size."""
+        return 4 * self.rank * (min(shape) + 3 * max(shape))
+
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:

@@ -1,0 +1,202 @@
+"""The probe: its counts against numbers by hand and against what the engine really copies."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowres import rooms
+from lowres.config import Config, load_config, parse_config
+from lowres.engine import make_engine
+from lowres.memory import GIB, make_plan
+from lowres.model import empty_units, initialize
+from lowres.probe import Rates, dequantised_elements, flops_per_token, predict, step_bytes
+from lowres.rooms import Rooms
+from tests.helpers import CPU, lowres, make_batch, make_config, make_optimizer
+
+CUDA = torch.device("cuda")  # counting needs no device
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_flops_of_llama_7b() -> None:
+    """32 blocks of 4 * 4096^2 + 3 * 4096 * 11008 = 202,375,168 weights."""
+    config, _ = load_config(CONFIGS / "llama_7b_24gb.toml")
+    found = flops_per_token(config.model, 2048, 1)
+    assert found["forward"] == 2 * 32 * 202_375_168 == 12_952_010_752
+    assert found["backward"] == 2 * found["forward"]
+    # without the down projections, 32 of 4096 * 11008
+    assert found["recomputation"] == found["forward"] - 2 * 32 * 45_088_768
+    assert found["head"] == 6 * 32000 * 4096 == 786_432_000
+    # scores and values of half of 2048 positions: 2 * 2048 * 4096 operations; 1 forward, 1 again, 2.5 back
+    assert found["attention"] == 2 * 2048 * 4096 * 32 * 9 // 2 == 2_415_919_104
+    assert sum(found.values()) == pytest.approx(52.1e9, rel=1e-3)
+    full = flops_per_token(config.model, 2048, 1, "autograd")
+    assert full["recomputation"] == full["forward"]
+    assert sum(full.values()) - full["head"] // 4 == pytest.approx(55.0e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("band, skipped", [(1, 5), (2, 3), (5, 1)])
+def test_recomputation_leaves_out_the_last_product_of_a_band(band: int, skipped: int) -> None:
+    model = make_config(model={"n_layers": 5}).model
+    found = flops_per_token(model, 32, band)
+    assert found["forward"] - found["recomputation"] == 2 * skipped * 64 * 172
+
+
+def test_dequantised_elements() -> None:
+    blocks, head = 3 * (4 * 64 * 64 + 3 * 64 * 172), 300 * 64
+
+    def elements(dtype: torch.dtype, **memory: object) -> int:
+        return dequantised_elements(make_config(memory=memory), dtype)
+
+    assert elements(torch.bfloat16) == 2 * blocks  # embedding and head are kept in bf16
+    assert elements(torch.float32) == 2 * blocks + head
+    assert elements(torch.float32, weights="fp32") == 0
+    assert elements(torch.float32, engine="autograd") == blocks + 2 * head
+    tied = make_config(model={"tie_embeddings": True})
+    assert dequantised_elements(tied, torch.float32) == 2 * blocks + head
+
+
+def test_bytes_of_llama_7b() -> None:
+    """A boundary of 131,072 tokens is 1 GiB in bf16."""
+    config, _ = load_config(CONFIGS / "llama_7b_24gb.toml")
+    plan = make_plan(config, CUDA)
+    stash = plan.choice.homes.stash
+    assert 0 < stash < 32 and not plan.choice.homes.state
+    assert step_bytes(config, plan, torch.bfloat16) == (2 * stash * GIB, stash * GIB)
+
+    config, _ = load_config(CONFIGS / "llama_7b_8gb.toml")
+    plan = make_plan(config, CUDA)
+    homes, bands = plan.choice.homes, 32 // plan.choice.band
+    assert len(homes.weights) == len(homes.state) == 34 and homes.stash == bands and homes.carry
+    fetched, stored = step_bytes(config, plan, torch.bfloat16)
+    at_rest = plan.size("checkpoint")
+    assert stored == at_rest + (bands + bands + 2) * GIB
+    # the head's weights, 250 MiB in bf16, are fetched once, all others twice; its norm's are 16 KiB
+    weights = at_rest - plan.size("optimizer state")
+    assert fetched == at_rest + weights - 250 * 2**20 - 2**14 + (2 * bands + bands + 2) * GIB
+
+
+ON_HOST = {"weights_on": "host", "state_on": "host", "stash_on": "host", "carry_on": "host"}
+VARIANTS: dict[str, Mapping[str, object]] = {
+    "gpu": {},
+    "weights": {"weights_on": "host"},
+    "state": {"state_on": "host"},
+    "stash": {"stash_on": "host"},
+    "carry": {"carry_on": "host"},
+    "everything": ON_HOST,
+    "everything, band 2": ON_HOST | {"band": 2},
+    "master": {"master": "host"},
+    "int8 stash": ON_HOST | {"stash_dtype": "int8"},
+    "int8 stash, exact forward": ON_HOST | {"stash_dtype": "int8", "exact_forward": True},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("memory", VARIANTS)
+def test_counted_bytes_are_those_that_a_step_copies(
+    memory: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(
+        model={"tie_embeddings": tied, "n_layers": 5}, train={"micro_batch": 3}, memory=VARIANTS[memory]
+    )
+    plan, kept = make_plan(config, CPU), config.memory
+    room, choice = Rooms(CPU), plan.choice
+    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, room, choice.homes.weights)
+    optimizer = make_optimizer(config, units, room, choice.homes.state)
+    initialize(units, 0, CPU)
+    engine = make_engine(config, units, optimizer, choice.micro_batch, room, choice.band, choice.homes)
+    moved = {"fetch": 0, "store": 0}
+    for direction in moved:
+
+        def counted(
+            mover: rooms.Mover, copies: rooms.Copies, after: object = (), direction: str = direction
+        ) -> None:
+            pairs = list(copies)
+            moved[direction] += sum(source.nbytes for _, source in pairs)
+            for destination, source in pairs:
+                destination.copy_(source)
+
+        monkeypatch.setattr(rooms.Mover, direction, counted)
+    engine.step(make_batch(), 0, 1.0)
+    fetched, stored = step_bytes(config, plan, torch.float32)
+    # a boundary ends at a multiple of 256 bytes, the copies of its pieces do not
+    assert moved["fetch"] == pytest.approx(fetched, rel=1e-2)
+    assert moved["store"] == pytest.approx(stored, rel=1e-2)
+    assert (fetched > 0) == (memory != "gpu")
+
+
+RATES = Rates("none", "bfloat16", 100.0, 50.0, 1.0, 3.0, 2.0, 20.0, 10.0, 100.0, 10.0)
+
+
+def planned(**sections: Mapping[str, object]) -> Config:
+    base = {
+        "model": {"dim": 1024, "n_layers": 4, "n_heads": 8, "ffn_dim": 2048, "vocab_size": 1000},
+        "data": {"seq_len": 1000},
+        "train": {"batch_tokens": 100_000, "steps": 50_000},
+    }
+    return parse_config(base | sections)[0]
+
+
+def test_prediction_by_hand() -> None:
+    config = planned()
+    found = predict(config, make_plan(config, CUDA), RATES, CUDA)
+    matrices, down, head = 4 * (4 * 1024**2 + 3 * 1024 * 2048), 4 * 1024 * 2048, 1000 * 1024
+    forward, backward = 4 * matrices - 2 * down + 2 * head, 4 * (matrices + head)
+    assert found.products_s == pytest.approx(1e5 * (forward / 100e12 + backward / 50e12))
+    assert found.beside_products_s == pytest.approx(1e5 * (4 * 4.0 + 2.0) * 1e-6)
+    assert found.dequantise_s == pytest.approx(2 * matrices / 100e9)
+    assert found.update_s == pytest.approx((matrices + 2 * head + 9 * 1024) / 10e9)
+    assert found.step_s == found.compute_s and found.transfer_s == 0 and found.limit == "compute"
+    assert found.compute_s == pytest.approx(
+        found.products_s + found.beside_products_s + found.dequantise_s + found.update_s
+    )
+    assert found.tokens_per_s == pytest.approx(1e5 / found.step_s)
+    assert found.days_to_target == pytest.approx(50_000 * found.step_s / 86400)
+    assert found.days_per_billion_tokens == pytest.approx(1e4 * found.step_s / 86400)
+
+
+def test_transfers_hide_behind_the_computation_on_a_gpu_only() -> None:
+    config = planned(memory={"stash_on": "host", "compute": "bf16"})
+    plan = make_plan(config, CUDA)
+    boundary = 100_000 * 1024 * 2
+    beside = predict(config, plan, RATES, CUDA)
+    there, back = 8 * boundary / 20e9, 4 * boundary / 10e9
+    assert beside.transfer_s == pytest.approx(max(there, back)) and beside.limit == "compute"
+    assert beside.step_s == beside.compute_s
+    assert predict(config, plan, RATES, CPU).step_s == pytest.approx(beside.compute_s + there + back)
+    slow = Rates(**{**asdict(RATES), "to_gpu_gb_s": 0.01})
+    limited = predict(config, plan, slow, CUDA)
+    assert limited.limit == "transfers" and limited.step_s == limited.transfer_s > beside.step_s
+
+
+def test_plan_with_a_probe() -> None:
+    found = json.loads(lowres("plan", CONFIGS / "tiny.toml", "--probe", "--json").stdout)
+    numbers = {key: value for key, value in found["probe"].items() if isinstance(value, int | float)}
+    assert {
+        "products_tflops",
+        "to_gpu_gb_s",
+        "update_g_s",
+        "tokens_per_s",
+        "days_to_target",
+    } <= numbers.keys()
+    assert all(value > 0 for key, value in numbers.items() if key not in NOTHING_MOVED), numbers
+    assert all(numbers[key] == 0 for key in NOTHING_MOVED)
+    assert numbers["target_tokens"] == 400 * 4096
+    assert found["probe"]["limit"] == "compute"
+    # the vocabulary that the tokenizer will have, not that of the preset
+    assert found["parameters"] < 2_000_000
+
+
+NOTHING_MOVED = ("to_gpu_gb", "to_host_gb", "transfer_s")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_probe_of_a_config_for_a_gpu_without_one() -> None:
+    options = ("--set", "run.device=cuda", "--set", "memory.stash_on=host")
+    printed = lowres("plan", CONFIGS / "tiny.toml", *options, "--probe").stdout
+    assert "those of this CPU" in printed and "tokens/s" in printed
+    refused = lowres("plan", CONFIGS / "tiny.toml", "--set", "memory.budget_gib=0.001", "--probe", code=3)
+    assert "tokens/s" not in refused.stdout
