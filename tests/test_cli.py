@@ -156,7 +156,6 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     assert "is finished" in lowres("train", config, *few, "--run", run, "--resume").stdout
     for key in (
         "optim.lr=0.5",
-        "train.batch_tokens=2048",
         "run.seed=5",
         "model.dim=64",
         "memory.weights=bf16",
