@@ -582,9 +582,10 @@ def _follow_file(file: dict[str, Any], values: dict[str, Any], keys: set[str]) -
 
 def _batch_note(policy: str | None, old: tuple[float, float], new: tuple[float, float]) -> str:
     """What became of (batch in sequences, lr)."""
+    rate = f"stays {old[1]:.6g}" if old[1] == new[1] else f"{old[1]:.6g} -> {new[1]:.6g}"
     return (
         f"the batch goes from {old[0]:g} to {new[0]:g} sequences; optim.batch_policy is {policy}: "
-        f"lr {old[1]:.6g} -> {new[1]:.6g}, lr/batch {old[1] / old[0]:.6g} -> {new[1] / new[0]:.6g}"
+        f"lr {rate}, lr/batch {old[1] / old[0]:.6g} -> {new[1] / new[0]:.6g}"
     )
 
 

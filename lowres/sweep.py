@@ -214,7 +214,7 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     rows = [head]
     for record in records:
         loss, ppl, speed = record["val_loss"], record["val_ppl"], record["tokens_per_s"]
-        remark = "best" if loss is not None and loss == min(losses) else ""
+        remark = "diverged" if loss is None else "best" if loss == min(losses) else ""
         rows.append(
             [
                 *(_text(value) for value in record["values"].values()),

@@ -138,6 +138,8 @@ def test_pictures_and_table_of_other_grids(tmp_path: Path, monkeypatch: pytest.M
     assert draw_sweep(tmp_path, one, points_of(one)) == both
     failed = [point | {"val_loss": None} for point in points_of(one)]
     assert draw_sweep(tmp_path, one, failed) == []
+    diverged = [point | {"val_loss": None, "val_ppl": None, "error": None} for point in points_of(one)]
+    assert all(line.endswith("diverged") for line in table(one, diverged).splitlines()[1:])
     shown = table(names, points_of(names)).splitlines()
     assert len(shown) == 7 and shown[4].endswith("failed: out of memory") and shown[3].endswith("best")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
