@@ -21,6 +21,7 @@ from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
 from lowres.probe import probe
 from lowres.sample import sample
+from lowres.sweep import sweep
 from lowres.trainer import CHECKPOINTS, open_run, pick_device, train
 
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         return UserError.exit_code
     except KeyboardInterrupt:
         print(
-            "lowres: interrupted; a run continues with --resume, data prepare by running it again",
+            "lowres: interrupted; a run continues with --resume, a sweep or data prepare by running it again",
             file=sys.stderr,
         )
         return 130
@@ -66,6 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(sub)
     sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
     sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
+
+    sub = command("sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
+    _add_config(sub)
+    sub.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="section.key=value,value",
+        help="an axis of the grid; give several for all combinations",
+    )
+    sub.add_argument(
+        "--tokens", type=_positive, required=True, metavar="N", help="train each run on N tokens"
+    )
+    sub.add_argument(
+        "--run", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweep-<run.name>)"
+    )
 
     sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
     _add_config(sub)
@@ -165,6 +182,10 @@ def _train(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
     train(config, folder, parsed.resume)
+
+
+def _sweep(parsed: argparse.Namespace) -> None:
+    sweep(parsed.config, parsed.grid, parsed.tokens, parsed.run, parsed.overrides)
 
 
 def _plan(parsed: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
-"""loss.png: the loss curve of a run, drawn from its metrics."""
+"""Pictures: the loss curve of a run, and two of a sweep."""
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 from lowres import metrics
 
@@ -33,3 +35,117 @@ def draw_loss(run: Path) -> Path | None:
     target = run / "loss.png"
     figure.savefig(target, dpi=130)
     return target
+
+
+def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, Any]]) -> list[Path] | None:
+    """Draw the final validation loss of a sweep: loss.png over the grid, if it has one or two numeric axes
+    and no others, and lr_over_batch.png. Returns what was drawn; None without matplotlib.
+
+    points: see lowres.sweep; those without a loss are left out.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    points = [point for point in points if point["val_loss"] is not None]
+    numeric = [key for key, values in axes.items() if all(_is_number(v) for v in values) and len(values) > 1]
+    names = [key for key, values in axes.items() if key not in numeric and len(values) > 1]
+    drawn: list[Path] = []
+    if not points:
+        return drawn
+    if numeric and not names and len(numeric) <= 2:
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        (_contours if len(numeric) == 2 else _curve)(figure, numeric, points)
+        drawn.append(folder / "loss.png")
+        figure.savefig(drawn[-1], dpi=130)
+
+    # ---- against lr over batch: a curve for every value of the axes but the first numeric one
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point in points:
+        others = [key for key in axes if key not in numeric[:1] and len(axes[key]) > 1]
+        label = ", ".join(f"{key} = {point['values'][key]}" for key in others)
+        curves.setdefault(label, []).append((point["lr_over_batch"], point["val_loss"]))
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    plot = figure.subplots()
+    for label, pairs in curves.items():
+        plot.plot(*zip(*sorted(pairs), strict=True), marker="o", ms=4, lw=1, label=label)
+    losses = [point["val_loss"] for point in points]
+    least, most, top = min(losses), max(losses), _top(losses)
+    beyond = ""
+    if least < top < most:
+        plot.set_ylim(least - 0.05 * (top - least), top + 0.05 * (top - least))
+        beyond = f"; up to {most:.3g} beyond the frame"
+    plot.set(xscale="log", xlabel="learning rate / batch in sequences", title=folder.name)
+    plot.set_ylabel(f"validation loss (nats a token{beyond})")
+    plot.grid(alpha=0.3, which="both")
+    if any(curves):
+        plot.legend(fontsize="small")
+    drawn.append(folder / "lr_over_batch.png")
+    figure.savefig(drawn[-1], dpi=130)
+    return drawn
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _top(losses: list[float]) -> float:
+    """Where to end an axis of losses: one run that went wrong must not flatten all others."""
+    least = min(losses)
+    return min(max(losses), least + 4 * (statistics.median(losses) - least))
+
+
+def _scale(values: list[float]) -> str:
+    return "log" if min(values) > 0 and max(values) / min(values) > 5 else "linear"
+
+
+def _curve(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> None:
+    (key,) = axes
+    pairs = sorted((point["values"][key], point["val_loss"]) for point in points)
+    plot = figure.subplots()
+    plot.plot(*zip(*pairs, strict=True), marker="o")
+    plot.set(xlabel=key, ylabel="validation loss (nats a token)", xscale=_scale([x for x, _ in pairs]))
+    plot.grid(alpha=0.3, which="both")
+
+
+def _contours(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> None:
+    import numpy as np
+
+    loss_at = {tuple(point["values"][key] for key in axes): point["val_loss"] for point in points}
+    xs, ys = (sorted({at[i] for at in loss_at}) for i in range(2))
+    losses = np.array([[loss_at.get((x, y), np.nan) for x in xs] for y in ys])
+    least, most = np.nanmin(losses), np.nanmax(losses)
+    top = _top(list(loss_at.values()))
+    plot = figure.subplots()
+    if len(xs) > 1 and len(ys) > 1 and top > least:
+        filled = plot.contourf(
+            xs,
+            ys,
+            np.ma.masked_invalid(losses),
+            levels=np.linspace(least, top, 13),
+            cmap="viridis_r",
+            extend="max" if top < most else "neither",
+        )
+        figure.colorbar(filled, format="%.3f", label="validation loss (nats a token)")
+    for (x, y), loss in loss_at.items():
+        mark = "*" if loss == least else "o"
+        plot.plot(x, y, mark, color="black", ms=10 if loss == least else 4, clip_on=False)
+        plot.annotate(
+            f"{loss:.3f}",
+            (x, y),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.7},
+        )
+    for scaled, ticked, values in (
+        (plot.set_xscale, plot.set_xticks, xs),
+        (plot.set_yscale, plot.set_yticks, ys),
+    ):
+        scaled(_scale(values))
+        ticked(values, [f"{value:g}" for value in values])
+    plot.minorticks_off()
+    plot.margins(0.08)
+    plot.set(xlabel=axes[0], ylabel=axes[1])
+    plot.set_title("validation loss; the star is the lowest", pad=24)  # above the numbers of the top row

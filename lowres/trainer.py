@@ -13,12 +13,13 @@ Everything a run produces lives in its folder:
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres import __version__, checkpoint, memory, metrics
-from lowres.config import Config, changed_keys, load_config, to_toml
+from lowres.config import Config, changed_keys, follow_batch, load_config, to_toml
 from lowres.data import TokenData, Tokenizer, open_data
 from lowres.engine import Engine, make_engine
 from lowres.errors import CheckFailed, DoesNotFit, UserError
@@ -45,6 +46,8 @@ CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpo
 TOKENIZER = "tokenizer.model"
 # steps in a row without an update after which a run is not worth its electricity
 MOST_SKIPPED = 50
+# keys that may change with the batch; follow_batch checks them
+RATES = ("optim.lr", "optim.embed_lr", "optim.lr_over_batch")
 # a model this wide is not trained on a CPU
 LARGE_WIDTH = 2048
 
@@ -75,11 +78,20 @@ class Run:
     meter: Meter
     validation: Tensor  # windows of eval_tokens, see TokenData.validation
     token_bytes: Tensor
+    offset: int = 0  # sequences seen, less those that all steps so far would have with the batch of now
+    start: dict[str, Any] = field(default_factory=dict)  # the batch and the rates it was started with
+
+    def sequences_at(self, step: int) -> int:
+        """Sequences seen in the first `step` steps, for any step since the batch last changed."""
+        return self.offset + step * self.config.batch_sequences
+
+    def tokens_at(self, step: int) -> int:
+        return self.sequences_at(step) * self.config.data.seq_len
 
     def save(self, step: int) -> None:
         """Checkpoint everything that the next step depends on."""
         stored = ((name, unit.tensors()) for name, unit in self.units.items())
-        state = {"tokens": step * self.config.train.batch_tokens, "data": self.data.fingerprint}
+        state = {"tokens": self.tokens_at(step), "data": self.data.fingerprint, "start": self.start}
         checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
 
     def load(self, folder: Path) -> int:
@@ -119,7 +131,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         before = time.perf_counter()
         schedule = factor(config, step)
         with run.meter.watch("step"):
-            report = run.engine.step(run.data.batch(step, sequences), step, schedule)
+            report = run.engine.step(run.data.batch(step, sequences, run.offset), step, schedule)
         tokens_per_s = config.train.batch_tokens / (time.perf_counter() - before)
         step += 1
 
@@ -128,7 +140,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         log.write(
             {
                 "step": step,
-                "tokens": step * config.train.batch_tokens,
+                "tokens": run.tokens_at(step),
                 "loss": report.loss,
                 "lr": lr,
                 "lr_over_batch": lr / sequences,
@@ -159,6 +171,9 @@ def _due(step: int, every: int, total: int) -> bool:
 def _is_finished(config: Config, folder: Path) -> bool:
     try:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+        # in tokens, if the run is given in them: its batch may have changed on the way
+        if config.train.tokens is not None:
+            return bool(summary["tokens"] >= config.train.tokens)
         return bool(summary["step"] >= config.train.total_steps)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -177,11 +192,13 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     _check_room(config.with_vocab(smallest), device, folder)
     data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
+    start, offset = _start_of(config), 0
+    notes: list[str] = []
     if resume:
-        _require_same(config, folder, data, found)
+        config, start, offset, notes = _continue(config, folder, data, found)
     plan = _check_room(config, device, folder)
 
-    for note in damaged + data.notes:
+    for note in damaged + data.notes + notes:
         _say(f"note: {note}")
     if resume and found is None:
         _say(f"{folder} has no checkpoint yet: starting at step 0")
@@ -207,6 +224,8 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
         Meter(rooms),
         data.validation(config.train.eval_tokens),
         data.tokenizer.token_bytes(),
+        offset,
+        start,
     )
     step = 0
     if found is None:
@@ -287,10 +306,23 @@ def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]
     return checkpoint.newest_valid(folder / CHECKPOINTS) if resume else (None, [])
 
 
-def _require_same(config: Config, folder: Path, data: TokenData, found: Path | None) -> None:
-    """Refuse to resume with other settings or other data than the run was started with."""
+def _start_of(config: Config) -> dict[str, Any]:
+    """What the rates of a run follow from when its batch changes."""
+    optim = config.optim
+    return {"batch_tokens": config.train.batch_tokens, "lr": optim.lr, "embed_lr": optim.embed_lr}
+
+
+def _continue(
+    config: Config, folder: Path, data: TokenData, found: Path | None
+) -> tuple[Config, dict[str, Any], int, list[str]]:
+    """What to resume with: the config, how the run started, the offset of its sequences, notes.
+
+    Refuses other settings and other data than the run was started with.
+    """
     saved, _ = load_config(folder / CONFIG)
-    changed = changed_keys(saved, config)
+    state = checkpoint.load_state(found) if found else {}
+    start = state.get("start") or _start_of(saved)
+    changed = [key for key in changed_keys(saved, config) if key not in RATES]
     if changed:
         section, key = changed[0].split(".")
         before = getattr(getattr(saved, section), key)
@@ -298,11 +330,22 @@ def _require_same(config: Config, folder: Path, data: TokenData, found: Path | N
             f"{changed[0]}: the run in {folder} was started with {before!r}, and this key may not change "
             "on resume; set it back or start a new run"
         )
-    if found is not None and checkpoint.load_state(found)["data"] != data.fingerprint:
+    config, notes = follow_batch(config, saved, start)
+    if not state:
+        return config, start, 0, notes
+    if state["data"] != data.fingerprint:
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
         )
+    train, step = config.train, state["step"]
+    if train.tokens is not None:
+        # what is left of them, in batches of now
+        steps = step + max(0, math.ceil((train.tokens - state["tokens"]) / train.batch_tokens))
+        if steps != train.total_steps:
+            train = train.model_copy(update={"steps": steps, "tokens": None})
+            config = config.model_copy(update={"train": train})
+    return config, start, state["tokens"] // config.data.seq_len - step * config.batch_sequences, notes
 
 
 def _announce(run: Run) -> None:
@@ -328,6 +371,15 @@ def _finish(run: Run, seconds: float) -> None:
     for record in metrics.read(run.folder / METRICS):
         summary |= record
         first = record.get("val_loss") if first is None else first
+    optim, start = run.config.optim, run.start
+    summary["batch"] = {
+        "tokens": run.config.train.batch_tokens,
+        "sequences": run.config.batch_sequences,
+        "lr": optim.lr,
+        "lr_over_batch": optim.lr_over_batch,
+        "policy": optim.batch_policy,
+        "started_with": start,
+    }
     summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
     asked = run.config.log
     if asked.sample_tokens:
@@ -339,7 +391,7 @@ def _finish(run: Run, seconds: float) -> None:
         print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
     _write_beside(run.folder / SUMMARY, json.dumps(summary, indent=1))
     picture = draw_loss(run.folder)
-    if first is not None:
+    if first is not None and summary["val_loss"] is not None:
         print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
     print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
 

@@ -156,7 +156,6 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     assert "is finished" in lowres("train", config, *few, "--run", run, "--resume").stdout
     for key in (
         "optim.lr=0.5",
-        "train.batch_tokens=2048",
         "run.seed=5",
         "model.dim=64",
         "memory.weights=bf16",
@@ -307,7 +306,8 @@ def test_bad_input(case: str, config: Path, tmp_path: Path, capfd: pytest.Captur
     override, message = BAD_CONFIGS[case]
     overrides = override.split()
     if case.startswith("sequence longer"):
-        overrides.append("train.batch_tokens=1048576")
+        # with a rate, as there is a note otherwise that says what another batch does to it
+        overrides += ["train.batch_tokens=1048576", "optim.lr=0.01"]
     before = sorted(p.name for p in tmp_path.iterdir())
     arguments = [
         "train",

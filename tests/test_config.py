@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from lowres.config import PRESETS, Config, changed_keys, describe, load_config, parse_config, to_toml
+from lowres.config import (
+    PRESETS,
+    Config,
+    changed_keys,
+    describe,
+    follow_batch,
+    load_config,
+    parse_config,
+    to_toml,
+)
+from lowres.errors import UserError
 
 SURFACE = {
     "run": {"name", "seed", "device"},
@@ -33,7 +43,7 @@ SURFACE = {
         "scale",
         "refresh_every",
     }
-    | {"scale_front", "projection"},
+    | {"scale_front", "projection", "lr_over_batch", "batch_policy"},
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
     "train": {
         "steps",
@@ -99,7 +109,7 @@ def test_only_settings_that_change_no_mathematics_may_change() -> None:
     )
     assert changed_keys(config, free) == []
     other, _ = parse_config({"optim": {"lr": 0.5}, "data": {"seq_len": 64}})
-    assert changed_keys(config, other) == ["data.seq_len", "optim.lr"]
+    assert changed_keys(config, other) == ["data.seq_len", "optim.lr", "optim.lr_over_batch"]
 
 
 @pytest.mark.parametrize(
@@ -119,3 +129,133 @@ def test_set_values_are_toml_or_bare_strings(tmp_path: Path, text: str, value: o
 def test_steps_from_tokens() -> None:
     config, _ = parse_config({"train": {"tokens": 100_000, "batch_tokens": 8192}})
     assert config.train.total_steps == 13
+
+
+def tied(config: Config) -> tuple[float | None, int, float | None, str | None]:
+    optim = config.optim
+    return optim.lr, config.batch_sequences, optim.lr_over_batch, optim.batch_policy
+
+
+@pytest.mark.parametrize(
+    "optim, train, wanted",
+    [
+        ({}, {}, (0.01, 32, 0.01 / 32, "fixed")),
+        ({"name": "adamw"}, {"batch_tokens": 4096}, (0.001, 16, 0.001 / 16, "fixed")),
+        ({"lr": 0.004}, {"batch_tokens": 2048}, (0.004, 8, 0.0005, "fixed")),
+        ({"lr_over_batch": 0.0005}, {"batch_tokens": 2048}, (0.004, 8, 0.0005, "linear")),
+        ({"lr_over_batch": 0.0005}, {}, (0.016, 32, 0.0005, "linear")),
+        ({"lr": 0.004, "lr_over_batch": 0.0005}, {}, (0.004, 8, 0.0005, "fixed")),
+        ({"lr": 0.004, "lr_over_batch": 0.0005}, {"batch_tokens": 2048}, (0.004, 8, 0.0005, "fixed")),
+    ],
+)
+def test_two_of_lr_batch_and_their_ratio_determine_the_third(
+    optim: dict[str, object],
+    train: dict[str, object],
+    wanted: tuple[float, int, float, str],
+    tmp_path: Path,
+) -> None:
+    config, notes = parse_config({"optim": optim, "train": train})
+    assert tied(config) == wanted and notes == []
+    path = tmp_path / "resolved.toml"
+    path.write_text(to_toml(config))
+    assert load_config(path)[0] == config
+
+
+@pytest.mark.parametrize(
+    "optim, train, message",
+    [
+        (
+            {"lr": 0.004, "lr_over_batch": 0.0005},
+            {"batch_tokens": 4096},
+            "config: optim.lr: 0.004 over train.batch_tokens 4096 (16 sequences) is 0.00025, but "
+            "optim.lr_over_batch is 0.0005; leave one of the three out",
+        ),
+        (
+            {"lr": 0.0041, "lr_over_batch": 0.0005},
+            {},
+            "config: train.batch_tokens: optim.lr 0.0041 / optim.lr_over_batch 0.0005 is a batch of 8.2 "
+            "sequences, not a whole number; the nearest is 8, with optim.lr_over_batch = 0.0005125",
+        ),
+        ({"lr_over_batch": 0.0}, {}, "config: optim.lr_over_batch: Input should be greater than 0 (got 0.0)"),
+        (
+            {"lr_over_batch": "x"},
+            {},
+            "config: optim.lr_over_batch: Input should be a valid number (got 'x')",
+        ),
+    ],
+)
+def test_what_disagrees_is_refused(optim: dict[str, object], train: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config({"optim": optim, "train": train})
+    assert str(error.value) == message
+
+
+LR = "[optim]\nlr = 0.004\n[train]\nbatch_tokens = 2048\n"
+RATIO = "[optim]\nlr_over_batch = 0.0005\n[train]\nbatch_tokens = 2048\n"
+PAIR = "[optim]\nlr = 0.004\nlr_over_batch = 0.0005\n"
+ALL = "[optim]\nlr = 0.004\nlr_over_batch = 0.0005\n[train]\nbatch_tokens = 2048\n"
+
+
+@pytest.mark.parametrize(
+    "file, overrides, wanted, noted",
+    [
+        # what is set replaces what the file says instead
+        (LR, "optim.lr_over_batch=0.001", (0.008, 8, 0.001, "linear"), False),
+        (RATIO, "optim.lr=0.008", (0.008, 8, 0.001, "fixed"), False),
+        (PAIR, "optim.lr=0.008", (0.008, 8, 0.001, "fixed"), False),
+        (ALL, "optim.lr=0.008", (0.008, 8, 0.001, "fixed"), False),
+        (LR, "optim.lr=0.008 optim.lr_over_batch=0.0005", (0.008, 16, 0.0005, "fixed"), False),
+        (LR, "optim.lr=0.008 train.batch_tokens=4096", (0.008, 16, 0.0005, "fixed"), False),
+        (LR, "optim.lr_over_batch=0.001 train.batch_tokens=4096", (0.016, 16, 0.001, "linear"), False),
+        ("", "train.batch_tokens=4096", (0.01, 16, 0.01 / 16, "fixed"), False),
+        # a batch that is set: lr follows the policy
+        (LR, "train.batch_tokens=8192", (0.004, 32, 0.000125, "fixed"), True),
+        (LR, "train.batch_tokens=8192 optim.batch_policy=linear", (0.016, 32, 0.0005, "linear"), True),
+        (LR, "train.batch_tokens=8192 optim.batch_policy=sqrt", (0.008, 32, 0.00025, "sqrt"), True),
+        (RATIO, "train.batch_tokens=8192", (0.016, 32, 0.0005, "linear"), True),
+        (RATIO, "train.batch_tokens=8192 optim.batch_policy=fixed", (0.004, 32, 0.000125, "fixed"), True),
+        (PAIR, "train.batch_tokens=8192", (0.004, 32, 0.000125, "fixed"), True),
+        (ALL, "train.batch_tokens=8192 optim.batch_policy=sqrt", (0.008, 32, 0.00025, "sqrt"), True),
+        (ALL, "data.seq_len=128", (0.004, 16, 0.00025, "fixed"), True),
+        (LR, "train.batch_tokens=4096 data.seq_len=512", (0.004, 8, 0.0005, "fixed"), False),
+        ("[train]\nbatch_tokens = 2048", "train.batch_tokens=4096", (0.01, 16, 0.01 / 16, "fixed"), True),
+    ],
+)
+def test_overrides_of_tied_keys(
+    file: str, overrides: str, wanted: tuple[float, int, float, str], noted: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(file)
+    for order in (overrides.split(), overrides.split()[::-1]):
+        config, notes = load_config(path, order)
+        assert tied(config) == (
+            pytest.approx(wanted[0]),
+            wanted[1],
+            pytest.approx(wanted[2]),
+            wanted[3],
+        )
+        assert len(notes) == noted
+        if noted:
+            assert f"optim.batch_policy is {wanted[3]}" in notes[0] and f"to {wanted[1]} seq" in notes[0]
+
+
+def test_rates_follow_the_batch_of_a_resumed_run() -> None:
+    def of(lr: float, batch: int, policy: str = "linear", embed_lr: float | None = None) -> Config:
+        optim = {"lr": lr, "batch_policy": policy} | ({"embed_lr": embed_lr} if embed_lr else {})
+        return parse_config({"optim": optim, "train": {"batch_tokens": batch}})[0]
+
+    first = of(0.01, 2048, embed_lr=0.002)
+    start = {"batch_tokens": 2048, "lr": 0.01, "embed_lr": 0.002}
+    assert follow_batch(first, first, start) == (first, [])
+    # the file has another batch and the same rates, or --set has scaled them already
+    for asked in (of(0.01, 4096, embed_lr=0.002), of(0.02, 4096, embed_lr=0.004)):
+        config, (note,) = follow_batch(asked, first, start)
+        assert tied(config) == (0.02, 16, 0.00125, "linear") and config.optim.embed_lr == 0.004
+        assert "from 8 to 16 sequences" in note and "lr 0.01 -> 0.02" in note
+        # and once more: nothing new
+        assert follow_batch(asked, config, start) == (config, [])
+    # back, and with another policy: always from the start
+    assert follow_batch(first, config, start)[0] == first
+    assert tied(follow_batch(of(0.01, 8192, "sqrt", 0.002), config, start)[0])[0] == 0.02
+    with pytest.raises(UserError, match=r"optim.lr: the run was started with 0.01"):
+        follow_batch(of(0.03, 4096, embed_lr=0.002), first, start)

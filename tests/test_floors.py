@@ -26,6 +26,7 @@ FLOORS = {
     "report": 4,
     "probe": 5,
     "trainer": 5,
+    "sweep": 5,
     "cli": 6,
     "__main__": 7,
 }

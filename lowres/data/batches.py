@@ -3,7 +3,7 @@ restore to see each sequence exactly once an epoch.
 
 Training data are windows of seq_len + 1 tokens at a stride of seq_len inside each shard: the last
 token of a window, only a target there, is the first input of the next. The batch of a step has the
-sequences g = step * sequences + i.
+sequences g = step * sequences + i, moved by an offset if a run has changed its batch on the way.
 """
 
 from __future__ import annotations
@@ -92,11 +92,14 @@ class TokenData:
         blocks = self._stream.length()
         return None if blocks is None else sum(len(self._train.tokens(i)) for i in range(blocks))
 
-    def batch(self, step: int, sequences: int) -> Tensor:
-        """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:]."""
+    def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
+        """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].
+
+        offset: sequences that earlier steps had more than `sequences` each, or less (then it is negative).
+        """
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
         for i in range(sequences):
-            shard, window = self._order.locate(step * sequences + i)
+            shard, window = self._order.locate(offset + step * sequences + i)
             start = window * self.seq_len
             batch[i] = self._train.tokens(shard)[start : start + self.seq_len + 1]
         return torch.from_numpy(batch)

@@ -1,0 +1,245 @@
+"""A grid of runs at equal tokens: one folder each, a table, sweep.json and two plots.
+
+Each point is trained by `lowres train` in a process of its own, so that one that fails or runs out of
+memory does not end the others. What is finished is skipped, what was interrupted is resumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lowres import metrics
+from lowres.config import Config, changed_keys, load_config, toml_value
+from lowres.errors import CheckFailed, UserError
+from lowres.report import draw_sweep
+
+SWEEP, LOG = "sweep.json", "train.log"
+# keys that may change when a run is resumed, but not if its loss is to be compared with others
+COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps")
+
+
+def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
+    """`section.key=a,b,c` as {key: values}. Values are TOML, else bare strings."""
+    axes: dict[str, list[Any]] = {}
+    for grid in grids:
+        key, equals, text = grid.partition("=")
+        key = key.strip()
+        if not (equals and re.fullmatch(r"\w+\.\w+", key) and text.strip()):
+            raise UserError(f"--grid {grid}: write it as section.key=value,value")
+        if key in axes:
+            raise UserError(f"--grid {grid}: {key} is there twice; give all its values in one --grid")
+        if key in ("train.steps", "train.tokens"):
+            raise UserError(f"--grid {grid}: every point trains for --tokens; leave {key} out")
+        values = toml_value(f"[{text}]")  # so that a value may be a list
+        if not isinstance(values, list):
+            values = [toml_value(part) for part in text.split(",")]
+        if "" in values or not values:
+            raise UserError(f"--grid {grid}: a value is missing; write it as section.key=value,value")
+        axes[key] = values
+    return axes
+
+
+def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overrides: list[str]) -> None:
+    """Train the config at every point of the grid for the same number of tokens, and compare.
+
+    Raises UserError before anything is trained if a point is no valid config, and CheckFailed at the
+    end if one failed.
+    """
+    axes = parse_grid(grids)
+    folder = folder or Path("runs") / f"sweep-{load_config(path, overrides)[0].run.name}"
+    points = [_Point(path, values, tokens, folder, overrides, axes) for values in _product(axes)]
+    names = [point.folder.name for point in points]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--grid: {names.count(name)} points are called {name}; leave one of them out")
+    for point in points:
+        point.check(tokens)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for number, point in enumerate(points, 1):
+        _say(f"{number} of {len(points)}: {point.folder}")
+        records.append(point.train())
+        found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
+        _write(folder / SWEEP, json.dumps(found, indent=1))
+
+    print(table(axes, records))
+    pictures = draw_sweep(folder, axes, records)
+    if pictures is None:
+        _say("note: no plots, as matplotlib is not installed (pip install matplotlib)")
+    print(f"sweep: {', '.join(map(str, [folder / SWEEP, *(pictures or [])]))}")
+    failed = sum(record["error"] is not None for record in records)
+    if failed:
+        raise CheckFailed(
+            f"{failed} of {len(points)} points failed; {LOG} in their folders says why, and the same command "
+            "tries them again"
+        )
+
+
+def _product(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+class _Point:
+    """One run of the grid."""
+
+    def __init__(
+        self,
+        path: Path,
+        values: dict[str, Any],
+        tokens: int,
+        folder: Path,
+        overrides: list[str],
+        axes: dict[str, list[Any]],
+    ) -> None:
+        self.values = values
+        own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        self.path, self.overrides = path, [*overrides, *own, f"train.tokens={tokens}"]
+        self.config: Config
+        self.config, self.notes = load_config(path, self.overrides)
+        short = _short(axes)
+        named = "_".join(f"{short[key]}-{_text(value)}" for key, value in values.items())
+        self.folder = folder / re.sub(r"[^\w.+-]+", "-", named)
+
+    def check(self, tokens: int) -> None:
+        """Refuse what cannot be compared."""
+        batch = self.config.train.batch_tokens
+        if tokens < batch:
+            raise UserError(
+                f"--tokens: {tokens} is less than one step of {batch} tokens (train.batch_tokens)"
+            )
+        if not self.config.train.eval_every:
+            raise UserError("train.eval_every: 0 leaves no validation loss to compare; use a higher one")
+        if not self._begun():
+            return
+        saved, _ = load_config(self.folder / "config.toml")
+        vocab = self.config.model.vocab_size or saved.model.vocab_size
+        config = self.config.with_vocab(vocab) if vocab else self.config
+        differs = changed_keys(saved, config)
+        for key in COMPARED:
+            section, name = key.split(".")
+            if getattr(getattr(saved, section), name) != getattr(getattr(config, section), name):
+                differs.append(key)
+        if differs:
+            raise UserError(
+                f"{self.folder} was begun with another {differs[0]}; set it back or choose another --run DIR"
+            )
+
+    def _begun(self) -> bool:
+        return (self.folder / "config.toml").exists()
+
+    def _summary(self) -> dict[str, Any] | None:
+        """That of a finished run."""
+        try:
+            summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary
+
+    def train(self) -> dict[str, Any]:
+        """Train, if that is still to be done; what came out."""
+        error = None
+        if self._summary() is None:
+            for note in self.notes:
+                _say(f"note: {note}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "lowres", "train", str(self.path), "--run", str(self.folder)]
+            for override in [*self.overrides, "log.progress=false"]:
+                command += ["--set", override]
+            with (self.folder / LOG).open("w", encoding="utf-8") as log:
+                done = subprocess.run(
+                    command + ["--resume"] * self._begun(), stdout=log, stderr=subprocess.STDOUT, check=False
+                )
+            if done.returncode:
+                error = self._error(done.returncode)
+        summary = self._summary()
+        if error is None and summary is None:
+            error = "it ended without a summary"
+        config = self.config
+        record: dict[str, Any] = {
+            "values": self.values,
+            "run": str(self.folder),
+            "lr": config.optim.lr,
+            "batch_tokens": config.train.batch_tokens,
+            "batch_sequences": config.batch_sequences,
+            "lr_over_batch": config.optim.lr_over_batch,
+            "steps": config.train.total_steps,
+            **dict.fromkeys(("tokens", "val_loss", "val_ppl", "tokens_per_s")),
+            "error": error,
+        }
+        if error is None and summary is not None:
+            speeds = [r["tokens_per_s"] for r in metrics.read(self.folder / "metrics.jsonl") if "loss" in r]
+            record |= {key: summary[key] for key in ("tokens", "val_loss", "val_ppl")}
+            record["tokens_per_s"] = statistics.median(speeds)
+        else:
+            _say(f"failed: {error}")
+        return record
+
+    def _error(self, code: int) -> str:
+        """The line that says why a process ended: ours, else the last it wrote."""
+        if code < 0:
+            return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+        lines = [
+            line for line in (self.folder / LOG).read_text("utf-8", "replace").splitlines() if line.strip()
+        ]
+        ours = [line.removeprefix("lowres: ") for line in lines if line.startswith("lowres: ")]
+        return (ours or lines or [f"exit code {code}"])[-1].strip()
+
+
+def _short(axes: dict[str, list[Any]]) -> dict[str, str]:
+    """Keys without their section, where that leaves them different."""
+    last = [key.split(".")[1] for key in axes]
+    return {key: name if last.count(name) == 1 else key for key, name in zip(axes, last, strict=True)}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
+    """The points in the order of the grid, the best marked."""
+    short = _short(axes)
+    head = [*short.values(), "lr", "batch", "lr/batch", "val loss", "perplexity", "tokens/s", ""]
+    losses = [record["val_loss"] for record in records if record["val_loss"] is not None]
+    rows = [head]
+    for record in records:
+        loss, ppl, speed = record["val_loss"], record["val_ppl"], record["tokens_per_s"]
+        remark = "diverged" if loss is None else "best" if loss == min(losses) else ""
+        rows.append(
+            [
+                *(_text(value) for value in record["values"].values()),
+                f"{record['lr']:.4g}",
+                f"{record['batch_sequences']}",
+                f"{record['lr_over_batch']:.3g}",
+                "-" if loss is None else f"{loss:.4f}",
+                "-" if ppl is None else f"{ppl:.2f}",
+                "-" if speed is None else f"{speed:,.0f}",
+                remark if record["error"] is None else f"failed: {record['error']}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+    lines = [
+        "  ".join([*(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]])
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
