@@ -1,10 +1,10 @@
 """metrics.jsonl: one JSON object a line, written whole and flushed.
 
 A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, host_mem_gib,
-peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr is the rate of the update that led to
-`step`, lr_over_batch that by the sequences in a batch; skipped counts the units (embedding, blocks,
-head) that a step left as they were because its loss or a gradient was not finite. A number that is not
-finite is null.
+peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr
+is the rate of the update that led to `step`, lr_over_batch that by the sequences in a batch; skipped
+counts the units (embedding, blocks, head) that a step left as they were because its loss or a gradient
+was not finite. A number that is not finite is null.
 """
 
 from __future__ import annotations
