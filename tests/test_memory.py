@@ -163,13 +163,17 @@ def test_the_plan_of_the_autograd_engine(variant: str) -> None:
 
 
 LARGE: dict[str, dict[str, Mapping[str, object]]] = {
-    "350m": {"model": {"preset": "350m"}},
+    "350m fp32": {"model": {"preset": "350m"}, "memory": {"weights": "fp32"}},
     "350m adamw": {"model": {"preset": "350m"}, "optim": {"name": "adamw"}},
-    "350m all on host": {"model": {"preset": "350m"}, "memory": ON_HOST | {"band": 2}},
-    "350m adam-mini bf16": {
+    "350m all on host": {
+        "model": {"preset": "350m"},
+        "optim": {"name": "adamw"},
+        "memory": ON_HOST | {"band": 2},
+    },
+    "350m adam-mini": {
         "model": {"preset": "350m"},
         "optim": {"name": "adam-mini"},
-        "memory": {"compute": "bf16", "moments": "bf16"},
+        "memory": {"compute": "bf16"},
     },
     "1b": {"model": {"preset": "1b"}, "train": {"batch_tokens": 1024}, "memory": {"moments": "int8"}},
 }
