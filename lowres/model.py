@@ -123,9 +123,12 @@ def initialize(units: Units, seed: int, device: torch.device) -> None:
     """First values: norms 1, everything else normal with standard deviation INIT_STD."""
     for unit in units.values():
         for spec in unit.spec.tensors:
-            unit.weights[spec.name].fill(_initial_rows(spec, seed, device))
-            if MASTER in unit.state.get(spec.name, {}):
-                Dense(unit.state[spec.name][MASTER]).fill(_initial_rows(spec, seed, device))
+            rows = _initial_rows(spec, seed, device)
+            master = unit.state.get(spec.name, {}).get(MASTER)
+            if master is not None:  # the weights are the rounded master copy from the beginning
+                Dense(master).fill(rows)
+                rows = ((part.start, master[part].float()) for part in row_chunks(spec.shape, device))
+            unit.weights[spec.name].fill(rows)
 
 
 def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
+from lowres.config import ModelConfig
 from lowres.engine import LayerwiseEngine
 from lowres.engine.boundaries import GROUP, Boundaries, Grouped, Plain
 from lowres.meter import LiveTensors
@@ -179,19 +179,25 @@ def test_gradients_with_an_int8_stash_point_the_right_way(exact_forward: bool) -
         assert abs(found[stash][0] - found["auto"][0]) < (1e-9 if exact_forward else 1e-3)
 
 
-def test_a_rehearsal_changes_nothing() -> None:
-    for name in OPTIMIZER_DEFAULTS:
-        config = make_config(optim={"name": name, "weight_decay": 0.1}, memory={"weights": "int8"})
-        rooms = Rooms(CPU)
-        units = make_units(config.model, "int8")
-        engine = LayerwiseEngine(config.model, units, make_optimizer(config, units), 2, torch.float32, rooms)
-        engine.step(make_batch(), 0, 1.0)
+@pytest.mark.parametrize("master", ["none", "fp32", "bf16"])
+@pytest.mark.parametrize("name", ["apollo-mini", "apollo", "adamw"])
+def test_a_rehearsal_changes_nothing(name: str, master: str) -> None:
+    """Neither before the first step nor later."""
+    kept = {} if master == "none" else {"master": "host", "master_dtype": master}
+    config = make_config(optim={"name": name, "weight_decay": 0.1}, memory={"weights": "int8", **kept})
+    rooms = Rooms(CPU)
+    units = empty_units(config.model, "int8", "fp32", rooms)
+    optimizer = make_optimizer(config, units, rooms)
+    initialize(units, 0, CPU)
+    engine = LayerwiseEngine(config.model, units, optimizer, 2, torch.float32, rooms)
+    for step in range(2):
         before = {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
-        report = engine.step(make_batch(seed=3), 1, 1.0, rehearsal=True)
+        report = engine.step(make_batch(seed=3), step, 1.0, rehearsal=True)
         assert report.skipped == 5 and report.loss > 0
         for unit in units.values():
             for key, tensor in unit.tensors().items():
                 assert torch.equal(tensor, before[key]), key
+        engine.step(make_batch(), step, 1.0)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
