@@ -12,10 +12,9 @@ from torch import Tensor
 
 from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
-from lowres.engine.common import StepReport
+from lowres.engine.common import StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Units
-from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
 from lowres.storage import compute_dtype
 
@@ -45,7 +44,7 @@ class Engine(Protocol):
 def make_engine(
     config: Config,
     units: Units,
-    optimizer: Optimizer | None,
+    optimizer: Updater | None,
     micro_batch: int,
     rooms: Rooms,
     band: int = 1,

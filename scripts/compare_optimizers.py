@@ -1,0 +1,224 @@
+"""Every optimizer, and INT8 weights beside fp32 ones, on the same text at equal tokens.
+
+    python scripts/compare_optimizers.py [SOURCE] [--only NAME ...] [--jobs 2] [--set section.key=value ...]
+
+SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a short sweep:
+factors of two around a guess, and on from there while the best is at an end. Beside an optimizer that
+projects, embedding, head and norms take AdamW, at the rate that is best for AdamW alone. An arm in another
+memory format takes the rate of its fp32 form. All arms are then trained on the same seeds, and take timed
+steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are kept in
+runs/compare_optimizers; what is finished is not repeated, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comparison
+import records
+import torch
+from torch import Tensor
+
+from lowres.config import load_config
+from lowres.engine import make_engine
+from lowres.model import empty_units, initialize
+from lowres.optim import Optimizer, make_optimizer
+from lowres.rooms import Rooms
+from lowres.storage import Unit
+
+
+@dataclass(frozen=True)
+class Arm:
+    """lr: the middle of its sweep, or the arm whose rate it takes. against: what it is compared to."""
+
+    optimizer: str
+    lr: float | str
+    against: str | None
+    overrides: tuple[str, ...] = ()
+
+
+# embedding and head as they come beside INT8 weights: in bf16
+INT8 = ("memory.weights=int8", "memory.embeddings=auto")
+ARMS = {
+    "adamw": Arm("adamw", 0.004, None),
+    "adamw8bit": Arm("adamw8bit", "adamw", "adamw"),
+    "adam-mini": Arm("adam-mini", 0.004, "adamw"),
+    "apollo": Arm("apollo", 0.01, "adamw"),
+    "apollo-mini": Arm("apollo-mini", 0.01, "adamw"),
+    "galore": Arm("galore", 0.01, "adamw"),
+    "fira": Arm("fira", 0.01, "adamw"),
+    "sgd": Arm("sgd", 0.5, "adamw"),
+    "adamw, int8": Arm("adamw", "adamw", "adamw", INT8),
+    "adam-mini, int8": Arm("adam-mini", "adam-mini", "adam-mini", INT8),
+    "apollo-mini, int8": Arm("apollo-mini", "apollo-mini", "apollo-mini", INT8),
+    "apollo-mini, int8, master": Arm(
+        "apollo-mini", "apollo-mini", "apollo-mini", (*INT8, "memory.master=host")
+    ),
+}
+# the embedding's rate is AdamW's own
+PROJECTING = ("apollo", "apollo-mini", "galore", "fira")
+MOST_EXTENSIONS = 3  # of a sweep beyond its first three rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every optimizer on the same text at equal tokens.")
+    parser.add_argument("source", nargs="?", default="stdlib")
+    parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
+    parser.add_argument("--sweep-tokens", type=int, default=1 << 18, help="of a run that finds a rate")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
+    parser.add_argument("--timed-steps", type=int, default=15)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_optimizers"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/optimizers.json"))
+    parsed = parser.parse_args()
+    common = [f"data.source={parsed.source}", *parsed.overrides]
+    arms = {name: arm for name, arm in ARMS.items() if parsed.only is None or name in parsed.only}
+
+    # ---- learning rates: AdamW's first, as others use it
+    def tune(name: str) -> float:
+        overrides = [*common, *ARMS[name].overrides, *embed_lr(name, rates)]
+        return best_rate(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
+
+    rates: dict[str, float] = {}
+    rates["adamw"] = tune("adamw")
+    tuned = {arm.lr if isinstance(arm.lr, str) else name for name, arm in arms.items()} - {"adamw"}
+    rates |= comparison.in_parallel(tune, sorted(tuned), parsed.jobs)
+
+    # ---- runs
+    settings: dict[str, list[str]] = {}
+    for name, arm in arms.items():
+        lr = rates[arm.lr if isinstance(arm.lr, str) else name]
+        settings[name] = [*common, f"optim.name={arm.optimizer}", f"optim.lr={lr}"]
+        settings[name] += [*arm.overrides, *embed_lr(name, rates)]
+
+    def train(name: str) -> list[dict[str, Any]]:
+        folder = parsed.runs / comparison.folder_of(name)
+        return comparison.over_seeds(parsed.config, settings[name], parsed.seeds, parsed.tokens, folder)
+
+    runs = comparison.in_parallel(train, arms, parsed.jobs)
+    against = {name: arm.against for name, arm in arms.items() if arm.against in arms}
+    summaries = comparison.summarise(runs, {name: other for name, other in against.items() if other})
+
+    # ---- cost of a step
+    torch.set_num_threads(1)
+    costs = measure({name: [*overrides, "run.device=cpu"] for name, overrides in settings.items()}, parsed)
+    for name, arm in arms.items():
+        summaries[name] |= {"lr": runs[name][0]["lr"], "optimizer": arm.optimizer, **costs[name]}
+
+    head = ["optimizer", "lr", "val. loss", "perplexity", "against", "state, bytes/param.", "step", "update"]
+    rows = [row(name, summaries[name]) for name in arms]
+    table = comparison.markdown(head, rows)
+    print(table)
+    config, _ = load_config(parsed.config, common)
+    picture = comparison.draw_curves(
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+    )
+    record = records.provenance(torch.device("cpu")) | {
+        "source": parsed.source,
+        "model": config.model.model_dump(),
+        "parameters": costs[next(iter(arms))]["parameters"],
+        "tokens": runs[next(iter(arms))][0]["tokens"],
+        "batch_tokens": config.train.batch_tokens,
+        "sweep_tokens": parsed.sweep_tokens,
+        "seeds": parsed.seeds,
+        "arms": summaries,
+        "table": table.splitlines(),
+    }
+    records.write(parsed.out, record)
+    print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
+
+
+def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
+    return [f"optim.embed_lr={rates['adamw']}"] if ARMS[name].optimizer in PROJECTING else []
+
+
+def best_rate(parsed: argparse.Namespace, name: str, overrides: list[str]) -> float:
+    """The best of three rates, or of those beyond while the best is at an end."""
+    lr = ARMS[name].lr
+    assert isinstance(lr, float)
+    grid = [lr / 2, lr, lr * 2]
+    folder = parsed.runs / "rates" / comparison.folder_of(name)
+    for _ in range(MOST_EXTENSIONS + 1):
+        values = ",".join(f"{rate:g}" for rate in grid)
+        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", parsed.sweep_tokens, folder)
+        losses = [float("inf") if p["val_loss"] is None else p["val_loss"] for p in found]
+        best = losses.index(min(losses))
+        if 0 < best < len(grid) - 1:
+            break
+        grid = [grid[0] / 2, *grid] if best == 0 else [*grid, grid[-1] * 2]
+    print(f"{name}: lr {found[best]['lr']:g}", file=sys.stderr, flush=True)
+    return float(found[best]["lr"])
+
+
+class TimedOptimizer:
+    """An optimizer that keeps the time its updates take."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.seconds = optimizer, 0.0
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None:
+        start = time.perf_counter()
+        self.optimizer.update(unit, grads, step, schedule, accepted)
+        self.seconds += time.perf_counter() - start
+
+
+def measure(settings: Mapping[str, list[str]], parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What a step costs, by arm: state in bytes a parameter, as allocated; seconds a step and in updates,
+    medians of steps that the arms take in turn on one CPU thread."""
+    device = torch.device("cpu")
+    engines, timers, found = {}, {}, {}
+    for name, overrides in settings.items():
+        config, _ = load_config(parsed.config, overrides)
+        config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or 2048)
+        optimizer, rooms = make_optimizer(config), Rooms(device)
+        kept = config.memory
+        units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)
+        optimizer.attach(units.values(), rooms)
+        initialize(units, 0, device)
+        timers[name] = TimedOptimizer(optimizer)
+        engines[name] = make_engine(config, units, timers[name], config.batch_sequences, rooms)
+        parameters = sum(spec.numel for unit in units.values() for spec in unit.spec.tensors)
+        state = sum(t.nbytes for unit in units.values() for own in unit.state.values() for t in own.values())
+        found[name] = {"parameters": parameters, "state_bytes_per_parameter": state / parameters}
+    batch = torch.randint(config.model.vocab_size or 0, (config.batch_sequences, config.data.seq_len + 1))
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in settings}
+    for step, name in itertools.product(range(-2, parsed.timed_steps), settings):
+        before, timers[name].seconds = time.perf_counter(), 0.0
+        engines[name].step(batch, step + 2, 0.1)
+        if step >= 0:
+            times[name].append((time.perf_counter() - before, timers[name].seconds))
+    for name, pairs in times.items():
+        whole, update = (statistics.median(column) for column in zip(*pairs, strict=True))
+        found[name] |= {"seconds_per_step": whole, "update_share": update / whole}
+    return found
+
+
+def row(name: str, found: Mapping[str, Any]) -> list[str]:
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.3f}"
+    return [
+        name,
+        f"{found['lr']:g}",
+        f"{found['mean_val_loss']:.3f}{spread}",
+        f"{found['perplexity']:.1f}",
+        f"{comparison.change_text(found)} ({found['against']})" if "against" in found else "",
+        f"{found['state_bytes_per_parameter']:.2f}",
+        f"{found['seconds_per_step']:.2f} s",
+        f"{found['update_share']:.1%}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Ways to train, side by side: the same config, seeds and tokens, and what came out of each.
+
+An arm is a name and the settings it changes. Seeds are paired: with the same seed all arms start from the
+same values and see the same data in the same order, so that differences are known better than losses.
+Every arm is a `lowres sweep` over seeds in a folder of its own: resumable, and done once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lowres import metrics
+from lowres.errors import CheckFailed
+from lowres.sweep import SWEEP
+
+SMOOTHED = 0.03  # of a run: what a point of a training curve is the mean of
+
+
+def in_parallel(work: Callable[[str], Any], names: Iterable[str], jobs: int) -> dict[str, Any]:
+    """Results by name. Processes that are started share the cores evenly."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    names = list(names)
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(names, pool.map(work, names), strict=True))
+
+
+def points(
+    config: Path, overrides: Sequence[str], grid: str, tokens: int, folder: Path
+) -> list[dict[str, Any]]:
+    """The points of a sweep over one key, trained now unless they are there already."""
+    command = [sys.executable, "-m", "lowres", "sweep", str(config), "--grid", grid]
+    command += ["--tokens", str(tokens), "--run", str(folder)]
+    command += [part for override in overrides for part in ("--set", override)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (
+        0,
+        CheckFailed.exit_code,
+    ):  # that of a point that failed, which is in its record
+        raise SystemExit((done.stderr.strip().splitlines() or [f"{folder}: the sweep failed"])[-1])
+    found: list[dict[str, Any]] = json.loads((folder / SWEEP).read_text("utf-8"))["points"]
+    return found
+
+
+def over_seeds(
+    config: Path, overrides: Sequence[str], seeds: Sequence[int], tokens: int, folder: Path
+) -> list[dict[str, Any]]:
+    """One point of the sweep for each seed."""
+    grid = f"run.seed={','.join(map(str, seeds))}"
+    found = points(config, overrides, grid, tokens, folder)
+    losses = ", ".join("diverged" if p["val_loss"] is None else f"{p['val_loss']:.4f}" for p in found)
+    print(f"{folder.name}: {losses}", file=sys.stderr, flush=True)
+    return found
+
+
+def folder_of(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name)
+
+
+def summarise(
+    arms: Mapping[str, list[dict[str, Any]]], first: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Mean and spread by arm; and against the arm `first` names for it, over pairs of the same seed, the
+    change of perplexity: mean, and standard error of that mean (0 seeds apart from 1 have none)."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, runs in arms.items():
+        losses = [math.nan if run["val_loss"] is None else run["val_loss"] for run in runs]
+        mean = statistics.fmean(losses)
+        found[name] = {"val_loss": losses, "mean_val_loss": mean, "perplexity": math.exp(mean)}
+        found[name]["spread"] = statistics.stdev(losses) if len(losses) > 1 else None
+        if name in first:
+            others = arms[first[name]]
+            pairs = [mine - run["val_loss"] for mine, run in zip(losses, others, strict=True)]
+            error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+            found[name] |= {
+                "against": first[name],
+                "perplexity_change": math.expm1(statistics.fmean(pairs)),
+                "standard_error": error,
+            }
+    return found
+
+
+def change_text(summary: Mapping[str, Any]) -> str:
+    """`+1.2 % ± 0.3` where an arm is compared to another."""
+    if "against" not in summary:
+        return ""
+    error = summary["standard_error"]
+    spread = "" if error is None else f" ± {100 * error:.1f}"
+    return f"{100 * summary['perplexity_change']:+.1f}{spread} %"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; all columns but the first are right-aligned."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def draw_curves(path: Path, arms: Mapping[str, list[dict[str, Any]]], title: str) -> Path | None:
+    """Training loss over tokens of each arm, a running mean and the mean of its seeds, and its validation
+    loss at the end; None without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    plot = figure.subplots()
+    lowest, highest = math.inf, -math.inf
+    for i, (name, runs) in enumerate(arms.items()):
+        logs = [[r for r in metrics.read(Path(run["run"]) / "metrics.jsonl") if "loss" in r] for run in runs]
+        losses = [statistics.fmean(r["loss"] or math.nan for r in step) for step in zip(*logs, strict=True)]
+        width = max(1, round(SMOOTHED * len(losses)))
+        smooth = [statistics.fmean(losses[max(0, j - width + 1) : j + 1]) for j in range(len(losses))]
+        tokens = [r["tokens"] for r in logs[0]]
+        colour, style = colormaps["tab10"](i % 10), "--" if i >= 10 else "-"
+        plot.plot(tokens, smooth, style, color=colour, lw=1.2, label=name)
+        ends = [run["val_loss"] for run in runs if run["val_loss"] is not None]
+        plot.plot([tokens[-1] * 1.01] * len(ends), ends, "_", color=colour, ms=9)
+        lowest = min([lowest, *ends, *smooth])
+        highest = max(highest, smooth[len(smooth) // 8])  # where the steep part is over
+    plot.set_ylim(lowest - 0.03 * (highest - lowest), highest)
+    plot.set(xlabel="tokens", title=title)
+    plot.set_ylabel("training loss (nats a token); marks: validation at the end")
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

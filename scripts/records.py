@@ -1,0 +1,59 @@
+"""What every file in benchmarks/results says about itself: command, commit, machine, versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """How and where a record is made. commit: default what git says."""
+    return {
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit or output("git", "describe", "--always", "--dirty"),
+        "machine": machine(device),
+        "versions": versions(),
+    }
+
+
+def machine(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU and the threads that are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, {(names or ['unknown'])[0]}"
+
+
+def versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "bitsandbytes"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def output(*command: str) -> str | None:
+    """What a command prints, or None if it cannot be run."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
