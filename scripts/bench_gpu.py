@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 
 from lowres import checkpoint
@@ -300,7 +299,7 @@ def main() -> int:
         record = {**machine(parsed), **result.record, "wall_seconds": time.perf_counter() - began}
         parsed.out.mkdir(parents=True, exist_ok=True)
         (parsed.out / f"gpu_{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        tables.append(f"{name} ({record['device']}, {record['wall_seconds']:.0f} s)\n{result.table}")
+        tables.append(f"{name} ({record['machine']}, {record['wall_seconds']:.0f} s)\n{result.table}")
     print("\n\n".join(tables))
     return int(failed)
 
@@ -312,31 +311,13 @@ def refuse(message: str) -> int:
 
 def machine(parsed: argparse.Namespace) -> dict[str, Any]:
     """Where and how a record was made."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    try:
-        versions["triton"] = version("triton")
-    except PackageNotFoundError:
-        versions["triton"] = None
     cuda = parsed.device == "cuda"
-    properties = torch.cuda.get_device_properties(0) if cuda else None
-    return {
-        "command": " ".join(["python", "scripts/bench_gpu.py", *sys.argv[1:]]),
-        "commit": parsed.commit or output("git", "describe", "--always", "--dirty"),
-        "device": properties.name if properties else "cpu",
-        "device_bytes": properties.total_memory if properties else None,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if cuda
-        else None,
+    driver = records.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return records.provenance(torch.device(parsed.device), parsed.commit) | {
+        "device_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "driver": driver if cuda else None,
         "host_bytes_available": planning.host_bytes(),
-        "versions": versions,
     }
-
-
-def output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

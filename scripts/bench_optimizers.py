@@ -11,16 +11,13 @@ Prints a table and writes benchmarks/results/optimizer_time.json.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 
 from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig, parse_config
@@ -55,19 +52,12 @@ def main() -> None:
             f"ratio {found['ratio']:.3f} (quartiles {low:.3f} to {high:.3f})"
         )
 
-    record = {
-        "command": " ".join(["python", "scripts/bench_optimizers.py", *sys.argv[1:]]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "machine": machine(device),
-        "torch": torch.__version__,
+    record = records.provenance(device) | {
         "preset": parsed.preset,
         "pairs": parsed.pairs,
         "results": results,
     }
-    parsed.out.parent.mkdir(parents=True, exist_ok=True)
-    parsed.out.write_text(json.dumps(record, indent=1) + "\n")
+    records.write(parsed.out, record)
 
 
 def measure(name: str, model: ModelConfig, unit: Unit, pairs: int, device: torch.device) -> dict[str, Any]:
@@ -126,17 +116,6 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {(names or ['unknown'])[0]}"
 
 
 if __name__ == "__main__":

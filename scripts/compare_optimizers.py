@@ -207,11 +207,10 @@ def measure(settings: Mapping[str, list[str]], parsed: argparse.Namespace) -> di
 
 
 def row(name: str, found: Mapping[str, Any]) -> list[str]:
-    spread = "" if found["spread"] is None else f" ± {found['spread']:.3f}"
     return [
         name,
         f"{found['lr']:g}",
-        f"{found['mean_val_loss']:.3f}{spread}",
+        comparison.loss_text(found),
         f"{found['perplexity']:.1f}",
         f"{comparison.change_text(found)} ({found['against']})" if "against" in found else "",
         f"{found['state_bytes_per_parameter']:.2f}",

@@ -89,6 +89,12 @@ def summarise(
     return found
 
 
+def loss_text(summary: Mapping[str, Any]) -> str:
+    """`3.012 ± 0.012`: mean over seeds and their standard deviation."""
+    spread = "" if summary["spread"] is None else f" ± {summary['spread']:.3f}"
+    return f"{summary['mean_val_loss']:.3f}{spread}"
+
+
 def change_text(summary: Mapping[str, Any]) -> str:
     """`+1.2 % ± 0.3` where an arm is compared to another."""
     if "against" not in summary:

@@ -42,7 +42,7 @@ def test_memory_is_measured_and_what_fails_is_recorded(tmp_path: Path) -> None:
     assert "failing" in printed.stdout and "small" in printed.stdout
 
     record = json.loads((tmp_path / "gpu_memory.json").read_text())
-    assert record["commit"] == "abc" and record["device"] == "cpu" and "memory" in record["command"]
+    assert record["commit"] == "abc" and record["machine"] and "memory" in record["command"]
     assert record["versions"]["torch"] == torch.__version__
     assert "memory.budget_gib" in record["presets"]["failing"]["error"]
     found = record["presets"]["small"]

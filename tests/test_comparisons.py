@@ -1,0 +1,85 @@
+"""The scripts that train several ways side by side, on a model that takes milliseconds a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+[model]
+dim = 32
+n_layers = 1
+n_heads = 2
+ffn_dim = 64
+[data]
+vocab_size = 300
+seq_len = 32
+[optim]
+name = "adamw"
+[train]
+steps = 4
+batch_tokens = 64
+eval_every = 2
+eval_tokens = 256
+[memory]
+weights = "fp32"
+[log]
+sample_tokens = 0
+"""
+
+
+def script(folder: Path, name: str, *arguments: object) -> tuple[str, dict[str, object]]:
+    """What a script prints and records, trained in `folder` on a text of its own."""
+    (folder / "small.toml").write_text(SMALL)
+    (folder / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 400)
+    out = folder / "results" / "found.json"
+    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments), "--runs", str(folder / "runs")]
+    command += ["--out", str(out), "--set", f"data.cache={folder / 'cache'}"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+def test_optimizers_are_compared_at_equal_tokens(tmp_path: Path) -> None:
+    arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 256, "--jobs", 2]
+    arguments += [
+        "--sweep-tokens",
+        128,
+        "--seeds",
+        0,
+        1,
+        "--timed-steps",
+        2,
+        "--only",
+        "adamw",
+        "adamw, int8",
+    ]
+    printed, record = script(tmp_path, "compare_optimizers", *arguments)
+    arms = record["arms"]
+    assert isinstance(arms, dict) and list(arms) == ["adamw", "adamw, int8"]
+    assert "| adamw, int8 |" in printed and record["tokens"] == 256
+    assert len(arms["adamw"]["val_loss"]) == 2 and arms["adamw, int8"]["lr"] == arms["adamw"]["lr"]
+    assert arms["adamw"]["state_bytes_per_parameter"] == pytest.approx(8)
+    assert 0 < arms["adamw"]["update_share"] < 1
+    # again: nothing is trained twice
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
+    script(tmp_path, "compare_optimizers", *arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
+
+
+def test_memory_formats_are_compared(tmp_path: Path) -> None:
+    source = ["--set", f"data.source={tmp_path / 'text.txt'}", "--seeds", 0]
+    printed, record = script(tmp_path, "compare_memory", "stash", tmp_path / "small.toml", *source)
+    assert "| int8, exact forward |" in printed and record["tokens"] == 256
