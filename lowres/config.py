@@ -63,6 +63,8 @@ class RunConfig(Section):
     """Name of the run; its folder is runs/<name> unless --run says otherwise."""
     seed: Count = 0
     """Seed of everything random: initial weights, data order, rounding, projections."""
+    init_from: str | None = None
+    """Run whose newest checkpoint gives the first weights (`--init-from RUN`); its tokenizer is used too."""
     device: Literal["auto", "cpu", "cuda"] = resumable("auto")
     """Where to compute; auto takes CUDA if there is one."""
 
@@ -262,6 +264,62 @@ class ScheduleConfig(Section):
     """wsd: steps of the final cooldown; default a fifth of the run."""
 
 
+class ReloraConfig(Section):
+    """ReLoRA (arXiv 2307.05695): after a warm start the matrices of the blocks are frozen and low-rank
+    adapters train, W + (alpha / rank) B A; every cycle they are merged and begin anew, with most of their
+    optimizer state forgotten and the learning rate re-warmed. Embedding, head and norms train in full."""
+
+    enabled: bool = False
+    """Train so."""
+    rank: Positive = 128
+    """Rank of the adapters, at most the smaller dimension of a matrix."""
+    alpha: Rate = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    start_step: Count = 0
+    """Steps of full-rank training before the adapters: the warm start, which supplies most of the quality."""
+    cycle_steps: Count = 1000
+    """Steps from one merge to the next, counted from start_step; 0 = never merge, which is LoRA."""
+    rewarmup_steps: Positive = 50
+    """Steps of warm-up after a merge, and after the warm start."""
+    lr_factor: Rate = 1.0
+    """Peak learning rate of the adapters over optim.lr; the paper takes about 2."""
+    reset: Literal["zero", "magnitude", "random"] = "zero"
+    """What a merge does to the adapters' optimizer state. zero: forget all, and count updates anew.
+    magnitude: keep the moments whose first is largest. random: keep some by chance."""
+    reset_keep: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """reset = magnitude, random: part of the moments that is kept."""
+    targets: Annotated[
+        tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Field(strict=False, min_length=1)
+    ] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices with an adapter; the others go on training in full."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance that an input of an adapter is dropped in training."""
+    log_rank: bool = False
+    """Log the effective rank of what the merges have changed so far, of the matrices of the middle layer.
+    Takes an fp32 copy of them, with the optimizer state, and a singular value decomposition a merge."""
+
+    @model_validator(mode="after")
+    def _check_cycle(self) -> ReloraConfig:
+        if self.cycle_steps and self.rewarmup_steps >= self.cycle_steps:
+            raise ValueError(
+                f"rewarmup_steps: {self.rewarmup_steps} leave nothing of a cycle of {self.cycle_steps} steps; "
+                "lower it or raise cycle_steps"
+            )
+        return self
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def adapted_at(self, step: int) -> bool:
+        """Whether the update after `step` completed ones is one of adapters."""
+        return self.enabled and step >= self.start_step
+
+    def merges_at(self, step: int) -> int:
+        """How many merges there have been after `step` steps."""
+        return max(0, step - self.start_step) // self.cycle_steps if self.enabled and self.cycle_steps else 0
+
+
 class TrainConfig(Section):
     """How long, in which portions, and what happens on the way."""
 
@@ -387,6 +445,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig = Field(default_factory=lambda: OptimConfig.model_validate({}))
     schedule: ScheduleConfig = ScheduleConfig()
+    relora: ReloraConfig = ReloraConfig()
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
     log: LogConfig = LogConfig()
@@ -412,6 +471,21 @@ class Config(Section):
         lr, batch, ratio = _tied(values)
         filled = {"lr": lr, "lr_over_batch": ratio, "batch_policy": _default_policy(values)}
         return values | {"optim": filled | optim, "train": {"batch_tokens": batch} | train}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schedule_of_relora(cls, values: Any) -> Any:
+        """Notches of the learning rate fall on the merges."""
+        if not isinstance(values, dict):
+            return values
+        relora, schedule = values.get("relora", {}), values.get("schedule", {})
+        if not (isinstance(relora, dict) and isinstance(schedule, dict) and relora.get("enabled") is True):
+            return values
+        default = ReloraConfig()
+        cycle = relora.get("cycle_steps", default.cycle_steps) or ScheduleConfig().cycle_steps
+        rewarmup = relora.get("rewarmup_steps", default.rewarmup_steps)
+        own = {"cycle_steps": cycle, "rewarmup_steps": rewarmup}
+        return values | {"schedule": {"name": "sawtooth"} | schedule | own}
 
     @model_validator(mode="after")
     def _check_batch(self) -> Config:
@@ -674,6 +748,15 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
             notes.append(f"optim.{key} is not used by {config.optim.name}")
     if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
         notes.append(f"memory.moments is int8 with {config.optim.name}")
+    for key in ("cycle_steps", "rewarmup_steps"):
+        given = values.get("schedule", {}).get(key)
+        if config.relora.enabled and given not in (None, getattr(config.schedule, key)):
+            notes.append(f"schedule.{key} follows relora.{key}")
+    if config.relora.enabled and config.relora.start_step >= config.train.total_steps:
+        notes.append(
+            f"relora.start_step {config.relora.start_step} is not before the end of the run; "
+            "it trains without adapters"
+        )
     for name, keys in SCHEDULE_KEYS.items():
         for key in keys:
             if key in values.get("schedule", {}) and name != config.schedule.name:

@@ -14,7 +14,10 @@ F ffn_dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +26,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowres import rng
-from lowres.config import ModelConfig
+from lowres.config import ModelConfig, ReloraConfig
 from lowres.rooms import GPU, HOST, Rooms
 from lowres.storage import (
+    ADAPTER_ROLES,
+    LORA_A,
+    LORA_B,
     MASTER,
     MATRIX_ROLES,
     Dense,
@@ -71,8 +77,8 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def unit_specs(config: ModelConfig) -> list[UnitSpec]:
-    """Every tensor of the model, in the order of the forward pass."""
+def unit_specs(config: ModelConfig, adapters: ReloraConfig | None = None) -> list[UnitSpec]:
+    """Every tensor of the model, in the order of the forward pass; with adapters, those too."""
     vocab = (config.vocab, config.dim)
     found = [UnitSpec("embed", (TensorSpec(EMBEDDING, vocab, "embedding"),))]
     shapes = block_shapes(config)
@@ -81,6 +87,8 @@ def unit_specs(config: ModelConfig) -> list[UnitSpec]:
             TensorSpec(f"model.layers.{i}.{path}.weight", shapes[role], role)
             for role, path in BLOCK_TENSORS.items()
         )
+        if adapters is not None:
+            tensors = (own for spec in tensors for own in _adapted(spec, adapters))
         found.append(UnitSpec(f"layers.{i}", tuple(tensors)))
     head = [TensorSpec("model.norm.weight", (config.dim,), "norm")]
     if not config.tie_embeddings:
@@ -88,8 +96,20 @@ def unit_specs(config: ModelConfig) -> list[UnitSpec]:
     return [*found, UnitSpec("head", tuple(head))]
 
 
+def _adapted(spec: TensorSpec, adapters: ReloraConfig) -> Iterator[TensorSpec]:
+    """A tensor of a block as it is beside adapters: a target is frozen and has its A and B after it."""
+    if spec.role not in adapters.targets:
+        yield spec
+        return
+    (rows, columns), rank = spec.shape, min(adapters.rank, *spec.shape)
+    path = spec.name.removesuffix(".weight")  # the names of the adapters are those of PEFT
+    yield replace(spec, frozen=True)
+    yield TensorSpec(f"{path}.lora_A.weight", (rank, columns), spec.role + LORA_A)
+    yield TensorSpec(f"{path}.lora_B.weight", (rows, rank), spec.role + LORA_B)
+
+
 def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
-    """Number format a tensor is kept in: its own for matrices and embeddings, fp32 for norms."""
+    """Number format a tensor is kept in: its own for matrices and embeddings, fp32 for norms and adapters."""
     if spec.role in MATRIX_ROLES:
         return matrices
     return embeddings if spec.role in ("embedding", "head") else "fp32"
@@ -98,21 +118,30 @@ def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
 Units = dict[str, Unit]  # by name, in the order of the forward pass
 
 
-def storage_kinds(config: ModelConfig, matrices: str, embeddings: str) -> dict[str, str]:
-    """Number format of every tensor of the model by name."""
-    specs = (spec for unit in unit_specs(config) for spec in unit.tensors)
+def storage_kinds(units: Iterable[UnitSpec], matrices: str, embeddings: str) -> dict[str, str]:
+    """Number format of every tensor of some units by name."""
+    specs = (spec for unit in units for spec in unit.tensors)
     return {spec.name: storage_kind(spec, matrices, embeddings) for spec in specs}
 
 
+def is_adapted(units: Units) -> bool:
+    """Whether the model has adapters."""
+    return any(spec.frozen for unit in units.values() for spec in unit.spec.tensors)
+
+
 def empty_units(
-    config: ModelConfig, matrices: str, embeddings: str, rooms: Rooms, on_host: Collection[str] = ()
+    config: ModelConfig,
+    matrices: str,
+    embeddings: str,
+    rooms: Rooms,
+    on_host: Collection[str] = (),
+    adapters: ReloraConfig | None = None,
 ) -> Units:
     """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32. The units named in
     `on_host` have their home there."""
-    kinds = storage_kinds(config, matrices, embeddings)
     found = {}
-    for unit in unit_specs(config):
-        own = {spec.name: kinds[spec.name] for spec in unit.tensors}
+    for unit in unit_specs(config, adapters):
+        own = storage_kinds([unit], matrices, embeddings)
         size = sum(field_bytes(weight_fields(unit, own)).values())
         slab = rooms.slab("weights", HOST if unit.name in on_host else GPU, size)
         found[unit.name] = Unit(unit, own, slab)
@@ -120,7 +149,8 @@ def empty_units(
 
 
 def initialize(units: Units, seed: int, device: torch.device) -> None:
-    """First values: norms 1, everything else normal with standard deviation INIT_STD."""
+    """First values: norms 1, everything else normal with standard deviation INIT_STD; A of an adapter
+    Kaiming-uniform and B zero."""
     for unit in units.values():
         for spec in unit.spec.tensors:
             rows = _initial_rows(spec, seed, device)
@@ -135,12 +165,47 @@ def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator
     if len(spec.shape) == 1:
         yield 0, torch.ones(spec.shape, device=device)
         return
+    if spec.role in ADAPTER_ROLES:
+        yield 0, fresh_adapter(spec, seed, 0, device)
+        return
     key = rng.make_key(seed, "initial weight", spec.name)
     length = spec.shape[1]
     for rows in row_chunks(spec.shape, device):
         count = (rows.stop - rows.start) * length
         values = rng.normal(key, rows.start * length, count, device).mul_(INIT_STD)
         yield rows.start, values.view(-1, length)
+
+
+def fresh_adapter(spec: TensorSpec, seed: int, step: int, device: torch.device) -> Tensor:
+    """fp32 values of an adapter's A or B that starts after `step` steps: A is uniform in +- 1 / sqrt(n) for
+    n columns (Kaiming with a = sqrt(5), as in LoRA), B zero, so that the model's function is unchanged."""
+    if spec.role.endswith(LORA_B):
+        return torch.zeros(spec.shape, device=device)
+    key = rng.make_key(seed, "adapter", spec.name, step)
+    uniform = rng.uniform(key, 0, spec.numel, device).mul_(2).sub_(1)
+    return uniform.div_(math.sqrt(spec.shape[1])).view(spec.shape)
+
+
+class Dropout:
+    """Dropout on the inputs of adapters. A mask is named by weight, step and sequence, so that the
+    recomputation of a layer has the mask of its forward, whatever the micro-batches are.
+
+    Whoever runs the model says what is running: `step` (None is evaluation: no dropout), and `first`, the
+    index in the batch of the first sequence that passes a layer.
+    """
+
+    def __init__(self, rate: float, seed: int) -> None:
+        self.rate, self.seed = rate, seed
+        self.step: int | None = None
+        self.first = 0
+
+    def mask(self, name: str, x: Tensor) -> Tensor | None:
+        """What to multiply x [B, T, in] by, 0 or 1 / (1 - rate); None if nothing is dropped."""
+        if not self.rate or self.step is None:
+            return None
+        key = rng.make_key(self.seed, "dropout", name, self.step)
+        kept = rng.uniform(key, self.first * x[0].numel(), x.numel(), x.device) >= self.rate
+        return kept.view_as(x).to(x.dtype).div_(1 - self.rate)
 
 
 # A matrix in use: a tensor, or anything that multiplies by it and knows how to collect its gradient.
@@ -234,15 +299,18 @@ def block(x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], config: 
 class Llama(nn.Module):
     """The whole model as an ordinary module, for reference, tests and wrappers.
 
-    Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`.
+    Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`; with adapters, also those
+    of PEFT's LoRA.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, adapters: ReloraConfig | None = None, dropout: Dropout | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
-        for unit in unit_specs(config):
+        self.config, self.adapters, self.dropout = config, adapters, dropout
+        for unit in unit_specs(config, adapters):
             for spec in unit.tensors:
-                self._add(spec.name, nn.Parameter(torch.empty(spec.shape)))
+                self._add(spec.name, nn.Parameter(torch.empty(spec.shape), requires_grad=not spec.frozen))
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         *path, last = name.split(".")
@@ -253,10 +321,23 @@ class Llama(nn.Module):
             module = module.get_submodule(part)
         module.register_parameter(last, parameter)
 
-    def block_weights(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of a block by role."""
-        prefix = f"model.layers.{layer}"
-        return {role: self.get_parameter(f"{prefix}.{path}.weight") for role, path in BLOCK_TENSORS.items()}
+    def block_weights(self, layer: int) -> dict[str, Matrix]:
+        """The weights of a block by role; an adapted matrix is a function."""
+        found: dict[str, Matrix] = {}
+        for role, path in BLOCK_TENSORS.items():
+            name = f"model.layers.{layer}.{path}"
+            weight = self.get_parameter(f"{name}.weight")
+            adapted = self.adapters is not None and role in self.adapters.targets
+            found[role] = partial(self._adapted_linear, name, weight) if adapted else weight
+        return found
+
+    def _adapted_linear(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
+        """x W^T + (alpha / r) dropout(x) A^T B^T (Hu et al., LoRA, arXiv 2106.09685)."""
+        assert self.adapters is not None
+        mask = self.dropout.mask(f"{name}.weight", x) if self.dropout is not None else None
+        a, b = (self.get_parameter(f"{name}.lora_{part}.weight") for part in "AB")
+        dropped = x if mask is None else x * mask
+        return F.linear(x, weight) + self.adapters.scaling * F.linear(F.linear(dropped, a), b)
 
     @property
     def embedding(self) -> Tensor:

@@ -38,6 +38,9 @@ CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 MATRIX_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 EMBEDDING_ROLES = ("embedding", "head")
 NORM_ROLES = ("attn_norm", "mlp_norm", "norm")
+# the adapter of a matrix [m, n]: A [rank, n] and B [m, rank], see `lowres.relora`
+LORA_A, LORA_B = ".lora_a", ".lora_b"
+ADAPTER_ROLES = tuple(role + part for role in MATRIX_ROLES for part in (LORA_A, LORA_B))
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -50,11 +53,12 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model; `role` is one of the roles above."""
+    """One tensor of the model; `role` is one of the roles above. frozen: has no gradient and no state."""
 
     name: str
     shape: tuple[int, ...]
     role: str
+    frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -67,6 +71,11 @@ class UnitSpec:
 
     name: str
     tensors: tuple[TensorSpec, ...]
+
+    @property
+    def trained(self) -> list[TensorSpec]:
+        """The tensors that have gradients."""
+        return [spec for spec in self.tensors if not spec.frozen]
 
 
 class Storage(Protocol):

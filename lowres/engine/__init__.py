@@ -14,7 +14,7 @@ from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
 from lowres.engine.common import StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
-from lowres.model import Units
+from lowres.model import Dropout, Units, is_adapted
 from lowres.rooms import Homes, Rooms
 from lowres.storage import compute_dtype
 
@@ -50,12 +50,22 @@ def make_engine(
     band: int = 1,
     homes: Homes = Homes(),  # noqa: B008 - frozen
 ) -> Engine:
-    """The engine of a run. Without an optimizer it can only evaluate. band and homes: see the plan."""
-    kept = config.memory
+    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate. band and homes: see the plan."""
+    kept, relora = config.memory, config.relora
     dtype = compute_dtype(kept.compute, rooms.device)
+    dropout = Dropout(relora.dropout, config.run.seed)
     if kept.engine == "autograd":
         return AutogradEngine(
-            config.model, units, optimizer, micro_batch, dtype, rooms, kept.loss_chunk, config.optim.grad_clip
+            config.model,
+            units,
+            optimizer,
+            micro_batch,
+            dtype,
+            rooms,
+            kept.loss_chunk,
+            config.optim.grad_clip,
+            relora if is_adapted(units) else None,
+            dropout,
         )
     return LayerwiseEngine(
         config.model,
@@ -70,4 +80,6 @@ def make_engine(
         kept.stash_dtype,
         kept.exact_forward,
         config.optim.grad_clip,
+        relora.scaling,
+        dropout,
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowres.config import ModelConfig
+from lowres.config import ModelConfig, ReloraConfig
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
-from lowres.model import Llama, Units
+from lowres.model import Dropout, Llama, Units
 from lowres.rooms import Rooms
 
 
@@ -28,17 +28,21 @@ class AutogradEngine:
         rooms: Rooms,
         loss_chunk: int = 1024,
         grad_clip: float = 0.0,
+        adapters: ReloraConfig | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
         self.units, self.optimizer = units, optimizer
         self.micro_batch, self.loss_chunk, self.grad_clip = micro_batch, loss_chunk, grad_clip
         self.rooms, self.device = rooms, rooms.device
         with torch.device(self.device):
-            self.model = Llama(config)
+            self.model = Llama(config, adapters, dropout)
+        self.dropout = dropout or Dropout(0.0, 0)
         for name, parameter in self.model.named_parameters():
             # norms stay fp32, as in every engine
             if parameter.dim() == 2 or compute == torch.float64:
                 parameter.data = parameter.data.to(compute)
-            parameter.requires_grad_(optimizer is not None)
+            if optimizer is None:
+                parameter.requires_grad_(False)
             assert any(name in unit.weights for unit in units.values()), f"{name} has no storage"
 
     @torch.no_grad()
@@ -59,16 +63,21 @@ class AutogradEngine:
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self.model.named_parameters()
+            if p.requires_grad
         }
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.dropout.step, self.dropout.first = step, 0
         for tokens, wanted in zip(inputs, targets, strict=True):
             loss = self.model.loss_sum(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
             (loss / count).backward()
             total += loss.detach()
-            for name, parameter in self.model.named_parameters():
+            for name, grad in grads.items():
+                parameter = self.model.get_parameter(name)
                 assert parameter.grad is not None
-                grads[name].add_(parameter.grad)
+                grad.add_(parameter.grad)
                 parameter.grad = None
+            self.dropout.first += len(tokens)
+        self.dropout.step = None
         with torch.no_grad():
             return self._update(grads, total / count, step, schedule, rehearsal)
 
@@ -83,7 +92,7 @@ class AutogradEngine:
             for grad in grads.values():
                 grad.mul_(shrink)
         for unit in reversed(self.units.values()):
-            own = {name: grads[name] for name in unit.weights}
+            own = {spec.name: grads[spec.name] for spec in unit.spec.trained}
             self.optimizer.update(unit, own, step, schedule, accepted)
         numbers = torch.stack([loss, squares.sqrt(), accepted.double()]).tolist()
         return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self.units))

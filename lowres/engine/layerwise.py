@@ -33,9 +33,9 @@ from lowres.data.batches import IGNORED
 from lowres.engine.boundaries import Boundaries, Boundary, make_encoding
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
 from lowres.engine.residence import Residence, Visit
-from lowres.model import EMBEDDING, Units, block, block_body, rms_norm, rope_tables
+from lowres.model import EMBEDDING, Dropout, Units, block, block_body, rms_norm, rope_tables
 from lowres.rooms import GPU, Homes, Mover, Rooms
-from lowres.storage import Unit
+from lowres.storage import LORA_A, LORA_B, Unit
 
 ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
 # elements of a weight gradient in another precision that exist before they are added to the buffer
@@ -63,18 +63,55 @@ class WorkingMatrix:
     """A matrix while its layer is visited: its values in compute precision and its gradient buffer."""
 
     def __init__(self, value: Tensor, grad: Tensor | None) -> None:
+        """grad: None if there is none, in the forward pass or of a frozen matrix."""
         self.value, self.grad = value, grad
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return _Multiply.apply(x, self)
+        return _Multiply.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+
+    @property
+    def rows(self) -> int:
+        return len(self.value)
+
+    def product(self, x: Tensor) -> Tensor:
         return x @ self.value.T
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add dy^T x to the gradient; return dy W."""
-        assert self.grad is not None
-        accumulate(self.grad, dy.flatten(0, -2), x.flatten(0, -2))
+        if self.grad is not None:
+            accumulate(self.grad, dy.flatten(0, -2), x.flatten(0, -2))
         return dy @ self.value
+
+
+class AdaptedMatrix(WorkingMatrix):
+    """A frozen matrix and its adapter: x W^T + scaling dropout(x) A^T B^T (LoRA, arXiv 2106.09685)."""
+
+    def __init__(
+        self,
+        frozen: WorkingMatrix,
+        a: WorkingMatrix,
+        b: WorkingMatrix,
+        scaling: float,
+        dropout: Dropout,
+        name: str,
+    ) -> None:
+        """dropout, name: what names the masks."""
+        super().__init__(frozen.value, None)
+        self.a, self.b, self.scaling, self.dropout, self.name = a, b, scaling, dropout, name
+
+    def product(self, x: Tensor) -> Tensor:
+        mask = self.dropout.mask(self.name, x)
+        inner = (x if mask is None else x * mask) @ self.a.value.T
+        return (x @ self.value.T).add_(inner @ self.b.value.T, alpha=self.scaling)
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Add to the gradients of A and B; return that of x."""
+        mask = self.dropout.mask(self.name, x)
+        dropped = x if mask is None else x * mask
+        # the products of rank numbers a token are scaled, as they are the smallest
+        inner = self.b.backward(dy, (dropped @ self.a.value.T).mul_(self.scaling)).mul_(self.scaling)
+        through = self.a.backward(inner, dropped)
+        return torch.add(dy @ self.value, through if mask is None else through.mul_(mask))
 
 
 class _Multiply(torch.autograd.Function):
@@ -84,7 +121,7 @@ class _Multiply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
         ctx.save_for_backward(x)
         ctx.matrix = matrix
-        return x @ matrix.value.T
+        return matrix.product(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
@@ -99,7 +136,7 @@ class _Last(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
         ctx.save_for_backward(x)
         ctx.matrix = matrix
-        return x.new_empty(1).expand(*x.shape[:-1], len(matrix.value))
+        return x.new_empty(1).expand(*x.shape[:-1], matrix.rows)
 
     backward = _Multiply.backward
 
@@ -121,16 +158,20 @@ class LayerwiseEngine:
         stash_dtype: str = "auto",
         exact_forward: bool = False,
         grad_clip: float = 0.0,
+        scaling: float = 1.0,
+        dropout: Dropout | None = None,
     ) -> None:
         """band: layers that are recomputed and differentiated together. homes: where units, stash and
         carry live; the units were made accordingly. exact_forward: if the stash is lossy, the forward
         pass goes on from the exact values instead of the stored ones. grad_clip: largest global gradient
-        norm; if not 0, a first backward pass finds the norm and a second one updates."""
+        norm; if not 0, a first backward pass finds the norm and a second one updates. scaling: of what
+        adapters add, if the units have some. dropout: on what goes into them."""
         self.config, self.optimizer = config, optimizer
         self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
         self.compute, self.device, self.rooms = compute, rooms.device, rooms
         self.homes, self.exact_forward, self.grad_clip = homes, exact_forward, grad_clip
         self.encoding = make_encoding(stash_dtype, compute)
+        self.scaling, self.dropout = scaling, dropout or Dropout(0.0, 0)
         self._units = units
         blocks = [name for name in units if name not in ("embed", "head")]
         self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
@@ -169,7 +210,7 @@ class LayerwiseEngine:
         """fp32 gradients of every unit as views of one buffer for the largest visit. A tied embedding has
         one of its own, as its gradient is alive while the layers use the other."""
         dtype = torch.promote_types(self.compute, torch.float32)
-        sizes = {n: sum(_aligned(s.numel) for s in u.spec.tensors) for n, u in self._units.items()}
+        sizes = {n: sum(_aligned(s.numel) for s in u.spec.trained) for n, u in self._units.items()}
         own = ("embed",) if self.config.tie_embeddings else ()
 
         def buffer(size: int) -> Tensor:
@@ -182,7 +223,7 @@ class LayerwiseEngine:
             start = 0
             for name in group:
                 views = {}
-                for spec in self._units[name].spec.tensors:
+                for spec in self._units[name].spec.trained:
                     views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
                     start += _aligned(spec.numel)
                 found[name] = views
@@ -218,7 +259,7 @@ class LayerwiseEngine:
             working: dict[str, Any] = {}
             for spec in unit.spec.tensors:
                 storage = unit.weights[spec.name]
-                grad = self._grads[unit.spec.name][spec.name].zero_() if grads else None
+                grad = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
                 if len(spec.shape) == 2:
                     value = storage.dense(self.compute, free)
                     if value.data_ptr() == free.data_ptr():
@@ -229,6 +270,12 @@ class LayerwiseEngine:
                 if grad is not None:
                     norm.requires_grad_().grad = grad  # autograd adds to an existing .grad in place
                 working[spec.role] = norm
+            for spec in unit.spec.tensors:
+                if spec.frozen:
+                    a, b = (working.pop(spec.role + part) for part in (LORA_A, LORA_B))
+                    working[spec.role] = AdaptedMatrix(
+                        working[spec.role], a, b, self.scaling, self.dropout, spec.name
+                    )
             found.append(working)
         return found
 
@@ -250,7 +297,7 @@ class LayerwiseEngine:
             with self._residence.visit() as units:
                 layers = self._working(units)
                 for i in range(len(inputs)):
-                    x = here.get(i)
+                    x, self.dropout.first = here.get(i), i * self.micro_batch
                     if training and not through_stash:
                         stash[band].put(i, x)
                     for w in layers:
@@ -322,7 +369,7 @@ class LayerwiseEngine:
     ) -> None:
         """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
         for i in range(count):
-            x = stash.get(i).detach().requires_grad_()
+            x, self.dropout.first = stash.get(i).detach().requires_grad_(), i * self.micro_batch
             outputs, dy = self._recompute(x, layers, rope), carry.get(i)
             torch.autograd.backward(outputs, (dy, dy))
             assert x.grad is not None
@@ -357,6 +404,7 @@ class LayerwiseEngine:
         backward = self._backward_visits()
         norm_only = [Visit(visit.units) for visit in backward] if self.grad_clip else []
         self._residence.begin(self._forward_visits() + norm_only + backward)
+        self.dropout.step = step
         self._forward(inputs, kept, training=True)
 
         # filled there: a copy from here would wait
@@ -383,6 +431,7 @@ class LayerwiseEngine:
         numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
         self._units_mover.finish()
         self._boundaries_mover.finish()
+        self.dropout.step = None
         return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
 
     def _norm(

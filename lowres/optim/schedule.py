@@ -14,9 +14,11 @@ def factor(config: Config, step: int) -> float:
     """Learning rate of the next update after `step` completed ones, divided by the peak rate."""
     schedule, total, warmup = config.schedule, config.train.total_steps, config.warmup_steps
     if schedule.name == "sawtooth":
-        return sawtooth(
-            step, total, warmup, schedule.cycle_steps, schedule.rewarmup_steps, schedule.min_ratio
-        )
+        relora = config.relora
+        # without merges there is the one notch where the adapters start
+        cycle = schedule.cycle_steps if relora.cycle_steps or not relora.enabled else total
+        start = relora.start_step if relora.enabled else 0
+        return sawtooth(step, total, warmup, cycle, schedule.rewarmup_steps, schedule.min_ratio, start)
     if step < warmup:
         return step / warmup
     if schedule.name == "cosine":
@@ -39,11 +41,15 @@ def wsd(step: int, total: int, cooldown: int, floor: float) -> float:
     return 1.0 if left >= cooldown else floor + (1 - floor) * left / cooldown
 
 
-def sawtooth(step: int, total: int, warmup: int, cycle: int, rewarmup: int, floor: float) -> float:
-    """ReLoRA's jagged cosine (arXiv 2307.05695): one cosine, re-warmed from 0 after every cycle."""
+def sawtooth(
+    step: int, total: int, warmup: int, cycle: int, rewarmup: int, floor: float, start: int = 0
+) -> float:
+    """ReLoRA's jagged cosine (arXiv 2307.05695): one cosine, re-warmed from 0 after every cycle, the first
+    of which starts at `start`; if that is after some other training, it is re-warmed too."""
     if step < warmup:
         return step / warmup
-    into = step % cycle
-    if step >= cycle and into < rewarmup:
+    since = step - start
+    into = since % cycle
+    if since >= (0 if start else cycle) and into < rewarmup:
         return into / rewarmup * cosine(step - into + rewarmup, total, warmup, floor)
     return cosine(step, total, warmup, floor)
