@@ -158,15 +158,16 @@ class DataConfig(Section):
 
 
 _LOW_RANK = {"lr": 1e-2, "eps": 1e-6, "refresh_every": 200}
+_APOLLO = _LOW_RANK | {"scale_front": False, "projection": "random", "limiter": 1.01}
 # name -> defaults of the keys that depend on the optimizer
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
     "adamw8bit": {"lr": 1e-3, "eps": 1e-8},
     "adam-mini": {"lr": 1e-3, "eps": 1e-8},
-    "apollo": _LOW_RANK | {"scale": 1.0, "scale_front": False, "projection": "random"},
-    "apollo-mini": _LOW_RANK | {"rank": 1, "scale": 128.0, "scale_front": False, "projection": "random"},
+    "apollo": _APOLLO | {"scale": 1.0},
+    "apollo-mini": _APOLLO | {"rank": 1, "scale": 128.0},
     "galore": _LOW_RANK | {"scale": 0.25},
-    "fira": _LOW_RANK | {"scale": 0.25},
+    "fira": _LOW_RANK | {"scale": 0.25, "limiter": 1.01},
     "sgd": {"lr": 0.1, "eps": 1e-8},
 }
 # keys that only these optimizers read
@@ -208,6 +209,11 @@ class OptimConfig(Section):
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
     it, as it has no global norm before its first update."""
+    limiter: float = 0.0
+    """Most that the norm of a tensor's update may grow by, as a factor on that of the last step (Fira's
+    norm-growth limiter; the learning rate does not count); 0 = off. It holds for every tensor that the
+    optimizer of that name updates, so not for what takes AdamW beside it; with fira for what its projection
+    leaves over. Default 1.01 for apollo, apollo-mini and fira, else 0."""
     rank: Positive | None = None
     """apollo, galore, fira: rank of the projected gradient, at most the smaller dimension of a matrix;
     default dim / 4, or 1 for apollo-mini."""
@@ -231,6 +237,14 @@ class OptimConfig(Section):
         if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
             raise ValueError(f"name: {name!r} is not known; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
         return OPTIMIZER_DEFAULTS.get(name, {}) | values
+
+    @model_validator(mode="after")
+    def _check_limiter(self) -> OptimConfig:
+        if self.limiter != 0 and self.limiter < 1:
+            raise ValueError(
+                f"limiter: {self.limiter:g} is no growth; use a factor of at least 1, or 0 for no limiter"
+            )
+        return self
 
 
 # schedule -> the keys that only it reads

@@ -103,7 +103,7 @@ def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     "changed",
     [
         ["memory.weights=int8"],
-        ["memory.weights=fp32", "optim.name=adamw"],
+        ["memory.weights=fp32", "optim.name=adamw", "optim.limiter=1.01"],
         ["memory.weights=bf16", "optim.name=fira", "optim.refresh_every=5"],
     ],
 )
