@@ -206,6 +206,8 @@ class OptimConfig(Section):
     """Added to the denominator; default 1e-8 for adamw, adamw8bit and adam-mini, else 1e-6."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
+    decay_embeddings: bool = True
+    """Whether weight_decay holds for embedding and head too."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
     it, as it has no global norm before its first update."""

@@ -127,9 +127,10 @@ class Optimizer:
         else:
             rest, rest_growth = AdamWRule(config.betas, config.eps, moments), 0.0
         embed_lr = config.embed_lr or config.lr
+        embed_decay = config.weight_decay if config.decay_embeddings else 0.0
         self.groups = (
             Group(MATRIX_ROLES, rule, config.lr, config.weight_decay, growth),
-            Group(EMBEDDING_ROLES, rest, embed_lr, config.weight_decay, rest_growth),
+            Group(EMBEDDING_ROLES, rest, embed_lr, embed_decay, rest_growth),
             Group(NORM_ROLES, rest, config.lr, 0.0, rest_growth),
         )
 
