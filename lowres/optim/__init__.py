@@ -68,10 +68,12 @@ SELF_LIMITING = ApolloRule, FiraRule
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share a rule, a learning rate and a weight decay. growth: most that the norm of an
-    update may grow by, where the rule does not see to it; 0 is no limit."""
+    """Tensors that share a rule, a learning rate and a weight decay. name: of the rule, as `optim.name` has
+    it. growth: most that the norm of an update may grow by, where the rule does not see to it; 0 is no limit.
+    """
 
     roles: tuple[str, ...]
+    name: str
     rule: Rule
     lr: float
     weight_decay: float
@@ -123,15 +125,15 @@ class Optimizer:
         rule = make_rule(config, model, seed, moments)
         growth = 0.0 if isinstance(rule, SELF_LIMITING) else config.limiter
         if config.name in FOR_ALL_TENSORS:
-            rest, rest_growth = rule, growth
+            beside, rest, rest_growth = config.name, rule, growth
         else:
-            rest, rest_growth = AdamWRule(config.betas, config.eps, moments), 0.0
+            beside, rest, rest_growth = "adamw", AdamWRule(config.betas, config.eps, moments), 0.0
         embed_lr = config.embed_lr or config.lr
         embed_decay = config.weight_decay if config.decay_embeddings else 0.0
         self.groups = (
-            Group(MATRIX_ROLES, rule, config.lr, config.weight_decay, growth),
-            Group(EMBEDDING_ROLES, rest, embed_lr, embed_decay, rest_growth),
-            Group(NORM_ROLES, rest, config.lr, 0.0, rest_growth),
+            Group(MATRIX_ROLES, config.name, rule, config.lr, config.weight_decay, growth),
+            Group(EMBEDDING_ROLES, beside, rest, embed_lr, embed_decay, rest_growth),
+            Group(NORM_ROLES, beside, rest, config.lr, 0.0, rest_growth),
         )
 
     def group_of(self, spec: TensorSpec) -> Group:
