@@ -19,6 +19,9 @@ from lowres.config import Config, describe, load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
+from lowres.model import unit_specs
+from lowres.optim import make_optimizer
+from lowres.optim.overview import overview, table
 from lowres.probe import probe
 from lowres.sample import sample
 from lowres.sweep import sweep
@@ -88,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
+    sub.add_argument(
+        "--optimizer", action="store_true", help="show what every tensor gets from its optimizer"
+    )
 
     data = commands.add_parser("data", help="Work with training data.").add_subparsers(
         required=True, metavar="COMMAND"
@@ -195,11 +201,16 @@ def _plan(parsed: argparse.Namespace) -> None:
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     plan = memory.make_plan(config, device)
-    found = probe(config, plan) if parsed.probe and not plan.problems else None
-    if parsed.json:
-        print(json.dumps(plan.as_dict() | ({"probe": found.as_dict()} if found else {}), indent=1))
-    else:
-        print("\n".join([plan.table(), *([found.table()] if found else [])]))
+    values, tables = plan.as_dict(), [plan.table()]
+    if parsed.probe and not plan.problems:
+        found = probe(config, plan)
+        values["probe"] = found.as_dict()
+        tables.append(found.table())
+    if parsed.optimizer:
+        specs = (spec for unit in unit_specs(config.model) for spec in unit.tensors)
+        values["optimizer"] = overview(make_optimizer(config), specs)
+        tables.append(table(values["optimizer"]))
+    print(json.dumps(values, indent=1) if parsed.json else "\n".join(tables))
     memory.require_fit(plan)
 
 

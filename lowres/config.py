@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from lowres import rates
 from lowres.errors import UserError
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
@@ -159,15 +160,16 @@ class DataConfig(Section):
 
 
 _LOW_RANK = {"lr": 1e-2, "eps": 1e-6, "refresh_every": 200}
+_APOLLO = _LOW_RANK | {"scale_front": False, "projection": "random", "limiter": 1.01}
 # name -> defaults of the keys that depend on the optimizer
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 1e-3, "eps": 1e-8},
     "adamw8bit": {"lr": 1e-3, "eps": 1e-8},
     "adam-mini": {"lr": 1e-3, "eps": 1e-8},
-    "apollo": _LOW_RANK | {"scale": 1.0, "scale_front": False, "projection": "random"},
-    "apollo-mini": _LOW_RANK | {"rank": 1, "scale": 128.0, "scale_front": False, "projection": "random"},
+    "apollo": _APOLLO | {"scale": 1.0},
+    "apollo-mini": _APOLLO | {"rank": 1, "scale": 128.0},
     "galore": _LOW_RANK | {"scale": 0.25},
-    "fira": _LOW_RANK | {"scale": 0.25},
+    "fira": _LOW_RANK | {"scale": 0.25, "limiter": 1.01},
     "sgd": {"lr": 0.1, "eps": 1e-8},
 }
 # keys that only these optimizers read
@@ -176,10 +178,6 @@ OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rank", "scale", "refresh_every"), ("apollo", "apollo-mini", "galore", "fira")),
     **dict.fromkeys(("scale_front", "projection"), ("apollo", "apollo-mini")),
 }
-
-
-# how the learning rate follows a batch that is r times as large: by r to this power
-BATCH_POLICIES = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 class OptimConfig(Section):
@@ -210,9 +208,16 @@ class OptimConfig(Section):
     """Added to the denominator; default 1e-8 for adamw, adamw8bit and adam-mini, else 1e-6."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms have none)."""
+    decay_embeddings: bool = True
+    """Whether weight_decay holds for embedding and head too."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
     it, as it has no global norm before its first update."""
+    limiter: float = 0.0
+    """Most that the norm of a tensor's update may grow by, as a factor on that of the last step (Fira's
+    norm-growth limiter; the learning rate does not count); 0 = off. It holds for every tensor that the
+    optimizer of that name updates, so not for what takes AdamW beside it; with fira for what its projection
+    leaves over. Default 1.01 for apollo, apollo-mini and fira, else 0."""
     rank: Positive | None = None
     """apollo, galore, fira: rank of the projected gradient, at most the smaller dimension of a matrix;
     default dim / 4, or 1 for apollo-mini."""
@@ -236,6 +241,14 @@ class OptimConfig(Section):
         if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
             raise ValueError(f"name: {name!r} is not known; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
         return OPTIMIZER_DEFAULTS.get(name, {}) | values
+
+    @model_validator(mode="after")
+    def _check_limiter(self) -> OptimConfig:
+        if self.limiter != 0 and self.limiter < 1:
+            raise ValueError(
+                f"limiter: {self.limiter:g} is no growth; use a factor of at least 1, or 0 for no limiter"
+            )
+        return self
 
 
 # schedule -> the keys that only it reads
@@ -437,6 +450,14 @@ class LogConfig(Section):
     """Tokens of that sample."""
 
 
+_RATE_DEFAULTS = rates.Defaults(
+    optimizer=OptimConfig.model_fields["name"].default,
+    lr={name: own["lr"] for name, own in OPTIMIZER_DEFAULTS.items()},
+    batch_tokens=TrainConfig.model_fields["batch_tokens"].default,
+    seq_len=DataConfig.model_fields["seq_len"].default,
+)
+
+
 class Config(Section):
     """A whole run."""
 
@@ -468,8 +489,8 @@ class Config(Section):
         optim, train = values.get("optim", {}), values.get("train", {})
         if not (isinstance(optim, dict) and isinstance(train, dict)):
             return values
-        lr, batch, ratio = _tied(values)
-        filled = {"lr": lr, "lr_over_batch": ratio, "batch_policy": _default_policy(values)}
+        lr, batch, ratio = rates.tied(values, _RATE_DEFAULTS)
+        filled = {"lr": lr, "lr_over_batch": ratio, "batch_policy": rates.default_policy(values)}
         return values | {"optim": filled | optim, "train": {"batch_tokens": batch} | train}
 
     @model_validator(mode="before")
@@ -547,7 +568,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     for override in overrides or []:
         _apply_override(values, override)
     try:
-        changes = _retie(file, values, keys)
+        changes = rates.retie(file, values, keys, _RATE_DEFAULTS)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     config, notes = parse_config(values, str(path))
@@ -563,130 +584,22 @@ def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config
     return config, _notes(config, values)
 
 
-def _number(values: dict[str, Any], section: str, key: str) -> float | None:
-    """A positive number of a config that is not checked yet; None where there is none."""
-    value = values.get(section, {}).get(key)
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if usable and 0 < value < math.inf else None
-
-
-def _seq_len(values: dict[str, Any]) -> float:
-    return _number(values, "data", "seq_len") or DataConfig.model_fields["seq_len"].default
-
-
-def _tied(values: dict[str, Any]) -> tuple[float | None, float, float | None]:
-    """lr, batch_tokens and lr_over_batch, of which two determine the third.
-
-    An unknown optimizer without a rate leaves None; the checks that follow refuse its name.
-    """
-    lr, ratio = _number(values, "optim", "lr"), _number(values, "optim", "lr_over_batch")
-    batch = _number(values, "train", "batch_tokens")
-    if ratio and lr and not batch:
-        wanted = lr / ratio
-        whole = max(1, round(wanted))
-        if not math.isclose(wanted, whole, rel_tol=1e-6):
-            raise ValueError(
-                f"train.batch_tokens: optim.lr {lr} / optim.lr_over_batch {ratio} is a batch of {wanted:.6g} "
-                f"sequences, not a whole number; the nearest is {whole}, with optim.lr_over_batch = "
-                f"{lr / whole:.6g}"
-            )
-        return lr, whole * _seq_len(values), ratio
-    batch = batch or TrainConfig.model_fields["batch_tokens"].default
-    sequences = batch / _seq_len(values)
-    if not ratio:
-        name = values.get("optim", {}).get("name", OptimConfig.model_fields["name"].default)
-        default = OPTIMIZER_DEFAULTS.get(name, {}) if isinstance(name, str) else {}
-        lr = lr or default.get("lr")
-        return lr, batch, lr / sequences if lr else None
-    wanted = ratio * sequences
-    if lr and not math.isclose(lr, wanted, rel_tol=1e-6):
-        raise ValueError(
-            f"optim.lr: {lr} over train.batch_tokens {batch} ({sequences:g} sequences) is "
-            f"{lr / sequences:.6g}, but optim.lr_over_batch is {ratio}; leave one of the three out"
-        )
-    return lr or wanted, batch, ratio
-
-
-def _default_policy(values: dict[str, Any]) -> str:
-    optim = values.get("optim", {})
-    return "linear" if "lr_over_batch" in optim and "lr" not in optim else "fixed"
-
-
-def _retie(file: dict[str, Any], values: dict[str, Any], keys: set[str]) -> list[str]:
-    """Settle lr, batch_tokens and lr_over_batch after `--set` of `keys` made `values` of the `file`.
-
-    Two that were set replace the third of the file. lr or lr_over_batch alone replaces the other. A batch
-    that differs from the file's is followed by lr as optim.batch_policy says. Returns notes for the user.
-    """
-    if not all(isinstance(values.get(section, {}), dict) for section in ("optim", "train", "data")):
-        return []
-    optim, train = values.setdefault("optim", {}), values.setdefault("train", {})
-    rates = {"optim.lr", "optim.lr_over_batch"}
-    pair = file.get("optim", {}).keys() >= {"lr", "lr_over_batch"}
-    if rates <= keys and "train.batch_tokens" not in keys:
-        train.pop("batch_tokens", None)
-    elif rates & keys:
-        if pair and "batch_tokens" not in train:
-            train["batch_tokens"] = _tied(file)[1]  # as the pair in the file had it
-        for key in rates - keys:
-            optim.pop(key.removeprefix("optim."), None)
-    elif _number(file, "train", "batch_tokens") or ("train.batch_tokens" in keys and pair):
-        return _follow_file(file, values, keys)
-    return []
-
-
-def _follow_file(file: dict[str, Any], values: dict[str, Any], keys: set[str]) -> list[str]:
-    """Let the rates in `values` follow a batch that is not the one in the file."""
-    optim, train = values["optim"], values["train"]
-    file = file | {"optim": file.get("optim", {}) | {"name": optim.get("name", OptimConfig().name)}}
-    lr, file_batch, _ = _tied(file)
-    before = file_batch / _seq_len(file)
-    after = (_number(values, "train", "batch_tokens") or file_batch) / _seq_len(values)
-    policy = optim.setdefault("batch_policy", _default_policy(file))
-    if before == after or lr is None or policy not in BATCH_POLICIES:
-        return []
-    factor = (after / before) ** BATCH_POLICIES[policy]
-    optim.pop("lr_over_batch", None)
-    optim["lr"] = lr * factor
-    train.setdefault("batch_tokens", file_batch)
-    if "optim.embed_lr" not in keys and _number(values, "optim", "embed_lr"):
-        optim["embed_lr"] *= factor
-    return [_batch_note(policy, (before, lr), (after, lr * factor))]
-
-
-def _batch_note(policy: str | None, old: tuple[float, float], new: tuple[float, float]) -> str:
-    """What became of (batch in sequences, lr)."""
-    rate = f"stays {old[1]:.6g}" if old[1] == new[1] else f"{old[1]:.6g} -> {new[1]:.6g}"
-    return (
-        f"the batch goes from {old[0]:g} to {new[0]:g} sequences; optim.batch_policy is {policy}: "
-        f"lr {rate}, lr/batch {old[1] / old[0]:.6g} -> {new[1] / new[0]:.6g}"
-    )
-
-
 def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
     """The config of a resumed run, whose rates follow a batch that is not the one it started with.
 
-    saved: as the run was last. start: batch_tokens, lr and embed_lr as it was started. lr and embed_lr may
-    be asked for as they were at the start or as they are now; either way they become
-    start * (batch / batch at the start) ** power. Raises UserError if another rate is asked for, or another
-    key that may not change differs. Returns notes too.
+    saved: as the run was last. start: batch_tokens, lr and embed_lr as it was started. Raises UserError if
+    the config asks for rates that are neither those of the start nor what follows. Returns notes too.
     """
     optim, sequences = config.optim, config.batch_sequences
-    ratio = config.train.batch_tokens / start["batch_tokens"]
-    factor = ratio ** BATCH_POLICIES[optim.batch_policy or "fixed"]
-    rates = {key: start[key] and start[key] * factor for key in ("lr", "embed_lr")}
-    for key, rate in rates.items():
-        asked = getattr(optim, key)
-        if asked != start[key] and not (asked and rate and math.isclose(asked, rate, rel_tol=1e-9)):
-            raise UserError(
-                f"optim.{key}: the run was started with {start[key]} at train.batch_tokens = "
-                f"{start['batch_tokens']}, and this key may not change on resume; set it back or start a "
-                "new run"
-            )
-    now = optim.model_copy(update=rates | {"lr_over_batch": rates["lr"] / sequences})
+    policy = optim.batch_policy or "fixed"
+    try:
+        found = rates.follow(optim.model_dump(), start, config.train.batch_tokens, policy)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    now = optim.model_copy(update=found | {"lr_over_batch": found["lr"] / sequences})
     config = config.model_copy(update={"optim": now})
-    old, new = (saved.batch_sequences, saved.optim.lr or 0), (sequences, rates["lr"])
-    return config, [] if old == new else [_batch_note(optim.batch_policy, old, new)]
+    old, new = (saved.batch_sequences, saved.optim.lr or 0), (sequences, found["lr"])
+    return config, [] if old == new else [rates.batch_note(policy, old, new)]
 
 
 def toml_value(text: str) -> Any:

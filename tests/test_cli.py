@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lowres import metrics
 from lowres.cli import main
+from lowres.config import OPTIMIZER_DEFAULTS
 from tests.helpers import lowres
 
 STEP_KEYS = {
@@ -103,7 +104,7 @@ def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     "changed",
     [
         ["memory.weights=int8"],
-        ["memory.weights=fp32", "optim.name=adamw"],
+        ["memory.weights=fp32", "optim.name=adamw", "optim.limiter=1.01"],
         ["memory.weights=bf16", "optim.name=fira", "optim.refresh_every=5"],
     ],
 )
@@ -445,6 +446,48 @@ def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(config), "--set", "memory.budget_gib=0.0001"]) == 3
     captured = capsys.readouterr()
     assert "gpu peak" in captured.out and "memory.budget_gib" in captured.err
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+def test_plan_shows_what_every_tensor_gets(
+    name: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [f"optim.name={name}", "model.n_kv_heads=1", "optim.weight_decay=0.1", "optim.embed_lr=0.25"]
+    keys += ["optim.decay_embeddings=false"]
+    command = ["plan", str(config), "--optimizer", *(part for key in keys for part in ("--set", key))]
+    assert main(command) == 0
+    before, _, after = capsys.readouterr().out.partition("\nrole ")
+    assert "gpu peak" in before
+    lines = {line.split()[0]: line for line in after.splitlines()[1:]}
+    assert list(lines) == [
+        *("embedding", "attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down", "norm", "head")
+    ]
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    rows = {row["role"]: row for row in plan["optimizer"]}
+    assert rows.keys() == lines.keys()
+    beside = "adamw" if name in ("apollo", "apollo-mini", "galore", "fira") else name
+    for role, row in rows.items():
+        embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
+        assert row["tensors"] == (1 if embedding or role == "norm" else 2)
+        assert row["optimizer"] == (name if matrix and not embedding else beside)
+        assert row["lr"] == (0.25 if embedding else OPTIMIZER_DEFAULTS[name]["lr"])
+        assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
+        assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])
+    # all of the state, beside the count of updates of each unit
+    state = sum(c["bytes"] for c in plan["components"] if c["name"] == "optimizer state")
+    assert sum(row["tensors"] * row["state_bytes"] for row in rows.values()) + 4 * 256 == state
+    wanted = {
+        "adamw": "exp_avg fp32, exp_avg_sq fp32",
+        "adamw8bit": "exp_avg int8, exp_avg_sq int8",
+        "adam-mini": "exp_avg fp32, exp_avg_sq for 1 block of 16 rows",
+        "sgd": "momentum fp32",
+        "apollo": "exp_avg [8, 32], exp_avg_sq [8, 32], norm, random projection [16, 8] (no state)",
+        "apollo-mini": "exp_avg [1, 32], exp_avg_sq [1, 32], norm, random projection [16, 1] (no state)",
+        "galore": "exp_avg [8, 32], exp_avg_sq [8, 32], projection [16, 8], refreshes",
+        "fira": "exp_avg [8, 32], exp_avg_sq [8, 32], norm, projection [16, 8], refreshes",
+    }
+    assert rows["k"]["shape"] == [16, 32] and rows["k"]["state"] == wanted[name]
 
 
 def test_set_replaces_what_it_contradicts(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

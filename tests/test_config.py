@@ -43,7 +43,7 @@ SURFACE = {
         "scale",
         "refresh_every",
     }
-    | {"scale_front", "projection", "lr_over_batch", "batch_policy"},
+    | {"scale_front", "projection", "lr_over_batch", "batch_policy", "limiter", "decay_embeddings"},
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
     "train": {
         "steps",

@@ -96,15 +96,22 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    "name", ["adamw", "adam-mini", "apollo-mini", "apollo", "apollo svd", "galore", "fira", "sgd"]
+    "name",
+    [
+        *("adamw", "adam-mini", "apollo-mini", "apollo", "apollo svd", "galore", "fira", "sgd"),
+        *("adamw limited", "sgd limited"),
+    ],
 )
 def test_engines_reach_the_same_weights(name: str, model: str) -> None:
     changed = {"n_kv_heads": MODELS[model].n_kv_heads, "tie_embeddings": MODELS[model].tie_embeddings}
-    optim: dict[str, object] = {"name": name.removesuffix(" svd"), "lr": 1e-3, "eps": 1e-5}
-    if name not in ("adamw", "adam-mini", "sgd"):
+    optimizer_name, _, variant = name.partition(" ")
+    optim: dict[str, object] = {"name": optimizer_name, "lr": 1e-3, "eps": 1e-5}
+    if optimizer_name not in ("adamw", "adam-mini", "sgd"):
         optim["refresh_every"] = 8
-    if name.endswith(" svd"):
+    if variant == "svd":
         optim["projection"] = "svd"
+    if variant == "limited":
+        optim["limiter"] = 1.01
     config = make_config(optim=optim, model={k: v for k, v in changed.items() if v})
     results = []
     for engine_type, micro_batch in ((LayerwiseEngine, 2), (AutogradEngine, 7)):

@@ -10,6 +10,7 @@ ROOT = Path(lowres.__file__).parent
 FLOORS = {
     "errors": 0,
     "rng": 0,
+    "rates": 0,
     "config": 1,
     "rooms": 1,
     "storage": 1,

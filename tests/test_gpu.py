@@ -74,7 +74,9 @@ def test_the_gpu_trains_like_the_cpu(weights: str, name: str, moments: str) -> N
     "name, moments", [("apollo-mini", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("adam-mini", "int8")]
 )
 def test_a_step_waits_for_the_device_only_at_its_end(name: str, moments: str) -> None:
-    config = make_config(memory={"weights": "int8", "moments": moments}, optim={"name": name})
+    config = make_config(
+        memory={"weights": "int8", "moments": moments}, optim={"name": name, "limiter": 1.01}
+    )
     rooms = Rooms(CUDA)
     units = make_units(config.model, "int8", device=CUDA)
     engine = make_engine(config, units, make_optimizer(config, units, rooms), 3, rooms)

@@ -334,8 +334,10 @@ def test_state_is_fp32_and_small() -> None:
     assert sum(state_bytes(rule, spec) for spec in specs) / sum(spec.numel for spec in specs) < 0.01
 
 
-def test_every_tensor_is_in_one_group_at_its_own_rate() -> None:
-    config = make_config(optim={"name": "adamw", "lr": 1e-3, "embed_lr": 1e-5, "weight_decay": 0.5})
+@pytest.mark.parametrize("decayed", [True, False])
+def test_every_tensor_is_in_one_group_at_its_own_rate(decayed: bool) -> None:
+    optim = {"name": "adamw", "lr": 1e-3, "embed_lr": 1e-2, "weight_decay": 0.5}
+    config = make_config(optim={**optim, "decay_embeddings": decayed})
     units = make_units(config.model)
     optimizer = make_optimizer(config, units)
     specs = [spec for unit in unit_specs(config.model) for spec in unit.tensors]
@@ -348,8 +350,9 @@ def test_every_tensor_is_in_one_group_at_its_own_rate() -> None:
         optimizer.update(unit, ones, 0, 1.0, torch.tensor(True))
     for unit in units.values():
         for spec in unit.spec.tensors:
-            lr = 1e-5 if spec.role in ("embedding", "head") else 1e-3
-            kept = 1.0 if len(spec.shape) == 1 else 1 - 0.5 * lr
+            embedding = spec.role in ("embedding", "head")
+            lr = 1e-2 if embedding else 1e-3
+            kept = 1.0 if len(spec.shape) == 1 or (embedding and not decayed) else 1 - 0.5 * lr
             # Adam's first update of a constant gradient is the learning rate
             wanted = before[spec.name] * kept - lr
             assert torch.allclose(unit.weights[spec.name].dense(torch.float32), wanted, rtol=1e-5, atol=1e-8)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -274,6 +275,24 @@ def test_weights_of_one_shape_have_projections_of_their_own() -> None:
         p.grad = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert not torch.equal(weights["a"], weights["b"])
+
+
+@pytest.mark.parametrize("make", [Apollo, Fira])
+def test_the_limiter_is_true_false_or_a_growth(make: Callable[..., Any]) -> None:
+    results = []
+    for limiter in (True, 1.01, 1.2, False):
+        weight = nn.Parameter(torch.zeros(16, 8))
+        optimizer = make([("x.weight", weight)], betas=(0.0, 0.999), limiter=limiter)
+        for size in (1.0, 1.0, 100.0):
+            generator = torch.Generator().manual_seed(0)
+            weight.grad = torch.randn(16, 8, generator=generator) * size
+            optimizer.step()
+        assert ("norm" in optimizer.state[weight]) == bool(limiter)
+        results.append(weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(results[1:], 2))
+    with pytest.raises(ValueError, match=r"limiter: 0\.5 must be True, False or at least 1"):
+        make([("x.weight", nn.Parameter(torch.zeros(16, 8)))], limiter=0.5)
 
 
 def test_groups_say_which_rule() -> None:

@@ -23,6 +23,7 @@ from lowres.optim.apollo import ApolloRule
 from lowres.optim.base import Clock, Rule
 from lowres.optim.fira import FiraRule
 from lowres.optim.galore import GaLoreRule
+from lowres.optim.limiter import NORM_FIELDS, limited
 from lowres.optim.lowrank import RandomProjection, SvdProjection, workspace_bytes
 from lowres.optim.moments import bitsandbytes_functional
 from lowres.optim.sgd import SgdRule
@@ -61,16 +62,22 @@ __all__ = [
 FOR_ALL_TENSORS = ("adamw", "adamw8bit", "adam-mini", "sgd")
 
 PROJECTING = ApolloRule, GaLoreRule, FiraRule
+# rules that limit inside what their papers limit
+SELF_LIMITING = ApolloRule, FiraRule
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share a rule, a learning rate and a weight decay."""
+    """Tensors that share a rule, a learning rate and a weight decay. name: of the rule, as `optim.name` has
+    it. growth: most that the norm of an update may grow by, where the rule does not see to it; 0 is no limit.
+    """
 
     roles: tuple[str, ...]
+    name: str
     rule: Rule
     lr: float
     weight_decay: float
+    growth: float
 
 
 def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> Rule:
@@ -90,11 +97,14 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     assert config.scale is not None and config.refresh_every is not None
     rank = config.rank or max(1, model.dim // 4)
     svd = SvdProjection(rank, config.refresh_every)
-    if name in ("galore", "fira"):
-        return (GaLoreRule if name == "galore" else FiraRule)(betas, eps, svd, config.scale)
+    if name == "galore":
+        return GaLoreRule(betas, eps, svd, config.scale)
+    if name == "fira":
+        return FiraRule(betas, eps, svd, config.scale, config.limiter)
     random = RandomProjection(rank, config.refresh_every, seed)
     projection = svd if config.projection == "svd" else random
-    return ApolloRule(betas, eps, projection, config.scale, name == "apollo", bool(config.scale_front))
+    front = bool(config.scale_front)
+    return ApolloRule(betas, eps, projection, config.scale, name == "apollo", front, config.limiter)
 
 
 class Optimizer:
@@ -113,12 +123,17 @@ class Optimizer:
         assert config.lr is not None and config.eps is not None
         self.seed, self.master = seed, master
         rule = make_rule(config, model, seed, moments)
-        rest = rule if config.name in FOR_ALL_TENSORS else AdamWRule(config.betas, config.eps, moments)
+        growth = 0.0 if isinstance(rule, SELF_LIMITING) else config.limiter
+        if config.name in FOR_ALL_TENSORS:
+            beside, rest, rest_growth = config.name, rule, growth
+        else:
+            beside, rest, rest_growth = "adamw", AdamWRule(config.betas, config.eps, moments), 0.0
         embed_lr = config.embed_lr or config.lr
+        embed_decay = config.weight_decay if config.decay_embeddings else 0.0
         self.groups = (
-            Group(MATRIX_ROLES, rule, config.lr, config.weight_decay),
-            Group(EMBEDDING_ROLES, rest, embed_lr, config.weight_decay),
-            Group(NORM_ROLES, rest, config.lr, 0.0),
+            Group(MATRIX_ROLES, config.name, rule, config.lr, config.weight_decay, growth),
+            Group(EMBEDDING_ROLES, beside, rest, embed_lr, embed_decay, rest_growth),
+            Group(NORM_ROLES, beside, rest, config.lr, 0.0, rest_growth),
         )
 
     def group_of(self, spec: TensorSpec) -> Group:
@@ -128,7 +143,8 @@ class Optimizer:
 
     def state_fields(self, spec: TensorSpec) -> Fields:
         """The state tensors of a weight: dtype and shape by key."""
-        fields = self.group_of(spec).rule.state_fields(spec)
+        group = self.group_of(spec)
+        fields = group.rule.state_fields(spec) | (NORM_FIELDS if group.growth else {})
         if self.master is not None and spec.role in MATRIX_ROLES:
             fields = fields | {MASTER: (DENSE_DTYPES[self.master], spec.shape)}
         return fields
@@ -193,7 +209,13 @@ class Optimizer:
         lr = group.lr * schedule
         directions = [grads[spec.name] for spec in specs]
         states = [unit.state[spec.name] for spec in specs]
-        factors = group.rule.directions(specs, directions, states, lr, clock)
+        if group.growth:
+            # norms are those at a rate of 1, so that a warm-up is no growth and a rate of 0 no update of 0
+            factors = group.rule.directions(specs, directions, states, 1.0, clock)
+            factors = limited(directions, factors, states, clock.accepted, group.growth)
+            factors = [factor * lr for factor in factors]
+        else:
+            factors = group.rule.directions(specs, directions, states, lr, clock)
         decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
         for spec, direction, factor in zip(specs, directions, factors, strict=True):
             key = rng.make_key(self.seed, "rounding", spec.name, clock.step)

@@ -6,7 +6,7 @@ projected moments and a norm; the direction is the gradient itself, so no memory
 Written from the paper.
 
 Beyond the paper: each weight has a projection of its own, named by the weight, where the reference
-seeds all alike, and the norm-growth limiter is safe from zero, tiny and refused gradients (`lowrank`).
+seeds all alike, and the norm-growth limiter is safe from zero, tiny and refused gradients (`limiter`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowres.optim import lowrank
 from lowres.optim.base import Clock, State
+from lowres.optim.limiter import GROWTH, NORM_FIELDS, limit
 from lowres.optim.lowrank import Projection
 from lowres.storage import Fields, TensorSpec
 
@@ -35,16 +36,17 @@ class ApolloRule:
         scale: float,
         per_channel: bool,
         scale_front: bool = False,
-        limiter: bool = True,
+        limiter: float = GROWTH,
     ) -> None:
-        """scale: the update is multiplied by its square root, before the limiter if scale_front."""
+        """scale: the update is multiplied by its square root, before the limiter if scale_front.
+        limiter: most that the norm of an update may grow by, or 0 for no limiter."""
         self.betas, self.eps, self.projection, self.scale = betas, eps, projection, scale
         self.per_channel, self.scale_front, self.limiter = per_channel, scale_front, limiter
 
     def state_fields(self, spec: TensorSpec) -> Fields:
         fields = lowrank.moment_fields(self.projection.rank, spec.shape)
         if self.limiter:
-            fields["norm"] = (torch.float32, ())
+            fields |= NORM_FIELDS
         return fields | self.projection.state_fields(spec.shape)
 
     def directions(
@@ -78,9 +80,8 @@ class ApolloRule:
         root = math.sqrt(self.scale)
         common = rate * root
         if self.limiter:
-            common = common / lowrank.limit(
-                norms * root if self.scale_front else norms, states, clock.accepted
-            )
+            size = norms * root if self.scale_front else norms
+            common = common / limit(size, states, clock.accepted, self.limiter)
         if not self.per_channel:
             return list((ratio * common).unbind())
         torch._foreach_mul_(factors, list(common.expand(len(factors)).unbind()))

@@ -63,6 +63,6 @@ class Rule(Protocol):
     ) -> list[Tensor]:
         """Phase one for some tensors of a unit.
 
-        grads are fp32 and become the directions. Returns a factor for each, learning rate included:
-        fp32, scalar or one per row [m, 1] or column [1, n].
+        grads are fp32 and become the directions. Returns a factor for each, with the learning rate in it
+        as a factor and nowhere else: fp32, scalar or one per row [m, 1] or column [1, n].
         """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowres.optim import lowrank
 from lowres.optim.base import Clock, State
+from lowres.optim.limiter import GROWTH, NORM_FIELDS, limit
 from lowres.optim.lowrank import SvdProjection
 from lowres.storage import Fields, TensorSpec
 
@@ -33,15 +34,16 @@ class FiraRule:
         eps: float,
         projection: SvdProjection,
         scale: float,
-        limiter: bool = True,
+        limiter: float = GROWTH,
     ) -> None:
+        """limiter: most that the norm of the rest may grow by, or 0 for no limiter."""
         self.betas, self.eps, self.projection = betas, eps, projection
         self.scale, self.limiter = scale, limiter
 
     def state_fields(self, spec: TensorSpec) -> Fields:
         fields = lowrank.moment_fields(self.projection.rank, spec.shape)
         if self.limiter:
-            fields["norm"] = (torch.float32, ())
+            fields |= NORM_FIELDS
         return fields | self.projection.state_fields(spec.shape)
 
     def directions(
@@ -71,7 +73,7 @@ class FiraRule:
                 (g.square() - self.scale * (2 - self.scale) * r.square()).clamp_(min=0).sqrt_() * f
                 for g, r, f in zip(whole, inside, factors, strict=True)
             ]
-            excess = lowrank.limit(lowrank.norms(rest), states, clock.accepted)
+            excess = limit(lowrank.norms(rest), states, clock.accepted, self.limiter)
             torch._foreach_div_(factors, list(excess.unbind()))
         for grad, p, r, n, f in zip(grads, matrices, projected, adam, factors, strict=True):
             low = n.addcmul_(r, f, value=-1)

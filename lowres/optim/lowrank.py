@@ -1,4 +1,4 @@
-"""What APOLLO, GaLore and Fira share: projections of a gradient, Adam on what is projected, a limiter.
+"""What APOLLO, GaLore and Fira share: projections of a gradient, and Adam on what is projected.
 
 For a gradient G [m, n] the smaller dimension is compressed to the rank r:
 
@@ -21,10 +21,6 @@ from lowres import rng, storage
 from lowres.optim.base import Clock, State
 from lowres.storage import Fields, TensorSpec
 
-GROWTH = 1.01  # the limiter's gamma
-# how fast the limiter's memory may fall: one tiny gradient would else hold the updates down for a
-# thousand steps, as growth is limited to 1 % a step
-SLOWEST_FALL = 0.5
 # a random projection of more numbers is drawn again in every step instead of being kept
 KEPT_PROJECTION = 1 << 14
 # projected numbers in a batch of tensors; above it a launch is cheap beside its work, and memory is not
@@ -227,17 +223,3 @@ def norms(tensors: list[Tensor]) -> Tensor:
         # a dot product takes half the time of a norm, and for 45 M elements errs by 5e-5 instead of 3e-3
         return torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in tensors]).sqrt_()
     return torch.stack(torch._foreach_norm(tensors))
-
-
-def limit(norms: Tensor, states: list[State], accepted: Tensor) -> Tensor:
-    """The norm-growth limiter: what to divide updates of these norms [k] by; remembers what is left.
-
-    Only accepted norms enter its memory, `state["norm"]`. A gradient of zero leaves it alone. The first
-    norm is only remembered.
-    """
-    kept = [state["norm"] for state in states]
-    last = torch.stack(kept)
-    excess = torch.where(last > 0, (norms / (last + 1e-8)).clamp(min=GROWTH) / GROWTH, 1.0)
-    new = torch.maximum(norms / excess, last * SLOWEST_FALL)
-    torch._foreach_copy_(kept, list(torch.where(accepted & (norms > 0), new, last).unbind()))
-    return excess

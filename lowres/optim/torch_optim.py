@@ -33,6 +33,7 @@ from lowres.optim.apollo import ApolloRule
 from lowres.optim.base import Clock
 from lowres.optim.fira import FiraRule
 from lowres.optim.galore import GaLoreRule
+from lowres.optim.limiter import GROWTH
 from lowres.optim.lowrank import RandomProjection, SvdProjection
 from lowres.storage import Dense, TensorSpec
 
@@ -244,7 +245,8 @@ class Apollo(RuleOptimizer):
 
     rank: default, a quarter of the smaller dimension. scale: the update is multiplied by its square
     root, with scale_front before the norm-growth limiter. refresh_every: steps between two projections.
-    projection: random, which needs no memory, or svd.
+    projection: random, which needs no memory, or svd. limiter: most that the norm of an update may grow by
+    a step; True is 1.01, False is no limiter.
     """
 
     _per_channel = True
@@ -261,15 +263,15 @@ class Apollo(RuleOptimizer):
         scale: float = 1.0,
         refresh_every: int = 200,
         scale_front: bool = False,
-        limiter: bool = True,
+        limiter: bool | float = True,
         projection: str = "random",
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
         _require_low_rank(rank, scale, refresh_every)
         _require(projection in ("random", "svd"), "projection", projection, "random or svd")
-        more = {"scale_front": scale_front, "limiter": limiter, "projection": projection}
-        more |= {"rank": rank, "scale": scale, "refresh_every": refresh_every}
+        more: dict[str, Any] = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
+        more |= {"scale_front": scale_front, "limiter": limiter, "projection": projection}
         super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
 
     def _rule(self, group: dict[str, Any]) -> AnyRule:
@@ -286,7 +288,7 @@ class Apollo(RuleOptimizer):
             group["scale"],
             self._per_channel,
             group["scale_front"],
-            group["limiter"],
+            _growth(group["limiter"]),
         )
 
 
@@ -344,7 +346,7 @@ class GaLore(RuleOptimizer):
 class Fira(RuleOptimizer):
     """Fira (Chen et al., arXiv 2410.01623): GaLore, and the rest of the gradient scaled per channel.
 
-    Keywords as for GaLore; limiter: whether the growth of the rest's norm is limited.
+    Keywords as for GaLore; limiter: as for Apollo, of the rest's norm.
     """
 
     def __init__(
@@ -358,7 +360,7 @@ class Fira(RuleOptimizer):
         rank: int | None = None,
         scale: float = 0.25,
         refresh_every: int = 200,
-        limiter: bool = True,
+        limiter: bool | float = True,
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
@@ -368,7 +370,8 @@ class Fira(RuleOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> AnyRule:
         projection = SvdProjection(group["rank"], group["refresh_every"])
-        return FiraRule(group["betas"], group["eps"], projection, group["scale"], group["limiter"])
+        growth = _growth(group["limiter"])
+        return FiraRule(group["betas"], group["eps"], projection, group["scale"], growth)
 
 
 class AdamMini(RuleOptimizer):
@@ -470,6 +473,13 @@ def _llama_role(name: str, p: Tensor) -> str | None:
 def _require(holds: bool, key: str, value: object, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{key}: {value!r} must be {wanted}")
+
+
+def _growth(limiter: bool | float) -> float:
+    """The factor that `limiter` means; 0 is no limiter."""
+    growth = GROWTH if limiter is True else float(limiter)
+    _require(growth == 0 or growth >= 1, "limiter", limiter, "True, False or at least 1")
+    return growth
 
 
 def _require_low_rank(rank: int | None, scale: float, refresh_every: int) -> None:

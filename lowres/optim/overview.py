@@ -1,0 +1,85 @@
+"""What every tensor of a model gets from its optimizer, for `lowres plan --optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lowres.optim import PROJECTING, Optimizer
+from lowres.optim.adam_mini import AdamMiniRule, partition
+from lowres.optim.lowrank import RandomProjection, projection_shape
+from lowres.storage import TensorSpec, field_bytes
+
+KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
+
+
+def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """A row for each role of a model's tensors, in their order.
+
+    lr: the peak rate. state_bytes: of one tensor, as it lies in a slab.
+    """
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for spec in specs:
+        group = optimizer.group_of(spec)
+        new = {
+            "role": spec.role,
+            "tensors": 0,
+            "shape": list(spec.shape),
+            "optimizer": group.name,
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "state": _state(optimizer, spec),
+            "state_bytes": sum(field_bytes(optimizer.state_fields(spec)).values()),
+        }
+        rows.setdefault((spec.role, spec.shape), new)["tensors"] += 1
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows for people."""
+    head = ["role", "tensors", "shape", "optimizer", "peak lr", "decay", "bytes each", "state"]
+    cells = [
+        [
+            row["role"],
+            str(row["tensors"]),
+            str(row["shape"]),
+            row["optimizer"],
+            f"{row['lr']:.4g}",
+            f"{row['weight_decay']:.4g}",
+            f"{row['state_bytes']:,}",
+            row["state"],
+        ]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+    words = (0, 2, 3, 7)  # the columns that are not numbers
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in [head, *cells]
+    )
+
+
+def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
+    """The state of a tensor: its number format where it has the tensor's shape, else a shape of its own."""
+    rule, parts = optimizer.group_of(spec).rule, []
+    for key, (dtype, shape) in optimizer.state_fields(spec).items():
+        if isinstance(rule, AdamMiniRule) and key == "exp_avg_sq":
+            blocks, rows = partition(spec, rule.head_dim)
+            parts.append(f"{key} for {_count(blocks, 'block')} of {_count(rows, 'row')}")
+        elif shape == spec.shape:
+            parts.append(f"{key} {KIND[dtype]}")
+        elif not key.endswith(".absmax"):  # which belongs to an int8 moment
+            parts.append(f"{key} {list(shape)}" if shape else key)
+    if isinstance(rule, PROJECTING) and isinstance(rule.projection, RandomProjection):
+        shape = projection_shape(rule.projection.rank, spec.shape)
+        parts.append(f"random projection {list(shape)} (no state)")
+    return ", ".join(parts) or "none"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number > 1)

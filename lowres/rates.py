@@ -1,0 +1,147 @@
+"""The tie of learning rate, batch and their ratio: two of `optim.lr`, `train.batch_tokens` and
+`optim.lr_over_batch` determine the third.
+
+It applies when a config is read (`tied`), when `--set` changes it (`retie`) and when a resumed run has
+another batch (`follow`). `lowres.config` calls them, so they work on values below it: nested dicts of
+sections that are not checked yet. What cannot be is a ValueError whose text names the key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# how the learning rate follows a batch that is r times as large: by r to this power
+BATCH_POLICIES = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where the values have no such key. lr: by the name of the optimizer."""
+
+    optimizer: str
+    lr: dict[str, float]
+    batch_tokens: int
+    seq_len: int
+
+
+def tied(values: dict[str, Any], defaults: Defaults) -> tuple[float | None, float, float | None]:
+    """lr, batch_tokens and lr_over_batch.
+
+    An unknown optimizer without a rate leaves None; the checks that follow refuse its name.
+    """
+    lr, ratio = _number(values, "optim", "lr"), _number(values, "optim", "lr_over_batch")
+    batch, seq_len = _number(values, "train", "batch_tokens"), _seq_len(values, defaults)
+    if ratio and lr and not batch:
+        wanted = lr / ratio
+        whole = max(1, round(wanted))
+        if not math.isclose(wanted, whole, rel_tol=1e-6):
+            raise ValueError(
+                f"train.batch_tokens: optim.lr {lr} / optim.lr_over_batch {ratio} is a batch of {wanted:.6g} "
+                f"sequences, not a whole number; the nearest is {whole}, with optim.lr_over_batch = "
+                f"{lr / whole:.6g}"
+            )
+        return lr, whole * seq_len, ratio
+    batch = batch or defaults.batch_tokens
+    sequences = batch / seq_len
+    if not ratio:
+        name = values.get("optim", {}).get("name", defaults.optimizer)
+        lr = lr or (defaults.lr.get(name) if isinstance(name, str) else None)
+        return lr, batch, lr / sequences if lr else None
+    wanted = ratio * sequences
+    if lr and not math.isclose(lr, wanted, rel_tol=1e-6):
+        raise ValueError(
+            f"optim.lr: {lr} over train.batch_tokens {batch} ({sequences:g} sequences) is "
+            f"{lr / sequences:.6g}, but optim.lr_over_batch is {ratio}; leave one of the three out"
+        )
+    return lr or wanted, batch, ratio
+
+
+def default_policy(values: dict[str, Any]) -> str:
+    """What `optim.batch_policy` is where the values do not say: what is written stays."""
+    optim = values.get("optim", {})
+    return "linear" if "lr_over_batch" in optim and "lr" not in optim else "fixed"
+
+
+def retie(file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults: Defaults) -> list[str]:
+    """Settle lr, batch_tokens and lr_over_batch after `--set` of `keys` made `values` of the `file`.
+
+    Two that were set replace the third of the file. lr or lr_over_batch alone replaces the other. A batch
+    that differs from the file's is followed by lr as optim.batch_policy says. Returns notes for the user.
+    """
+    if not all(isinstance(values.get(section, {}), dict) for section in ("optim", "train", "data")):
+        return []
+    optim, train = values.setdefault("optim", {}), values.setdefault("train", {})
+    rates = {"optim.lr", "optim.lr_over_batch"}
+    pair = file.get("optim", {}).keys() >= {"lr", "lr_over_batch"}
+    if rates <= keys and "train.batch_tokens" not in keys:
+        train.pop("batch_tokens", None)
+    elif rates & keys:
+        if pair and "batch_tokens" not in train:
+            train["batch_tokens"] = tied(file, defaults)[1]  # as the pair in the file had it
+        for key in rates - keys:
+            optim.pop(key.removeprefix("optim."), None)
+    elif _number(file, "train", "batch_tokens") or ("train.batch_tokens" in keys and pair):
+        return _follow_file(file, values, keys, defaults)
+    return []
+
+
+def _follow_file(
+    file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults: Defaults
+) -> list[str]:
+    """Let the rates in `values` follow a batch that is not the one in the file."""
+    optim, train = values["optim"], values["train"]
+    file = file | {"optim": file.get("optim", {}) | {"name": optim.get("name", defaults.optimizer)}}
+    lr, file_batch, _ = tied(file, defaults)
+    before = file_batch / _seq_len(file, defaults)
+    after = (_number(values, "train", "batch_tokens") or file_batch) / _seq_len(values, defaults)
+    policy = optim.setdefault("batch_policy", default_policy(file))
+    if before == after or lr is None or policy not in BATCH_POLICIES:
+        return []
+    factor = (after / before) ** BATCH_POLICIES[policy]
+    optim.pop("lr_over_batch", None)
+    optim["lr"] = lr * factor
+    train.setdefault("batch_tokens", file_batch)
+    if "optim.embed_lr" not in keys and _number(values, "optim", "embed_lr"):
+        optim["embed_lr"] *= factor
+    return [batch_note(policy, (before, lr), (after, lr * factor))]
+
+
+def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, policy: str) -> dict[str, Any]:
+    """lr and embed_lr of a resumed run, start * (batch / batch at the start) ** power.
+
+    start: batch_tokens, lr and embed_lr as the run was started. asked: lr and embed_lr as the config has
+    them, either those of the start or those of now; raises ValueError if it is another rate.
+    """
+    factor = (batch_tokens / start["batch_tokens"]) ** BATCH_POLICIES[policy]
+    rates = {key: start[key] and start[key] * factor for key in ("lr", "embed_lr")}
+    for key, rate in rates.items():
+        wanted = asked[key]
+        if wanted != start[key] and not (wanted and rate and math.isclose(wanted, rate, rel_tol=1e-9)):
+            raise ValueError(
+                f"optim.{key}: the run was started with {start[key]} at train.batch_tokens = "
+                f"{start['batch_tokens']}, and this key may not change on resume; set it back or start a "
+                "new run"
+            )
+    return rates
+
+
+def batch_note(policy: str, old: tuple[float, float], new: tuple[float, float]) -> str:
+    """What became of (batch in sequences, lr), for the user."""
+    rate = f"stays {old[1]:.6g}" if old[1] == new[1] else f"{old[1]:.6g} -> {new[1]:.6g}"
+    return (
+        f"the batch goes from {old[0]:g} to {new[0]:g} sequences; optim.batch_policy is {policy}: "
+        f"lr {rate}, lr/batch {old[1] / old[0]:.6g} -> {new[1] / new[0]:.6g}"
+    )
+
+
+def _number(values: dict[str, Any], section: str, key: str) -> float | None:
+    """A positive number of a config that is not checked yet; None where there is none."""
+    value = values.get(section, {}).get(key)
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if usable and 0 < value < math.inf else None
+
+
+def _seq_len(values: dict[str, Any], defaults: Defaults) -> float:
+    return _number(values, "data", "seq_len") or defaults.seq_len
