@@ -315,8 +315,8 @@ class ReloraConfig(Section):
     def _check_cycle(self) -> ReloraConfig:
         if self.cycle_steps and self.rewarmup_steps >= self.cycle_steps:
             raise ValueError(
-                f"rewarmup_steps: {self.rewarmup_steps} leave nothing of a cycle of {self.cycle_steps} steps; "
-                "lower it or raise cycle_steps"
+                f"rewarmup_steps: {self.rewarmup_steps} leave nothing of a cycle of {self.cycle_steps} "
+                "steps; lower it or raise cycle_steps"
             )
         return self
 

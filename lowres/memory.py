@@ -20,15 +20,17 @@ from typing import Any
 import torch
 
 from lowres.checkpoint import PIECE_BYTES
-from lowres.config import Config, ModelConfig
+from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.layerwise import ALIGNMENT, PRODUCT_CHUNK
 from lowres.engine.residence import Visit, slot_bytes
 from lowres.errors import DoesNotFit
 from lowres.model import storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
+from lowres.relora import MERGE_ROWS
 from lowres.rooms import GPU, HOST, Homes
 from lowres.storage import (
+    ADAPTER_ROLES,
     CHUNK_CPU,
     CHUNK_CUDA,
     MASTER,
@@ -181,17 +183,28 @@ _REMEDIES = {
 }
 
 
-def make_plan(config: Config, device: torch.device, on_this_machine: bool = False) -> Plan:
+def make_plans(config: Config, device: torch.device, on_this_machine: bool = False) -> dict[str, Plan]:
+    """The plan of each part of a run by name: the whole run, or with ReLoRA warm start and adapters."""
+    relora, parts = config.relora, {"run": False}
+    if relora.enabled and relora.start_step < config.train.total_steps:
+        parts = {"warm start": False, "adapters": True} if relora.start_step else {"adapters": True}
+    return {name: make_plan(config, device, on_this_machine, adapted) for name, adapted in parts.items()}
+
+
+def make_plan(
+    config: Config, device: torch.device, on_this_machine: bool = False, adapted: bool = False
+) -> Plan:
     """The plan of a run: the first that fits of bands from small to large, with the largest useful
     micro-batch, and as little as possible on the host.
 
-    on_this_machine: a budget that the config leaves open is what the machine has.
+    on_this_machine: a budget that the config leaves open is what the machine has. adapted: with the
+    adapters of ReLoRA.
     """
     budgets = {
         GPU: _budget(config.memory.budget_gib, _device_bytes(device) if on_this_machine else None),
         HOST: _budget(config.memory.host_budget_gib, host_bytes() if on_this_machine else None),
     }
-    planner = _Planner(config, device, budgets)
+    planner = _Planner(config, device, budgets, config.relora if adapted else None)
     plans = []
     for band in planner.bands():
         plans.append(planner.with_largest_micro_batch(band))
@@ -258,11 +271,17 @@ def _container_bytes() -> list[int]:
 class _Planner:
     """Everything that does not depend on the choice, computed once."""
 
-    def __init__(self, config: Config, device: torch.device, budgets: dict[str, int | None]) -> None:
-        self.config, self.device, self.budgets = config, device, budgets
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        budgets: dict[str, int | None],
+        adapters: ReloraConfig | None,
+    ) -> None:
+        self.config, self.device, self.budgets, self.adapters = config, device, budgets, adapters
         model, kept = config.model, config.memory
-        self.units = {unit.name: unit for unit in unit_specs(model)}
-        self.kinds = storage_kinds(model, kept.weights, kept.embeddings_kept_in)
+        self.units = {unit.name: unit for unit in unit_specs(model, adapters)}
+        self.kinds = storage_kinds(self.units.values(), kept.weights, kept.embeddings_kept_in)
         self.compute = compute_dtype(kept.compute, device)
         self.encoding = make_encoding(kept.stash_dtype, self.compute)
         optimizer = make_optimizer(config)
@@ -272,9 +291,9 @@ class _Planner:
             name: (sum(self.weights[name].values()), sum(self.state[name].values())) for name in self.units
         }
         self.blocks = [name for name in self.units if name not in ("embed", "head")]
-        self.numel = {name: sum(_aligned(s.numel) for s in unit.tensors) for name, unit in self.units.items()}
-        self.parameters = sum(s.numel for unit in self.units.values() for s in unit.tensors)
+        self.numel = {name: sum(_aligned(s.numel) for s in unit.trained) for name, unit in self.units.items()}
         specs = [s for unit in self.units.values() for s in unit.tensors]
+        self.parameters = sum(s.numel for s in specs)
         self.projections = optimizer.projection_bytes(specs)
         self.directions = max(optimizer.workspace_bytes(unit) for unit in self.units.values())
 
@@ -290,6 +309,8 @@ class _Planner:
                 found[scales] = found.get(scales, 0) + sizes[spec.name + ".scales"]
             elif spec.role in MATRIX_ROLES:
                 name = f"block matrices: {kind}"
+            elif spec.role in ADAPTER_ROLES:
+                name = f"adapters: {kind}"
             else:
                 name = f"embedding and head: {kind}" if len(spec.shape) == 2 else "norms: fp32"
             found[name] = found.get(name, 0) + sizes[spec.name]
@@ -424,13 +445,14 @@ class _Planner:
             each = wide if self.device.type == "cuda" else wide + 2
             return min(numel, PRODUCT_CHUNK) * each if wide else 0
 
-        block = max(s.numel for s in self.units[self.blocks[0]].tensors)
+        block = max(s.numel for s in self.units[self.blocks[0]].trained)
         # logits in fp32, then their gradient in compute precision beside them or beside the head's
         logits = chunk * model.vocab
         loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
         loss += chunk * model.dim * 14
         kept = _kept(model, tokens, width)
         backward = max(_activations(model, tokens, width), kept + product(block)) + (band - 1) * kept
+        backward += self._adapter_activations(tokens, width)
         return [
             Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
             Component("transfer of boundaries", GPU, doors),
@@ -458,8 +480,24 @@ class _Planner:
         else:
             numbers = 4 if kept.master != "none" or "bf16" in kinds or kept.moments != "fp32" else 0
         chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
-        largest = max(s.numel for unit in self.units.values() for s in unit.tensors)
-        return max(numbers * 4 * min(chunk, largest), self.directions)
+        specs = [s for unit in self.units.values() for s in unit.tensors]
+        merged = [s for s in specs if s.frozen] if self.config.relora.cycle_steps else []
+        # while rows are merged: the change intended, its negative, the values before, and the writing
+        rows = max((min(MERGE_ROWS, s.shape[0]) * s.shape[1] for s in merged), default=0)
+        merging = (3 + numbers) * 4 * rows
+        if merged and self.config.relora.log_rank:  # singular value decomposition of a whole one
+            merging += 3 * 4 * max(s.numel for s in merged)
+        return max(numbers * 4 * min(chunk, max(s.numel for s in specs)), self.directions, merging)
+
+    def _adapter_activations(self, tokens: int, width: int) -> int:
+        """What adapters add to the activations: rank numbers a token twice; with dropout a mask in fp32, the
+        bits it is made of, and what is left of an input beside it."""
+        if self.adapters is None:
+            return 0
+        inside = 2 * tokens * self.adapters.rank * width
+        return inside + (
+            tokens * self.config.model.ffn_dim * (3 * width + 12) if self.adapters.dropout else 0
+        )
 
     def _autograd(self, choice: Choice) -> list[Component]:
         """What the autograd engine adds: the whole model and two gradients of it."""

@@ -114,7 +114,10 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
 def _unit_bytes(config: Config) -> dict[str, tuple[int, int]]:
     """Bytes of weights and state by unit."""
     model, kept = config.model, config.memory
-    kinds, optimizer = storage_kinds(model, kept.weights, kept.embeddings_kept_in), make_optimizer(config)
+    kinds, optimizer = (
+        storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in),
+        make_optimizer(config),
+    )
     found = {}
     for unit in unit_specs(model):
         weights = weight_fields(unit, {s.name: kinds[s.name] for s in unit.tensors})
@@ -126,7 +129,7 @@ def _unit_bytes(config: Config) -> dict[str, tuple[int, int]]:
 def dequantised_elements(config: Config, compute: torch.dtype) -> int:
     """Elements of matrices that a step turns into the number format of the computation."""
     model, kept = config.model, config.memory
-    kinds = storage_kinds(model, kept.weights, kept.embeddings_kept_in)
+    kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
     found = 0
     for unit in unit_specs(model):
         for spec in unit.tensors:

@@ -278,6 +278,16 @@ class Unit:
             unit.give_state(self._state_fields, state)
         return unit
 
+    def apply(self, name: str, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
+        """Change a weight as `Storage.apply` does; through its master copy, if it has one."""
+        weight, master = self.weights[name], self.state.get(name, {}).get(MASTER)
+        if master is None:
+            weight.apply(direction, factor, decay, key)
+            return
+        Dense(master).apply(direction, factor, decay, key)
+        chunks = row_chunks(weight.shape, master.device)
+        weight.fill((rows.start, master[rows].float()) for rows in chunks)
+
     def weight_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the weights: what a trained model consists of."""
         return {
@@ -293,8 +303,11 @@ class Unit:
         return self.weight_tensors() | state | count
 
 
-# keys of optimizer state that every rule shares: the count, and a higher-precision copy of the weight
-UPDATES, MASTER = "updates", "master"
+# keys of optimizer state that every rule shares: the count, a higher-precision copy of the weight, and the
+# sum of what was merged into it
+UPDATES, MASTER, MERGED = "updates", "master", "merged"
+# what state that all adapters of a unit share is filed under, instead of a weight's name
+ADAPTERS = "adapters"
 
 
 def weight_fields(spec: UnitSpec, kinds: Mapping[str, str]) -> Fields:

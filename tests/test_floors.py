@@ -21,6 +21,7 @@ FLOORS = {
     "metrics": 2,
     "meter": 2,
     "engine": 3,
+    "relora": 3,
     "memory": 4,
     "evaluate": 4,
     "sample": 4,

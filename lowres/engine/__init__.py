@@ -50,7 +50,8 @@ def make_engine(
     band: int = 1,
     homes: Homes = Homes(),  # noqa: B008 - frozen
 ) -> Engine:
-    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate. band and homes: see the plan."""
+    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate.
+    band and homes: see the plan."""
     kept, relora = config.memory, config.relora
     dtype = compute_dtype(kept.compute, rooms.device)
     dropout = Dropout(relora.dropout, config.run.seed)

@@ -100,18 +100,28 @@ class AdaptedMatrix(WorkingMatrix):
         self.a, self.b, self.scaling, self.dropout, self.name = a, b, scaling, dropout, name
 
     def product(self, x: Tensor) -> Tensor:
-        mask = self.dropout.mask(self.name, x)
-        inner = (x if mask is None else x * mask) @ self.a.value.T
-        return (x @ self.value.T).add_(inner @ self.b.value.T, alpha=self.scaling)
+        y, (dropped, _) = x @ self.value.T, self._dropped(x)
+        inner = dropped @ self.a.value.T
+        y.flatten(0, -2).addmm_(inner.flatten(0, -2), self.b.value.T, alpha=self.scaling)
+        return y
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add to the gradients of A and B; return that of x."""
-        mask = self.dropout.mask(self.name, x)
-        dropped = x if mask is None else x * mask
-        # the products of rank numbers a token are scaled, as they are the smallest
+        dropped, mask = self._dropped(x)
+        # scaled where there are least numbers
         inner = self.b.backward(dy, (dropped @ self.a.value.T).mul_(self.scaling)).mul_(self.scaling)
-        through = self.a.backward(inner, dropped)
-        return torch.add(dy @ self.value, through if mask is None else through.mul_(mask))
+        dx = dy @ self.value
+        if mask is not None:
+            return dx.addcmul_(self.a.backward(inner, dropped), mask)
+        assert self.a.grad is not None
+        accumulate(self.a.grad, inner.flatten(0, -2), x.flatten(0, -2))
+        dx.flatten(0, -2).addmm_(inner.flatten(0, -2), self.a.value)
+        return dx
+
+    def _dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the adapter sees of x, and the mask if there is one."""
+        mask = self.dropout.mask(self.name, x)
+        return (x, None) if mask is None else (x * mask, mask)
 
 
 class _Multiply(torch.autograd.Function):

@@ -30,18 +30,20 @@ from lowres.optim.sgd import SgdRule
 from lowres.optim.torch_optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
 from lowres.rooms import GPU, HOST, Rooms
 from lowres.storage import (
+    ADAPTER_ROLES,
+    ADAPTERS,
     DENSE_DTYPES,
     EMBEDDING_ROLES,
     MASTER,
     MATRIX_ROLES,
+    MERGED,
     NORM_ROLES,
-    Dense,
+    UPDATES,
     Fields,
     TensorSpec,
     Unit,
     UnitSpec,
     field_bytes,
-    row_chunks,
     state_fields,
 )
 
@@ -117,11 +119,14 @@ class Optimizer:
         seed: int,
         moments: str = "fp32",
         master: str | None = None,
+        adapter_lr: float | None = None,
+        followed: str | None = None,
     ) -> None:
         """moments, master: number formats of element-wise moments and of the master copy of the block
-        matrices, if there is one."""
+        matrices, if there is one. adapter_lr: peak learning rate of adapters; default that of matrices.
+        followed: the unit in which the sum of merges is kept."""
         assert config.lr is not None and config.eps is not None
-        self.seed, self.master = seed, master
+        self.seed, self.master, self.followed = seed, master, followed
         rule = make_rule(config, model, seed, moments)
         growth = 0.0 if isinstance(rule, SELF_LIMITING) else config.limiter
         if config.name in FOR_ALL_TENSORS:
@@ -132,6 +137,7 @@ class Optimizer:
         embed_decay = config.weight_decay if config.decay_embeddings else 0.0
         self.groups = (
             Group(MATRIX_ROLES, config.name, rule, config.lr, config.weight_decay, growth),
+            Group(ADAPTER_ROLES, config.name, rule, adapter_lr or config.lr, config.weight_decay, growth),
             Group(EMBEDDING_ROLES, beside, rest, embed_lr, embed_decay, rest_growth),
             Group(NORM_ROLES, beside, rest, config.lr, 0.0, rest_growth),
         )
@@ -144,24 +150,33 @@ class Optimizer:
     def state_fields(self, spec: TensorSpec) -> Fields:
         """The state tensors of a weight: dtype and shape by key."""
         group = self.group_of(spec)
-        fields = group.rule.state_fields(spec) | (NORM_FIELDS if group.growth else {})
+        fields = {} if spec.frozen else group.rule.state_fields(spec) | (NORM_FIELDS if group.growth else {})
         if self.master is not None and spec.role in MATRIX_ROLES:
             fields = fields | {MASTER: (DENSE_DTYPES[self.master], spec.shape)}
         return fields
 
     def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
-        """The state of a unit, by weight name and key."""
-        return {spec.name: self.state_fields(spec) for spec in unit.tensors}
+        """The state of a unit, by weight name and key. Adapters count their updates apart, as a merge may
+        forget them."""
+        fields = {spec.name: self.state_fields(spec) for spec in unit.tensors}
+        if any(spec.role in ADAPTER_ROLES for spec in unit.tensors):
+            fields[ADAPTERS] = {UPDATES: (torch.int64, ())}
+        if unit.name == self.followed:
+            for spec in unit.tensors:
+                if spec.frozen:
+                    fields[spec.name] |= {MERGED: (torch.float32, spec.shape)}
+        return fields
 
     def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
         """Bytes that random projections take between steps."""
         rules = ((spec, self.group_of(spec).rule) for spec in specs)
-        return sum(r.projection.kept_bytes(spec.shape) for spec, r in rules if isinstance(r, PROJECTING))
+        projecting = ((s.shape, r) for s, r in rules if isinstance(r, PROJECTING) and not s.frozen)
+        return sum(rule.projection.kept_bytes(shape) for shape, rule in projecting)
 
     def workspace_bytes(self, unit: UnitSpec) -> int:
         """Bytes beside gradients and state while the directions of a unit are found by a rule that
         projects; the others work in small chunks."""
-        rules = ((spec, self.group_of(spec).rule) for spec in unit.tensors)
+        rules = ((spec, self.group_of(spec).rule) for spec in unit.trained)
         found = [(spec.shape, rule.projection) for spec, rule in rules if isinstance(rule, PROJECTING)]
         return workspace_bytes(found[0][1], [shape for shape, _ in found]) if found else 0
 
@@ -179,22 +194,27 @@ class Optimizer:
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
-        """Update the weights of a unit in place from its fp32 gradients, which are overwritten.
+        """Update the weights of a unit in place from the fp32 gradients of those that are not frozen, which
+        are overwritten.
 
         step: completed steps before this one. schedule: factor on the peak learning rates.
         accepted: bool scalar on the device; if false neither weights nor state change.
         """
-        assert grads.keys() == unit.weights.keys(), f"{unit.spec.name}: gradients and weights differ"
+        trained = unit.spec.trained
+        assert grads.keys() == {s.name for s in trained}, f"{unit.spec.name}: gradients and weights differ"
         assert unit.updates is not None, f"{unit.spec.name}: has no optimizer state"
-        unit.updates += accepted
-        clock = Clock(step, unit.updates, accepted, self.seed)
+        counts = [unit.updates, *(own[UPDATES] for key, own in unit.state.items() if key == ADAPTERS)]
+        for count in counts:
+            count.add_(accepted)
+        clocks = [Clock(step, count, accepted, self.seed) for count in counts]
         if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
             refused = ~accepted
             for grad in grads.values():
                 grad.masked_fill_(refused, 0.0)
         for group in self.groups:
-            specs = [spec for spec in unit.spec.tensors if spec.role in group.roles]
+            specs = [spec for spec in trained if spec.role in group.roles]
             if specs:
+                clock = clocks[-1] if group.roles == ADAPTER_ROLES else clocks[0]
                 self._update_group(group, unit, specs, grads, schedule, clock)
 
     def _update_group(
@@ -219,16 +239,13 @@ class Optimizer:
         decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
         for spec, direction, factor in zip(specs, directions, factors, strict=True):
             key = rng.make_key(self.seed, "rounding", spec.name, clock.step)
-            weight, master = unit.weights[spec.name], unit.state[spec.name].get(MASTER)
-            if master is None:
-                weight.apply(direction, factor, decay, key)
-                continue
-            Dense(master).apply(direction, factor, decay, key)
-            weight.fill((rows.start, master[rows].float()) for rows in row_chunks(spec.shape, master.device))
+            unit.apply(spec.name, direction, factor, decay, key)
 
 
 def make_optimizer(config: Config) -> Optimizer:
     """The optimizer of a run."""
     kept = config.memory
     master = kept.master_dtype if kept.master == "host" else None
-    return Optimizer(config.optim, config.model, config.run.seed, kept.moments, master)
+    adapter_lr = (config.optim.lr or 0) * config.relora.lr_factor
+    followed = f"layers.{config.model.n_layers // 2}" if config.relora.log_rank else None
+    return Optimizer(config.optim, config.model, config.run.seed, kept.moments, master, adapter_lr, followed)

@@ -5,8 +5,9 @@
     W <- W - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
 Blocks are the paper's, found by the role of a tensor in the model: a head of query or key, and a row
-of every other matrix; a norm is one block. All are whole rows, so the denominator is a factor per row
-and no matrix is divided. Written from the paper.
+of every other matrix; a norm is one block. Of an adapter, B has the blocks of the matrix it adds to, and A
+its rows. All are whole rows, so the denominator is a factor per row and no matrix is divided. Written from
+the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lowres.optim.base import Clock, State
 from lowres.optim.moments import Moment, flat_chunks, moment_fields
-from lowres.storage import NORM_ROLES, Fields, TensorSpec
+from lowres.storage import LORA_A, LORA_B, NORM_ROLES, Fields, TensorSpec
 
 HEAD_ROLES = ("q", "k")
 ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head")
@@ -28,9 +29,9 @@ def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:
     """(number of blocks, rows in each) of a weight; a 1-D weight of m elements has m rows."""
     if spec.role in NORM_ROLES:
         rows = spec.shape[0]
-    elif spec.role in HEAD_ROLES:
+    elif spec.role.removesuffix(LORA_B) in HEAD_ROLES:
         rows = head_dim
-    elif spec.role in ROW_ROLES:
+    elif spec.role.removesuffix(LORA_B) in ROW_ROLES or spec.role.endswith(LORA_A):
         rows = 1
     else:
         raise ValueError(f"{spec.name}: adam-mini has no blocks for the role {spec.role!r}")

@@ -1,0 +1,174 @@
+"""ReLoRA (Lialin et al., arXiv 2307.05695): many low-rank changes that add up to one of high rank.
+
+While its adapter trains, a matrix W of a block is frozen and stands for W + (alpha / rank) B A. Every
+cycle ends with a merge, in the visit in which the last update of the cycle leaves the layer, so that it
+costs no pass of its own:
+
+    W <- W + (alpha / rank) B A      through the storage of W: into INT8 with stochastic rounding, as rounding
+                                     to nearest would lose nearly all of a change this small
+    A <- uniform (Kaiming), B <- 0   so the model computes what it did, and the next change is another
+    moments <- mostly forgotten      both with the same mask: a first moment without its second would make
+                                     the next update thousands of times too large
+
+What was merged is compared with what was meant to be: cosine, and ratio of the norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.config import ReloraConfig
+from lowres.model import fresh_adapter
+from lowres.optim import Clock, Optimizer
+from lowres.optim.moments import Moment
+from lowres.storage import (
+    ADAPTER_ROLES,
+    ADAPTERS,
+    LORA_A,
+    LORA_B,
+    MASTER,
+    MERGED,
+    UPDATES,
+    Dense,
+    TensorSpec,
+    Unit,
+    make_storage,
+)
+
+# rows of a weight that are merged at a time; a constant, as the random bits are named by it
+MERGE_ROWS = 256
+FIRST_MOMENTS, SECOND_MOMENT, LIMITER = ("exp_avg", "momentum"), "exp_avg_sq", "norm"
+
+
+class Relora:
+    """An optimizer that merges adapters at the end of every cycle; for the engine, an `Updater`."""
+
+    def __init__(self, config: ReloraConfig, optimizer: Optimizer) -> None:
+        self.config, self.optimizer = config, optimizer
+        # of the last merge: <applied, intended>, and the squared norm of each; effective ranks
+        self._sums: Tensor | None = None
+        self._ranks: list[Tensor] = []
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None:
+        """Update a unit (`Optimizer.update`), and merge its adapters if that ends a cycle."""
+        self.optimizer.update(unit, grads, step, schedule, accepted)
+        if self.config.merges_at(step + 1) > self.config.merges_at(step):
+            self._merge(unit, step + 1)
+
+    def readings(self, step: int) -> dict[str, Any]:
+        """What to log after `step` steps. Waits for the device after a merge only.
+
+        cycle: 0 in the warm start, then counted from 1. merges: so far. After a merge also merge_cosine and
+        merge_norm (applied against intended change, all matrices together; 1 is all of it) and, if it is
+        asked for, effective_rank (mean over the matrices that are followed).
+        """
+        merges = self.config.merges_at(step)
+        found: dict[str, Any] = {
+            "cycle": merges + 1 if step > self.config.start_step else 0,
+            "merges": merges,
+        }
+        if self._sums is not None:
+            dot, applied, intended = self._sums.tolist()
+            found["merge_cosine"] = dot / (applied * intended) ** 0.5 if applied and intended else 0.0
+            found["merge_norm"] = (applied / intended) ** 0.5 if intended else 0.0
+            if self._ranks:
+                found["effective_rank"] = float(torch.stack(self._ranks).mean())
+            self._sums, self._ranks = None, []
+        return found
+
+    def _merge(self, unit: Unit, step: int) -> None:
+        adapters = {spec.role: spec for spec in unit.spec.tensors if spec.role in ADAPTER_ROLES}
+        for spec in unit.spec.tensors:
+            if spec.frozen:
+                a, b = (
+                    unit.weights[adapters[spec.role + part].name].dense(torch.float32)
+                    for part in (LORA_A, LORA_B)
+                )
+                sums = merge(unit, spec, a, b, self.config.scaling, self.optimizer.seed, step)
+                self._sums = sums if self._sums is None else self._sums + sums
+                if MERGED in unit.state[spec.name]:
+                    self._ranks.append(effective_rank(unit.state[spec.name][MERGED]))
+        for spec in adapters.values():
+            values = fresh_adapter(spec, self.optimizer.seed, step, unit.weights_slab.device)
+            unit.weights[spec.name].fill(iter([(0, values)]))
+            forget(unit, spec, self.config, self.optimizer.seed, step)
+        if adapters and self.config.reset == "zero":
+            unit.state[ADAPTERS][UPDATES].zero_()
+
+
+def merge(unit: Unit, spec: TensorSpec, a: Tensor, b: Tensor, scaling: float, seed: int, step: int) -> Tensor:
+    """W <- W + scaling B A for a frozen matrix of the unit, through its master copy if it has one.
+
+    a, b: fp32 [rank, n] and [m, rank]. Returns fp64 [3]: <applied, intended> change and the squared norms of
+    the applied and of the intended one.
+    """
+    stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
+    one = torch.ones((), device=a.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=a.device)
+    for start in range(0, spec.shape[0], MERGE_ROWS):
+        rows = slice(start, start + MERGE_ROWS)
+        weight = make_storage(unit.kinds[spec.name], {key: t[rows] for key, t in stored.items()})
+        written = Dense(state[MASTER][rows]) if MASTER in state else weight
+        before = written.dense(torch.float32).clone()
+        intended = (b[rows] @ a).mul_(scaling)
+        written.apply(-intended, one, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
+        applied = written.dense(torch.float32) - before
+        if written is not weight:
+            weight.fill(iter([(0, state[MASTER][rows].float())]))
+        if MERGED in state:
+            state[MERGED][rows] += applied
+        pairs = (applied, intended), (applied, applied), (intended, intended)
+        sums += torch.stack([(x.double() * y).sum() for x, y in pairs])
+    return sums
+
+
+def forget(unit: Unit, spec: TensorSpec, config: ReloraConfig, seed: int, step: int) -> None:
+    """Forget the moments of an adapter, all or (`reset_keep`) most, and what its limiter remembers.
+
+    Both moments lose the same elements. Where the second has another shape (Adam-mini's blocks), it stays
+    if the first is kept in part: an update can only be too small then.
+    """
+    state = unit.state[spec.name]
+    moments = [key for key in (*FIRST_MOMENTS, SECOND_MOMENT) if key in state]
+    if LIMITER in state:
+        state[LIMITER].zero_()
+    if config.reset == "zero":
+        for key in moments:
+            for part in (key, f"{key}.absmax"):
+                if part in state:
+                    state[part].zero_()
+        return
+    always = torch.ones((), dtype=torch.bool, device=unit.weights_slab.device)
+    clock = Clock(step, unit.state[ADAPTERS][UPDATES], always, seed)
+    opened = [Moment(spec, key, state, clock, signed=key != SECOND_MOMENT) for key in moments]
+    values = [moment.read(slice(0, moment.value.numel())) for moment in opened]
+    mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step)) if values else None
+    for moment, value in zip(opened, values, strict=True):
+        if mask is not None and value.numel() == mask.numel():
+            moment.write(value.mul_(mask), slice(0, value.numel()))
+
+
+def kept(first: Tensor, config: ReloraConfig, key: rng.Key) -> Tensor:
+    """Which elements of the moments are kept, bool of the shape of the first moment (flat)."""
+    if config.reset == "random":
+        return rng.uniform(key, 0, first.numel(), first.device) < config.reset_keep
+    count = round(config.reset_keep * first.numel())
+    mask = torch.zeros_like(first, dtype=torch.bool)
+    mask[first.abs().topk(count).indices] = True
+    return mask
+
+
+def effective_rank(change: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), fp32 scalar; 0 for a
+    change of zero."""
+    values = torch.linalg.svdvals(change)
+    total = values.sum()
+    p = values / total.clamp(min=torch.finfo(values.dtype).tiny)
+    return torch.where(total > 0, torch.exp(torch.special.entr(p).sum()), 0.0)
