@@ -23,9 +23,10 @@ from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
+from lowres.runs import CHECKPOINTS, open_run, pick_device
 from lowres.sample import sample
 from lowres.sweep import sweep
-from lowres.trainer import CHECKPOINTS, open_run, pick_device, train
+from lowres.trainer import train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(sub)
     sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
     sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
+    sub.add_argument(
+        "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
+    )
 
     sub = command("sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
     _add_config(sub)
@@ -185,6 +189,8 @@ def _load(parsed: argparse.Namespace) -> Config:
 
 
 def _train(parsed: argparse.Namespace) -> None:
+    if parsed.init_from:
+        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
     train(config, folder, parsed.resume)
@@ -200,8 +206,12 @@ def _plan(parsed: argparse.Namespace) -> None:
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
-    plan = memory.make_plan(config, device)
-    values, tables = plan.as_dict(), [plan.table()]
+    plans = memory.make_plans(config, device)
+    plan = max(plans.values(), key=lambda plan: (plan.excess, plan.peak("gpu")))
+    values = plan.as_dict() | {"parts": {part: plan.as_dict() for part, plan in plans.items()}}
+    tables = [f"{part}\n{plan.table()}\n" for part, plan in plans.items()]
+    if len(plans) == 1:
+        values, tables = plan.as_dict(), [plan.table()]
     if parsed.probe and not plan.problems:
         found = probe(config, plan)
         values["probe"] = found.as_dict()

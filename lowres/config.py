@@ -64,7 +64,7 @@ class RunConfig(Section):
     """Name of the run; its folder is runs/<name> unless --run says otherwise."""
     seed: Count = 0
     """Seed of everything random: initial weights, data order, rounding, projections."""
-    init_from: str | None = None
+    init_from: str | None = resumable(None)
     """Run whose newest checkpoint gives the first weights (`--init-from RUN`); its tokenizer is used too."""
     device: Literal["auto", "cpu", "cuda"] = resumable("auto")
     """Where to compute; auto takes CUDA if there is one."""
@@ -327,6 +327,10 @@ class ReloraConfig(Section):
     def adapted_at(self, step: int) -> bool:
         """Whether the update after `step` completed ones is one of adapters."""
         return self.enabled and step >= self.start_step
+
+    def stored_at(self, step: int) -> bool:
+        """Whether a checkpoint after `step` steps has adapters. One from where they start has not yet."""
+        return self.enabled and (step > self.start_step or self.start_step == 0)
 
     def merges_at(self, step: int) -> int:
         """How many merges there have been after `step` steps."""

@@ -44,6 +44,7 @@ from lowres.storage import (
 
 GIB = 1 << 30
 DISK = "disk"
+ADAPTERS = "adapters"  # the part of a run that has them
 # tokens in a micro-batch beyond which a matrix product is no faster
 USEFUL_TOKENS = {"cuda": 8192, "cpu": 2048}
 BANDS = (1, 2, 4, 8)
@@ -185,10 +186,10 @@ _REMEDIES = {
 
 def make_plans(config: Config, device: torch.device, on_this_machine: bool = False) -> dict[str, Plan]:
     """The plan of each part of a run by name: the whole run, or with ReLoRA warm start and adapters."""
-    relora, parts = config.relora, {"run": False}
+    relora, parts = config.relora, ["run"]
     if relora.enabled and relora.start_step < config.train.total_steps:
-        parts = {"warm start": False, "adapters": True} if relora.start_step else {"adapters": True}
-    return {name: make_plan(config, device, on_this_machine, adapted) for name, adapted in parts.items()}
+        parts = ["warm start", ADAPTERS] if relora.start_step else [ADAPTERS]
+    return {part: make_plan(config, device, on_this_machine, part == ADAPTERS) for part in parts}
 
 
 def make_plan(

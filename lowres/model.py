@@ -32,9 +32,7 @@ from lowres.storage import (
     ADAPTER_ROLES,
     LORA_A,
     LORA_B,
-    MASTER,
     MATRIX_ROLES,
-    Dense,
     TensorSpec,
     Unit,
     UnitSpec,
@@ -126,7 +124,7 @@ def storage_kinds(units: Iterable[UnitSpec], matrices: str, embeddings: str) -> 
 
 def is_adapted(units: Units) -> bool:
     """Whether the model has adapters."""
-    return any(spec.frozen for unit in units.values() for spec in unit.spec.tensors)
+    return any(unit.spec.adapters for unit in units.values())
 
 
 def empty_units(
@@ -153,12 +151,7 @@ def initialize(units: Units, seed: int, device: torch.device) -> None:
     Kaiming-uniform and B zero."""
     for unit in units.values():
         for spec in unit.spec.tensors:
-            rows = _initial_rows(spec, seed, device)
-            master = unit.state.get(spec.name, {}).get(MASTER)
-            if master is not None:  # the weights are the rounded master copy from the beginning
-                Dense(master).fill(rows)
-                rows = ((part.start, master[part].float()) for part in row_chunks(spec.shape, device))
-            unit.weights[spec.name].fill(rows)
+            unit.fill(spec.name, _initial_rows(spec, seed, device))
 
 
 def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

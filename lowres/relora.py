@@ -27,7 +27,6 @@ from lowres.model import fresh_adapter
 from lowres.optim import Clock, Optimizer
 from lowres.optim.moments import Moment
 from lowres.storage import (
-    ADAPTER_ROLES,
     ADAPTERS,
     LORA_A,
     LORA_B,
@@ -84,31 +83,48 @@ class Relora:
         return found
 
     def _merge(self, unit: Unit, step: int) -> None:
-        adapters = {spec.role: spec for spec in unit.spec.tensors if spec.role in ADAPTER_ROLES}
         for spec in unit.spec.tensors:
             if spec.frozen:
-                a, b = (
-                    unit.weights[adapters[spec.role + part].name].dense(torch.float32)
-                    for part in (LORA_A, LORA_B)
-                )
-                sums = merge(unit, spec, a, b, self.config.scaling, self.optimizer.seed, step)
+                sums = merge(unit, spec, self.config.scaling, self.optimizer.seed, step)
                 self._sums = sums if self._sums is None else self._sums + sums
                 if MERGED in unit.state[spec.name]:
                     self._ranks.append(effective_rank(unit.state[spec.name][MERGED]))
-        for spec in adapters.values():
-            values = fresh_adapter(spec, self.optimizer.seed, step, unit.weights_slab.device)
-            unit.weights[spec.name].fill(iter([(0, values)]))
+        start_adapters(unit, self.optimizer.seed, step)
+        for spec in unit.spec.adapters.values():
             forget(unit, spec, self.config, self.optimizer.seed, step)
-        if adapters and self.config.reset == "zero":
+        if unit.spec.adapters and self.config.reset == "zero":
             unit.state[ADAPTERS][UPDATES].zero_()
 
 
-def merge(unit: Unit, spec: TensorSpec, a: Tensor, b: Tensor, scaling: float, seed: int, step: int) -> Tensor:
+def adapters_of(unit: Unit, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+    """A [rank, n] and B [m, rank] of a frozen matrix of the unit, fp32."""
+    specs = unit.spec.adapters
+    a, b = (unit.weights[specs[spec.role + part].name].dense(torch.float32) for part in (LORA_A, LORA_B))
+    return a, b
+
+
+def start_adapters(unit: Unit, seed: int, step: int) -> None:
+    """Give the adapters of a unit the values they start with after `step` steps."""
+    for spec in unit.spec.adapters.values():
+        unit.fill(spec.name, iter([(0, fresh_adapter(spec, seed, step, unit.weights_slab.device))]))
+
+
+def tensors_before(unit: Unit) -> dict[str, Tensor]:
+    """The tensors of a unit with adapters (`Unit.tensors`) that it had in the warm start too."""
+    new = (*(spec.name for spec in unit.spec.adapters.values()), f"{ADAPTERS}.")
+    return {
+        name: tensor
+        for name, tensor in unit.tensors().items()
+        if not name.startswith(new) and not name.endswith(f".{MERGED}")
+    }
+
+
+def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) -> Tensor:
     """W <- W + scaling B A for a frozen matrix of the unit, through its master copy if it has one.
 
-    a, b: fp32 [rank, n] and [m, rank]. Returns fp64 [3]: <applied, intended> change and the squared norms of
-    the applied and of the intended one.
+    Returns fp64 [3]: <applied, intended> change and the squared norms of the applied and the intended one.
     """
+    a, b = adapters_of(unit, spec)
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
     one = torch.ones((), device=a.device)
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)

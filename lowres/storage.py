@@ -77,6 +77,11 @@ class UnitSpec:
         """The tensors that have gradients."""
         return [spec for spec in self.tensors if not spec.frozen]
 
+    @property
+    def adapters(self) -> dict[str, TensorSpec]:
+        """The adapters of its matrices, by role."""
+        return {spec.role: spec for spec in self.tensors if spec.role in ADAPTER_ROLES}
+
 
 class Storage(Protocol):
     """One weight at rest. `shape` is that of the weight, whatever tensors it is kept in."""
@@ -278,12 +283,26 @@ class Unit:
             unit.give_state(self._state_fields, state)
         return unit
 
+    def has_master(self, name: str) -> bool:
+        """Whether a weight has a more precise copy, among the optimizer's state."""
+        return MASTER in self.state.get(name, {})
+
+    def fill(self, name: str, values: Iterator[tuple[int, Tensor]]) -> None:
+        """Set a weight as `Storage.fill` does; it is the rounded master copy, if it has one."""
+        weight = self.weights[name]
+        if self.has_master(name):
+            master = self.state[name][MASTER]
+            Dense(master).fill(values)
+            values = ((r.start, master[r].float()) for r in row_chunks(weight.shape, master.device))
+        weight.fill(values)
+
     def apply(self, name: str, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
         """Change a weight as `Storage.apply` does; through its master copy, if it has one."""
-        weight, master = self.weights[name], self.state.get(name, {}).get(MASTER)
-        if master is None:
+        weight = self.weights[name]
+        if not self.has_master(name):
             weight.apply(direction, factor, decay, key)
             return
+        master = self.state[name][MASTER]
         Dense(master).apply(direction, factor, decay, key)
         chunks = row_chunks(weight.shape, master.device)
         weight.fill((rows.start, master[rows].float()) for rows in chunks)

@@ -1,13 +1,7 @@
 """A run: batch, step, log, evaluate, checkpoint, and all of it again after an interruption.
 
-Everything a run produces lives in its folder:
-
-    config.toml      the resolved config
-    tokenizer.model  so that the folder samples and evaluates wherever it is taken
-    metrics.jsonl    see lowres.metrics
-    checkpoints/     see lowres.checkpoint
-    summary.json     final values, written last: a run that has one is finished
-    loss.png         if matplotlib is installed
+Everything a run produces lives in its folder (`lowres.runs`). With ReLoRA a run has two parts, and what
+computes is built anew between them: the adapters start from the checkpoint that the warm start ends with.
 """
 
 from __future__ import annotations
@@ -30,38 +24,47 @@ from tqdm import tqdm
 
 from lowres import __version__, checkpoint, memory, metrics
 from lowres.config import Config, changed_keys, follow_batch, load_config, to_toml
-from lowres.data import TokenData, Tokenizer, open_data
-from lowres.engine import Engine, make_engine
+from lowres.data import TokenData, open_data
+from lowres.engine import Engine
 from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
 from lowres.meter import Meter
-from lowres.model import Units, empty_units, initialize
-from lowres.optim import Optimizer, make_optimizer
+from lowres.model import Units, initialize
+from lowres.optim import make_optimizer
 from lowres.optim.schedule import factor
+from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.report import draw_loss
 from lowres.rooms import Rooms
+from lowres.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    TOKENIZER,
+    engine_of,
+    initialize_from,
+    make_units,
+    pick_device,
+)
 from lowres.sample import sample
 
-CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
-TOKENIZER = "tokenizer.model"
 # steps in a row without an update after which a run is not worth its electricity
 MOST_SKIPPED = 50
 # keys that may change with the batch; follow_batch checks them
 RATES = ("optim.lr", "optim.embed_lr", "optim.lr_over_batch")
-# a model this wide is not trained on a CPU
-LARGE_WIDTH = 2048
 
 
-def pick_device(config: Config) -> torch.device:
-    """The device that run.device asks for."""
-    available = torch.cuda.is_available()
-    if config.run.device == "cuda" and not available:
-        large = ", or see a real 7B take steps without one: make smoke-7b-cpu"
-        raise UserError(
-            "run.device: this config is for a GPU and no CUDA device is available; "
-            f"use --set run.device=cpu{large if config.model.dim >= LARGE_WIDTH else ''}"
-        )
-    return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
+@dataclass
+class Parts:
+    """What computes: in the warm start of ReLoRA without, then with adapters."""
+
+    plan: memory.Plan
+    rooms: Rooms
+    units: Units
+    optimizer: Relora
+    engine: Engine
+    meter: Meter
+    adapted: bool
 
 
 @dataclass
@@ -70,16 +73,13 @@ class Run:
 
     folder: Path
     config: Config
-    plan: memory.Plan
-    rooms: Rooms
     data: TokenData
-    units: Units
-    engine: Engine
-    meter: Meter
     validation: Tensor  # windows of eval_tokens, see TokenData.validation
     token_bytes: Tensor
-    offset: int = 0  # sequences seen, less those that all steps so far would have with the batch of now
-    start: dict[str, Any] = field(default_factory=dict)  # the batch and the rates it was started with
+    offset: int  # sequences seen, less those that all steps so far would have with the batch of now
+    start: dict[str, Any]  # the batch and the rates it was started with
+    plans: dict[bool, memory.Plan]  # by whether there are adapters
+    parts: Parts = field(init=False)
 
     def sequences_at(self, step: int) -> int:
         """Sequences seen in the first `step` steps, for any step since the batch last changed."""
@@ -88,17 +88,40 @@ class Run:
     def tokens_at(self, step: int) -> int:
         return self.sequences_at(step) * self.config.data.seq_len
 
-    def save(self, step: int) -> None:
+    def build(self, device: torch.device, adapted: bool) -> None:
+        """Make what computes, in the place of what did; weights and state are all zero."""
+        self.__dict__.pop("parts", None)  # first, as there may not be room for both
+        config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
+        optimizer = make_optimizer(config)
+        units = make_units(config, plan, rooms, adapted)
+        optimizer.attach(units.values(), rooms, plan.choice.homes.state)
+        relora = Relora(config.relora, optimizer)
+        engine = engine_of(config, units, relora, plan, rooms)
+        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        self.parts = Parts(plan, rooms, units, relora, engine, Meter(rooms), adapted)
+
+    def save(self, step: int) -> Path:
         """Checkpoint everything that the next step depends on."""
-        stored = ((name, unit.tensors()) for name, unit in self.units.items())
+        stored = ((name, unit.tensors()) for name, unit in self.parts.units.items())
         state = {"tokens": self.tokens_at(step), "data": self.data.fingerprint, "start": self.start}
-        checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
+        keep = self.config.train.keep_checkpoints
+        return checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, keep)
 
     def load(self, folder: Path) -> int:
         """Read a checkpoint into place; returns its step."""
-        for name, unit in self.units.items():
+        for name, unit in self.parts.units.items():
             checkpoint.load_unit(folder, name, unit.tensors())
         return int(checkpoint.load_state(folder)["step"])
+
+    def start_adapters(self, step: int) -> None:
+        """Go on with adapters from the end of the warm start, which is a checkpoint in any case."""
+        saved = checkpoint.step_folder(self.folder / CHECKPOINTS, step)
+        if not saved.exists():
+            self.save(step)
+        self.build(self.parts.rooms.device, adapted=True)
+        for name, unit in self.parts.units.items():
+            checkpoint.load_unit(saved, name, tensors_before(unit), all_used=False)
+            start_adapters(unit, self.config.run.seed, step)
 
 
 def train(config: Config, folder: Path, resume: bool) -> None:
@@ -118,25 +141,29 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         # ---- once in a while: evaluate, checkpoint (a resumed run had done so where it stopped)
         if step == 0 or step > resumed_at:
             if _due(step, config.train.eval_every, total):
-                with run.meter.watch("evaluation"):
-                    scores = evaluate(run.engine, run.validation, run.token_bytes, sequences)
+                with run.parts.meter.watch("evaluation"):
+                    scores = evaluate(run.parts.engine, run.validation, run.token_bytes, sequences)
                 log.write({"step": step, **scores})
                 _say(f"step {step}: validation loss {scores['val_loss']:.4f}")
             if step == total or (step and _due(step, config.train.checkpoint_every, total)):
                 run.save(step)
         if step >= total:
             break
+        if config.relora.adapted_at(step) and not run.parts.adapted:
+            run.start_adapters(step)
+            _say(f"step {step}: {_adapters_text(run)}")
 
         # ---- one step
         before = time.perf_counter()
         schedule = factor(config, step)
-        with run.meter.watch("step"):
-            report = run.engine.step(run.data.batch(step, sequences, run.offset), step, schedule)
+        with run.parts.meter.watch("step"):
+            report = run.parts.engine.step(run.data.batch(step, sequences, run.offset), step, schedule)
         tokens_per_s = config.train.batch_tokens / (time.perf_counter() - before)
         step += 1
 
         # ---- log
         lr = (config.optim.lr or 0) * schedule
+        merged = run.parts.optimizer.readings(step) if config.relora.enabled else {}
         log.write(
             {
                 "step": step,
@@ -146,12 +173,16 @@ def train(config: Config, folder: Path, resume: bool) -> None:
                 "lr_over_batch": lr / sequences,
                 "grad_norm": report.grad_norm,
                 "tokens_per_s": tokens_per_s,
-                **run.meter.readings(),
+                **run.parts.meter.readings(),
                 "skipped": report.skipped,
+                **merged,
             }
         )
         bar.update()
-        bar.set_postfix_str(f"loss {report.loss:.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s")
+        cycle = f"cycle {merged['cycle']}, " if merged else ""
+        bar.set_postfix_str(f"{cycle}loss {report.loss:.3f}, lr {lr:.2e}, {tokens_per_s:,.0f} tokens/s")
+        if "merge_cosine" in merged:
+            _say(f"step {step}: {_merge_text(merged)}")
         skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
         if skipped_in_a_row == MOST_SKIPPED:
             raise CheckFailed(
@@ -166,6 +197,24 @@ def train(config: Config, folder: Path, resume: bool) -> None:
 
 def _due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
+
+
+def _merge_text(merged: dict[str, Any]) -> str:
+    rank = f"; effective rank so far {merged['effective_rank']:.1f}" if "effective_rank" in merged else ""
+    return (
+        f"merge {merged['merges']}: {merged['merge_norm']:.1%} of the norm of the change, "
+        f"cosine {merged['merge_cosine']:.3f}{rank}"
+    )
+
+
+def _adapters_text(run: Run) -> str:
+    relora = run.config.relora
+    merging = f"merged every {relora.cycle_steps} steps" if relora.cycle_steps else "never merged"
+    specs = [s for unit in run.parts.units.values() for s in unit.spec.adapters.values()]
+    return (
+        f"adapters of rank {relora.rank} ({sum(s.numel for s in specs) / 1e6:.2f} M parameters) train "
+        f"from here, {merging}; the matrices they adapt are frozen"
+    )
 
 
 def _is_finished(config: Config, folder: Path) -> bool:
@@ -187,6 +236,7 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     """Check everything, then build the run: from its newest valid checkpoint, or from nothing."""
     device = pick_device(config)
     found, damaged = _find_checkpoint(folder, resume)
+    config = _with_origin(config, folder, resume)
     # what cannot fit is refused before anything is read or written
     smallest = config.model.vocab_size or config.data.vocab_size or 260
     _check_room(config.with_vocab(smallest), device, folder)
@@ -196,7 +246,7 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     notes: list[str] = []
     if resume:
         config, start, offset, notes = _continue(config, folder, data, found)
-    plan = _check_room(config, device, folder)
+    plans = _check_room(config, device, folder)
 
     for note in damaged + data.notes + notes:
         _say(f"note: {note}")
@@ -207,31 +257,18 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     _write_beside(folder / CONFIG, to_toml(config))
     shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
 
-    rooms = Rooms(device)
-    optimizer = make_optimizer(config)
-    units = _units(config, plan, rooms)
-    optimizer.attach(units.values(), rooms, plan.choice.homes.state)
-    engine = _engine(config, units, optimizer, plan, rooms)
-    engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-    run = Run(
-        folder,
-        config,
-        plan,
-        rooms,
-        data,
-        units,
-        engine,
-        Meter(rooms),
-        data.validation(config.train.eval_tokens),
-        data.tokenizer.token_bytes(),
-        offset,
-        start,
-    )
-    step = 0
+    validation = data.validation(config.train.eval_tokens)
+    token_bytes = data.tokenizer.token_bytes()
+    run = Run(folder, config, data, validation, token_bytes, offset, start, plans)
+    step = int(checkpoint.load_state(found)["step"]) if found else 0
+    run.build(device, config.relora.stored_at(step))
     if found is None:
-        initialize(units, config.run.seed, device)
+        initialize(run.parts.units, config.run.seed, device)
+        if config.run.init_from:
+            initialize_from(run.parts.units, config, Path(config.run.init_from))
+            _say(f"weights from {config.run.init_from}")
     else:
-        step = run.load(found)
+        run.load(found)
         _say(f"continuing {folder} at step {step}")
     _announce(run)
     if config.memory.rehearse is True or (config.memory.rehearse == "auto" and device.type == "cuda"):
@@ -239,29 +276,33 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     return run, step
 
 
-def _check_room(config: Config, device: torch.device, folder: Path) -> memory.Plan:
-    """The plan, if the budgets, this machine and its disk have room for it."""
-    plan = memory.make_plan(config, device, on_this_machine=True)
-    memory.require_fit(plan)
-    memory.require_machine(plan, device)
+def _with_origin(config: Config, folder: Path, resume: bool) -> Config:
+    """With the tokenizer of the run that the weights come from; a resumed run keeps the one it had."""
+    saved = load_config(folder / CONFIG)[0] if resume else config
+    origin = config.run.init_from or saved.run.init_from
+    if origin is None:
+        return config
+    tokenizer = Path(origin) / TOKENIZER
+    if not tokenizer.exists():
+        raise UserError(f"run.init_from: {origin} is no run: it has no {TOKENIZER}")
+    run = config.run.model_copy(update={"init_from": origin})
+    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
+    return config.model_copy(update={"run": run, "data": data})
+
+
+def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
+    """The plans, by whether there are adapters, if the budgets, this machine and its disk have room."""
+    plans = {}
+    for part, plan in memory.make_plans(config, device, on_this_machine=True).items():
+        memory.require_fit(plan)
+        memory.require_machine(plan, device)
+        plans[part == memory.ADAPTERS] = plan
     train = config.train
     saves = -(-train.total_steps // train.checkpoint_every) if train.checkpoint_every else 1
     kept = min(train.keep_checkpoints, saves - 1)
-    checkpoint.require_disk(folder / CHECKPOINTS, plan.peak(memory.DISK), kept)
-    return plan
-
-
-def _units(config: Config, plan: memory.Plan, rooms: Rooms) -> Units:
-    kept = config.memory
-    homes = plan.choice.homes
-    return empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, homes.weights)
-
-
-def _engine(
-    config: Config, units: Units, optimizer: Optimizer | None, plan: memory.Plan, rooms: Rooms
-) -> Engine:
-    choice = plan.choice
-    return make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+    largest = max(plan.peak(memory.DISK) for plan in plans.values())
+    checkpoint.require_disk(folder / CHECKPOINTS, largest, kept)
+    return plans
 
 
 def _rehearse(run: Run) -> None:
@@ -270,18 +311,18 @@ def _rehearse(run: Run) -> None:
     Two micro-batches do: what holds the whole batch is allocated. The step is refused at its end, so
     weights and state stay as they are.
     """
-    config = run.config
-    sequences = min(config.batch_sequences, 2 * run.plan.micro_batch)
+    config, parts = run.config, run.parts
+    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch)
     shape = (sequences, config.data.seq_len + 1)
     batch = torch.zeros(shape, dtype=torch.int64)
-    largest = max(run.units, key=lambda name: sum(t.nbytes for t in run.units[name].tensors().values()))
+    largest = max(parts.units, key=lambda name: sum(t.nbytes for t in parts.units[name].tensors().values()))
     place = run.folder / "rehearsal"
     try:
-        with run.meter.watch("step"):
-            run.engine.step(batch, 0, 0.0, rehearsal=True)
-        with run.meter.watch("evaluation"):
-            run.engine.evaluate(batch)
-        checkpoint.save(place, 0, [(largest, run.units[largest].tensors())], {}, keep=0)
+        with parts.meter.watch("step"):
+            parts.engine.step(batch, 0, 0.0, rehearsal=True)
+        with parts.meter.watch("evaluation"):
+            parts.engine.evaluate(batch)
+        checkpoint.save(place, 0, [(largest, parts.units[largest].tensors())], {}, keep=0)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"the rehearsal of a step ran out of GPU memory ({str(error).splitlines()[0]}); "
@@ -289,7 +330,7 @@ def _rehearse(run: Run) -> None:
         ) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    peak = run.meter.readings()["peak_mem_gib"]
+    peak = parts.meter.readings()["peak_mem_gib"]
     _say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
 
 
@@ -349,10 +390,10 @@ def _continue(
 
 
 def _announce(run: Run) -> None:
-    config, plan = run.config, run.plan
+    config, plan = run.config, run.parts.plan
     lr = config.optim.lr or 0
     _say(
-        f"{plan.parameters / 1e6:.2f} M parameters on {run.rooms.device.type}: {config.memory.engine} "
+        f"{plan.parameters / 1e6:.2f} M parameters on {run.parts.rooms.device.type}: {config.memory.engine} "
         f"engine, {config.memory.weights} weights, {config.optim.name}"
     )
     _say(
@@ -385,7 +426,7 @@ def _finish(run: Run, seconds: float) -> None:
     if asked.sample_tokens:
         seq_len, seed = run.config.data.seq_len, run.config.run.seed
         text = sample(
-            run.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed
+            run.parts.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed
         )
         summary["sample"] = text
         print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
@@ -410,22 +451,3 @@ def _write_beside(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".unfinished")
     beside.write_text(text, "utf-8")
     os.replace(beside, path)
-
-
-def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
-    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer."""
-    folder = Path(folder)
-    if not (folder / CONFIG).exists():
-        raise UserError(f"{folder} is no run: it has no {CONFIG}")
-    config, _ = load_config(folder / CONFIG, [f"run.device={device}"] if device else None)
-    found, notes = checkpoint.newest_valid(folder / CHECKPOINTS)
-    for note in notes:
-        _say(f"note: {note}")
-    if found is None:
-        raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
-    rooms = Rooms(pick_device(config))
-    plan = memory.make_plan(config, rooms.device, on_this_machine=True)
-    units = _units(config, plan, rooms)
-    for name, unit in units.items():
-        checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    return config, _engine(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)

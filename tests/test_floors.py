@@ -27,10 +27,11 @@ FLOORS = {
     "sample": 4,
     "report": 4,
     "probe": 5,
-    "trainer": 5,
+    "runs": 5,
     "sweep": 5,
-    "cli": 6,
-    "__main__": 7,
+    "trainer": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 
 

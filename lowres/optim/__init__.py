@@ -159,7 +159,7 @@ class Optimizer:
         """The state of a unit, by weight name and key. Adapters count their updates apart, as a merge may
         forget them."""
         fields = {spec.name: self.state_fields(spec) for spec in unit.tensors}
-        if any(spec.role in ADAPTER_ROLES for spec in unit.tensors):
+        if unit.adapters:
             fields[ADAPTERS] = {UPDATES: (torch.int64, ())}
         if unit.name == self.followed:
             for spec in unit.tensors:

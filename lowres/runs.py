@@ -1,0 +1,147 @@
+"""Runs as folders: what lies in one, and how its weights come out of it.
+
+config.toml      the resolved config
+tokenizer.model  so that the folder samples and evaluates wherever it is taken
+metrics.jsonl    see lowres.metrics
+checkpoints/     see lowres.checkpoint
+summary.json     final values, written last: a run that has one is finished
+loss.png         if matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lowres import checkpoint, memory
+from lowres.config import Config, ReloraConfig, load_config
+from lowres.data import Tokenizer
+from lowres.engine import Engine, make_engine
+from lowres.errors import UserError
+from lowres.model import Units, empty_units, storage_kinds, unit_specs
+from lowres.optim import Optimizer
+from lowres.relora import MERGE_ROWS, Relora, adapters_of
+from lowres.rooms import Rooms
+from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+
+CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
+TOKENIZER = "tokenizer.model"
+# a model this wide is not trained on a CPU
+LARGE_WIDTH = 2048
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device that run.device asks for."""
+    available = torch.cuda.is_available()
+    if config.run.device == "cuda" and not available:
+        large = ", or see a real 7B take steps without one: make smoke-7b-cpu"
+        raise UserError(
+            "run.device: this config is for a GPU and no CUDA device is available; "
+            f"use --set run.device=cpu{large if config.model.dim >= LARGE_WIDTH else ''}"
+        )
+    return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
+
+
+def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
+    """Storage for the weights of a run, in the homes that the plan gives them."""
+    kept = config.memory
+    adapters = config.relora if adapted else None
+    return empty_units(
+        config.model, kept.weights, kept.embeddings_kept_in, rooms, plan.choice.homes.weights, adapters
+    )
+
+
+def engine_of(
+    config: Config, units: Units, optimizer: Optimizer | Relora | None, plan: memory.Plan, rooms: Rooms
+) -> Engine:
+    """The engine of a run, with what the plan chose."""
+    choice = plan.choice
+    return make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+
+
+def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
+    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer."""
+    folder = Path(folder)
+    config, found = _newest(folder, [f"run.device={device}"] if device else [])
+    rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
+    plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
+    units = make_units(config, plan, rooms, adapted)
+    for name, unit in units.items():
+        checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
+    return config, engine_of(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)
+
+
+def initialize_from(units: Units, config: Config, folder: Path) -> None:
+    """Take the weights from the newest valid checkpoint of another run, whatever formats either keeps them
+    in; adapters there are merged. Adapters of `units` are left alone.
+
+    Raises UserError if that run is of another shape.
+    """
+    source, found = _newest(folder, [])
+    for key, value in config.model.model_dump(exclude={"preset"}).items():
+        theirs = getattr(source.model, key)
+        if theirs != value:
+            raise UserError(
+                f"model.{key}: {value} here, but the run in {folder} (--init-from) has {theirs}; "
+                "set it to that or leave --init-from out"
+            )
+    relora = source.relora if _is_adapted(source, found) else None
+    for spec in unit_specs(source.model, relora):
+        theirs, ours = _load(source, found, spec), units[spec.name]
+        for tensor in spec.tensors:
+            if tensor.role not in spec.adapters:
+                _take(ours, theirs, tensor, relora)
+
+
+def _load(source: Config, found: Path, spec: UnitSpec) -> Unit:
+    """The weights of one unit of a checkpoint, in host memory."""
+    kinds = storage_kinds([spec], source.memory.weights, source.memory.embeddings_kept_in)
+    size = sum(field_bytes(weight_fields(spec, kinds)).values())
+    unit = Unit(spec, kinds, torch.zeros(size, dtype=torch.uint8))
+    checkpoint.load_unit(found, spec.name, unit.weight_tensors(), all_used=False)
+    return unit
+
+
+def _take(ours: Unit, theirs: Unit, spec: TensorSpec, relora: ReloraConfig | None) -> None:
+    name = spec.name
+    if spec.frozen or ours.kinds[name] != theirs.kinds[name] or ours.has_master(name):
+        ours.fill(name, _rows(theirs, spec, relora, ours.weights_slab.device))
+        return
+    kept = theirs.weights[name].tensors()  # as it is: to read and round it again would lose something
+    for suffix, tensor in ours.weights[name].tensors().items():
+        tensor.copy_(kept[suffix])
+
+
+def _rows(
+    unit: Unit, spec: TensorSpec, relora: ReloraConfig | None, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, fp32 rows) of a weight, its adapter merged."""
+    weight = unit.weights[spec.name].dense(torch.float32)
+    a, b = adapters_of(unit, spec) if spec.frozen else (None, None)
+    for start in range(0, spec.shape[0], MERGE_ROWS):
+        rows = weight[start : start + MERGE_ROWS]
+        if a is not None and b is not None and relora is not None:
+            rows = torch.addmm(rows, b[start : start + MERGE_ROWS], a, alpha=relora.scaling)
+        yield start, rows.to(device)
+
+
+def _newest(folder: Path, overrides: list[str]) -> tuple[Config, Path]:
+    """The config of a run and its newest valid checkpoint."""
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is no run: it has no {CONFIG}")
+    config, _ = load_config(folder / CONFIG, overrides)
+    found, notes = checkpoint.newest_valid(folder / CHECKPOINTS)
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+    if found is None:
+        raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
+    return config, found
+
+
+def _is_adapted(config: Config, found: Path) -> bool:
+    return config.relora.stored_at(int(checkpoint.load_state(found)["step"]))
