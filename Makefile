@@ -7,13 +7,15 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 RUN ?= runs/tiny
 PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb
+RELORA := tiny 7b-24gb
 
-.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) smoke-7b-cpu test test-slow lint format clean
+.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) smoke-7b-cpu test test-slow lint format clean
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
 	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
 	@echo "                        likewise $(wordlist 2,9,$(PRESETS:%=pretrain-%))"
+	@echo "make pretrain-relora-7b-24gb   likewise with ReLoRA; pretrain-relora-tiny is the small one"
 	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, half an hour)"
 	@echo "make test               run the tests"
 	@echo "make lint               ruff and mypy over everything"
@@ -34,6 +36,10 @@ pretrain-tiny: $(STAMP)
 $(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
 	$(BIN)/lowres train configs/llama_$(subst -,_,$*).toml --run runs/llama-$* \
 		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/llama-$*/config.toml),--resume)
+
+$(RELORA:%=pretrain-relora-%): pretrain-relora-%: $(STAMP)
+	$(BIN)/lowres train configs/relora_$(subst -,_,$*).toml --run runs/relora-$* \
+		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/relora-$*/config.toml),--resume)
 
 # The real model and the real config, with batches that two cores can do.
 SMOKE := configs/llama_7b_12gb.toml --run runs/smoke-7b --set run.device=cpu --set data.source=stdlib \

@@ -17,7 +17,7 @@ from lowres.config import (
 from lowres.errors import UserError
 
 SURFACE = {
-    "run": {"name", "seed", "device"},
+    "run": {"name", "seed", "init_from", "device"},
     "model": {
         "preset",
         "dim",
@@ -45,6 +45,20 @@ SURFACE = {
     }
     | {"scale_front", "projection", "lr_over_batch", "batch_policy", "limiter", "decay_embeddings"},
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
+    "relora": {
+        "enabled",
+        "rank",
+        "alpha",
+        "start_step",
+        "cycle_steps",
+        "rewarmup_steps",
+        "lr_factor",
+        "reset",
+        "reset_keep",
+        "targets",
+        "dropout",
+        "log_rank",
+    },
     "train": {
         "steps",
         "tokens",
