@@ -4,10 +4,11 @@
 
 SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a short sweep:
 factors of two around a guess, and on from there while the best is at an end. Beside an optimizer that
-projects, embedding, head and norms take AdamW, at the rate that is best for AdamW alone. An arm in another
-memory format takes the rate of its fp32 form. All arms are then trained on the same seeds (those of which
-nothing is claimed, on the first), and take timed steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are kept in
-runs/compare_optimizers; what is finished is not repeated, what was interrupted goes on.
+projects, embedding, head and norms take AdamW, embedding and head at the rate that is best for AdamW alone.
+An arm in another memory format takes the rate of its fp32 form. All arms are then trained on the same seeds
+(those of which nothing is claimed, on the first), and take timed steps in turn. Prints a table and writes
+benchmarks/results/optimizers.json and .png. Runs are kept in runs/compare_optimizers; what is finished is
+not repeated, what was interrupted goes on.
 """
 
 from __future__ import annotations
