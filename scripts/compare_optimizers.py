@@ -4,10 +4,11 @@
 
 SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a short sweep:
 factors of two around a guess, and on from there while the best is at an end. Beside an optimizer that
-projects, embedding, head and norms take AdamW, at the rate that is best for AdamW alone. An arm in another
-memory format takes the rate of its fp32 form. All arms are then trained on the same seeds, and take timed
-steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are kept in
-runs/compare_optimizers; what is finished is not repeated, what was interrupted goes on.
+projects, embedding, head and norms take AdamW, embedding and head at the rate that is best for AdamW alone.
+An arm in another memory format takes the rate of its fp32 form. All arms are then trained on the same seeds
+(those of which nothing is claimed, on the first), and take timed steps in turn. Prints a table and writes
+benchmarks/results/optimizers.json and .png. Runs are kept in runs/compare_optimizers; what is finished is
+not repeated, what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -37,25 +38,27 @@ from lowres.storage import Unit
 
 @dataclass(frozen=True)
 class Arm:
-    """lr: the middle of its sweep, or the arm whose rate it takes. against: what it is compared to."""
+    """lr: the middle of its sweep, or the arm whose rate it takes. against: what it is compared to.
+    all_seeds: False takes the first only, for arms that nothing is claimed of."""
 
     optimizer: str
     lr: float | str
     against: str | None
     overrides: tuple[str, ...] = ()
+    all_seeds: bool = True
 
 
 # embedding and head as they come beside INT8 weights: in bf16
 INT8 = ("memory.weights=int8", "memory.embeddings=auto")
 ARMS = {
     "adamw": Arm("adamw", 0.004, None),
-    "adamw8bit": Arm("adamw8bit", "adamw", "adamw"),
+    "adamw8bit": Arm("adamw8bit", "adamw", "adamw", all_seeds=False),
     "adam-mini": Arm("adam-mini", 0.004, "adamw"),
     "apollo": Arm("apollo", 0.01, "adamw"),
     "apollo-mini": Arm("apollo-mini", 0.01, "adamw"),
-    "galore": Arm("galore", 0.01, "adamw"),
-    "fira": Arm("fira", 0.01, "adamw"),
-    "sgd": Arm("sgd", 0.5, "adamw"),
+    "galore": Arm("galore", 0.01, "adamw", all_seeds=False),
+    "fira": Arm("fira", 0.01, "adamw", all_seeds=False),
+    "sgd": Arm("sgd", 0.5, "adamw", all_seeds=False),
     "adamw, int8": Arm("adamw", "adamw", "adamw", INT8),
     "adam-mini, int8": Arm("adam-mini", "adam-mini", "adam-mini", INT8),
     "apollo-mini, int8": Arm("apollo-mini", "apollo-mini", "apollo-mini", INT8),
@@ -104,7 +107,8 @@ def main() -> None:
 
     def train(name: str) -> list[dict[str, Any]]:
         folder = parsed.runs / comparison.folder_of(name)
-        return comparison.over_seeds(parsed.config, settings[name], parsed.seeds, parsed.tokens, folder)
+        seeds = parsed.seeds if arms[name].all_seeds else parsed.seeds[:1]
+        return comparison.over_seeds(parsed.config, settings[name], seeds, parsed.tokens, folder)
 
     runs = comparison.in_parallel(train, arms, parsed.jobs)
     against = {name: arm.against for name, arm in arms.items() if arm.against in arms}

@@ -79,7 +79,9 @@ def summarise(
         found[name]["spread"] = statistics.stdev(losses) if len(losses) > 1 else None
         if name in first:
             others = arms[first[name]]
-            pairs = [mine - run["val_loss"] for mine, run in zip(losses, others, strict=True)]
+            pairs = [
+                mine - run["val_loss"] for mine, run in zip(losses, others, strict=False)
+            ]  # or fewer seeds
             error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
             found[name] |= {
                 "against": first[name],
