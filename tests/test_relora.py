@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +33,17 @@ def built(config: Config, micro_batch: int = 3, band: int = 1) -> tuple[Units, R
     return units, relora, make_engine(config, units, relora, micro_batch, ROOMS, band)
 
 
-def relora_config(weights: str = "fp32", engine: str = "layerwise", **more: object) -> Config:
-    sections = {"relora": RELORA, "memory": {"weights": weights, "engine": engine}}
-    sections["optim"] = {"name": "adamw", "lr": 0.01}
+def relora_config(weights: str = "fp32", engine: str = "layerwise", **more: Any) -> Config:
+    """more: section__key=value."""
+    sections: dict[str, dict[str, Any]] = {
+        "relora": dict(RELORA),
+        "memory": {"weights": weights, "engine": engine},
+        "optim": {"name": "adamw", "lr": 0.01},
+    }
     for key, value in more.items():
         section, _, name = key.partition("__")
-        sections[section] = sections.get(section, {}) | {name: value}  # type: ignore[dict-item]
-    return make_config(**sections)  # type: ignore[arg-type]
+        sections[section][name] = value
+    return make_config(**sections)
 
 
 def stored(units: Units) -> dict[str, torch.Tensor]:
@@ -67,7 +72,7 @@ def test_a_merge_leaves_the_function_unchanged_and_the_adapters_new() -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"relora__dropout": 0.3}, {"relora__targets": ["q", "up"]}])
-def test_both_engines_train_adapters_alike(more: dict[str, object]) -> None:
+def test_both_engines_train_adapters_alike(more: dict[str, Any]) -> None:
     found = []
     for engine_name, micro_batch, band in (("layerwise", 3, 1), ("layerwise", 2, 2), ("autograd", 7, 1)):
         # SGD, as AdamW's first updates are the signs of numbers close to zero
