@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_relora"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relora.json"))
     parsed = parser.parse_args()
-    common = [f"data.source={parsed.source}", f"optim.lr={parsed.lr}", *parsed.overrides]
-    config, _ = load_config(parsed.config, [*common, f"train.tokens={parsed.tokens}"])
+    common = [f"data.source={parsed.source}", f"optim.lr={parsed.lr}"]
+    config, _ = load_config(parsed.config, [*common, *parsed.overrides, f"train.tokens={parsed.tokens}"])
     steps = config.train.total_steps
     warm = [*RELORA, f"relora.start_step={round(WARM * steps)}"]
     settings = {
@@ -55,7 +55,7 @@ def main() -> None:
     def tune(name: str) -> float:
         """The best factor on the first seed."""
         grid = f"relora.lr_factor={','.join(map(str, FACTORS))}"
-        overrides = [*common, *settings[name], f"run.seed={parsed.seeds[0]}"]
+        overrides = [*common, *settings[name], *parsed.overrides, f"run.seed={parsed.seeds[0]}"]
         folder = parsed.runs / "rates" / name
         found = comparison.points(parsed.config, overrides, grid, parsed.tokens, folder)
         best = min(found, key=lambda p: float("inf") if p["val_loss"] is None else p["val_loss"])
@@ -69,7 +69,7 @@ def main() -> None:
 
     def train(name: str) -> list[dict[str, Any]]:
         folder = parsed.runs / comparison.folder_of(name)
-        overrides = [*common, *settings[name]]
+        overrides = [*common, *settings[name], *parsed.overrides]
         return comparison.over_seeds(parsed.config, overrides, parsed.seeds, parsed.tokens, folder)
 
     runs = comparison.in_parallel(train, ARMS, parsed.jobs)
