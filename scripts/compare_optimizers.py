@@ -3,11 +3,12 @@
     python scripts/compare_optimizers.py [SOURCE] [--only NAME ...] [--jobs 2] [--set section.key=value ...]
 
 SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a sweep on the
-first seed: factors of two around a guess, and on from there while the best is at an end. A quarter of the
-tokens (`--sweep-tokens`) is quicker, but took half of APOLLO-Mini's best rate. Beside an optimizer that
-projects, embedding, head and norms take AdamW, embedding and head at the rate that is best for AdamW alone.
-An arm in another memory format takes the rate of its fp32 form. All arms are then trained on the same seeds
-(those of which nothing is claimed, on the first), and take timed steps in turn. Prints a table and writes
+first seed: factors of two around a guess, and on from there while the best is at an end. Where something is
+claimed the sweep is over all tokens (a quarter of them took half of APOLLO-Mini's best rate), and its best
+run is that of the first seed; else over a quarter. Beside an optimizer that projects, embedding, head and
+norms take AdamW, embedding and head at the rate that is best for AdamW alone. An arm in another memory format
+takes the rate of its fp32 form. All arms are then trained on the same seeds (those of which nothing is
+claimed, on the first), and take timed steps in turn. Prints a table and writes
 benchmarks/results/optimizers.json and .png. Runs are kept in runs/compare_optimizers; what is finished is
 not repeated, what was interrupted goes on.
 """
@@ -40,26 +41,26 @@ from lowres.storage import Unit
 @dataclass(frozen=True)
 class Arm:
     """lr: the middle of its sweep, or the arm whose rate it takes. against: what it is compared to.
-    all_seeds: False takes the first only, for arms that nothing is claimed of."""
+    claimed: False takes the first seed only, and a quarter of the tokens to find the rate."""
 
     optimizer: str
     lr: float | str
     against: str | None
     overrides: tuple[str, ...] = ()
-    all_seeds: bool = True
+    claimed: bool = True
 
 
 # embedding and head as they come beside INT8 weights: in bf16
 INT8 = ("memory.weights=int8", "memory.embeddings=auto")
 ARMS = {
-    "adamw": Arm("adamw", 0.004, None),
-    "adamw8bit": Arm("adamw8bit", "adamw", "adamw", all_seeds=False),
-    "adam-mini": Arm("adam-mini", 0.004, "adamw"),
+    "adamw": Arm("adamw", 0.002, None),
+    "adamw8bit": Arm("adamw8bit", "adamw", "adamw", claimed=False),
+    "adam-mini": Arm("adam-mini", 0.001, "adamw"),
     "apollo": Arm("apollo", 0.01, "adamw"),
-    "apollo-mini": Arm("apollo-mini", 0.01, "adamw"),
-    "galore": Arm("galore", 0.01, "adamw", all_seeds=False),
-    "fira": Arm("fira", 0.01, "adamw", all_seeds=False),
-    "sgd": Arm("sgd", 0.5, "adamw", all_seeds=False),
+    "apollo-mini": Arm("apollo-mini", 0.0025, "adamw"),
+    "galore": Arm("galore", 0.02, "adamw", claimed=False),
+    "fira": Arm("fira", 0.01, "adamw", claimed=False),
+    "sgd": Arm("sgd", 0.25, "adamw", claimed=False),
     "adamw, int8": Arm("adamw", "adamw", "adamw", INT8),
     "adam-mini, int8": Arm("adam-mini", "adam-mini", "adam-mini", INT8),
     "apollo-mini, int8": Arm("apollo-mini", "apollo-mini", "apollo-mini", INT8),
@@ -77,7 +78,6 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
-    parser.add_argument("--sweep-tokens", type=int, help="of a run that finds a rate; default: as many")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("--timed-steps", type=int, default=15)
@@ -86,19 +86,20 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_optimizers"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/optimizers.json"))
     parsed = parser.parse_args()
-    parsed.sweep_tokens = parsed.sweep_tokens or parsed.tokens
     common = [f"data.source={parsed.source}", *parsed.overrides]
     arms = {name: arm for name, arm in ARMS.items() if parsed.only is None or name in parsed.only}
 
     # ---- learning rates: AdamW's first, as others use it
-    def tune(name: str) -> float:
+    def tune(name: str) -> dict[str, Any]:
         overrides = [*common, *ARMS[name].overrides, *embed_lr(name, rates), f"run.seed={parsed.seeds[0]}"]
-        return best_rate(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
+        return best_point(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
 
     rates: dict[str, float] = {}
-    rates["adamw"] = tune("adamw")
+    best = {"adamw": tune("adamw")}
+    rates["adamw"] = best["adamw"]["lr"]
     tuned = {arm.lr if isinstance(arm.lr, str) else name for name, arm in arms.items()} - {"adamw"}
-    rates |= comparison.in_parallel(tune, sorted(tuned), parsed.jobs)
+    best |= comparison.in_parallel(tune, sorted(tuned), parsed.jobs)
+    rates |= {name: point["lr"] for name, point in best.items()}
 
     # ---- runs
     settings: dict[str, list[str]] = {}
@@ -109,8 +110,15 @@ def main() -> None:
 
     def train(name: str) -> list[dict[str, Any]]:
         folder = parsed.runs / comparison.folder_of(name)
-        seeds = parsed.seeds if arms[name].all_seeds else parsed.seeds[:1]
-        return comparison.over_seeds(parsed.config, settings[name], seeds, parsed.tokens, folder)
+        if not arms[name].claimed:
+            return comparison.over_seeds(
+                parsed.config, settings[name], parsed.seeds[:1], parsed.tokens, folder
+            )
+        first = [best[name]] if name in best else []
+        rest = parsed.seeds[len(first) :]
+        if not rest:
+            return first
+        return first + comparison.over_seeds(parsed.config, settings[name], rest, parsed.tokens, folder)
 
     runs = comparison.in_parallel(train, arms, parsed.jobs)
     against = {name: arm.against for name, arm in arms.items() if arm.against in arms}
@@ -136,7 +144,7 @@ def main() -> None:
         "parameters": costs[next(iter(arms))]["parameters"],
         "tokens": runs[next(iter(arms))][0]["tokens"],
         "batch_tokens": config.train.batch_tokens,
-        "sweep_tokens": parsed.sweep_tokens,
+        "rates": {name: point["rates"] for name, point in best.items()},
         "seeds": parsed.seeds,
         "arms": summaries,
         "table": table.splitlines(),
@@ -149,22 +157,24 @@ def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
     return [f"optim.embed_lr={rates['adamw']}"] if ARMS[name].optimizer in PROJECTING else []
 
 
-def best_rate(parsed: argparse.Namespace, name: str, overrides: list[str]) -> float:
-    """The best of three rates, or of those beyond while the best is at an end."""
+def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> dict[str, Any]:
+    """The best point of three rates, or of those beyond while the best is at an end. Its `rates` are the
+    validation losses of all, by rate."""
     lr = ARMS[name].lr
     assert isinstance(lr, float)
     grid = [lr / 2, lr, lr * 2]
     folder = parsed.runs / "rates" / comparison.folder_of(name)
+    tokens = parsed.tokens if ARMS[name].claimed else parsed.tokens // 4
     for _ in range(MOST_EXTENSIONS + 1):
         values = ",".join(f"{rate:g}" for rate in grid)
-        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", parsed.sweep_tokens, folder)
-        losses = [float("inf") if p["val_loss"] is None else p["val_loss"] for p in found]
-        best = losses.index(min(losses))
-        if 0 < best < len(grid) - 1:
+        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", tokens, folder)
+        best = comparison.best_of(found)
+        place = found.index(best)
+        if 0 < place < len(grid) - 1:
             break
-        grid = [grid[0] / 2, *grid] if best == 0 else [*grid, grid[-1] * 2]
-    print(f"{name}: lr {found[best]['lr']:g}", file=sys.stderr, flush=True)
-    return float(found[best]["lr"])
+        grid = [grid[0] / 2, *grid] if place == 0 else [*grid, grid[-1] * 2]
+    print(f"{name}: lr {best['lr']:g}", file=sys.stderr, flush=True)
+    return best | {"rates": {f"{p['lr']:g}": p["val_loss"] for p in found}}
 
 
 class TimedOptimizer:

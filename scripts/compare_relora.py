@@ -58,8 +58,7 @@ def main() -> None:
         overrides = [*common, *settings[name], *parsed.overrides, f"run.seed={parsed.seeds[0]}"]
         folder = parsed.runs / "rates" / name
         found = comparison.points(parsed.config, overrides, grid, parsed.tokens, folder)
-        best = min(found, key=lambda p: float("inf") if p["val_loss"] is None else p["val_loss"])
-        return float(best["values"]["relora.lr_factor"])
+        return float(comparison.best_of(found)["values"]["relora.lr_factor"])
 
     factors = comparison.in_parallel(tune, ["LoRA", "ReLoRA"], parsed.jobs)
     for name, factor in factors.items():

@@ -62,6 +62,11 @@ def over_seeds(
     return found
 
 
+def best_of(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The point with the lowest validation loss; one that diverged or failed comes last."""
+    return min(found, key=lambda p: math.inf if p["val_loss"] is None else p["val_loss"])
+
+
 def folder_of(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name)
 
