@@ -3,12 +3,13 @@
     python scripts/compare_optimizers.py [SOURCE] [--only NAME ...] [--jobs 2] [--set section.key=value ...]
 
 SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a sweep on the
-first seed: factors of two around a guess, and on from there while the best is at an end. Where something is
-claimed the sweep is over all tokens (a quarter of them took half of APOLLO-Mini's best rate), and its best
-run is that of the first seed; else over a quarter. Beside an optimizer that projects, embedding, head and
-norms take AdamW, embedding and head at the rate that is best for AdamW alone. An arm in another memory format
-takes the rate of its fp32 form. All arms are then trained on the same seeds (those of which nothing is
-claimed, on the first), and take timed steps in turn. Prints a table and writes
+first seed (or from an earlier one: `--lr NAME=RATE`): factors of two around a guess, and on from there while
+the best is at an end. Where something is claimed the sweep is over all tokens (a quarter of them took half of
+APOLLO-Mini's best rate), and its best run is that of the first seed; else over a quarter. Beside an optimizer
+that projects, embedding, head and norms take AdamW, embedding and head at the rate that is best for AdamW
+alone. An arm in another memory format takes the rate of its fp32 form. All arms are then trained on the same
+seeds (those of which nothing is claimed, on the first), and take timed steps in turn.
+Prints a table and writes
 benchmarks/results/optimizers.json and .png. Runs are kept in runs/compare_optimizers; what is finished is
 not repeated, what was interrupted goes on.
 """
@@ -78,6 +79,9 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
+    parser.add_argument(
+        "--lr", action="append", default=[], type=given_rate, metavar="NAME=RATE", help="instead of a sweep"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
     parser.add_argument("--timed-steps", type=int, default=15)
@@ -90,16 +94,17 @@ def main() -> None:
     arms = {name: arm for name, arm in ARMS.items() if parsed.only is None or name in parsed.only}
 
     # ---- learning rates: AdamW's first, as others use it
+    rates: dict[str, float] = dict(parsed.lr)
+
     def tune(name: str) -> dict[str, Any]:
         overrides = [*common, *ARMS[name].overrides, *embed_lr(name, rates), f"run.seed={parsed.seeds[0]}"]
         return best_point(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
 
-    rates: dict[str, float] = {}
-    best = {"adamw": tune("adamw")}
-    rates["adamw"] = best["adamw"]["lr"]
-    tuned = {arm.lr if isinstance(arm.lr, str) else name for name, arm in arms.items()} - {"adamw"}
-    best |= comparison.in_parallel(tune, sorted(tuned), parsed.jobs)
-    rates |= {name: point["lr"] for name, point in best.items()}
+    best: dict[str, dict[str, Any]] = {}
+    needed = {arm.lr if isinstance(arm.lr, str) else name for name, arm in arms.items()} - rates.keys()
+    for names in ({"adamw"} - rates.keys(), needed - {"adamw"}):
+        best |= comparison.in_parallel(tune, sorted(names), parsed.jobs)
+        rates |= {name: point["lr"] for name, point in best.items()}
 
     # ---- runs
     settings: dict[str, list[str]] = {}
@@ -151,6 +156,17 @@ def main() -> None:
     }
     records.write(parsed.out, record)
     print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
+
+
+def given_rate(text: str) -> tuple[str, float]:
+    """`adamw=0.002` of the command line."""
+    name, _, rate = text.partition("=")
+    if name not in ARMS or isinstance(ARMS[name].lr, str):
+        raise argparse.ArgumentTypeError(f"{name!r} has no rate of its own")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{rate!r} is not a number") from None
 
 
 def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
