@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres.model import unit_specs
 from lowres.optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
 from lowres.optim.torch_optim import ADAMW, RuleOptimizer
 from tests.helpers import SMALL, make_config, make_optimizer, make_units
+from tests.rules import Waits
 
 Make = Callable[..., RuleOptimizer]
 SHAPE: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_kv_heads": 2}
@@ -302,16 +302,6 @@ def test_a_group_that_joins_late(name: str) -> None:
     again = make([{"params": first}, {"params": head}], **keywords)
     again.load_state_dict(optimizer.state_dict())
     assert [group["lr"] for group in again.param_groups] == [1e-3, 2e-3]
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host reads, for which it waits for a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
