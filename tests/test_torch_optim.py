@@ -5,6 +5,7 @@ import io
 import itertools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,6 +161,36 @@ def test_a_saved_state_resumes_bit_for_bit(name: str, dtype: torch.dtype) -> Non
         assert torch.equal(here, there)
     for here, there in zip(again.state.values(), optimizer.state.values(), strict=True):
         assert all(torch.equal(torch.as_tensor(here[k]), torch.as_tensor(there[k])) for k in there)
+
+
+@pytest.mark.parametrize("name", ["apollo-mini", "fira", "adam-mini"])
+def test_the_trainer_of_transformers_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="pip install lowres[dev]")
+    import transformers
+
+    make, keywords = CLASSES[name]
+    tokens = torch.randint(0, 100, (16, 24), generator=torch.Generator().manual_seed(0))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        model = llama()
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+            optimizers=(make(model.named_parameters(), lr=1e-2, **keywords), None),
+        )
+        assert trainer.train(resume_from_checkpoint=checkpoint).global_step == 6
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_loaded_state_is_a_copy() -> None:
