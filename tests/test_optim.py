@@ -47,13 +47,14 @@ class Injected(RandomProjection):
         return self.injected
 
 
+@pytest.mark.parametrize("source", ["random", "svd"])
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize(
     "scale_type, rank, scale", [("tensor", 1, 128.0), ("channel", 4, 1.0), ("channel", 4, 3.0)]
 )
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=["tall", "wide", "square"])
 def test_apollo_equals_its_reference(
-    shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool
+    shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool, source: str
 ) -> None:
     reference = pytest.importorskip("apollo_torch", reason="pip install lowres[oracles]")
     start, grads = torch.randn(shape) * 0.02, random_grads(shape)
@@ -61,21 +62,22 @@ def test_apollo_equals_its_reference(
     group = {
         "params": [parameter],
         "rank": rank,
-        "proj": "random",
+        "proj": source,
         "scale_type": scale_type,
         "scale": scale,
-        "update_proj_gap": 200,
+        "update_proj_gap": 200 if source == "random" else 7,
         "proj_type": "std",
     }
     oracle = reference.APOLLOAdamW(
         [group], lr=1e-2, betas=BETAS, eps=1e-6, weight_decay=0.0, scale_front=front
     )
-    projection = Injected(rank, 200)
+    injected = Injected(rank, 200)
+    projection = injected if source == "random" else SvdProjection(rank, 7)
     ours = ApolloRule(BETAS, 1e-6, projection, scale, scale_type == "channel", front)
     for grad in grads:
         parameter.grad = grad.clone()
         oracle.step()
-    projection.injected = oracle.state[parameter]["projector"].ortho_matrix.clone()
+    injected.injected = oracle.state[parameter]["projector"].ortho_matrix.clone()
     value, _, _ = run_rule(ours, start, grads, 1e-2)
     moved = float((parameter.detach() - start).norm())
     assert moved > 1e-3
