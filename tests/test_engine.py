@@ -173,7 +173,8 @@ def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> 
 @pytest.mark.parametrize("name", ["layerwise", "autograd"])
 def test_the_config_clips(name: str) -> None:
     config = make_config(memory={"engine": name}, optim={"grad_clip": 0.5})
-    assert make_engine(config, make_units(config.model), Recorder(), 2, ROOMS).grad_clip == 0.5
+    engine = make_engine(config, make_units(config.model), Recorder(), 2, ROOMS)
+    assert isinstance(engine, LayerwiseEngine | AutogradEngine) and engine.grad_clip == 0.5
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
