@@ -240,6 +240,9 @@ class OptimConfig(Section):
         name = values.get("name", "apollo-mini")
         if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
             raise ValueError(f"name: {name!r} is not known; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
+        betas = values.get("betas", (0.9, 0.999))
+        if not (isinstance(betas, list | tuple) and len(betas) == 2):
+            raise ValueError(f"betas: must be two numbers, such as [0.9, 0.95] (got {betas!r})")
         return OPTIMIZER_DEFAULTS.get(name, {}) | values
 
     @model_validator(mode="after")
@@ -519,6 +522,17 @@ class Config(Section):
             near = max(seq, round(batch / seq) * seq)
             raise ValueError(
                 f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cycle(self) -> Config:
+        schedule = self.schedule
+        notched = schedule.name == "sawtooth" and not self.relora.enabled  # relora checks its own
+        if notched and schedule.rewarmup_steps >= schedule.cycle_steps:
+            raise ValueError(
+                f"schedule.rewarmup_steps: {schedule.rewarmup_steps} leave nothing of a cycle of "
+                f"{schedule.cycle_steps} steps; lower it or raise schedule.cycle_steps"
             )
         return self
 

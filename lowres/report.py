@@ -69,15 +69,8 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
     plot = figure.subplots()
     for label, pairs in curves.items():
         plot.plot(*zip(*sorted(pairs), strict=True), marker="o", ms=4, lw=1, label=label)
-    losses = [point["val_loss"] for point in points]
-    least, most, top = min(losses), max(losses), _top(losses)
-    beyond = ""
-    if least < top < most:
-        plot.set_ylim(least - 0.05 * (top - least), top + 0.05 * (top - least))
-        beyond = f"; up to {most:.3g} beyond the frame"
     plot.set(xscale="log", xlabel="learning rate / batch in sequences", title=folder.name)
-    plot.set_ylabel(f"validation loss (nats a token{beyond})")
-    plot.grid(alpha=0.3, which="both")
+    _loss_axis(plot, [point["val_loss"] for point in points])
     if any(curves):
         plot.legend(fontsize="small")
     drawn.append(folder / "lr_over_batch.png")
@@ -95,8 +88,19 @@ def _top(losses: list[float]) -> float:
     return min(max(losses), least + 4 * (statistics.median(losses) - least))
 
 
+def _loss_axis(plot: Any, losses: list[float]) -> None:
+    """Name the axis of losses and end it where most of them are."""
+    margin = 0.05 * (_top(losses) - min(losses))
+    beyond = ""
+    if max(losses) > _top(losses) + margin > min(losses):
+        plot.set_ylim(min(losses) - margin, _top(losses) + margin)
+        beyond = f"; up to {max(losses):.3g} beyond the frame"
+    plot.set_ylabel(f"validation loss (nats a token{beyond})")
+    plot.grid(alpha=0.3, which="both")
+
+
 def _scale(values: list[float]) -> str:
-    return "log" if min(values) > 0 and max(values) / min(values) > 5 else "linear"
+    return "log" if min(values) > 0 and max(values) / min(values) >= 4 else "linear"
 
 
 def _curve(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> None:
@@ -104,8 +108,8 @@ def _curve(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> None:
     pairs = sorted((point["values"][key], point["val_loss"]) for point in points)
     plot = figure.subplots()
     plot.plot(*zip(*pairs, strict=True), marker="o")
-    plot.set(xlabel=key, ylabel="validation loss (nats a token)", xscale=_scale([x for x, _ in pairs]))
-    plot.grid(alpha=0.3, which="both")
+    plot.set(xlabel=key, xscale=_scale([x for x, _ in pairs]))
+    _loss_axis(plot, [loss for _, loss in pairs])
 
 
 def _contours(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> None:
@@ -146,6 +150,6 @@ def _contours(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> Non
         scaled(_scale(values))
         ticked(values, [f"{value:g}" for value in values])
     plot.minorticks_off()
+    plot.use_sticky_edges = False  # so that there is a margin around the outer points and their numbers
     plot.margins(0.08)
-    plot.set(xlabel=axes[0], ylabel=axes[1])
-    plot.set_title("validation loss; the star is the lowest", pad=24)  # above the numbers of the top row
+    plot.set(xlabel=axes[0], ylabel=axes[1], title="validation loss; the star is the lowest")

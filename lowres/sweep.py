@@ -65,7 +65,10 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
     for point in points:
         point.check(tokens)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run {folder}: cannot be made ({error.strerror}); choose another folder") from None
     records: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
         _say(f"{number} of {len(points)}: {point.folder}")

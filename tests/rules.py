@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres.optim.base import Clock, Rule, State
 from lowres.storage import Dense, TensorSpec
@@ -22,6 +25,16 @@ def new_state(rule: Rule, spec: TensorSpec) -> State:
 def state_bytes(rule: Rule, spec: TensorSpec) -> int:
     """Counted without allocating."""
     return sum(d.itemsize * torch.Size(s).numel() for d, s in rule.state_fields(spec).values())
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host reads, for which it waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
 
 
 def random_grads(shape: tuple[int, ...], steps: int = 20, scale: float = 1e-3) -> list[Tensor]:

@@ -37,6 +37,8 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     run = tmp_path / "run"
     printed = lowres("train", config, "--run", run)
     assert "validation loss" in printed.stdout and str(run) in printed.stdout
+    assert "30 steps of 1,024 tokens (16 sequences" in printed.stderr
+    assert "lr 0.01, lr/batch 0.000625;" in printed.stderr
 
     records = metrics.read(run / "metrics.jsonl")
     steps = [r for r in records if "loss" in r]
@@ -282,6 +284,28 @@ BAD_CONFIGS = {
     "zero micro-batch": ("train.micro_batch=0", "train.micro_batch"),
     "unknown preset": ("model.preset=8b", "model.preset: '8b' is not known"),
     "unknown optimizer": ("optim.name=adam", "optim.name: 'adam' is not known; use one of"),
+    "no such policy": (
+        "optim.batch_policy=cube",
+        "optim.batch_policy: Input should be 'fixed', 'linear' or 'sqrt'",
+    ),
+    "one beta": ("optim.betas=[0.9]", "optim.betas: must be two numbers, such as [0.9, 0.95] (got [0.9])"),
+    "a bare beta": ("optim.betas=0.9,0.95", "optim.betas: must be two numbers"),
+    "a beta of one": ("optim.betas=[0.9,1.0]", "optim.betas: Input should be less than 1"),
+    "negative decay": ("optim.weight_decay=-0.1", "optim.weight_decay: Input should be greater than or"),
+    "no growth": ("optim.limiter=0.5", "optim.limiter: 0.5 is no growth"),
+    "negative clip": ("optim.grad_clip=-1", "optim.grad_clip: Input should be greater than or equal to 0"),
+    "no rank": ("optim.rank=0", "optim.rank: Input should be greater than or equal to 1"),
+    "no projection": ("optim.projection=gauss", "optim.projection: Input should be 'random' or 'svd'"),
+    "unknown schedule": (
+        "schedule.name=linear",
+        "schedule.name: Input should be 'cosine', 'sawtooth', 'wsd' or",
+    ),
+    "a high floor": ("schedule.min_ratio=2", "schedule.min_ratio: Input should be less than or equal to 1"),
+    "negative warm-up": ("schedule.warmup_steps=-1", "schedule.warmup_steps: Input should be greater than"),
+    "nothing of a cycle": (
+        "schedule.name=sawtooth schedule.cycle_steps=10 schedule.rewarmup_steps=10",
+        "schedule.rewarmup_steps: 10 leave nothing of a cycle of 10 steps; lower it or raise",
+    ),
     "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
     "no host in autograd": (
         "memory.stash_on=host memory.engine=autograd",

@@ -133,7 +133,7 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("homes", [Homes(), Homes(stash=2, carry=True)])
 def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> None:
-    """AdamW with a large eps, so that the size of a gradient counts; torch's own clipping is the oracle."""
+    """Torch's own clipping is the oracle."""
     config, clip = MODELS[model], 0.05
     wanted = Recorder()
     units = make_units(config, dtype=torch.float64)
@@ -143,25 +143,38 @@ def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> 
         parameter.grad = parameter.detach().clone()
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
     assert norm > 10 * clip and abs(report.grad_norm - norm) < 1e-9
-    clipped = Recorder()
-    engine = LayerwiseEngine(
-        config, units, clipped, 2, torch.float64, Rooms(CPU), band=2, homes=homes, grad_clip=clip
+    one, other = Recorder(), Recorder()
+    layerwise = LayerwiseEngine(
+        config, units, one, 2, torch.float64, Rooms(CPU), band=2, homes=homes, grad_clip=clip
     )
-    found = engine.step(make_batch(), 0, 1.0)
-    assert abs(found.grad_norm - norm) < 1e-9 and abs(found.loss - report.loss) < 1e-9 and not found.skipped
-    for name, parameter in zip(wanted.grads, parameters, strict=True):
-        assert parameter.grad is not None
-        error = float((clipped.grads[name] - parameter.grad).norm() / parameter.grad.norm())
-        assert error < 1e-9, name
-    # a norm below the limit changes nothing, and a loss that is not finite skips everything
-    engine.grad_clip = 1e6
-    clipped.grads.clear()
-    engine.step(make_batch(), 0, 1.0)
-    for name, grad in wanted.grads.items():
-        assert float((clipped.grads[name] - grad).norm() / grad.norm()) < 1e-9, name
+    autograd = AutogradEngine(config, units, other, 3, torch.float64, ROOMS, grad_clip=clip)
+    engines: list[tuple[LayerwiseEngine | AutogradEngine, Recorder]] = [(layerwise, one), (autograd, other)]
+    for engine, clipped in engines:
+        found = engine.step(make_batch(), 0, 1.0)
+        assert abs(found.grad_norm - norm) < 1e-9 and abs(found.loss - report.loss) < 1e-9
+        assert not found.skipped
+        for name, parameter in zip(wanted.grads, parameters, strict=True):
+            assert parameter.grad is not None
+            error = float((clipped.grads[name] - parameter.grad).norm() / parameter.grad.norm())
+            assert error < 1e-9, name
+        # a norm below the limit changes nothing
+        engine.grad_clip = 1e6
+        clipped.grads.clear()
+        engine.step(make_batch(), 0, 1.0)
+        for name, grad in wanted.grads.items():
+            assert float((clipped.grads[name] - grad).norm() / grad.norm()) < 1e-9, name
+    # and a loss that is not finite skips everything
     units["head"].weights["model.norm.weight"].dense(torch.float64)[3] = torch.nan
-    clipped.grads.clear()
-    assert engine.step(make_batch(), 0, 1.0).skipped == config.n_layers + 2
+    for engine, clipped in engines:
+        clipped.grads.clear()
+        assert engine.step(make_batch(), 0, 1.0).skipped == config.n_layers + 2
+
+
+@pytest.mark.parametrize("name", ["layerwise", "autograd"])
+def test_the_config_clips(name: str) -> None:
+    config = make_config(memory={"engine": name}, optim={"grad_clip": 0.5})
+    engine = make_engine(config, make_units(config.model), Recorder(), 2, ROOMS)
+    assert isinstance(engine, LayerwiseEngine | AutogradEngine) and engine.grad_clip == 0.5
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])

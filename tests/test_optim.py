@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig, parse_config
+from lowres.config import OPTIMIZER_DEFAULTS, parse_config
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
-from lowres.model import unit_specs
+from lowres.model import empty_units, unit_specs
 from lowres.optim import Clock, make_rule
 from lowres.optim.adam_mini import AdamMiniRule
 from lowres.optim.adamw import AdamWRule
@@ -22,8 +22,8 @@ from lowres.optim.galore import GaLoreRule
 from lowres.optim.lowrank import RandomProjection, SvdProjection, singular_vectors
 from lowres.optim.sgd import SgdRule
 from lowres.storage import TensorSpec
-from tests.helpers import CPU, SMALL, make_config, make_optimizer, make_units
-from tests.rules import BETAS, new_state, random_grads, run_rule, spec_of, state_bytes
+from tests.helpers import CPU, ROOMS, SMALL, make_config, make_optimizer, make_units
+from tests.rules import BETAS, Waits, new_state, random_grads, run_rule, spec_of
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -47,13 +47,14 @@ class Injected(RandomProjection):
         return self.injected
 
 
+@pytest.mark.parametrize("source", ["random", "svd"])
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize(
     "scale_type, rank, scale", [("tensor", 1, 128.0), ("channel", 4, 1.0), ("channel", 4, 3.0)]
 )
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)], ids=["tall", "wide", "square"])
 def test_apollo_equals_its_reference(
-    shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool
+    shape: tuple[int, int], scale_type: str, rank: int, scale: float, front: bool, source: str
 ) -> None:
     reference = pytest.importorskip("apollo_torch", reason="pip install lowres[oracles]")
     start, grads = torch.randn(shape) * 0.02, random_grads(shape)
@@ -61,21 +62,22 @@ def test_apollo_equals_its_reference(
     group = {
         "params": [parameter],
         "rank": rank,
-        "proj": "random",
+        "proj": source,
         "scale_type": scale_type,
         "scale": scale,
-        "update_proj_gap": 200,
+        "update_proj_gap": 200 if source == "random" else 7,
         "proj_type": "std",
     }
     oracle = reference.APOLLOAdamW(
         [group], lr=1e-2, betas=BETAS, eps=1e-6, weight_decay=0.0, scale_front=front
     )
-    projection = Injected(rank, 200)
+    injected = Injected(rank, 200)
+    projection = injected if source == "random" else SvdProjection(rank, 7)
     ours = ApolloRule(BETAS, 1e-6, projection, scale, scale_type == "channel", front)
     for grad in grads:
         parameter.grad = grad.clone()
         oracle.step()
-    projection.injected = oracle.state[parameter]["projector"].ortho_matrix.clone()
+    injected.injected = oracle.state[parameter]["projector"].ortho_matrix.clone()
     value, _, _ = run_rule(ours, start, grads, 1e-2)
     moved = float((parameter.detach() - start).norm())
     assert moved > 1e-3
@@ -238,6 +240,23 @@ def test_a_layers_update_is_a_few_launches(make: Callable[[], Rule], each: int) 
     assert counts[1] - counts[0] <= 7 * each
 
 
+@pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
+@pytest.mark.parametrize("name", [*OPTIMIZER_DEFAULTS, "apollo svd"])
+def test_an_update_does_not_wait_for_the_device(name: str, weights: str) -> None:
+    """Whatever the layer holds; on a CPU it asks once whether the update is accepted, on a GPU never."""
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
+    optim: dict[str, object] = {"name": name.removesuffix(" svd"), "limiter": 1.01, "weight_decay": 0.1}
+    config = make_config(optim=optim | ({"projection": "svd"} if name == "apollo svd" else {}))
+    units = make_units(config.model, weights)
+    optimizer = make_optimizer(config, units)
+    for step in range(2):  # singular vectors are found in the first
+        grads = {spec.name: torch.randn(spec.shape) for spec in units["layers.0"].spec.tensors}
+        with Waits() as waits:
+            optimizer.update(units["layers.0"], grads, step, 1.0, torch.tensor(True))
+    assert waits.count == 1
+
+
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
 def test_sgd_equals_torch(momentum: float) -> None:
     start, grads = torch.randn(30, 20), random_grads((30, 20))
@@ -326,12 +345,30 @@ def test_state_is_fp32_and_small() -> None:
     state = [t for s in block for t in units["layers.0"].state[s.name].values()]
     assert all(t.dtype == torch.float32 for t in state)
     assert sum(t.numel() * 4 for t in state) / sum(s.numel for s in block) < 0.05
-    # at the width of LLaMA-7B, counted without allocating
-    model = ModelConfig.model_validate({"preset": "7b"})
-    rule = make_rule(config.optim, model, 0)
-    specs = [spec for spec in unit_specs(model)[1].tensors if len(spec.shape) == 2]
-    assert sum(spec.shape == (4096, 4096) for spec in specs) == 4
-    assert sum(state_bytes(rule, spec) for spec in specs) / sum(spec.numel for spec in specs) < 0.01
+
+
+def test_state_of_a_layer_of_llama_7b() -> None:
+    """What is held after an update, beside the weights: the state slab, and projections that are kept."""
+    model = {"preset": "7b", "n_layers": 1, "vocab_size": 2}
+    held = {}
+    for name in ("apollo-mini", "adam-mini", "adamw"):
+        config, _ = parse_config({"model": model, "optim": {"name": name}})
+        unit = empty_units(config.model, "int8", "bf16", ROOMS)["layers.0"]
+        assert sum(spec.shape == (4096, 4096) for spec in unit.spec.tensors) == 4
+        with LiveTensors() as live:
+            optimizer = make_optimizer(config, {"layers.0": unit})
+            if name == "apollo-mini":  # the pages of the others' state would be written
+                grads = {
+                    s.name: torch.zeros(1).expand(s.shape) for s in unit.spec.tensors if len(s.shape) == 2
+                }
+                specs = [s for s in unit.spec.tensors if s.name in grads]
+                states = [unit.state[s.name] for s in specs]
+                clock = Clock(0, torch.tensor(1), torch.tensor(True), 0)
+                optimizer.groups[0].rule.directions(specs, list(grads.values()), states, 1.0, clock)
+                del clock
+        held[name] = live.current["gpu"] / sum(spec.numel for spec in unit.spec.tensors)
+    assert 0 < held["apollo-mini"] < 0.01
+    assert abs(held["adamw"] - 8) < 0.01 and abs(held["adam-mini"] - 4) < 0.01
 
 
 @pytest.mark.parametrize("decayed", [True, False])

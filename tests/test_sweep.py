@@ -9,7 +9,7 @@ import pytest
 
 from lowres import metrics
 from lowres.cli import main
-from lowres.report import draw_sweep
+from lowres.report import _loss_axis, draw_sweep
 from lowres.sweep import parse_grid, table
 from tests.helpers import lowres
 
@@ -58,6 +58,12 @@ def test_bad_grids(case: str, config: Path, tmp_path: Path, capfd: pytest.Captur
     error = capfd.readouterr().err.strip()
     assert message in error and len(error.splitlines()) == 1
     assert not out.exists()
+
+
+def test_a_file_in_the_place_of_the_folder(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    grid = ["--grid", "optim.lr=0.1", "--tokens", "2048", "--run", str(config)]
+    assert main(["sweep", str(config), *grid]) == 2
+    assert f"--run {config}: cannot be made (File exists); choose another folder" in capfd.readouterr().err
 
 
 def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
@@ -138,6 +144,13 @@ def test_pictures_and_table_of_other_grids(tmp_path: Path, monkeypatch: pytest.M
     assert draw_sweep(tmp_path, one, points_of(one)) == both
     failed = [point | {"val_loss": None} for point in points_of(one)]
     assert draw_sweep(tmp_path, one, failed) == []
+    # one run that went wrong does not flatten the others
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    for losses, top, label in (([3.0, 3.1, 3.2], 3.21, "token)"), ([3.0, 3.1, 60.0], 3.42, "60 beyond")):
+        plot = figure().subplots()
+        plot.plot(losses)
+        _loss_axis(plot, losses)
+        assert plot.get_ylim()[1] == pytest.approx(top, abs=0.01) and label in plot.get_ylabel()
     diverged = [point | {"val_loss": None, "val_ppl": None, "error": None} for point in points_of(one)]
     assert all(line.endswith("diverged") for line in table(one, diverged).splitlines()[1:])
     shown = table(names, points_of(names)).splitlines()

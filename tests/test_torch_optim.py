@@ -5,6 +5,7 @@ import io
 import itertools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lowres.model import unit_specs
 from lowres.optim import AdamMini, Apollo, ApolloMini, Fira, GaLore
 from lowres.optim.torch_optim import ADAMW, RuleOptimizer
 from tests.helpers import SMALL, make_config, make_optimizer, make_units
+from tests.rules import Waits
 
 Make = Callable[..., RuleOptimizer]
 SHAPE: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_kv_heads": 2}
@@ -161,6 +163,36 @@ def test_a_saved_state_resumes_bit_for_bit(name: str, dtype: torch.dtype) -> Non
         assert all(torch.equal(torch.as_tensor(here[k]), torch.as_tensor(there[k])) for k in there)
 
 
+@pytest.mark.parametrize("name", ["apollo-mini", "fira", "adam-mini"])
+def test_the_trainer_of_transformers_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="pip install lowres[dev]")
+    import transformers
+
+    make, keywords = CLASSES[name]
+    tokens = torch.randint(0, 100, (16, 24), generator=torch.Generator().manual_seed(0))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=6,
+        save_steps=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-4")):
+        model = llama()
+        trainer = transformers.Trainer(
+            model,
+            arguments,
+            train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+            optimizers=(make(model.named_parameters(), lr=1e-2, **keywords), None),
+        )
+        assert trainer.train(resume_from_checkpoint=checkpoint).global_step == 6
+        results.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_a_loaded_state_is_a_copy() -> None:
     """In torch two optimizers in one process would then write to the same moments."""
     weight = nn.Parameter(torch.randn(8, 4))
@@ -173,15 +205,30 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert mine["exp_avg"].data_ptr() != theirs["exp_avg"].data_ptr()
 
 
-def test_a_state_of_another_rank_is_refused() -> None:
-    weight = nn.Parameter(torch.randn(8, 4))
-    optimizer = Apollo([("w", weight)], rank=2)
-    weight.grad = torch.randn(8, 4)
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing() -> None:
+    model = nn.Linear(8, 8)
+    saved = torch.optim.AdamW(model.named_parameters())
+    other = Apollo(model.named_parameters(), rank=3)
+    optimizer = Apollo(model.named_parameters(), rank=2, lr=0.5)
+    model(torch.ones(8)).sum().backward()
+    for each in (saved, other, optimizer):
+        each.step()
+    wrong = other.state_dict()
+    wrong["param_groups"][0]["rank"] = 4
+    before = copy.deepcopy(optimizer.state_dict())
+    for state, message in (
+        (saved.state_dict(), r"param group 0: has no limiter, .*rank.* so it is not one of Apollo"),
+        (wrong, "weight: the saved state is that of another rule, rank or shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["params"][0] is model.weight
+        assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+        kept = optimizer.state[model.weight]
+        assert all(
+            torch.equal(torch.as_tensor(kept[k]), torch.as_tensor(t)) for k, t in before["state"][0].items()
+        )
     optimizer.step()
-    state = optimizer.state_dict()
-    state["param_groups"][0]["rank"] = 3
-    with pytest.raises(ValueError, match="w: the saved state is that of another rule, rank or shape"):
-        Apollo([("w", weight)]).load_state_dict(state)
 
 
 @EVERY
@@ -209,17 +256,98 @@ def test_learning_rate_schedulers_decide(name: str) -> None:
 
 
 def test_schedulers_may_change_beta() -> None:
-    """As OneCycleLR does."""
-    results = []
-    for betas in ((0.9, 0.999), (0.5, 0.999)):
-        weight = nn.Parameter(torch.ones(4, 4))
-        optimizer = ApolloMini([("norm", weight)], betas=(0.9, 0.999))
-        optimizer.param_groups[0]["betas"] = betas
-        for value in (1.0, -1.0):
-            weight.grad = torch.full((4, 4), value)
+    """As OneCycleLR does: the update is that of the rate and the beta of now."""
+    results, seen = [], []
+    for scheduled in (True, False):
+        weights = {"x.weight": nn.Parameter(torch.ones(6, 4)), "norm": nn.Parameter(torch.ones(4))}
+        optimizer = Apollo(weights.items(), rank=2)
+        group = optimizer.param_groups[0]
+        if scheduled:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+        for step in range(8):
+            if scheduled:
+                seen.append((group["lr"], group["betas"]))
+            else:
+                group["lr"], group["betas"] = seen[step]
+            for p in weights.values():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
             optimizer.step()
-        results.append(weight.detach())
-    assert not torch.equal(*results)
+            if scheduled:
+                scheduler.step()
+        results.append([p.detach() for p in weights.values()])
+    assert len(set(seen)) == 8 and min(betas[0] for _, betas in seen) < 0.9
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_gradient_scaler_changes_nothing() -> None:
+    """A step that it found too large is left out; the rest is unscaled, and zeroed in place."""
+    results = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 8)
+        optimizer = ApolloMini(model.named_parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for value in (1.0, 2.0, torch.inf, 3.0):
+            scaler.scale(model(torch.full((1, 8), value)).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update(scale)
+            optimizer.zero_grad(set_to_none=False)
+        assert optimizer.state[model.weight]["step"] == 3
+        results.append(model.weight.detach())
+    assert torch.equal(*results)
+
+
+@EVERY
+def test_tied_weights_and_frozen_ones(name: str) -> None:
+    make, keywords = CLASSES[name]
+    model = llama(tie_word_embeddings=True)
+    frozen = model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(False)
+    before = frozen.clone()
+    optimizer = make(model.named_parameters(), lr=3e-3, weight_decay=0.1, **keywords)
+    losses = train(model, optimizer, 20)
+    assert losses[-1] < losses[0] - 0.5
+    assert torch.equal(frozen, before) and frozen not in optimizer.state
+    names = [spec.name for part in optimizer._parts for spec in part.specs]
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+@EVERY
+def test_a_group_that_joins_late(name: str) -> None:
+    make, keywords = CLASSES[name]
+    model = llama()
+    (first, head) = (
+        [(key, p) for key, p in model.named_parameters() if (key == "lm_head.weight") == last]
+        for last in (False, True)
+    )
+    optimizer = make(first, lr=1e-3, **keywords)
+    train(model, optimizer, 2)
+    for wrong, message in (
+        ({"lr": -1.0}, "lr: -1.0 must be at least 0"),
+        ({"role": "x"}, "'x' is not known"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": head, **wrong})
+    optimizer.add_param_group({"params": head, "lr": 2e-3})
+    train(model, optimizer, 2, 2)
+    assert [optimizer.state[p]["step"] for _, p in (first[0], head[0])] == [4, 2]
+    again = make([{"params": first}, {"params": head}], **keywords)
+    again.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [1e-3, 2e-3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@EVERY
+def test_a_step_waits_for_the_device_once(name: str, dtype: torch.dtype) -> None:
+    """Whether all gradients are finite; nothing is asked for each parameter."""
+    make, keywords = CLASSES[name]
+    model = llama().to(dtype)
+    optimizer = make(model.named_parameters(), weight_decay=0.1, **keywords)
+    train(model, optimizer, 1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with Waits() as waits:
+        optimizer.step()
+    assert waits.count == 1
 
 
 def test_a_closure_is_called_with_gradients() -> None:
@@ -321,6 +449,59 @@ def test_groups_say_which_rule() -> None:
         Apollo([("h", nn.Parameter(torch.zeros(4, 4, dtype=torch.float16)))])
     with pytest.raises(ValueError, match="rank: 0 must be at least 1"):
         Apollo([matrix], rank=0)
+
+
+@pytest.mark.parametrize(
+    "make, key, value",
+    [
+        *((make, "lr", -1.0) for make in (Apollo, ApolloMini, GaLore, Fira, adam_mini)),
+        (Apollo, "betas", (0.9, 1.0)),
+        (Apollo, "betas", (0.9,)),
+        (Apollo, "betas", 0.9),
+        (Apollo, "eps", 0.0),
+        (Apollo, "weight_decay", -0.1),
+        (Apollo, "moments", "fp8"),
+        (Apollo, "projection", "gauss"),
+        *((make, "rank", 0) for make in (Apollo, GaLore, Fira)),
+        (GaLore, "scale", 0.0),
+        (Fira, "refresh_every", 0),
+        (adam_mini, "n_heads", 0),
+        (adam_mini, "n_heads", 3),
+    ],
+)
+def test_bad_values_are_named(make: Make, key: str, value: object) -> None:
+    """As a default or in a group."""
+    named = [("q_proj.weight", nn.Parameter(torch.zeros(64, 64)))]
+    with pytest.raises(ValueError, match=f"^{key}: .* must be "):
+        make(named, **{key: value})
+    if key != "n_heads":
+        with pytest.raises(ValueError, match=f"^{key}: .* must be "):
+            make([{"params": named, key: value}])
+
+
+def test_what_cannot_be_updated_is_named() -> None:
+    with pytest.raises(ValueError, match=r"c: is torch\.complex64; only fp32, bf16 and fp64"):
+        Apollo([("c", nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64)))])
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4))
+    optimizer = Apollo(model.named_parameters())
+    model(torch.tensor([1])).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"^0\.weight: its gradient is sparse; use nn\.Embedding\(sparse=False\)"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_flattened_parameters_are_refused() -> None:
+    """As ZeRO hands them on: nothing of a matrix is left to see."""
+    model = nn.Linear(4, 4)
+    optimizer = Apollo(model.named_parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"Apollo: parameters have other shapes than at the start.* ZeRO"):
+        optimizer.step()
 
 
 def test_odd_parameters_are_served() -> None:

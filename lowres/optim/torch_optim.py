@@ -79,11 +79,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         **more: Any,
     ) -> None:
         """moments: fp32, bf16 or int8, what element-wise moments are kept in."""
-        _require(lr >= 0, "lr", lr, "at least 0")
-        _require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
-        _require(eps > 0, "eps", eps, "above 0")
-        _require(weight_decay >= 0, "weight_decay", weight_decay, "at least 0")
-        _require(moments in ("fp32", "bf16", "int8"), "moments", moments, "fp32, bf16 or int8")
         self._parts: list[Part] = []
         super().__init__(
             params,
@@ -131,11 +126,17 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _part(self, index: int) -> Part:
         group = self.param_groups[index]
+        missing = sorted(self.defaults.keys() - group.keys() - {"differentiable"})  # which torch adds
+        if missing:
+            raise ValueError(
+                f"param group {index}: has no {', '.join(missing)}, so it is not one of {type(self).__name__}"
+            )
+        _check(group)
         params: list[Tensor] = group["params"]
         names = group.get("param_names") or [f"{index}.{i}" for i in range(len(params))]
         for name, p in zip(names, params, strict=True):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise ValueError(f"{name}: is {p.dtype}; small updates are lost in it, use fp32 or bf16")
+                raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
         own, adamw = self._rule(group), AdamWRule(group["betas"], group["eps"], group["moments"])
         roles = self._roles(group, names)
         # a scalar is a tensor of one element
@@ -166,11 +167,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if any(grad.is_sparse for grad in grads):
-            raise ValueError("gradients are sparse; use nn.Embedding(sparse=False)")
+        grads = []
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            if [tuple(p.shape) or (1,) for p in group["params"]] != [spec.shape for spec in part.specs]:
+                raise ValueError(
+                    f"{type(self).__name__}: parameters have other shapes than at the start; it cannot work "
+                    "below what flattens or shards them, such as ZeRO"
+                )
+            for p, spec in zip(group["params"], part.specs, strict=True):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise ValueError(f"{spec.name}: its gradient is sparse; use nn.Embedding(sparse=False)")
+                grads += [] if p.grad is None else [p.grad]
         if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
-            warnings.warn("gradients are not finite: nothing is updated in such a step", stacklevel=2)
+            warnings.warn("gradients are not finite: nothing is updated in such a step", stacklevel=4)
             return loss
         for group, part in zip(self.param_groups, self._parts, strict=True):
             self._update_group(group, part)
@@ -219,7 +228,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked."""
+        """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked. Raises
+        ValueError, and changes nothing, if the state is that of another optimizer."""
+        before = self.__dict__.copy()
+        try:
+            self._load(state_dict)
+        except ValueError:
+            self.__dict__.update(before)
+            raise
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "state": {}})  # it would cast them
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -268,18 +286,16 @@ class Apollo(RuleOptimizer):
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
-        _require_low_rank(rank, scale, refresh_every)
-        _require(projection in ("random", "svd"), "projection", projection, "random or svd")
         more: dict[str, Any] = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
         more |= {"scale_front": scale_front, "limiter": limiter, "projection": projection}
         super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
 
     def _rule(self, group: dict[str, Any]) -> AnyRule:
-        rank, every = group["rank"], group["refresh_every"]
+        _check_low_rank(group)
+        rank, every, source = group["rank"], group["refresh_every"], group["projection"]
+        _require(source in ("random", "svd"), "projection", source, "random or svd")
         projection = (
-            SvdProjection(rank, every)
-            if group["projection"] == "svd"
-            else RandomProjection(rank, every, group["seed"])
+            SvdProjection(rank, every) if source == "svd" else RandomProjection(rank, every, group["seed"])
         )
         return ApolloRule(
             group["betas"],
@@ -334,11 +350,11 @@ class GaLore(RuleOptimizer):
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
-        _require_low_rank(rank, scale, refresh_every)
         more = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
         super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
 
     def _rule(self, group: dict[str, Any]) -> AnyRule:
+        _check_low_rank(group)
         projection = SvdProjection(group["rank"], group["refresh_every"])
         return GaLoreRule(group["betas"], group["eps"], projection, group["scale"])
 
@@ -364,11 +380,11 @@ class Fira(RuleOptimizer):
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
-        _require_low_rank(rank, scale, refresh_every)
         more = {"rank": rank, "scale": scale, "refresh_every": refresh_every, "limiter": limiter}
         super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
 
     def _rule(self, group: dict[str, Any]) -> AnyRule:
+        _check_low_rank(group)
         projection = SvdProjection(group["rank"], group["refresh_every"])
         growth = _growth(group["limiter"])
         return FiraRule(group["betas"], group["eps"], projection, group["scale"], growth)
@@ -398,6 +414,7 @@ class AdamMini(RuleOptimizer):
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
+        _require(n_heads >= 1, "n_heads", n_heads, "at least 1")
         if head_dim is None:
             _require(dim % n_heads == 0, "n_heads", n_heads, f"a divisor of dim {dim}, or give head_dim")
         more = {
@@ -482,7 +499,19 @@ def _growth(limiter: bool | float) -> float:
     return growth
 
 
-def _require_low_rank(rank: int | None, scale: float, refresh_every: int) -> None:
+def _check(group: dict[str, Any]) -> None:
+    """The keys that every optimizer has; a group may have values of its own."""
+    lr, betas, moments = group["lr"], group["betas"], group["moments"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    _require(lr >= 0, "lr", lr, "at least 0")
+    _require(pair and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+    _require(group["eps"] > 0, "eps", group["eps"], "above 0")
+    _require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
+    _require(moments in ("fp32", "bf16", "int8"), "moments", moments, "fp32, bf16 or int8")
+
+
+def _check_low_rank(group: dict[str, Any]) -> None:
+    rank, scale, every = group["rank"], group["scale"], group["refresh_every"]
     _require(rank is None or rank >= 1, "rank", rank, "at least 1")
     _require(scale > 0, "scale", scale, "above 0")
-    _require(refresh_every >= 1, "refresh_every", refresh_every, "at least 1")
+    _require(every >= 1, "refresh_every", every, "at least 1")
