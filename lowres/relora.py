@@ -126,22 +126,22 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     """
     a, b = adapters_of(unit, spec)
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
-    one = torch.ones((), device=a.device)
+    add = torch.full((), -1.0, device=a.device)
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     for start in range(0, spec.shape[0], MERGE_ROWS):
         rows = slice(start, start + MERGE_ROWS)
         weight = make_storage(unit.kinds[spec.name], {key: t[rows] for key, t in stored.items()})
         written = Dense(state[MASTER][rows]) if MASTER in state else weight
-        before = written.dense(torch.float32).clone()
+        applied = written.dense(torch.float32).neg()
         intended = (b[rows] @ a).mul_(scaling)
-        written.apply(-intended, one, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
-        applied = written.dense(torch.float32) - before
+        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
+        applied.add_(written.dense(torch.float32))
         if written is not weight:
             weight.fill(iter([(0, state[MASTER][rows].float())]))
         if MERGED in state:
             state[MERGED][rows] += applied
         pairs = (applied, intended), (applied, applied), (intended, intended)
-        sums += torch.stack([(x.double() * y).sum() for x, y in pairs])
+        sums += torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in pairs])
     return sums
 
 
