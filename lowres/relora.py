@@ -165,10 +165,14 @@ def forget(unit: Unit, spec: TensorSpec, config: ReloraConfig, seed: int, step: 
     clock = Clock(step, unit.state[ADAPTERS][UPDATES], always, seed)
     opened = [Moment(spec, key, state, clock, signed=key != SECOND_MOMENT) for key in moments]
     values = [moment.read(slice(0, moment.value.numel())) for moment in opened]
-    mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step)) if values else None
-    for moment, value in zip(opened, values, strict=True):
-        if mask is not None and value.numel() == mask.numel():
-            moment.write(value.mul_(mask), slice(0, value.numel()))
+    if not values:
+        return
+    mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step))
+    pairs = [pair for pair in zip(opened, values, strict=True) if pair[1].numel() == mask.numel()]
+    for _, value in pairs:
+        mask &= value != 0  # in 8 bits a second moment may be lost where the first is not
+    for moment, value in pairs:
+        moment.write(value.mul_(mask), slice(0, value.numel()))
 
 
 def kept(first: Tensor, config: ReloraConfig, key: rng.Key) -> Tensor:
