@@ -207,19 +207,25 @@ def _plan(parsed: argparse.Namespace) -> None:
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     plans = memory.make_plans(config, device)
+    if parsed.probe and memory.ADAPTERS in plans:
+        raise UserError(
+            "--probe: it measures no adapters; add --set relora.enabled=false for the speed of the warm start"
+        )
     plan = max(plans.values(), key=lambda plan: (plan.excess, plan.peak("gpu")))
-    values = plan.as_dict() | {"parts": {part: plan.as_dict() for part, plan in plans.items()}}
-    tables = [f"{part}\n{plan.table()}\n" for part, plan in plans.items()]
-    if len(plans) == 1:
-        values, tables = plan.as_dict(), [plan.table()]
+    parts, tables = {}, []
+    for part, own in plans.items():
+        parts[part] = own.as_dict()
+        tables += [f"--- {part} ---"] * (len(plans) > 1) + [own.table()]
+        if parsed.optimizer:
+            adapters = config.relora if part == memory.ADAPTERS else None
+            specs = (spec for unit in unit_specs(config.model, adapters) for spec in unit.tensors)
+            parts[part]["optimizer"] = overview(make_optimizer(config), specs)
+            tables.append(table(parts[part]["optimizer"]))
+    values = plan.as_dict() | ({"parts": parts} if len(parts) > 1 else parts[next(iter(parts))])
     if parsed.probe and not plan.problems:
         found = probe(config, plan)
         values["probe"] = found.as_dict()
         tables.append(found.table())
-    if parsed.optimizer:
-        specs = (spec for unit in unit_specs(config.model) for spec in unit.tensors)
-        values["optimizer"] = overview(make_optimizer(config), specs)
-        tables.append(table(values["optimizer"]))
     print(json.dumps(values, indent=1) if parsed.json else "\n".join(tables))
     memory.require_fit(plan)
 

@@ -304,9 +304,15 @@ class ReloraConfig(Section):
     magnitude: keep the moments whose first is largest. random: keep some by chance."""
     reset_keep: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """reset = magnitude, random: part of the moments that is kept."""
-    targets: Annotated[
-        tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Field(strict=False, min_length=1)
-    ] = ("q", "k", "v", "o", "gate", "up", "down")
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Field(strict=False)] = (
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
     """Matrices with an adapter; the others go on training in full."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance that an input of an adapter is dropped in training."""
@@ -315,7 +321,9 @@ class ReloraConfig(Section):
     Takes an fp32 copy of them, with the optimizer state, and a singular value decomposition a merge."""
 
     @model_validator(mode="after")
-    def _check_cycle(self) -> ReloraConfig:
+    def _check(self) -> ReloraConfig:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError("targets: name at least one matrix, and none twice")
         if self.cycle_steps and self.rewarmup_steps >= self.cycle_steps:
             raise ValueError(
                 f"rewarmup_steps: {self.rewarmup_steps} leave nothing of a cycle of {self.cycle_steps} "
@@ -510,10 +518,11 @@ class Config(Section):
         if not (isinstance(relora, dict) and isinstance(schedule, dict) and relora.get("enabled") is True):
             return values
         default = ReloraConfig()
-        cycle = relora.get("cycle_steps", default.cycle_steps) or ScheduleConfig().cycle_steps
-        rewarmup = relora.get("rewarmup_steps", default.rewarmup_steps)
-        own = {"cycle_steps": cycle, "rewarmup_steps": rewarmup}
-        return values | {"schedule": {"name": "sawtooth"} | schedule | own}
+        own = {key: relora.get(key, getattr(default, key)) for key in ("cycle_steps", "rewarmup_steps")}
+        # 0 cycles are LoRA's, and what is wrong is for [relora] to say
+        own = {key: steps for key, steps in own.items() if isinstance(steps, int) and steps > 0}
+        kept = {key: value for key, value in schedule.items() if key not in ("cycle_steps", "rewarmup_steps")}
+        return values | {"schedule": {"name": "sawtooth"} | kept | own}
 
     @model_validator(mode="after")
     def _check_batch(self) -> Config:
@@ -683,15 +692,32 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
         given = values.get("schedule", {}).get(key)
         if config.relora.enabled and given not in (None, getattr(config.schedule, key)):
             notes.append(f"schedule.{key} follows relora.{key}")
-    if config.relora.enabled and config.relora.start_step >= config.train.total_steps:
-        notes.append(
-            f"relora.start_step {config.relora.start_step} is not before the end of the run; "
-            "it trains without adapters"
-        )
+    if config.relora.enabled:
+        notes += _notes_on_relora(config)
     for name, keys in SCHEDULE_KEYS.items():
         for key in keys:
             if key in values.get("schedule", {}) and name != config.schedule.name:
                 notes.append(f"schedule.{key} is not used by {config.schedule.name}")
+    return notes
+
+
+def _notes_on_relora(config: Config) -> list[str]:
+    relora, steps, notes = config.relora, config.train.total_steps, []
+    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_dim, config.model.ffn_dim)
+    if relora.start_step >= steps:
+        return [
+            f"relora.start_step {relora.start_step} is not before the end of the run; "
+            "it trains without adapters"
+        ]
+    if relora.cycle_steps and not relora.merges_at(steps):
+        notes.append(f"relora.cycle_steps {relora.cycle_steps}: the run ends before the first merge")
+    if relora.rank > narrowest:
+        notes.append(
+            f"relora.rank {relora.rank} is more than matrices with a side of {narrowest} can have; theirs is "
+            "that side"
+        )
+    if relora.cycle_steps and config.schedule.name != "sawtooth":
+        notes.append(f"schedule.name {config.schedule.name} does not re-warm the rate after a merge")
     return notes
 
 

@@ -35,6 +35,7 @@ from lowres.storage import (
     CHUNK_CUDA,
     MASTER,
     MATRIX_ROLES,
+    TensorSpec,
     UnitSpec,
     compute_dtype,
     field_bytes,
@@ -452,8 +453,8 @@ class _Planner:
         loss = max(logits * (4 + (width if wide else 0)), logits * width + product(model.vocab * model.dim))
         loss += chunk * model.dim * 14
         kept = _kept(model, tokens, width)
-        backward = max(_activations(model, tokens, width), kept + product(block)) + (band - 1) * kept
-        backward += self._adapter_activations(tokens, width)
+        inside = self._adapter_activations(tokens, width) + product(block)
+        backward = max(_activations(model, tokens, width), kept + inside) + (band - 1) * kept
         return [
             Component("transfer of layers", GPU, 2 * slot_bytes(visits, self.sizes, homes)),
             Component("transfer of boundaries", GPU, doors),
@@ -473,40 +474,54 @@ class _Planner:
         ]
 
     def _update_workspace(self) -> int:
-        """Bytes while directions are found, or while a chunk of a weight is written: for int8 codes, change,
-        new value, random bits and what their making leaves behind; less for what is rounded in one go."""
-        kept, kinds = self.config.memory, set(self.kinds.values())
-        if kept.master == "none" and "int8" in kinds:
-            numbers = 9
-        else:
-            numbers = 4 if kept.master != "none" or "bf16" in kinds or kept.moments != "fp32" else 0
-        chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
+        """Most bytes while directions are found, while a chunk of a weight is written, or while adapters are
+        merged and begin anew."""
+        found = [self.directions]
         specs = [s for unit in self.units.values() for s in unit.tensors]
-        merged = [s for s in specs if s.frozen] if self.config.relora.cycle_steps else []
-        # while rows are merged: the change intended, its negative, the values before, and the writing
-        rows = max((min(MERGE_ROWS, s.shape[0]) * s.shape[1] for s in merged), default=0)
-        merging = (3 + numbers) * 4 * rows
-        if merged and self.config.relora.log_rank:  # singular value decomposition of a whole one
-            merging += 3 * 4 * max(s.numel for s in merged)
-        return max(numbers * 4 * min(chunk, max(s.numel for s in specs)), self.directions, merging)
+        chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
+        for spec in specs:
+            written, rows = self._written(spec), MERGE_ROWS * spec.shape[-1]
+            if not spec.frozen:
+                moments = 4 if self.config.memory.moments != "fp32" else 0
+                found.append(4 * max(written, moments) * min(chunk, spec.numel))
+                if spec.role in ADAPTER_ROLES and self.config.relora.cycle_steps:
+                    # random numbers; or both moments, their magnitude or a random mask, and what is kept
+                    found.append(4 * (2 if self.config.relora.reset == "zero" else 6) * spec.numel)
+            elif self.config.relora.cycle_steps:
+                rows = min(rows, spec.numel)
+                # beside the intended change, and the applied one or the values before
+                found.append(4 * (2 * rows + max(rows, written * min(chunk, rows))))
+                if self.config.relora.log_rank:  # singular value decomposition
+                    found.append(3 * 4 * spec.numel)
+        return max(found)
+
+    def _written(self, spec: TensorSpec) -> int:
+        """fp32 numbers for each element while a tensor is written: for int8 codes, change, new value, random
+        bits and what their making leaves behind; less for what is rounded in one go."""
+        if self.config.memory.master == "host" and spec.role in MATRIX_ROLES:
+            return 4
+        return {"int8": 8, "bf16": 4, "fp32": 0}[self.kinds[spec.name]]
 
     def _adapter_activations(self, tokens: int, width: int) -> int:
-        """What adapters add to the activations: rank numbers a token twice; with dropout a mask in fp32, the
-        bits it is made of, and what is left of an input beside it."""
+        """Most bytes beside what is kept in the backward of an adapted matrix: the input's gradient and rank
+        numbers a token twice; with dropout also the mask, the input under it and its gradient, or before them
+        the mask's random numbers."""
         if self.adapters is None:
             return 0
-        inside = 2 * tokens * self.adapters.rank * width
-        return inside + (
-            tokens * self.config.model.ffn_dim * (3 * width + 12) if self.adapters.dropout else 0
-        )
+        model = self.config.model
+        widest = model.ffn_dim if "down" in self.adapters.targets else model.dim
+        each = max(4 * width, 8) if self.adapters.dropout else width
+        return tokens * (2 * self.adapters.rank * width + widest * each)
 
     def _autograd(self, choice: Choice) -> list[Component]:
-        """What the autograd engine adds: the whole model and two gradients of it."""
+        """What the autograd engine adds: the whole model and two gradients of what is trained."""
         model, seq = self.config.model, self.config.data.seq_len
         width = self.compute.itemsize
         tokens = choice.micro_batch * seq
         boundary, inside = tokens * model.dim * width, _activations(model, tokens, width)
-        gradients, block = self.parameters * width, self.numel[self.blocks[0]] * width
+        inside += self._adapter_graph(tokens, width)
+        trained = sum(s.numel for unit in self.units.values() for s in unit.trained)
+        gradients, block = trained * width, self.numel[self.blocks[0]] * width
         embedding = model.vocab * model.dim * width
         head = boundary * (model.n_layers + 1) + embedding  # until the last block is differentiated
         # the embedding's gradient comes last; if it is tied, beside that of its use as the head
@@ -516,10 +531,22 @@ class _Planner:
         chunk = min(self.config.memory.loss_chunk, tokens)
         return [
             Component("model in compute precision", GPU, self.parameters * width),
-            Component("accumulated gradients", GPU, 4 * self.parameters),
+            Component("accumulated gradients", GPU, 4 * trained),
             Component("activations and gradients of a micro-batch", GPU, backward, "backward"),
             Component("loss chunk", GPU, head + 3 * chunk * model.vocab * 4, "loss"),
         ]
+
+    def _adapter_graph(self, tokens: int, width: int) -> int:
+        """What adapters add to the most that autograd holds of a block: what is between A and B; with dropout
+        masks and inputs under them, of the down projection the mask's random numbers before all others."""
+        if self.adapters is None:
+            return 0
+        model, targets = self.config.model, self.adapters.targets
+        each = len(targets) * self.adapters.rank * width
+        if self.adapters.dropout:
+            each += 2 * sum(role != "down" for role in targets) * model.dim * width
+            each += max(0, 8 - 2 * width) * model.ffn_dim if "down" in targets else 0
+        return tokens * each
 
 
 def _state(unit: UnitSpec, optimizer: Optimizer) -> dict[str, int]:

@@ -126,22 +126,22 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     """
     a, b = adapters_of(unit, spec)
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
-    one = torch.ones((), device=a.device)
+    add = torch.full((), -1.0, device=a.device)
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     for start in range(0, spec.shape[0], MERGE_ROWS):
         rows = slice(start, start + MERGE_ROWS)
         weight = make_storage(unit.kinds[spec.name], {key: t[rows] for key, t in stored.items()})
         written = Dense(state[MASTER][rows]) if MASTER in state else weight
-        before = written.dense(torch.float32).clone()
+        applied = written.dense(torch.float32).neg()
         intended = (b[rows] @ a).mul_(scaling)
-        written.apply(-intended, one, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
-        applied = written.dense(torch.float32) - before
+        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
+        applied.add_(written.dense(torch.float32))
         if written is not weight:
             weight.fill(iter([(0, state[MASTER][rows].float())]))
         if MERGED in state:
             state[MERGED][rows] += applied
         pairs = (applied, intended), (applied, applied), (intended, intended)
-        sums += torch.stack([(x.double() * y).sum() for x, y in pairs])
+        sums += torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in pairs])
     return sums
 
 
@@ -165,10 +165,14 @@ def forget(unit: Unit, spec: TensorSpec, config: ReloraConfig, seed: int, step: 
     clock = Clock(step, unit.state[ADAPTERS][UPDATES], always, seed)
     opened = [Moment(spec, key, state, clock, signed=key != SECOND_MOMENT) for key in moments]
     values = [moment.read(slice(0, moment.value.numel())) for moment in opened]
-    mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step)) if values else None
-    for moment, value in zip(opened, values, strict=True):
-        if mask is not None and value.numel() == mask.numel():
-            moment.write(value.mul_(mask), slice(0, value.numel()))
+    if not values:
+        return
+    mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step))
+    pairs = [pair for pair in zip(opened, values, strict=True) if pair[1].numel() == mask.numel()]
+    for _, value in pairs:
+        mask &= value != 0  # in 8 bits a second moment may be lost where the first is not
+    for moment, value in pairs:
+        moment.write(value.mul_(mask), slice(0, value.numel()))
 
 
 def kept(first: Tensor, config: ReloraConfig, key: rng.Key) -> Tensor:

@@ -56,7 +56,7 @@ def random_bits(key: Key, start: int, count: int, device: torch.device | str = "
 def uniform(key: Key, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """float32 [count], uniform on the midpoints of 2^24 equal parts of (0, 1)."""
     bits = random_bits(key, start, count, device)
-    return (bits >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(_TO_UNIT)
+    return bits.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(_TO_UNIT)
 
 
 def normal(key: Key, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -76,20 +76,24 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     return config, engine_of(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)
 
 
-def initialize_from(units: Units, config: Config, folder: Path) -> None:
-    """Take the weights from the newest valid checkpoint of another run, whatever formats either keeps them
-    in; adapters there are merged. Adapters of `units` are left alone.
-
-    Raises UserError if that run is of another shape.
-    """
-    source, found = _newest(folder, [])
-    for key, value in config.model.model_dump(exclude={"preset"}).items():
-        theirs = getattr(source.model, key)
-        if theirs != value:
+def require_same_shape(config: Config, folder: Path) -> None:
+    """Raise UserError if the run in a folder has no weights for a model of this config."""
+    source, _ = _newest(folder, [])
+    ours, theirs = (
+        m.model_dump(exclude={"preset"}) | {"n_kv_heads": m.kv_heads} for m in (config.model, source.model)
+    )
+    for key, value in ours.items():
+        if theirs[key] != value:
             raise UserError(
-                f"model.{key}: {value} here, but the run in {folder} (--init-from) has {theirs}; "
+                f"model.{key}: {value} here, but the run in {folder} (--init-from) has {theirs[key]}; "
                 "set it to that or leave --init-from out"
             )
+
+
+def initialize_from(units: Units, folder: Path) -> None:
+    """Take the weights from the newest valid checkpoint of another run of the same shape, whatever formats
+    either keeps them in; adapters there are merged. Adapters of `units` are left alone."""
+    source, found = _newest(folder, [])
     relora = source.relora if _is_adapted(source, found) else None
     for spec in unit_specs(source.model, relora):
         theirs, ours = _load(source, found, spec), units[spec.name]

@@ -45,6 +45,7 @@ from lowres.runs import (
     initialize_from,
     make_units,
     pick_device,
+    require_same_shape,
 )
 from lowres.sample import sample
 
@@ -247,6 +248,9 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     if resume:
         config, start, offset, notes = _continue(config, folder, data, found)
     plans = _check_room(config, device, folder)
+    origin = Path(config.run.init_from) if config.run.init_from and found is None else None
+    if origin is not None:
+        require_same_shape(config, origin)
 
     for note in damaged + data.notes + notes:
         _say(f"note: {note}")
@@ -264,9 +268,9 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     run.build(device, config.relora.stored_at(step))
     if found is None:
         initialize(run.parts.units, config.run.seed, device)
-        if config.run.init_from:
-            initialize_from(run.parts.units, config, Path(config.run.init_from))
-            _say(f"weights from {config.run.init_from}")
+        if origin is not None:
+            initialize_from(run.parts.units, origin)
+            _say(f"weights from {origin}")
     else:
         run.load(found)
         _say(f"continuing {folder} at step {step}")
@@ -365,6 +369,7 @@ def _continue(
     start = state.get("start") or _start_of(saved)
     changed = [key for key in changed_keys(saved, config) if key not in RATES]
     if changed:
+        changed.sort(key=lambda key: not key.startswith("relora."))  # which the schedule follows
         section, key = changed[0].split(".")
         before = getattr(getattr(saved, section), key)
         raise UserError(

@@ -1,11 +1,12 @@
-"""ReLoRA beside full training and plain LoRA, on the same text at equal tokens.
+"""ReLoRA beside full training and LoRA, on the same text at equal tokens.
 
-    python scripts/compare_relora.py [SOURCE] [--jobs 2] [--set section.key=value ...]
+    python scripts/compare_relora.py [SOURCE] [--factors 2 4] [--jobs 2] [--set section.key=value ...]
 
-SOURCE is that of `lowres train`, default stdlib. All arms but full training have the same warm start. The
-adapters' learning rate (relora.lr_factor) is the best of three on the first seed, for LoRA and ReLoRA each;
-INT8 takes that of fp32. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
-runs/compare_relora; what is finished is not repeated.
+SOURCE is that of `lowres train`, default stdlib. LoRA has its adapters from step 0; the other arms with
+adapters have the same warm start in full. The adapters' learning rate (relora.lr_factor) comes from a sweep
+on the first seed, for every arm of its own, and the best run is that of the first seed; INT8 takes the factor
+of fp32. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
+runs/compare_relora; what is finished is not repeated, what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,61 +25,58 @@ import torch
 from lowres import metrics
 from lowres.config import load_config
 
-# rank 8 of 160, and seven cycles: what the merges add up to may have rank 48 and more
-RELORA = ("relora.enabled=true", "relora.rank=8", "relora.alpha=8", "relora.rewarmup_steps=16")
-WARM, CYCLE = 0.25, 0.125  # parts of the run
-FACTORS = (1, 2, 4)
-ARMS = ("full", "LoRA", "ReLoRA", "ReLoRA, int8")
+FULL, LORA, WARM, RELORA, INT8 = "full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8"
+TUNED = (LORA, WARM, RELORA)
+AGAINST = {LORA: FULL, WARM: FULL, RELORA: FULL, INT8: RELORA}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="ReLoRA, LoRA and full training at equal tokens.")
-    parser.add_argument("source", nargs="?", default="stdlib")
-    parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
-    parser.add_argument("--lr", type=float, default=0.002, help="of full training and the warm start")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare_relora"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relora.json"))
-    parsed = parser.parse_args()
+    parsed = arguments()
     common = [f"data.source={parsed.source}", f"optim.lr={parsed.lr}"]
     config, _ = load_config(parsed.config, [*common, *parsed.overrides, f"train.tokens={parsed.tokens}"])
     steps = config.train.total_steps
-    warm = [*RELORA, f"relora.start_step={round(WARM * steps)}"]
+    start = steps // 4 if parsed.start_step is None else parsed.start_step
+    cycle = steps // 8 if parsed.cycle_steps is None else parsed.cycle_steps
+    alpha = parsed.rank if parsed.alpha is None else parsed.alpha
+    relora = ["relora.enabled=true", f"relora.rank={parsed.rank}", f"relora.alpha={alpha}"]
+    relora += [f"relora.rewarmup_steps={parsed.rewarmup_steps}"]
+    warm = [*relora, f"relora.start_step={start}"]
     settings = {
-        "full": [],
-        "LoRA": [*warm, "relora.cycle_steps=0"],
-        "ReLoRA": [*warm, f"relora.cycle_steps={round(CYCLE * steps)}"],
+        FULL: [],
+        LORA: [*relora, "relora.start_step=0", "relora.cycle_steps=0"],
+        WARM: [*warm, "relora.cycle_steps=0"],
+        RELORA: [*warm, f"relora.cycle_steps={cycle}"],
     }
+    settings[INT8] = [*settings[RELORA], "memory.weights=int8", "memory.embeddings=auto"]
 
-    def tune(name: str) -> float:
-        """The best factor on the first seed."""
-        grid = f"relora.lr_factor={','.join(map(str, FACTORS))}"
+    def tune(name: str) -> list[dict[str, Any]]:
+        """A run on the first seed for every factor."""
         overrides = [*common, *settings[name], *parsed.overrides, f"run.seed={parsed.seeds[0]}"]
-        folder = parsed.runs / "rates" / name
-        found = comparison.points(parsed.config, overrides, grid, parsed.tokens, folder)
-        return float(comparison.best_of(found)["values"]["relora.lr_factor"])
+        grid = f"relora.lr_factor={','.join(f'{factor:g}' for factor in parsed.factors)}"
+        folder = parsed.runs / "rates" / comparison.folder_of(name)
+        return comparison.points(parsed.config, overrides, grid, parsed.tokens, folder)
 
-    factors = comparison.in_parallel(tune, ["LoRA", "ReLoRA"], parsed.jobs)
+    tried = comparison.in_parallel(tune, TUNED, parsed.jobs)
+    best = {name: comparison.best_of(found) for name, found in tried.items()}
+    factors = {name: float(point["values"]["relora.lr_factor"]) for name, point in best.items()}
+    factors[INT8] = factors[RELORA]
     for name, factor in factors.items():
-        settings[name].append(f"relora.lr_factor={factor}")
-    factors["ReLoRA, int8"] = factors["ReLoRA"]
-    settings["ReLoRA, int8"] = [*settings["ReLoRA"], "memory.weights=int8", "memory.embeddings=auto"]
+        settings[name].append(f"relora.lr_factor={factor:g}")
 
     def train(name: str) -> list[dict[str, Any]]:
+        first = [best[name]] if name in best else []
+        rest = parsed.seeds[len(first) :]
+        if not rest:
+            return first
         folder = parsed.runs / comparison.folder_of(name)
         overrides = [*common, *settings[name], *parsed.overrides]
-        return comparison.over_seeds(parsed.config, overrides, parsed.seeds, parsed.tokens, folder)
+        return first + comparison.over_seeds(parsed.config, overrides, rest, parsed.tokens, folder)
 
-    runs = comparison.in_parallel(train, ARMS, parsed.jobs)
-    against = {"LoRA": "full", "ReLoRA": "full", "ReLoRA, int8": "ReLoRA"}
-    summaries = comparison.summarise(runs, against)
-    gap = summaries["LoRA"]["mean_val_loss"] - summaries["full"]["mean_val_loss"]
+    runs = comparison.in_parallel(train, settings, parsed.jobs)
+    summaries = comparison.summarise(runs, AGAINST)
     for name, found in summaries.items():
         found.update(survival(runs[name]), lr_factor=factors.get(name))
-        found["gap_recovered"] = (summaries["LoRA"]["mean_val_loss"] - found["mean_val_loss"]) / gap
+        found["gap_recovered"] = {lora: recovered(summaries, lora, name) for lora in (LORA, WARM)}
 
     head = [
         "training",
@@ -85,7 +84,8 @@ def main() -> None:
         "val. loss",
         "perplexity",
         "against",
-        "gap recovered",
+        "of LoRA's gap",
+        "of the gap after the warm start",
         "merges: norm, cosine",
     ]
     table = comparison.markdown(head, [row(name, found) for name, found in summaries.items()])
@@ -100,11 +100,44 @@ def main() -> None:
         "batch_tokens": config.train.batch_tokens,
         "seeds": parsed.seeds,
         "settings": settings,
+        "rates": {
+            name: {f"{p['values']['relora.lr_factor']:g}": p["val_loss"] for p in found}
+            for name, found in tried.items()
+        },
         "arms": summaries,
         "table": table.splitlines(),
     }
     records.write(parsed.out, record)
     print(f"compare_relora: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="ReLoRA, LoRA and full training at equal tokens.")
+    parser.add_argument("source", nargs="?", default="stdlib")
+    parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
+    parser.add_argument("--lr", type=float, default=0.002, help="of full training and the warm start")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    # rank 8 of 160, and seven cycles: what the merges add up to may have rank 48 and more
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--alpha", type=float, help="default: the rank")
+    parser.add_argument(
+        "--start-step", type=int, help="steps of the warm start; default: a quarter of the run"
+    )
+    parser.add_argument("--cycle-steps", type=int, help="default: an eighth of the run")
+    parser.add_argument("--rewarmup-steps", type=int, default=16)
+    parser.add_argument("--factors", type=float, nargs="+", default=[2, 4], help="relora.lr_factor to try")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_relora"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relora.json"))
+    return parser.parse_args()
+
+
+def recovered(summaries: Mapping[str, dict[str, Any]], lora: str, name: str) -> float:
+    """Part of what an arm with LoRA loses against full training that another does not lose."""
+    loss = {arm: found["mean_val_loss"] for arm, found in summaries.items()}
+    return float((loss[lora] - loss[name]) / (loss[lora] - loss[FULL]))
 
 
 def survival(runs: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -125,7 +158,7 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
         comparison.loss_text(found),
         f"{found['perplexity']:.1f}",
         f"{comparison.change_text(found)} ({found['against']})" if "against" in found else "",
-        f"{found['gap_recovered']:.0%}",
+        *("" if name in (FULL, lora) else f"{part:.0%}" for lora, part in found["gap_recovered"].items()),
         f"{found['merge_norm']:.3f}, {found['merge_cosine']:.3f}" if merged else "",
     ]
 

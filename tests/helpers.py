@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowres import metrics
 from lowres.config import Config, ModelConfig, parse_config
+from lowres.engine import Engine, make_engine
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
 from lowres.optim import make_optimizer as optimizer_of
+from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.storage import Dense, Storage, Unit, make_storage, storage_fields
 
@@ -100,3 +106,44 @@ def lowres(*arguments: object, code: int = 0, **more: Any) -> subprocess.Complet
     assert done.returncode == code, f"{command}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
+
+
+def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
+    """Start training and kill it without warning once it has logged a step."""
+    command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+
+
+RELORA = {"enabled": True, "rank": 4, "alpha": 8.0, "cycle_steps": 3, "rewarmup_steps": 1}
+
+
+def with_adapters(config: Config, micro_batch: int = 3, band: int = 1) -> tuple[Units, Relora, Engine]:
+    kept = config.memory
+    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, ROOMS, adapters=config.relora)
+    relora = Relora(config.relora, make_optimizer(config, units))
+    initialize(units, config.run.seed, ROOMS.device)
+    return units, relora, make_engine(config, units, relora, micro_batch, ROOMS, band)
+
+
+def relora_config(weights: str = "fp32", engine: str = "layerwise", **more: Any) -> Config:
+    """more: section__key=value."""
+    sections: dict[str, dict[str, Any]] = {
+        "relora": dict(RELORA),
+        "memory": {"weights": weights, "engine": engine},
+        "optim": {"name": "adamw", "lr": 0.01},
+    }
+    for key, value in more.items():
+        section, _, name = key.partition("__")
+        sections[section][name] = value
+    return make_config(**sections)
+
+
+def stored_tensors(units: Units) -> dict[str, Tensor]:
+    return {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}

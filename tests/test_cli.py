@@ -2,10 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ from safetensors.torch import load_file
 from lowres import metrics
 from lowres.cli import main
 from lowres.config import OPTIMIZER_DEFAULTS
-from tests.helpers import lowres
+from tests.helpers import lowres, train_and_kill
 
 STEP_KEYS = {
     "step",
@@ -87,19 +83,6 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
 def losses(run: Path) -> list[Any]:
     keys = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte")
     return [{k: r[k] for k in keys if k in r} for r in metrics.read(run / "metrics.jsonl")]
-
-
-def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
-    """Start training and kill it without warning once it has logged a step."""
-    command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ sample_tokens = 0
 """
 
 
-def script(folder: Path, name: str, *arguments: object) -> tuple[str, dict[str, object]]:
+def script(folder: Path, name: str, *arguments: object) -> tuple[str, dict[str, Any]]:
     """What a script prints and records, trained in `folder` on a text of its own."""
     (folder / "small.toml").write_text(SMALL)
     (folder / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 400)
@@ -57,7 +58,7 @@ def test_optimizers_are_compared_at_equal_tokens(tmp_path: Path) -> None:
     arguments += ["--seeds", 0, 1, "--timed-steps", 2, "--only", "adamw", "adamw, int8"]
     printed, record = script(tmp_path, "compare_optimizers", *arguments)
     arms = record["arms"]
-    assert isinstance(arms, dict) and list(arms) == ["adamw", "adamw, int8"]
+    assert list(arms) == ["adamw", "adamw, int8"]
     assert "| adamw, int8 |" in printed and record["tokens"] == 256
     assert len(arms["adamw"]["val_loss"]) == 2 and arms["adamw, int8"]["lr"] == arms["adamw"]["lr"]
     # the sweep's best run is the first seed
@@ -68,6 +69,25 @@ def test_optimizers_are_compared_at_equal_tokens(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
     script(tmp_path, "compare_optimizers", *arguments)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
+
+
+def test_relora_is_compared_with_lora_and_full_training(tmp_path: Path) -> None:
+    arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 512, "--seeds", 0]
+    arguments += ["--factors", 2, "--rank", 2, "--cycle-steps", 2, "--rewarmup-steps", 1]
+    printed, record = script(tmp_path, "compare_relora", *arguments)
+    arms, settings = record["arms"], record["settings"]
+    assert list(arms) == ["full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8"]
+    assert all(f"| {name} |" in printed for name in arms)
+    loss = {name: arm["mean_val_loss"] for name, arm in arms.items()}
+    assert len(set(loss.values())) == 5  # no two of them are the same training
+    assert loss["ReLoRA"] == record["rates"]["ReLoRA"]["2"]  # the sweep's run is the first seed's
+    assert "relora.start_step=0" in settings["LoRA"] and "relora.start_step=2" in settings["ReLoRA"]
+    for lora in ("LoRA", "warm start + LoRA"):
+        part = (loss[lora] - loss["ReLoRA"]) / (loss[lora] - loss["full"])
+        assert arms["ReLoRA"]["gap_recovered"][lora] == pytest.approx(part)
+        assert arms["full"]["gap_recovered"][lora] == pytest.approx(1) and arms[lora]["merge_norm"] is None
+    assert arms["ReLoRA"]["merge_cosine"] == pytest.approx(1, abs=1e-3)
+    assert 0 < arms["ReLoRA, int8"]["merge_cosine"] < 1
 
 
 def test_memory_formats_are_compared(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lowres.engine import make_engine
 from lowres.memory import GIB, Plan, make_plan
 from lowres.meter import LiveTensors
 from lowres.model import empty_units, initialize
+from lowres.relora import Relora
 from lowres.rooms import GPU, HOST, Homes, Rooms
 from lowres.storage import MASTER
 from tests.helpers import CPU, make_batch, make_config, make_optimizer
@@ -24,16 +25,20 @@ PHASES = ("backward", "loss", "update")
 
 
 def measured(config: Config, plan: Plan) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
-    """What two steps as planned really take: bytes by component and room, and the peak by room."""
+    """What two steps as planned really take: bytes by component and room, and the peak by room. With
+    adapters, if the config has some."""
     rooms, choice, kept = Rooms(CPU), plan.choice, config.memory
+    adapters = config.relora if config.relora.enabled else None
     with LiveTensors(rooms) as live:
-        units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights)
-        optimizer = make_optimizer(config, units, rooms, choice.homes.state)
+        units = empty_units(
+            config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights, adapters
+        )
+        updater = Relora(config.relora, make_optimizer(config, units, rooms, choice.homes.state))
         initialize(units, 0, CPU)
-        engine = make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+        engine = make_engine(config, units, updater, choice.micro_batch, rooms, choice.band, choice.homes)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         live.reset()
-        for step in range(2):
+        for step in (0, 1) if adapters is None else (1,):  # which ends with a merge
             batch = make_batch(config.batch_sequences, config.data.seq_len, config.model.vocab)
             engine.step(batch, step, 1.0)
             del batch
@@ -55,6 +60,7 @@ def measured(config: Config, plan: Plan) -> tuple[dict[tuple[str, str], int], di
                 else:
                     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[tensor.dtype]
                     what = "block matrices" if "layers" in name else "embedding and head"
+                    what = "adapters" if "lora" in name else what
                     component = f"{what}: {kind}" if tensor.dim() == 2 else "norms: fp32"
                 found[component, room] = found.get((component, room), 0) + tensor.nbytes
     on_gpu = sum(size for (_, room), size in held.items() if room == GPU)
@@ -84,7 +90,7 @@ def agree(one: int, other: int, part: float = 0.05, allowance: int = 16 * MIB) -
 
 
 def check(config: Config, allowance: int) -> None:
-    plan = make_plan(config, CPU)
+    plan = make_plan(config, CPU, adapted=config.relora.enabled)
     found, peaks = measured(config, plan)
     wanted = planned(plan)
     report = {key: (wanted.get(key, 0) / MIB, found.get(key, 0) / MIB) for key in sorted({*wanted, *found})}
@@ -127,6 +133,35 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
 }
 
 
+RELORA = {"enabled": True, "rank": 32, "cycle_steps": 2, "rewarmup_steps": 1}
+ADAPTED: dict[str, dict[str, Mapping[str, object]]] = {
+    "int8": {},
+    "bf16": {"memory": {"weights": "bf16"}},
+    "fp32": {"memory": {"weights": "fp32"}},
+    "adamw bf16, magnitude": {
+        "optim": {"name": "adamw"},
+        "memory": {"moments": "bf16"},
+        "relora": {"reset": "magnitude"},
+    },
+    "adamw8bit, high rank, random": {
+        "optim": {"name": "adamw8bit"},
+        "relora": {"rank": 250, "reset": "random"},
+    },
+    "apollo": {"optim": {"name": "apollo"}},
+    "dropout": {"relora": {"dropout": 0.1}},
+    "dropout, bf16 compute, band 2": {
+        "relora": {"dropout": 0.1},
+        "memory": {"compute": "bf16", "band": 2},
+        "train": {"batch_tokens": 4 * 256},
+    },
+    "some targets": {"relora": {"targets": ["q", "v", "down"]}},
+    "never merged": {"relora": {"cycle_steps": 0}},
+    "bf16 master": {"memory": {"master": "host", "master_dtype": "bf16"}},
+    "all on host, band 2": {"memory": ON_HOST | {"band": 2}},
+    "effective rank": {"relora": {"log_rank": True}},
+}
+
+
 def varied(variant: Mapping[str, Mapping[str, object]], **base: Mapping[str, object]) -> Config:
     sections = {*base, *variant}
     return make_config(**{key: {**base.get(key, {}), **variant.get(key, {})} for key in sections})
@@ -145,19 +180,46 @@ def test_the_plan_is_what_a_step_takes(variant: str) -> None:
     check(config, allowance=3 * MIB // 2)
 
 
-@pytest.mark.parametrize(
-    "variant", ["fp32", "int8", "bf16 compute", "deep", "wide vocabulary", "tied", "adamw"]
-)
-def test_the_plan_of_the_autograd_engine(variant: str) -> None:
-    """In total; what autograd allocates has no names."""
+@pytest.mark.parametrize("variant", ADAPTED)
+def test_the_plan_knows_about_adapters(variant: str) -> None:
+    """In a step that merges."""
     config = varied(
-        {key: dict(VARIANTS[variant].get(key, {})) for key in ("model", "optim")},
+        ADAPTED[variant],
         model=MODEL,
         data={"seq_len": 256},
         train={"batch_tokens": 8 * 256, "micro_batch": 4},
-        memory={**VARIANTS[variant].get("memory", {}), "loss_chunk": 256, "engine": "autograd"},
+        memory={"loss_chunk": 256, "band": 1},
+        relora=RELORA,
     )
-    plan = make_plan(config, CPU)
+    check(config, allowance=3 * MIB // 2)
+
+
+AUTOGRAD: dict[str, dict[str, Mapping[str, object]]] = {
+    name: VARIANTS[name]
+    for name in ("fp32", "int8", "bf16 compute", "deep", "wide vocabulary", "tied", "adamw")
+}
+AUTOGRAD |= {
+    "adapters": {"relora": RELORA},
+    "adapters, some targets": {"relora": RELORA | {"targets": ["q", "v", "down"]}},
+    "adapters, dropout": {"relora": RELORA | {"dropout": 0.1}},
+    "adapters, dropout, bf16 compute": {
+        "relora": RELORA | {"dropout": 0.1},
+        "memory": {"compute": "bf16"},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", AUTOGRAD)
+def test_the_plan_of_the_autograd_engine(variant: str) -> None:
+    """In total; what autograd allocates has no names."""
+    config = varied(
+        AUTOGRAD[variant],
+        model=MODEL,
+        data={"seq_len": 256},
+        train={"batch_tokens": 8 * 256, "micro_batch": 4},
+        memory={"loss_chunk": 256, "engine": "autograd"},
+    )
+    plan = make_plan(config, CPU, adapted=config.relora.enabled)
     _, peaks = measured(config, plan)
     assert agree(plan.peak(GPU), peaks[GPU], allowance=0), (plan.peak(GPU) / MIB, peaks[GPU] / MIB)
 

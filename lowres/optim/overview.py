@@ -18,7 +18,7 @@ KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
 def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
     """A row for each role of a model's tensors, in their order.
 
-    lr: the peak rate. state_bytes: of one tensor, as it lies in a slab.
+    lr: the peak rate; 0 of what is frozen. state_bytes: of one tensor, as it lies in a slab.
     """
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for spec in specs:
@@ -27,9 +27,9 @@ def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str
             "role": spec.role,
             "tensors": 0,
             "shape": list(spec.shape),
-            "optimizer": group.name,
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
+            "optimizer": "frozen" if spec.frozen else group.name,
+            "lr": 0.0 if spec.frozen else group.lr,
+            "weight_decay": 0.0 if spec.frozen else group.weight_decay,
             "state": _state(optimizer, spec),
             "state_bytes": sum(field_bytes(optimizer.state_fields(spec)).values()),
         }
@@ -75,7 +75,7 @@ def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
             parts.append(f"{key} {KIND[dtype]}")
         elif not key.endswith(".absmax"):  # which belongs to an int8 moment
             parts.append(f"{key} {list(shape)}" if shape else key)
-    if isinstance(rule, PROJECTING) and isinstance(rule.projection, RandomProjection):
+    if not spec.frozen and isinstance(rule, PROJECTING) and isinstance(rule.projection, RandomProjection):
         shape = projection_shape(rule.projection.rank, spec.shape)
         parts.append(f"random projection {list(shape)} (no state)")
     return ", ".join(parts) or "none"
