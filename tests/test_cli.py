@@ -282,10 +282,10 @@ BAD_CONFIGS = {
     "zero micro-batch": ("train.micro_batch=0", "train.micro_batch"),
     "unknown preset": ("model.preset=8b", "model.preset: '8b' is not known"),
     "unknown optimizer": ("optim.name=adam", "optim.name: 'adam' is not known; use one of"),
-    "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
+    "not built": ("memory.compute=int8", "memory.compute: 'int8' is not built yet"),
     "no host in autograd": (
         "memory.stash_on=host memory.engine=autograd",
-        "memory.stash_on: the autograd engine keeps everything on the GPU; use gpu or engine=layerwise",
+        "memory.stash_on: the autograd engine does not move units; use gpu or engine=layerwise",
     ),
     "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
     "no CUDA device": (
