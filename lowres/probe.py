@@ -353,7 +353,7 @@ def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tupl
     unit = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)["layers.0"]
     optimizer = make_optimizer(config)
     optimizer.attach([unit], rooms)
-    initialize({"layers.0": unit}, config.run.seed, device)
+    initialize([unit], config.run.seed, device)
     dequantise = None
     if DENSE_DTYPES.get(kept.weights) != compute:
         dequantise = _dequantise(unit, device, compute)

@@ -31,7 +31,7 @@ def make_units(
 ) -> Units:
     """Initialised weights; with a dtype, dense in that one."""
     units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", Rooms(device))
-    initialize(units, seed, device)
+    initialize(units.values(), seed, device)
     if dtype is not None:
         for unit in units.values():
             for storage in unit.weights.values():

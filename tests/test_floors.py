@@ -11,6 +11,7 @@ FLOORS = {
     "errors": 0,
     "rng": 0,
     "rates": 0,
+    "ranks": 0,
     "config": 1,
     "rooms": 1,
     "storage": 1,

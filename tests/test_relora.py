@@ -28,7 +28,7 @@ def built(config: Config, micro_batch: int = 3, band: int = 1) -> tuple[Units, R
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, ROOMS, adapters=config.relora)
     optimizer = make_optimizer(config)
     optimizer.attach(units.values(), ROOMS)
-    initialize(units, config.run.seed, ROOMS.device)
+    initialize(units.values(), config.run.seed, ROOMS.device)
     relora = Relora(config.relora, optimizer)
     return units, relora, make_engine(config, units, relora, micro_batch, ROOMS, band)
 
