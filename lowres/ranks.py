@@ -115,6 +115,7 @@ def _launch_here(arguments: list[str], processes: int) -> int:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
+        run_id="lowres",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,

@@ -35,7 +35,7 @@ from lowres.engine.common import StepReport, split
 from lowres.errors import UserError
 from lowres.model import Llama, storage_kinds, unit_specs
 from lowres.optim import Optimizer
-from lowres.rooms import HOST, Rooms
+from lowres.rooms import Rooms
 from lowres.storage import (
     DENSE_DTYPES,
     Unit,
@@ -125,8 +125,13 @@ def deepspeed(device: torch.device) -> ModuleType:
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)  # what is printed is a run's results
+    logger.addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return found
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "OVERFLOW" not in record.getMessage()  # the metrics count skipped steps
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:
@@ -134,7 +139,7 @@ def _silence() -> contextlib.redirect_stdout[io.StringIO]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _cpu_adam() -> type[torch.optim.Optimizer]:
+def _cpu_adam() -> Any:
     """DeepSpeed's AdamW for the CPU, compiled on its first use."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
@@ -143,9 +148,9 @@ def _cpu_adam() -> type[torch.optim.Optimizer]:
         with _silence():
             CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # of the compiler, ninja, or what they cannot find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            "deepspeed.offload_optimizer: DeepSpeed could not compile its CPU Adam "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}); install "
+            f"deepspeed.offload_optimizer: DeepSpeed could not compile its CPU Adam ({reason}); install "
             "a C++ compiler (g++) and ninja, or use offload_optimizer=none"
         ) from None
     return DeepSpeedCPUAdam
@@ -161,15 +166,17 @@ def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str
     bf16: dict[str, Any] = {"enabled": lean or compute_dtype(kept.compute, device) == torch.bfloat16}
     if lean:
         bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    numel = sum(spec.numel for unit in unit_specs(config.model) for spec in unit.tensors)
+    bucket = min(BUCKET, numel + numel % 2)
     zero: dict[str, Any] = {
         "stage": asked.stage,
         "overlap_comm": asked.overlap and cuda,
         "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
-        "stage3_prefetch_bucket_size": BUCKET // 2,
-        "stage3_max_live_parameters": 10 * BUCKET,
-        "stage3_max_reuse_distance": 10 * BUCKET,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket // 2,
+        "stage3_max_live_parameters": 5 * BUCKET,
+        "stage3_max_reuse_distance": 5 * BUCKET,
     }
     if asked.offload_optimizer != "none":
         zero["offload_optimizer"] = {"device": asked.offload_optimizer} | place
@@ -217,7 +224,7 @@ class ZeroEngine:
         keys = settings(config, self.micro_batch, self.device)
         dtype = torch.bfloat16 if keys["bf16"]["enabled"] else torch.float32
         if config.deepspeed.stage == 3:  # divided as it is built
-            with module.zero.Init(config_dict_or_path=keys):
+            with _silence(), module.zero.Init(config_dict_or_path=keys):
                 model = Llama(config.model)
         else:
             with torch.device(self.device):
@@ -228,7 +235,7 @@ class ZeroEngine:
         with _silence():
             self._engine, *_ = module.initialize(model=model, optimizer=self._adamw(model), config=keys)
         self._zero = self._engine.optimizer
-        self._parameters = {name: p for name, p in self._engine.module.named_parameters()}
+        self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
         self._start_state()
 
     def _adamw(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -239,11 +246,11 @@ class ZeroEngine:
             own = [model.get_parameter(name) for name in names]
             groups.append({"params": own, "lr": group.lr, "weight_decay": group.weight_decay})
         assert optim.eps is not None
-        more = {"betas": optim.betas, "eps": optim.eps}
+        more: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
         if self.config.deepspeed.offload_optimizer == "none":
             return torch.optim.AdamW(groups, **more, fused=self.device.type == "cuda")
         wide = self.config.memory.moments == "fp32"
-        return _cpu_adam()(groups, **more, fp32_optimizer_states=wide)  # type: ignore[call-arg]
+        return _cpu_adam()(groups, **more, fp32_optimizer_states=wide)
 
     def reserve(self, sequences: int, length: int, training: bool) -> None:
         """Nothing: DeepSpeed allocates its buffers at the start, and activations as they come."""
@@ -385,7 +392,7 @@ class ZeroEngine:
             flat, start = self._zero.fp32_partitioned_groups_flat[group], ranks.rank() * length
             length = min(length, parameter.ds_numel - start)  # the last parts are filled up
         else:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            mapping = parameter._hp_mapping
             if mapping is None:
                 return None
             flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
