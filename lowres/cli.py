@@ -23,6 +23,7 @@ from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
+from lowres.rooms import EXACT_LOCKING
 from lowres.runs import CHECKPOINTS, open_run, pick_device
 from lowres.sample import sample
 from lowres.sweep import sweep
@@ -32,7 +33,9 @@ from lowres.trainer import train
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     # segments that grow leave less memory unusable between allocations; read when CUDA starts
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # DeepSpeed locks large host buffers; they would be rounded up to powers of two, and kept when freed
+    exact = ",pinned_max_cached_size_mb:4" if EXACT_LOCKING else ""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:True{exact}")
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.command(parsed) or 0

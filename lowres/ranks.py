@@ -37,6 +37,11 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def size_here() -> int:
+    """Ranks on this machine, as the launcher of PyTorch or of DeepSpeed says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def is_first() -> bool:
     return rank() == 0
 
@@ -69,6 +74,14 @@ def total(*numbers: float) -> list[float]:
     """The sum of each number over all ranks, the same on every rank."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     return add(sums).tolist()
+
+
+def least(*numbers: float) -> list[float]:
+    """The least of each number over all ranks, the same on every rank."""
+    found = torch.tensor(numbers, dtype=torch.float64)
+    if size() > 1:
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return found.tolist()
 
 
 def add(tensor: Tensor) -> Tensor:

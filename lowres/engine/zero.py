@@ -227,8 +227,9 @@ class ZeroEngine:
             with _silence(), module.zero.Init(config_dict_or_path=keys):
                 model = Llama(config.model)
         else:
-            with torch.device(self.device):
+            with torch.device("meta"):  # never in fp32 on the device
                 model = Llama(config.model).to(dtype)
+            model.to_empty(device=self.device)
         self._groups = [
             g for g in optimizer.groups if any(s.role in g.roles for u in self.specs for s in u.tensors)
         ]
@@ -367,8 +368,6 @@ class ZeroEngine:
         dtype = DENSE_DTYPES[self.config.memory.moments]
         for flat in self._flats():
             moments = {key: torch.zeros_like(flat, dtype=dtype).detach() for key in ("exp_avg", "exp_avg_sq")}
-            if offloaded and flat.is_pinned():
-                moments = {key: moment.pin_memory() for key, moment in moments.items()}
             self._state(flat).update(
                 {"step": 0 if offloaded else torch.zeros((), device=flat.device)} | moments
             )
