@@ -237,6 +237,10 @@ def _sweep(parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
+    if parsed.probe and config.memory.engine == "deepspeed":
+        raise UserError(
+            "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
+        )
     # as many pieces as the data will have, as far as the config says
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
     # a plan for a GPU needs none

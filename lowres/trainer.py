@@ -299,24 +299,24 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
 
 def _meet(config: Config, device: torch.device) -> None:
     """Be one of the ranks of the run; refuse what cannot be done on so many, or without DeepSpeed."""
-    engine = config.memory.engine
-    if engine == "deepspeed":
-        zero.require(config, device)
-        ranks.join(device)
-    elif ranks.size() > 1:
+    engine, source = config.memory.engine, config.data.source
+    if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
             f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, or "
             "`lowres train` without a launcher"
         )
+    if ranks.size() > 1 and is_stream(source):
+        raise UserError(
+            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
+            f"`lowres data prepare {source} OUT`"
+        )
+    if engine == "deepspeed":
+        zero.require(config, device)
+        ranks.join(device)
 
 
 def _open_data(config: Config) -> TokenData:
     """The data; the first rank of each machine prepares them if need be."""
-    if ranks.size() > 1 and is_stream(config.data.source):
-        raise UserError(
-            f"data.source: {config.data.source} is a stream, and several ranks need a prepared folder; make "
-            f"one with `lowres data prepare {config.data.source} OUT`"
-        )
     if not ranks.is_first_here():
         ranks.wait()
     progress = config.log.progress and ranks.is_first()

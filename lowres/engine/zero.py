@@ -123,7 +123,7 @@ def deepspeed(device: torch.device) -> ModuleType:
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)  # what is printed is a run's results
     logger.addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
