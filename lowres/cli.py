@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
     _add_config(sub)
+    sub.add_argument(
+        "--gpus", type=_positive, metavar="N", help="for one of N ranks on a machine (deepspeed)"
+    )
+    sub.add_argument(
+        "--machines", type=_positive, default=1, metavar="M", help="of M machines with --gpus each"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
     sub.add_argument(
@@ -245,7 +251,11 @@ def _plan(parsed: argparse.Namespace) -> None:
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
-    plans = memory.make_plans(config, device)
+    here = parsed.gpus or 1
+    crew = memory.Crew(here * parsed.machines, here)
+    if crew.ranks > 1 and config.memory.engine != "deepspeed":
+        raise UserError(f"memory.engine: {config.memory.engine} uses one GPU; set it to deepspeed")
+    plans = memory.make_plans(config, device, crew=crew)
     plan = max(plans.values(), key=lambda plan: (plan.excess, plan.peak("gpu")))
     values = plan.as_dict() | {"parts": {part: plan.as_dict() for part, plan in plans.items()}}
     tables = [f"{part}\n{plan.table()}\n" for part, plan in plans.items()]

@@ -26,7 +26,7 @@ from lowres.config import Config, ModelConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.common import sum_of_squares
 from lowres.engine.layerwise import WorkingMatrix, cross_entropy
-from lowres.errors import DoesNotFit
+from lowres.errors import DoesNotFit, UserError
 from lowres.memory import Plan
 from lowres.model import block, block_shapes, empty_units, initialize, rope_tables, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
@@ -490,6 +490,8 @@ class Probe:
 
 def probe(config: Config, plan: Plan) -> Probe:
     """Measure the device that the run would use, or the CPU if it has none, and predict."""
+    if config.memory.engine == "deepspeed":
+        raise UserError("--probe: knows nothing of DeepSpeed's steps; leave it out, or use engine=layerwise")
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     note = ""

@@ -24,7 +24,7 @@ from lowres.errors import DoesNotFit
 
 GPU, HOST = "gpu", "host"
 # since PyTorch 2.13 its allocator of locked memory can be told not to round up, and is (`lowres.cli`)
-EXACT_LOCKING = torch.__version__ >= (2, 13)
+EXACT_LOCKING = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 @dataclass(frozen=True)

@@ -88,12 +88,10 @@ def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) 
     offloaded, stage_1 = config.deepspeed.offload_optimizer != "none", config.deepspeed.stage == 1
     wide = size.width < size.kept  # gradients in bf16 add up in fp32, on the GPU
     copies = size.kept if wide and stage_1 else size.width
-    buckets = copies * int(zero["reduce_bucket_size"]) * (2 if zero["overlap_comm"] else 1)
-    gradients, flat, weight = (
-        copies * size.whole if stage_1 else 0,
-        size.width * size.part,
-        size.width * size.largest,
-    )
+    bucket = int(zero["reduce_bucket_size"])
+    buckets = copies * bucket * (2 if zero["overlap_comm"] else 1)
+    flat, weight = size.width * size.part, size.width * size.largest
+    gradients = copies * size.whole if stage_1 else 0
     if wide:
         gradients += size.kept * size.part
     elif not offloaded:
@@ -103,7 +101,9 @@ def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) 
     yield Component("model in compute precision", GPU, size.width * size.whole)
     yield Component("communication", GPU, buckets)
     yield Component("accumulated gradients", GPU, gradients)
-    yield Component("gradient of a weight", GPU, weight, "backward")
+    # a new gradient, and a bucket in pieces by their rank
+    pieces = size.width * bucket if wide or size.part < size.whole else 0
+    yield Component("reduction of gradients", GPU, weight + pieces, "backward")
     if offloaded:
         yield Component("weights on their way back", HOST, locked(flat))
         yield Component("staging of gradients", GPU, weight)
