@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EXTRAS ?= dev
 RUN ?= runs/tiny
-PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb
+PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb 7b-24gb-deepspeed
 RELORA := tiny 7b-24gb
 
 .PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) smoke-7b-cpu test test-slow lint format clean
@@ -14,7 +14,8 @@ RELORA := tiny 7b-24gb
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
 	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
-	@echo "                        likewise $(wordlist 2,9,$(PRESETS:%=pretrain-%))"
+	@echo "                        likewise $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
+	@echo "make pretrain-7b-24gb-deepspeed   with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
 	@echo "make pretrain-relora-7b-24gb   likewise with ReLoRA; pretrain-relora-tiny is the small one"
 	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, half an hour)"
 	@echo "make test               run the tests"

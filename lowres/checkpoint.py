@@ -53,6 +53,11 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"{PREFIX}{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def save(
     checkpoints: Path,
     step: int,

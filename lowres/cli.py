@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lowres import __version__, checkpoint, memory
+from lowres import __version__, checkpoint, memory, ranks
 from lowres.config import Config, describe, load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
@@ -23,6 +23,7 @@ from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
+from lowres.rooms import EXACT_LOCKING
 from lowres.runs import CHECKPOINTS, open_run, pick_device
 from lowres.sample import sample
 from lowres.sweep import sweep
@@ -32,24 +33,33 @@ from lowres.trainer import train
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     # segments that grow leave less memory unusable between allocations; read when CUDA starts
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # DeepSpeed locks large host buffers; they would be rounded up to powers of two, and kept when freed
+    exact = ",pinned_max_cached_size_mb:4" if EXACT_LOCKING else ""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:True{exact}")
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.command(parsed)
+        return parsed.command(parsed) or 0
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
     except UserError as error:
+        if not ranks.is_first():
+            ranks.let_the_first_speak()
         print(f"lowres: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # a disk or a permission; the text names the file
         print(f"lowres: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
-        print(
-            "lowres: interrupted; a run continues with --resume, a sweep or data prepare by running it again",
-            file=sys.stderr,
-        )
+        if ranks.is_first():
+            print(
+                "lowres: interrupted; a run continues with --resume, a sweep or data prepare by running it "
+                "again",
+                file=sys.stderr,
+            )
         return 130
+    except Exception:  # a bug, or another rank that ended in the middle of a collective
+        ranks.let_the_first_speak()
+        raise
     return 0
 
 
@@ -68,11 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("train", _train, "Train a model, or continue a run.")
-    _add_config(sub)
-    sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
-    sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
+    _add_train(sub)
+
+    sub = command("launch", _launch, "Train on several GPUs with memory.engine = deepspeed.")
+    _add_train(sub)
+    sub.add_argument("--gpus", type=_positive, metavar="N", help="processes, one a GPU (default: all GPUs)")
     sub.add_argument(
-        "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
+        "--hostfile", type=Path, metavar="F", help="machines, in DeepSpeed's form: a line `host slots=N` each"
     )
 
     sub = command("sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
@@ -93,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
     _add_config(sub)
+    sub.add_argument(
+        "--gpus", type=_positive, metavar="N", help="for one of N ranks on a machine (deepspeed)"
+    )
+    sub.add_argument(
+        "--machines", type=_positive, default=1, metavar="M", help="of M machines with --gpus each"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
     sub.add_argument(
@@ -159,6 +177,15 @@ def _add_config(sub: argparse.ArgumentParser, optional: bool = False) -> None:
     )
 
 
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub)
+    sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
+    sub.add_argument(
+        "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -183,7 +210,7 @@ def _not_negative_float(text: str) -> float:
 
 def _load(parsed: argparse.Namespace) -> Config:
     config, notes = load_config(parsed.config, parsed.overrides)
-    for note in notes:
+    for note in notes if ranks.is_first() else ():
         print(f"note: {note}", file=sys.stderr)
     return config
 
@@ -196,17 +223,39 @@ def _train(parsed: argparse.Namespace) -> None:
     train(config, folder, parsed.resume)
 
 
+def _launch(parsed: argparse.Namespace) -> int:
+    config, _ = load_config(parsed.config, parsed.overrides)  # the ranks tell its notes
+    if config.memory.engine != "deepspeed":
+        raise UserError(
+            f"memory.engine: {config.memory.engine} uses one GPU; set it to deepspeed, or use `lowres train`"
+        )
+    arguments = ["train", str(parsed.config.absolute())]
+    arguments += [part for override in parsed.overrides for part in ("--set", override)]
+    arguments += ["--run", str(parsed.run)] if parsed.run else []
+    arguments += ["--init-from", parsed.init_from] if parsed.init_from else []
+    arguments += ["--resume"] if parsed.resume else []
+    return ranks.launch(arguments, parsed.gpus, parsed.hostfile)
+
+
 def _sweep(parsed: argparse.Namespace) -> None:
     sweep(parsed.config, parsed.grid, parsed.tokens, parsed.run, parsed.overrides)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
+    if parsed.probe and config.memory.engine == "deepspeed":
+        raise UserError(
+            "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
+        )
     # as many pieces as the data will have, as far as the config says
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
     # a plan for a GPU needs none
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
-    plans = memory.make_plans(config, device)
+    here = parsed.gpus or 1
+    crew = memory.Crew(here * parsed.machines, here)
+    if crew.ranks > 1 and config.memory.engine != "deepspeed":
+        raise UserError(f"memory.engine: {config.memory.engine} uses one GPU; set it to deepspeed")
+    plans = memory.make_plans(config, device, crew=crew)
     if parsed.probe and memory.ADAPTERS in plans:
         raise UserError(
             "--probe: it measures no adapters; add --set relora.enabled=false for the speed of the warm start"

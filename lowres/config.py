@@ -386,9 +386,12 @@ class MemoryConfig(Section):
     """What is kept where, and in which number format."""
 
     engine: Literal["layerwise", "autograd", "deepspeed"] = "layerwise"
-    """layerwise: all micro-batches pass one layer before the next. autograd: the reference, whole model."""
+    """layerwise: all micro-batches pass one layer before the next. autograd: the reference, whole model.
+    deepspeed: AdamW with ZeRO and offload, on one or many GPUs; see [deepspeed]."""
     weights: Literal["int8", "bf16", "fp32"] = "int8"
-    """Storage of the matrices in the blocks; norms are fp32."""
+    """Storage of the matrices in the blocks; norms are fp32. Default with deepspeed fp32: master
+    weights, beside which compute may be bf16. bf16 (with moments = bf16) has none and rounds to nearest
+    there."""
     embeddings: Literal["auto", "bf16", "fp32"] = "auto"
     """Storage of embedding and head; auto: fp32 beside fp32 weights, else bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
@@ -428,16 +431,17 @@ class MemoryConfig(Section):
 
     @model_validator(mode="after")
     def _built(self) -> MemoryConfig:
-        if self.engine == "deepspeed":
-            raise ValueError("engine: 'deepspeed' is not built yet; use layerwise or autograd")
         if self.compute == "int8":
             raise ValueError("compute: 'int8' is not built yet; use auto, bf16 or fp32")
-        if self.engine == "autograd":
+        if self.engine == "deepspeed":
+            self._check_formats_of_deepspeed()
+        if self.engine != "layerwise":
+            instead = "use gpu or engine=layerwise"
+            if self.engine == "deepspeed":
+                instead = "use auto and deepspeed.offload_optimizer or offload_param, or engine=layerwise"
             for key in ("weights_on", "state_on", "stash_on", "carry_on"):
                 if getattr(self, key) == "host":
-                    raise ValueError(
-                        f"{key}: the autograd engine keeps everything on the GPU; use gpu or engine=layerwise"
-                    )
+                    raise ValueError(f"{key}: the {self.engine} engine does not move units; {instead}")
             if self.master != "none" or self.stash_dtype != "auto":
                 key = "master" if self.master != "none" else "stash_dtype"
                 raise ValueError(f"{key}: only the layerwise engine has one; leave it out or change engine")
@@ -447,11 +451,62 @@ class MemoryConfig(Section):
             raise ValueError("master: fp32 weights need no master copy; use weights=int8 or bf16")
         return self
 
+    def _check_formats_of_deepspeed(self) -> None:
+        """DeepSpeed has one format for all weights, and either fp32 or bf16 for what its optimizer keeps."""
+        if self.weights == "int8":
+            raise ValueError("weights: DeepSpeed has no INT8 weights; use fp32 or bf16, or engine=layerwise")
+        if self.embeddings_kept_in != self.weights:
+            raise ValueError(
+                f"embeddings: DeepSpeed keeps all weights in one format; use auto or {self.weights}"
+            )
+        if self.moments != self.weights:
+            raise ValueError(
+                f"moments: DeepSpeed keeps moments in the format of the weights; use {self.weights}, "
+                "or engine=layerwise"
+            )
+        if self.weights == "bf16" and self.compute == "fp32":
+            raise ValueError("compute: bf16 weights without a master copy compute in bf16; use auto or bf16")
+
     @property
     def embeddings_kept_in(self) -> str:
         if self.embeddings == "auto":
             return "fp32" if self.weights == "fp32" else "bf16"
         return self.embeddings
+
+
+class DeepspeedConfig(Section):
+    """memory.engine = "deepspeed": AdamW with ZeRO (arXiv 1910.02054). Optimizer state (stage 1), gradients
+    (2) and weights (3) are divided over the GPUs of the run, and may live in host memory or on a disk.
+    `lowres launch CONFIG --gpus N` uses several GPUs."""
+
+    stage: Literal[1, 2, 3] = resumable(2)
+    """What is divided: 1 optimizer state, 2 gradients too, 3 weights too."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = resumable("cpu")
+    """Where master weights and moments live, and are updated by the CPU; none: on the GPU. nvme: stage 3."""
+    offload_param: Literal["none", "cpu", "nvme"] = resumable("none")
+    """Where weights live between uses, with stage 3 and an offloaded optimizer; none: on the GPU."""
+    nvme_path: str | None = resumable(None)
+    """Folder on a fast local disk for what is offloaded to nvme."""
+    pin_memory: bool | Literal["auto"] = resumable("auto")
+    """Page-lock what is offloaded to the CPU, for copies beside the computation; auto: on CUDA."""
+    overlap: bool = resumable(True)
+    """Communicate gradients while the backward pass goes on."""
+    config_file: str | None = resumable(None)
+    """DeepSpeed configuration (JSON) of one's own, for keys that nothing here decides; it goes before our
+    choices of sizes. Batch sizes, optimizer, scheduler, number formats, clipping, stage and offload are
+    refused there."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> DeepspeedConfig:
+        if self.offload_param != "none" and self.stage != 3:
+            raise ValueError(f"offload_param: stage {self.stage} keeps whole weights on the GPU; use stage=3")
+        if self.offload_param != "none" and self.offload_optimizer == "none":
+            raise ValueError("offload_param: needs an offloaded optimizer too; set offload_optimizer=cpu")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError(f"offload_optimizer: stage {self.stage} cannot use nvme; use cpu or stage=3")
+        if "nvme" in (self.offload_optimizer, self.offload_param) and not self.nvme_path:
+            raise ValueError("nvme_path: offloading to nvme needs a folder on that disk; set it, or use cpu")
+        return self
 
 
 class LogConfig(Section):
@@ -484,6 +539,7 @@ class Config(Section):
     relora: ReloraConfig = ReloraConfig()
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
@@ -492,7 +548,9 @@ class Config(Section):
         if not isinstance(values, dict):
             return values
         optim, memory = values.get("optim"), values.get("memory", {})
-        if isinstance(optim, dict) and optim.get("name") == "adamw8bit" and isinstance(memory, dict):
+        if not isinstance(optim, dict) or not isinstance(memory, dict):
+            return values
+        if optim.get("name") == "adamw8bit" and memory.get("engine") != "deepspeed":  # that refuses it
             return values | {"memory": memory | {"moments": "int8"}}
         return values
 
@@ -524,6 +582,11 @@ class Config(Section):
         kept = {key: value for key, value in schedule.items() if key not in ("cycle_steps", "rewarmup_steps")}
         return values | {"schedule": {"name": "sawtooth"} | kept | own}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _engine_defaults(cls, values: Any) -> Any:  # the last of these, as pydantic calls it first
+        return _of_engine(values) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _check_batch(self) -> Config:
         batch, seq = self.train.batch_tokens, self.data.seq_len
@@ -552,6 +615,17 @@ class Config(Section):
                 f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {self.model.dim} is not a "
                 "multiple of 32; use auto or bf16"
             )
+        if self.memory.engine == "deepspeed":
+            instead = "or memory.engine=layerwise"
+            if self.optim.name != "adamw":
+                raise ValueError(
+                    f"optim.name: {self.optim.name} is not to be had with DeepSpeed, which flattens weights "
+                    f"and hides their shapes; use adamw, {instead}"
+                )
+            if self.optim.limiter:
+                raise ValueError(f"optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip, {instead}")
+            if self.relora.enabled:
+                raise ValueError(f"relora.enabled: DeepSpeed cannot merge adapters; use false, {instead}")
         return self
 
     @property
@@ -567,6 +641,14 @@ class Config(Section):
     def with_vocab(self, vocab_size: int) -> Config:
         """The same config with the vocabulary that the data has."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def _of_engine(values: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of the deepspeed engine, if that is the engine: it has AdamW and no INT8."""
+    memory, optim = values.get("memory", {}), values.get("optim", {})
+    if not (isinstance(memory, dict) and isinstance(optim, dict) and memory.get("engine") == "deepspeed"):
+        return values
+    return values | {"memory": {"weights": "fp32"} | memory, "optim": {"name": "adamw"} | optim}
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -594,6 +676,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     file = copy.deepcopy(values)
     for override in overrides or []:
         _apply_override(values, override)
+    values = _of_engine(values)
     try:
         changes = rates.retie(file, values, keys, _RATE_DEFAULTS)
     except ValueError as error:

@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowres import ranks
 from lowres.checkpoint import PIECE_BYTES
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.layerwise import ALIGNMENT, PRODUCT_CHUNK
 from lowres.engine.residence import Visit, slot_bytes
+from lowres.engine.zero_memory import components as deepspeed_components
 from lowres.errors import DoesNotFit
 from lowres.model import storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
 from lowres.relora import MERGE_ROWS
-from lowres.rooms import GPU, HOST, Homes
+from lowres.rooms import GPU, HOST, Component, Homes
 from lowres.storage import (
     ADAPTER_ROLES,
     CHUNK_CPU,
@@ -54,16 +56,6 @@ CUBLAS_WORKSPACE = 32 << 20
 
 
 @dataclass(frozen=True)
-class Component:
-    """Bytes of one thing in one room (gpu, host or disk). phase: when it is alive; "" is always."""
-
-    name: str
-    room: str
-    bytes: int
-    phase: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """What the config may leave to the plan."""
 
@@ -73,14 +65,24 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Crew:
+    """The ranks of a run, and how many of them share the host memory of a machine."""
+
+    ranks: int = 1
+    here: int = 1
+
+
+@dataclass(frozen=True)
 class Plan:
-    """All components of a run and what was chosen for it."""
+    """All components of a run, or of one of its ranks, and what was chosen for it."""
 
     components: tuple[Component, ...]
     choice: Choice
     parameters: int
     batch_tokens: int
     budgets: dict[str, int | None]  # bytes by room; None is no limit
+    crew: Crew = Crew()
+    alternatives: tuple[tuple[str, Plan], ...] = ()  # settings that may fit where this does not
 
     @property
     def micro_batch(self) -> int:
@@ -112,12 +114,27 @@ class Plan:
             budget, peak = self.budgets[room], self.peak(room)
             if budget is not None and peak > budget:
                 largest = max((c for c in self.components if c.room == room), key=lambda c: c.bytes)
+                fitting = [name for name, other in self.alternatives if not other.problems]
                 found.append(
-                    f"{key}: the run needs {peak / GIB:.2f} GiB of {room} memory, there are "
+                    f"{key}: {self._whose} needs {peak / GIB:.2f} GiB of {room} memory, there are "
                     f"{budget / GIB:.2f} GiB; the largest part is the {largest.name} "
-                    f"({largest.bytes / GIB:.2f} GiB); {_REMEDIES.get(largest.name, _SMALLER)}"
+                    f"({largest.bytes / GIB:.2f} GiB); "
+                    f"{_would_fit(fitting) or _REMEDIES.get(largest.name, _SMALLER)}"
                 )
         return found
+
+    @property
+    def _whose(self) -> str:
+        return "the run" if self.crew.ranks == 1 else f"each of {self.crew.ranks} ranks"
+
+    def lacks(self, device: torch.device) -> dict[str, tuple[int, int]]:
+        """Bytes needed and bytes free of what this machine has not got, right now, by room; those of the
+        host for all ranks here."""
+        needs = {GPU: self.peak(GPU), HOST: self.peak(HOST) * self.crew.here}
+        if device.type == "cpu":  # one memory for both
+            needs = {HOST: needs[GPU] * self.crew.here + needs[HOST]}
+        frees = {room: _device_bytes(device) if room == GPU else host_bytes() for room in needs}
+        return {room: (need, free) for room, need in needs.items() if (free := frees[room]) and need > free}
 
     def as_dict(self) -> dict[str, Any]:
         """The plan for `lowres plan --json`."""
@@ -131,6 +148,7 @@ class Plan:
             "tokens_per_step": self.batch_tokens,
             "micro_batch": self.choice.micro_batch,
             "band": self.choice.band,
+            "ranks": self.crew.ranks,
             "on_host": self._on_host(),
         }
 
@@ -157,7 +175,10 @@ class Plan:
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
-        lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
+        if self.crew.ranks > 1:
+            lines.append(f"all this for each of {self.crew.ranks} ranks, {self.crew.here} on a machine")
+        if self._hosted() or not any(c.room == HOST for c in self.components):
+            lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
         return "\n".join(lines)
 
     def _hosted(self) -> str:
@@ -183,30 +204,96 @@ _REMEDIES = {
     "accumulated gradients": "set memory.engine=layerwise",
     "model in compute precision": "set memory.engine=layerwise",
 }
+# for the deepspeed engine: what may fit where a config does not, from the least change to the largest
+_STAGE_3 = {"deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
+_BF16 = {"memory.weights": "bf16", "memory.moments": "bf16"}
+_LAYERWISE = {"memory.engine": "layerwise"}
+_INT8 = {"memory.weights": "int8", "memory.moments": "int8"}
+_INSTEAD = (
+    {"train.micro_batch": "auto"},
+    _BF16,
+    _STAGE_3,
+    _BF16 | _STAGE_3,
+    _LAYERWISE,
+    _LAYERWISE | _INT8,
+)
 
 
-def make_plans(config: Config, device: torch.device, on_this_machine: bool = False) -> dict[str, Plan]:
+def _would_fit(names: list[str]) -> str:
+    """The least change that keeps DeepSpeed, and the least that does not."""
+    kinds = [[n for n in names if n.startswith("memory.engine") is other] for other in (False, True)]
+    least = [kind[0] for kind in kinds if kind]
+    return "what fits: " + ", or ".join(least) if least else ""
+
+
+def make_plans(
+    config: Config, device: torch.device, on_this_machine: bool = False, crew: Crew | None = None
+) -> dict[str, Plan]:
     """The plan of each part of a run by name: the whole run, or with ReLoRA warm start and adapters."""
     relora, parts = config.relora, ["run"]
     if relora.enabled and relora.start_step < config.train.total_steps:
         parts = ["warm start", ADAPTERS] if relora.start_step else [ADAPTERS]
-    return {part: make_plan(config, device, on_this_machine, part == ADAPTERS) for part in parts}
+    return {part: make_plan(config, device, on_this_machine, part == ADAPTERS, crew) for part in parts}
 
 
 def make_plan(
-    config: Config, device: torch.device, on_this_machine: bool = False, adapted: bool = False
+    config: Config,
+    device: torch.device,
+    on_this_machine: bool = False,
+    adapted: bool = False,
+    crew: Crew | None = None,
 ) -> Plan:
     """The plan of a run: the first that fits of bands from small to large, with the largest useful
     micro-batch, and as little as possible on the host.
 
-    on_this_machine: a budget that the config leaves open is what the machine has. adapted: with the
-    adapters of ReLoRA.
+    on_this_machine: a budget that the config leaves open is what the machine has, or the least that any
+    rank has. adapted: with the adapters of ReLoRA. crew: default the ranks that were started.
     """
-    budgets = {
-        GPU: _budget(config.memory.budget_gib, _device_bytes(device) if on_this_machine else None),
-        HOST: _budget(config.memory.host_budget_gib, host_bytes() if on_this_machine else None),
-    }
-    planner = _Planner(config, device, budgets, config.relora if adapted else None)
+    crew = crew or Crew(ranks.size(), ranks.size_here())
+    found: dict[str, int | None] = {GPU: None, HOST: None}
+    if on_this_machine:
+        least = ranks.least(_device_bytes(device) or 0, host_bytes() or 0)
+        found = {room: int(size) or None for room, size in zip(found, least, strict=True)}
+    asked = {GPU: config.memory.budget_gib, HOST: config.memory.host_budget_gib}
+    budgets = {room: found[room] if gib is None else int(gib * GIB) for room, gib in asked.items()}
+    if (host := budgets[HOST]) is not None:
+        budgets[HOST] = host // crew.here
+    plan = _first_that_fits(config, device, budgets, adapted, crew)
+    if config.memory.engine != "deepspeed":
+        return plan
+    others = []
+    for keys in _INSTEAD:
+        other = _changed(config, keys)
+        if other not in (None, config) and (crew.ranks == 1 or other.memory.engine == "deepspeed"):
+            others.append((_named(config, keys), _first_that_fits(other, device, budgets, adapted, crew)))
+    return replace(plan, alternatives=tuple(others))
+
+
+def _named(config: Config, keys: dict[str, Any]) -> str:
+    """The settings that differ from those of a config: `a=1 with b=2, c=3`."""
+    before = config.model_dump()
+    first, *rest = [
+        f"{key}={value}" for key, value in keys.items() if before[(k := key.split("."))[0]][k[1]] != value
+    ]
+    return f"{first} with {', '.join(rest)}" if rest else first
+
+
+def _changed(config: Config, keys: dict[str, Any]) -> Config | None:
+    """The config with other values, or None if they do not go with the rest of it."""
+    values = config.model_dump()
+    for key, value in keys.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    try:
+        return Config.model_validate(values)
+    except ValueError:
+        return None
+
+
+def _first_that_fits(
+    config: Config, device: torch.device, budgets: dict[str, int | None], adapted: bool, crew: Crew
+) -> Plan:
+    planner = _Planner(config, device, budgets, config.relora if adapted else None, crew)
     plans = []
     for band in planner.bands():
         plans.append(planner.with_largest_micro_batch(band))
@@ -223,20 +310,12 @@ def require_fit(plan: Plan) -> None:
 
 def require_machine(plan: Plan, device: torch.device) -> None:
     """Raise DoesNotFit with one line if this machine has not got, right now, what the plan takes."""
-    needs = {GPU: plan.peak(GPU), HOST: plan.peak(HOST)}
-    if device.type == "cpu":  # one memory for both
-        needs = {HOST: needs[GPU] + needs[HOST]}
-    for room, need in needs.items():
-        free = _device_bytes(device) if room == GPU else host_bytes()
-        if free is not None and need > free:
-            raise DoesNotFit(
-                f"the run needs {need / GIB:.2f} GiB of {room} memory, this machine has {free / GIB:.2f} GiB "
-                "free; `lowres plan` shows what takes it"
-            )
-
-
-def _budget(asked_gib: float | None, found: int | None) -> int | None:
-    return found if asked_gib is None else int(asked_gib * GIB)
+    for room, (need, free) in plan.lacks(device).items():
+        fitting = [name for name, p in plan.alternatives if not (p.problems or p.lacks(device))]
+        raise DoesNotFit(
+            f"the run needs {need / GIB:.2f} GiB of {room} memory, this machine has {free / GIB:.2f} GiB "
+            f"free; {_would_fit(fitting) or '`lowres plan` shows what takes it'}"
+        )
 
 
 def _device_bytes(device: torch.device) -> int | None:
@@ -279,8 +358,11 @@ class _Planner:
         device: torch.device,
         budgets: dict[str, int | None],
         adapters: ReloraConfig | None,
+        crew: Crew,
     ) -> None:
         self.config, self.device, self.budgets, self.adapters = config, device, budgets, adapters
+        self.crew = crew
+        self.sequences = -(-config.batch_sequences // crew.ranks)  # of a rank, in a step
         model, kept = config.model, config.memory
         self.units = {unit.name: unit for unit in unit_specs(model, adapters)}
         self.kinds = storage_kinds(self.units.values(), kept.weights, kept.embeddings_kept_in)
@@ -322,7 +404,7 @@ class _Planner:
 
     def bands(self) -> tuple[int, ...]:
         asked, layers = self.config.memory.band, self.config.model.n_layers
-        if self.config.memory.engine == "autograd":
+        if self.config.memory.engine != "layerwise":
             return (1,)
         return tuple(b for b in BANDS if b <= layers) if asked == "auto" else (min(asked, layers),)
 
@@ -330,8 +412,8 @@ class _Planner:
         config = self.config
         asked = config.train.micro_batch
         if asked != "auto":
-            return self.place(min(asked, config.batch_sequences), band)
-        most = max(1, min(config.batch_sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
+            return self.place(min(asked, self.sequences), band)
+        most = max(1, min(self.sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
         best = self.place(1, band)
         low, high = 1, most
         while low < high and not best.problems:  # the largest that fits, by halving
@@ -359,7 +441,7 @@ class _Planner:
     def homes(self, band: int) -> Iterator[Homes]:
         """From what must be on the host to all that may be: first what is moved least often in a step."""
         kept = self.config.memory
-        if kept.engine == "autograd":
+        if kept.engine != "layerwise":
             yield Homes()
             return
         bands = -(-self.config.model.n_layers // band)
@@ -390,11 +472,12 @@ class _Planner:
     # the components
 
     def plan(self, choice: Choice) -> Plan:
-        found = self._at_rest(choice.homes)
-        if self.config.memory.engine == "layerwise":
-            found += self._layerwise(choice)
+        if self.config.memory.engine == "deepspeed":
+            found = self._deepspeed(choice)
+        elif self.config.memory.engine == "layerwise":
+            found = self._at_rest(choice.homes) + self._layerwise(choice)
         else:
-            found += self._autograd(choice)
+            found = self._at_rest(choice.homes) + self._autograd(choice)
         if self.projections:
             found.append(Component("projections", GPU, self.projections))
         if self.device.type == "cuda":
@@ -402,7 +485,8 @@ class _Planner:
             found.append(Component("checkpoint snapshot", HOST, PIECE_BYTES, "saving"))
         found.append(Component("checkpoint", DISK, sum(sum(pair) for pair in self.sizes.values())))
         components = tuple(c for c in found if c.bytes)
-        return Plan(components, choice, self.parameters, self.config.train.batch_tokens, self.budgets)
+        batch = self.config.train.batch_tokens
+        return Plan(components, choice, self.parameters, batch, self.budgets, self.crew)
 
     def _at_rest(self, homes: Homes) -> list[Component]:
         found: dict[tuple[str, str], int] = {}
@@ -547,6 +631,21 @@ class _Planner:
             each += 2 * sum(role != "down" for role in targets) * model.dim * width
             each += max(0, 8 - 2 * width) * model.ffn_dim if "down" in targets else 0
         return tokens * each
+
+    def _deepspeed(self, choice: Choice) -> list[Component]:
+        """All of the deepspeed engine: that of autograd with gradients that leave as they come."""
+        model = self.config.model
+        width = 2 if self.config.memory.weights == "bf16" else self.compute.itemsize
+        tokens = choice.micro_batch * self.config.data.seq_len
+        boundaries = tokens * model.dim * width * (model.n_layers + 1)
+        # of each chunk a gradient of the head, added to that of those before
+        head = 2 * model.vocab * model.dim * width
+        chunk = min(self.config.memory.loss_chunk, tokens)
+        return [
+            *deepspeed_components(self.config, self.device, self.crew.ranks, choice.micro_batch),
+            Component("activations", GPU, boundaries + _activations(model, tokens, width), "backward"),
+            Component("loss chunk", GPU, boundaries + head + 3 * chunk * model.vocab * 4, "loss"),
+        ]
 
 
 def _state(unit: UnitSpec, optimizer: Optimizer) -> dict[str, int]:

@@ -13,14 +13,19 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from lowres import ranks
 
 
 class MetricsLog:
-    """Appends to a run's metrics. Opening it cuts the file back to `step` (-1: to nothing), so that a
-    resumed run has no step missing or twice."""
+    """Appends to a run's metrics, on the first rank. Opening it cuts the file back to `step` (-1: to
+    nothing), so that a resumed run has no step missing or twice."""
 
     def __init__(self, path: Path, step: int) -> None:
+        self._file: TextIO | None = None
+        if not ranks.is_first():
+            return
         kept = [record for record in read(path) if record["step"] <= step]
         beside = path.with_suffix(".unfinished")
         beside.write_text("".join(_line(record) for record in kept))
@@ -29,11 +34,13 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
-        self._file.write(_line(record))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(record))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,10 +145,10 @@ def empty_units(
     return found
 
 
-def initialize(units: Units, seed: int, device: torch.device) -> None:
+def initialize(units: Iterable[Unit], seed: int, device: torch.device) -> None:
     """First values: norms 1, everything else normal with standard deviation INIT_STD; A of an adapter
     Kaiming-uniform and B zero."""
-    for unit in units.values():
+    for unit in units:
         for spec in unit.spec.tensors:
             unit.fill(spec.name, _initial_rows(spec, seed, device))
 
@@ -201,13 +200,18 @@ class Dropout:
         return kept.view_as(x).to(x.dtype).div_(1 - self.rate)
 
 
-# A matrix in use: a tensor, or anything that multiplies by it and knows how to collect its gradient.
-Matrix = Tensor | Callable[[Tensor], Tensor]
+# A weight in use: a tensor, or anything that applies it and knows how to collect its gradient.
+Weight = Tensor | Callable[[Tensor], Tensor]
 
 
-def linear(x: Tensor, weight: Matrix) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [..., in] times the transpose of a matrix [out, in]."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def norm(x: Tensor, weight: Weight, config: ModelConfig) -> Tensor:
+    """RMSNorm of x [..., D] with a weight [D]."""
+    return rms_norm(x, weight, config.norm_eps) if isinstance(weight, Tensor) else weight(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -278,8 +282,8 @@ def block_body(
     The block's output is `residual + down(product)`. Its backward needs both, but not the output:
     recomputation stops here.
     """
-    x = x + attention(rms_norm(x, w["attn_norm"], config.norm_eps), w, rope, config)
-    h = rms_norm(x, w["mlp_norm"], config.norm_eps)
+    x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
+    h = norm(x, w["mlp_norm"], config)
     return x, F.silu(linear(h, w["gate"])) * linear(h, w["up"])
 
 
@@ -289,8 +293,54 @@ def block(x: Tensor, w: Mapping[str, Any], rope: tuple[Tensor, Tensor], config: 
     return x + linear(product, w["down"])
 
 
+class Norm(nn.Module):
+    """RMSNorm and its weight [D]."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """A matrix [out, in]; with `lora_A` and `lora_B` added to it, a frozen one and its adapter."""
+
+    def __init__(self, shape: tuple[int, ...], trained: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class AdaptedLinear(Linear):
+    """x W^T + (alpha / r) dropout(x) A^T B^T (Hu et al., LoRA, arXiv 2106.09685)."""
+
+    lora_A: Linear  # noqa: N815 - the names of PEFT
+    lora_B: Linear  # noqa: N815
+
+    def __init__(self, spec: TensorSpec, scaling: float, dropout: Dropout | None) -> None:
+        super().__init__(spec.shape, trained=False)
+        self.name, self.scaling, self.dropout = spec.name, scaling, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.dropout.mask(self.name, x) if self.dropout is not None else None
+        dropped = x if mask is None else x * mask
+        return super().forward(x) + self.scaling * self.lora_B(self.lora_A(dropped))
+
+
+class Embedding(Linear):
+    """Rows of a matrix [V, D] for tokens; for anything else the products with it, as a tied head needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.is_floating_point() else F.embedding(x, self.weight)
+
+
 class Llama(nn.Module):
-    """The whole model as an ordinary module, for reference, tests and wrappers.
+    """The whole model as an ordinary module, for reference, tests and wrappers. Every weight belongs to a
+    module that uses it in its `forward`, so that wrappers can fetch weights just before (ZeRO-3 does).
 
     Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`; with adapters, also those
     of PEFT's LoRA.
@@ -300,68 +350,48 @@ class Llama(nn.Module):
         self, config: ModelConfig, adapters: ReloraConfig | None = None, dropout: Dropout | None = None
     ) -> None:
         super().__init__()
-        self.config, self.adapters, self.dropout = config, adapters, dropout
+        self.config, self.scaling, self.dropout = config, adapters.scaling if adapters else 1.0, dropout
         for unit in unit_specs(config, adapters):
             for spec in unit.tensors:
-                self._add(spec.name, nn.Parameter(torch.empty(spec.shape), requires_grad=not spec.frozen))
+                *path, last = spec.name.removesuffix(".weight").split(".")
+                parent: nn.Module = self
+                for part in path:
+                    if part not in dict(parent.named_children()):
+                        parent.add_module(part, nn.Module())
+                    parent = parent.get_submodule(part)
+                parent.add_module(last, self._module(spec))
+        head = EMBEDDING if config.tie_embeddings else "lm_head.weight"
+        self._head = head.removesuffix(".weight")
 
-    def _add(self, name: str, parameter: nn.Parameter) -> None:
-        *path, last = name.split(".")
-        module: nn.Module = self
-        for part in path:
-            if part not in dict(module.named_children()):
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        module.register_parameter(last, parameter)
-
-    def block_weights(self, layer: int) -> dict[str, Matrix]:
-        """The weights of a block by role; an adapted matrix is a function."""
-        found: dict[str, Matrix] = {}
-        for role, path in BLOCK_TENSORS.items():
-            name = f"model.layers.{layer}.{path}"
-            weight = self.get_parameter(f"{name}.weight")
-            adapted = self.adapters is not None and role in self.adapters.targets
-            found[role] = partial(self._adapted_linear, name, weight) if adapted else weight
-        return found
-
-    def _adapted_linear(self, name: str, weight: Tensor, x: Tensor) -> Tensor:
-        """x W^T + (alpha / r) dropout(x) A^T B^T (Hu et al., LoRA, arXiv 2106.09685)."""
-        assert self.adapters is not None
-        mask = self.dropout.mask(f"{name}.weight", x) if self.dropout is not None else None
-        a, b = (self.get_parameter(f"{name}.lora_{part}.weight") for part in "AB")
-        dropped = x if mask is None else x * mask
-        return F.linear(x, weight) + self.adapters.scaling * F.linear(F.linear(dropped, a), b)
-
-    @property
-    def embedding(self) -> Tensor:
-        return self.get_parameter(EMBEDDING)
-
-    @property
-    def head(self) -> Tensor:
-        return self.embedding if self.config.tie_embeddings else self.get_parameter("lm_head.weight")
+    def _module(self, spec: TensorSpec) -> nn.Module:
+        if len(spec.shape) == 1:
+            return Norm(spec.shape[0], self.config.norm_eps)
+        if spec.role == "embedding":
+            return Embedding(spec.shape)
+        return AdaptedLinear(spec, self.scaling, self.dropout) if spec.frozen else Linear(spec.shape)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Normalised output of the last block [B, T, D] for tokens [B, T]; checkpoints every block."""
         rope = rope_tables(self.config, tokens.shape[1], tokens.device)
-        x = F.embedding(tokens, self.embedding)
-        for layer in range(self.config.n_layers):
-            x = checkpoint(block, x, self.block_weights(layer), rope, self.config, use_reentrant=False)
-        return rms_norm(x, self.get_parameter("model.norm.weight"), self.config.norm_eps)
+        x = self.get_submodule("model.embed_tokens")(tokens)
+        for i in range(self.config.n_layers):
+            layer = self.get_submodule(f"model.layers.{i}")
+            w = {role: layer.get_submodule(path) for role, path in BLOCK_TENSORS.items()}
+            x = checkpoint(block, x, w, rope, self.config, use_reentrant=False)
+        return self.get_submodule("model.norm")(x)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [B, T, V] for tokens [B, T]."""
-        return F.linear(self.hidden(tokens), self.head)
-
-    def loss_sum(self, tokens: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-        """Sum of the cross-entropy (nats) over targets [B, T] other than -100, in chunks of tokens."""
-        x, flat = self.hidden(tokens).flatten(0, 1), targets.flatten()
-        pieces = zip(x.split(chunk), flat.split(chunk), strict=True)
-        return torch.stack(
-            [checkpoint(_chunk_loss, h, self.head, t, use_reentrant=False) for h, t in pieces]
-        ).sum()
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, chunk: int = 1024) -> Tensor:
+        """Logits [B, T, V] for tokens [B, T]; or the sum of the cross-entropy (nats) over targets [B, T]
+        other than -100, in chunks of tokens."""
+        x, head = self.hidden(tokens), self.get_submodule(self._head)
+        if targets is None:
+            return head(x)
+        pieces = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        losses = [checkpoint(_chunk_loss, h, head, t, use_reentrant=False) for h, t in pieces]
+        return torch.stack(losses).sum()
 
 
-def _chunk_loss(x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(x, head)
+def _chunk_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    logits = head(x)
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(wide, targets, reduction="sum")

@@ -26,7 +26,7 @@ from lowres.config import Config, ModelConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.common import sum_of_squares
 from lowres.engine.layerwise import WorkingMatrix, cross_entropy
-from lowres.errors import DoesNotFit
+from lowres.errors import DoesNotFit, UserError
 from lowres.memory import Plan
 from lowres.model import block, block_shapes, empty_units, initialize, rope_tables, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
@@ -353,7 +353,7 @@ def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tupl
     unit = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)["layers.0"]
     optimizer = make_optimizer(config)
     optimizer.attach([unit], rooms)
-    initialize({"layers.0": unit}, config.run.seed, device)
+    initialize([unit], config.run.seed, device)
     dequantise = None
     if DENSE_DTYPES.get(kept.weights) != compute:
         dequantise = _dequantise(unit, device, compute)
@@ -490,6 +490,8 @@ class Probe:
 
 def probe(config: Config, plan: Plan) -> Probe:
     """Measure the device that the run would use, or the CPU if it has none, and predict."""
+    if config.memory.engine == "deepspeed":
+        raise UserError("--probe: knows nothing of DeepSpeed's steps; leave it out, or use engine=layerwise")
     cuda = torch.cuda.is_available() and config.run.device != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     note = ""

@@ -23,6 +23,18 @@ from torch import Tensor
 from lowres.errors import DoesNotFit
 
 GPU, HOST = "gpu", "host"
+# since PyTorch 2.13 its allocator of locked memory can be told not to round up, and is (`lowres.cli`)
+EXACT_LOCKING = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+@dataclass(frozen=True)
+class Component:
+    """Bytes of one thing in one room (gpu, host or disk). phase: when it is alive; "" is always."""
+
+    name: str
+    room: str
+    bytes: int
+    phase: str = ""
 
 
 @dataclass(frozen=True)

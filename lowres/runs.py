@@ -11,7 +11,7 @@ loss.png         if matplotlib is installed
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,9 +22,10 @@ from lowres import checkpoint, memory
 from lowres.config import Config, ReloraConfig, load_config
 from lowres.data import Tokenizer
 from lowres.engine import Engine, make_engine
+from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
 from lowres.model import Units, empty_units, storage_kinds, unit_specs
-from lowres.optim import Optimizer
+from lowres.optim import Optimizer, make_optimizer
 from lowres.relora import MERGE_ROWS, Relora, adapters_of
 from lowres.rooms import Rooms
 from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
@@ -64,10 +65,25 @@ def engine_of(
     return make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
 
 
+def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> tuple[Engine, Relora]:
+    """The engine of a run that trains, with weights and state all zero, and what its updates merge."""
+    optimizer = make_optimizer(config)
+    relora = Relora(config.relora, optimizer)
+    if config.memory.engine == "deepspeed":
+        return ZeroEngine(config, optimizer, plan.micro_batch, rooms), relora
+    units = make_units(config, plan, rooms, adapted)
+    optimizer.attach(units.values(), rooms, plan.choice.homes.state)
+    return engine_of(config, units, relora, plan, rooms), relora
+
+
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
-    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer."""
+    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer. Of a
+    run of deepspeed too the weights are ordinary ones, and the layerwise engine takes them."""
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
+    if config.memory.engine == "deepspeed":
+        memory_of = config.memory.model_copy(update={"engine": "layerwise"})
+        config = config.model_copy(update={"memory": memory_of})
     rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)
@@ -90,13 +106,13 @@ def require_same_shape(config: Config, folder: Path) -> None:
             )
 
 
-def initialize_from(units: Units, folder: Path) -> None:
+def initialize_from(units: Iterable[Unit], folder: Path) -> None:
     """Take the weights from the newest valid checkpoint of another run of the same shape, whatever formats
     either keeps them in; adapters there are merged. Adapters of `units` are left alone."""
     source, found = _newest(folder, [])
     relora = source.relora if _is_adapted(source, found) else None
-    for spec in unit_specs(source.model, relora):
-        theirs, ours = _load(source, found, spec), units[spec.name]
+    for spec, ours in zip(unit_specs(source.model, relora), units, strict=True):
+        theirs = _load(source, found, spec)
         for tensor in spec.tensors:
             if tensor.role not in spec.adapters:
                 _take(ours, theirs, tensor, relora)

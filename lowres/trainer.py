@@ -2,10 +2,14 @@
 
 Everything a run produces lives in its folder (`lowres.runs`). With ReLoRA a run has two parts, and what
 computes is built anew between them: the adapters start from the checkpoint that the warm start ends with.
+
+On several ranks (`lowres.ranks`) each goes through the same loop with the same batches, and its engine takes
+its share of them. Only the first rank prints and writes.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,6 +17,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,15 +27,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import __version__, checkpoint, memory, metrics
+from lowres import __version__, checkpoint, memory, metrics, ranks
 from lowres.config import Config, changed_keys, follow_batch, load_config, to_toml
 from lowres.data import TokenData, open_data
-from lowres.engine import Engine
+from lowres.data.sources import is_stream
+from lowres.engine import Engine, zero
 from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
 from lowres.meter import Meter
-from lowres.model import Units, initialize
-from lowres.optim import make_optimizer
+from lowres.model import initialize, unit_specs
 from lowres.optim.schedule import factor
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.report import draw_loss
@@ -41,11 +46,10 @@ from lowres.runs import (
     METRICS,
     SUMMARY,
     TOKENIZER,
-    engine_of,
     initialize_from,
-    make_units,
     pick_device,
     require_same_shape,
+    training_engine,
 )
 from lowres.sample import sample
 
@@ -61,9 +65,8 @@ class Parts:
 
     plan: memory.Plan
     rooms: Rooms
-    units: Units
-    optimizer: Relora
     engine: Engine
+    relora: Relora
     meter: Meter
     adapted: bool
 
@@ -93,25 +96,21 @@ class Run:
         """Make what computes, in the place of what did; weights and state are all zero."""
         self.__dict__.pop("parts", None)  # first, as there may not be room for both
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
-        optimizer = make_optimizer(config)
-        units = make_units(config, plan, rooms, adapted)
-        optimizer.attach(units.values(), rooms, plan.choice.homes.state)
-        relora = Relora(config.relora, optimizer)
-        engine = engine_of(config, units, relora, plan, rooms)
+        engine, relora = training_engine(config, plan, rooms, adapted)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-        self.parts = Parts(plan, rooms, units, relora, engine, Meter(rooms), adapted)
+        self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> None:
         """Checkpoint everything that the next step depends on."""
-        stored = ((name, unit.tensors()) for name, unit in self.parts.units.items())
+        stored = ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
         state = {"tokens": self.tokens_at(step), "data": self.data.fingerprint, "start": self.start}
         keep = self.config.train.keep_checkpoints
-        return checkpoint.save(self.folder / CHECKPOINTS, step, stored, state, keep)
+        _write_checkpoint(self.folder / CHECKPOINTS, step, stored, state, keep)
 
     def load(self, folder: Path) -> int:
         """Read a checkpoint into place; returns its step."""
-        for name, unit in self.parts.units.items():
-            checkpoint.load_unit(folder, name, unit.tensors())
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(folder, unit.spec.name, unit.tensors())
         return int(checkpoint.load_state(folder)["step"])
 
     def start_adapters(self, step: int) -> None:
@@ -120,22 +119,34 @@ class Run:
         if not saved.exists():
             self.save(step)
         self.build(self.parts.rooms.device, adapted=True)
-        for name, unit in self.parts.units.items():
-            checkpoint.load_unit(saved, name, tensors_before(unit), all_used=False)
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False)
             start_adapters(unit, self.config.run.seed, step)
+
+
+def _write_checkpoint(
+    folder: Path, step: int, stored: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any], keep: int
+) -> None:
+    """`checkpoint.save` on the first rank; the others give it their parts of the units."""
+    if ranks.is_first():
+        checkpoint.save(folder, step, stored, state, keep)
+    else:
+        for _ in stored:
+            pass
 
 
 def train(config: Config, folder: Path, resume: bool) -> None:
     """Train into a folder, or continue there."""
     if resume and _is_finished(config, folder):
-        print(f"{folder} is finished; to go on, raise train.steps")
+        _print(f"{folder} is finished; to go on, raise train.steps")
         return
     began = time.perf_counter()
     run, step = _prepare(config, folder, resume)
     config, resumed_at = run.config, step
     total, sequences = config.train.total_steps, config.batch_sequences
     log = metrics.MetricsLog(folder / METRICS, step or -1)
-    bar = tqdm(total=total, initial=step, unit="step", disable=None if config.log.progress else True)
+    silent = not (config.log.progress and ranks.is_first())
+    bar = tqdm(total=total, initial=step, unit="step", disable=True if silent else None)
     skipped_in_a_row = 0
 
     while True:
@@ -164,7 +175,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
 
         # ---- log
         lr = (config.optim.lr or 0) * schedule
-        merged = run.parts.optimizer.readings(step) if config.relora.enabled else {}
+        merged = run.parts.relora.readings(step) if config.relora.enabled else {}
         log.write(
             {
                 "step": step,
@@ -211,7 +222,7 @@ def _merge_text(merged: dict[str, Any]) -> str:
 def _adapters_text(run: Run) -> str:
     relora = run.config.relora
     merging = f"merged every {relora.cycle_steps} steps" if relora.cycle_steps else "never merged"
-    specs = [s for unit in run.parts.units.values() for s in unit.spec.adapters.values()]
+    specs = [s for unit in unit_specs(run.config.model, relora) for s in unit.adapters.values()]
     return (
         f"adapters of rank {relora.rank} ({sum(s.numel for s in specs) / 1e6:.2f} M parameters) train "
         f"from here, {merging}; the matrices they adapt are frozen"
@@ -230,18 +241,25 @@ def _is_finished(config: Config, folder: Path) -> bool:
 
 
 def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    if ranks.is_first():
+        tqdm.write(line, file=sys.stderr)
+
+
+def _print(line: str) -> None:
+    if ranks.is_first():
+        print(line)
 
 
 def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     """Check everything, then build the run: from its newest valid checkpoint, or from nothing."""
     device = pick_device(config)
+    _meet(config, device)
     found, damaged = _find_checkpoint(folder, resume)
     config = _with_origin(config, folder, resume)
     # what cannot fit is refused before anything is read or written
     smallest = config.model.vocab_size or config.data.vocab_size or 260
     _check_room(config.with_vocab(smallest), device, folder)
-    data = open_data(config.data, config.model.vocab_size, config.run.seed, config.log.progress)
+    data = _open_data(config)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
     start, offset = _start_of(config), 0
     notes: list[str] = []
@@ -256,10 +274,12 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
         _say(f"note: {note}")
     if resume and found is None:
         _say(f"{folder} has no checkpoint yet: starting at step 0")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY).unlink(missing_ok=True)
-    _write_beside(folder / CONFIG, to_toml(config))
-    shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
+    ranks.wait()  # until all have seen what was there
+    if ranks.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SUMMARY).unlink(missing_ok=True)
+        _write_beside(folder / CONFIG, to_toml(config))
+        shutil.copyfile(data.tokenizer.path, folder / TOKENIZER)
 
     validation = data.validation(config.train.eval_tokens)
     token_bytes = data.tokenizer.token_bytes()
@@ -267,9 +287,10 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     step = int(checkpoint.load_state(found)["step"]) if found else 0
     run.build(device, config.relora.stored_at(step))
     if found is None:
-        initialize(run.parts.units, config.run.seed, device)
+        engine = run.parts.engine
+        initialize(engine.units(write=True), config.run.seed, device)
         if origin is not None:
-            initialize_from(run.parts.units, origin)
+            initialize_from(engine.units(write=True), origin)
             _say(f"weights from {origin}")
     else:
         run.load(found)
@@ -278,6 +299,35 @@ def _prepare(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
     if config.memory.rehearse is True or (config.memory.rehearse == "auto" and device.type == "cuda"):
         _rehearse(run)
     return run, step
+
+
+def _meet(config: Config, device: torch.device) -> None:
+    """Be one of the ranks of the run; refuse what cannot be done on so many, or without DeepSpeed."""
+    engine, source = config.memory.engine, config.data.source
+    if ranks.size() > 1 and engine != "deepspeed":
+        raise UserError(
+            f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, or "
+            "`lowres train` without a launcher"
+        )
+    if ranks.size() > 1 and is_stream(source):
+        raise UserError(
+            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
+            f"`lowres data prepare {source} OUT`"
+        )
+    if engine == "deepspeed":
+        zero.require(config, device)
+        ranks.join(device)
+
+
+def _open_data(config: Config) -> TokenData:
+    """The data; the first rank of each machine prepares them if need be."""
+    if not ranks.is_first_here():
+        ranks.wait()
+    progress = config.log.progress and ranks.is_first()
+    data = open_data(config.data, config.model.vocab_size, config.run.seed, progress)
+    if ranks.is_first_here():
+        ranks.wait()
+    return data
 
 
 def _with_origin(config: Config, folder: Path, resume: bool) -> Config:
@@ -316,17 +366,18 @@ def _rehearse(run: Run) -> None:
     weights and state stay as they are.
     """
     config, parts = run.config, run.parts
-    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch)
+    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
     batch = torch.zeros(shape, dtype=torch.int64)
-    largest = max(parts.units, key=lambda name: sum(t.nbytes for t in parts.units[name].tensors().values()))
     place = run.folder / "rehearsal"
     try:
         with parts.meter.watch("step"):
             parts.engine.step(batch, 0, 0.0, rehearsal=True)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
-        checkpoint.save(place, 0, [(largest, parts.units[largest].tensors())], {}, keep=0)
+        # embedding and a block: the others are like these
+        some = itertools.islice(parts.engine.units(), 2)
+        _write_checkpoint(place, 0, ((unit.spec.name, unit.tensors()) for unit in some), {}, keep=0)
     except torch.OutOfMemoryError as error:
         raise DoesNotFit(
             f"the rehearsal of a step ran out of GPU memory ({str(error).splitlines()[0]}); "
@@ -348,7 +399,13 @@ def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]
         raise UserError(
             f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
         )
-    return checkpoint.newest_valid(folder / CHECKPOINTS) if resume else (None, [])
+    if not resume:
+        return None, []
+    checkpoints = folder / CHECKPOINTS
+    found, notes = checkpoint.newest_valid(checkpoints) if ranks.is_first() else (None, [])
+    own = checkpoint.step_of(found) if found else -1
+    (step,) = ranks.total(own if ranks.is_first() else 0)
+    return (None if step < 0 else checkpoint.step_folder(checkpoints, int(step))), notes
 
 
 def _start_of(config: Config) -> dict[str, Any]:
@@ -412,6 +469,14 @@ def _announce(run: Run) -> None:
 
 def _finish(run: Run, seconds: float) -> None:
     """Write the summary and the picture, print a sample."""
+    asked, text = run.config.log, None
+    if asked.sample_tokens:
+        seq_len, seed = run.config.data.seq_len, run.config.run.seed
+        text = sample(
+            run.parts.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed
+        )
+    if not ranks.is_first():
+        return
     summary: dict[str, Any] = {}
     first = None
     for record in metrics.read(run.folder / METRICS):
@@ -427,12 +492,7 @@ def _finish(run: Run, seconds: float) -> None:
         "started_with": start,
     }
     summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
-    asked = run.config.log
-    if asked.sample_tokens:
-        seq_len, seed = run.config.data.seq_len, run.config.run.seed
-        text = sample(
-            run.parts.engine, run.data.tokenizer, asked.sample_prompt, asked.sample_tokens, seq_len, seed=seed
-        )
+    if text is not None:
         summary["sample"] = text
         print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
     _write_beside(run.folder / SUMMARY, json.dumps(summary, indent=1))
@@ -444,7 +504,16 @@ def _finish(run: Run, seconds: float) -> None:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "lowres": __version__}
-    for package in ("torch", "numpy", "sentencepiece", "safetensors", "pydantic", "datasets", "triton"):
+    for package in (
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "safetensors",
+        "pydantic",
+        "datasets",
+        "triton",
+        "deepspeed",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

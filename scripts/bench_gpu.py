@@ -146,7 +146,7 @@ def measure_memory(parsed: argparse.Namespace) -> dict[str, Any]:
     optimizer.attach(units.values(), rooms, choice.homes.state)
     engine = make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
     engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-    initialize(units, config.run.seed, device)
+    initialize(units.values(), config.run.seed, device)
     tokens = random_tokens(config, min(config.batch_sequences, 2 * choice.micro_batch), 0)
     live = LiveTensors(rooms) if device.type == "cpu" else None
     with live or nullcontext():

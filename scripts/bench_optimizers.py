@@ -41,7 +41,7 @@ def main() -> None:
 
     model = ModelConfig.model_validate({"preset": parsed.preset, "n_layers": 1, "vocab_size": 2})
     units = empty_units(model, "fp32", "fp32", Rooms(device))
-    initialize(units, 0, device)
+    initialize(units.values(), 0, device)
     results = {}
     for name in parsed.names:
         results[name] = measure(name, model, units["layers.0"], parsed.pairs, device)

@@ -219,7 +219,7 @@ def measure(settings: Mapping[str, list[str]], parsed: argparse.Namespace) -> di
         kept = config.memory
         units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)
         optimizer.attach(units.values(), rooms)
-        initialize(units, 0, device)
+        initialize(units.values(), 0, device)
         timers[name] = TimedOptimizer(optimizer)
         engines[name] = make_engine(config, units, timers[name], config.batch_sequences, rooms)
         parameters = sum(spec.numel for unit in units.values() for spec in unit.spec.tensors)

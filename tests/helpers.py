@@ -37,7 +37,7 @@ def make_units(
 ) -> Units:
     """Initialised weights; with a dtype, dense in that one."""
     units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", Rooms(device))
-    initialize(units, seed, device)
+    initialize(units.values(), seed, device)
     if dtype is not None:
         for unit in units.values():
             for storage in unit.weights.values():
@@ -112,7 +112,7 @@ def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     """Start training and kill it without warning once it has logged a step."""
     command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):
             process.send_signal(signal.SIGKILL)
@@ -128,7 +128,7 @@ def with_adapters(config: Config, micro_batch: int = 3, band: int = 1) -> tuple[
     kept = config.memory
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, ROOMS, adapters=config.relora)
     relora = Relora(config.relora, make_optimizer(config, units))
-    initialize(units, config.run.seed, ROOMS.device)
+    initialize(units.values(), config.run.seed, ROOMS.device)
     return units, relora, make_engine(config, units, relora, micro_batch, ROOMS, band)
 
 

@@ -289,10 +289,10 @@ BAD_CONFIGS = {
         "schedule.name=sawtooth schedule.cycle_steps=10 schedule.rewarmup_steps=10",
         "schedule.rewarmup_steps: 10 leave nothing of a cycle of 10 steps; lower it or raise",
     ),
-    "not built": ("memory.engine=deepspeed", "memory.engine: 'deepspeed' is not built yet"),
+    "not built": ("memory.compute=int8", "memory.compute: 'int8' is not built yet"),
     "no host in autograd": (
         "memory.stash_on=host memory.engine=autograd",
-        "memory.stash_on: the autograd engine keeps everything on the GPU; use gpu or engine=layerwise",
+        "memory.stash_on: the autograd engine does not move units; use gpu or engine=layerwise",
     ),
     "no such source": ("data.source=nowhere.txt", "nowhere.txt"),
     "no CUDA device": (

@@ -73,6 +73,8 @@ SURFACE = {
     | {"weights_on", "state_on", "stash_on", "carry_on", "stash_dtype", "band", "rehearse"}
     | {"exact_forward"}
     | {"moments", "master", "master_dtype"},
+    "deepspeed": {"stage", "offload_optimizer", "offload_param", "nvme_path", "pin_memory", "overlap"}
+    | {"config_file"},
     "log": {"progress", "sample_prompt", "sample_tokens"},
 }
 
@@ -273,3 +275,70 @@ def test_rates_follow_the_batch_of_a_resumed_run() -> None:
     assert tied(follow_batch(of(0.01, 8192, "sqrt", 0.002), config, start)[0])[0] == 0.02
     with pytest.raises(UserError, match=r"optim.lr: the run was started with 0.01"):
         follow_batch(of(0.03, 4096, embed_lr=0.002), first, start)
+
+
+def of_deepspeed(**sections: dict[str, object]) -> Config:
+    memory = {"engine": "deepspeed"} | sections.pop("memory", {})
+    return parse_config(sections | {"memory": memory})[0]
+
+
+def test_defaults_of_deepspeed(tmp_path: Path) -> None:
+    """The engine has AdamW and no INT8, so what the config leaves open is AdamW on fp32 master weights."""
+    config = of_deepspeed()
+    assert (config.optim.name, config.optim.lr, config.optim.eps, config.optim.limiter) == (
+        "adamw",
+        1e-3,
+        1e-8,
+        0.0,
+    )
+    assert config.memory.weights == config.memory.embeddings_kept_in == "fp32"
+    assert parse_config({})[0].optim.name == "apollo-mini"
+    path = tmp_path / "resolved.toml"
+    path.write_text(to_toml(config))
+    assert load_config(path)[0] == config
+    # with --set alone, and a batch that the learning rate of AdamW follows
+    path.write_text("[train]\nbatch_tokens = 2048")
+    overrides = ["memory.engine=deepspeed", "train.batch_tokens=4096", "optim.batch_policy=linear"]
+    assert load_config(path, overrides)[0].optim.lr == 0.002
+    lean = of_deepspeed(memory={"weights": "bf16", "moments": "bf16"}).memory
+    assert (lean.embeddings_kept_in, lean.compute) == ("bf16", "auto")
+
+
+@pytest.mark.parametrize(
+    "section, keys, message",
+    [
+        ("memory", {"weights": "int8"}, "memory.weights: DeepSpeed has no INT8 weights; use fp32 or bf16,"),
+        ("memory", {"weights": "bf16"}, "memory.moments: DeepSpeed keeps moments in the format of the weig"),
+        ("memory", {"moments": "int8"}, "memory.moments: DeepSpeed keeps moments in the format of the weig"),
+        ("memory", {"embeddings": "bf16"}, "memory.embeddings: DeepSpeed keeps all weights in one format; "),
+        ("memory", {"weights": "bf16", "moments": "bf16", "compute": "fp32"}, "memory.compute: bf16 weights"),
+        ("memory", {"master": "host"}, "memory.master: only the layerwise engine has one"),
+        (
+            "memory",
+            {"state_on": "host"},
+            "memory.state_on: the deepspeed engine does not move units; use auto",
+        ),
+        (
+            "optim",
+            {"name": "apollo-mini"},
+            "optim.name: apollo-mini is not to be had with DeepSpeed, which f",
+        ),
+        ("optim", {"name": "galore"}, "optim.name: galore is not to be had with DeepSpeed"),
+        ("optim", {"name": "adam-mini"}, "use adamw, or memory.engine=layerwise"),
+        ("optim", {"name": "adamw8bit"}, "optim.name: adamw8bit is not to be had with DeepSpeed"),
+        ("optim", {"limiter": 1.01}, "optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip"),
+        ("relora", {"enabled": True}, "relora.enabled: DeepSpeed cannot merge adapters"),
+        ("deepspeed", {"offload_param": "cpu"}, "deepspeed.offload_param: stage 2 keeps whole weights on th"),
+        (
+            "deepspeed",
+            {"stage": 3, "offload_param": "cpu", "offload_optimizer": "none"},
+            "deepspeed.offload_param: needs an offloaded optimizer too",
+        ),
+        ("deepspeed", {"offload_optimizer": "nvme"}, "deepspeed.offload_optimizer: stage 2 cannot use nvme"),
+        ("deepspeed", {"stage": 3, "offload_optimizer": "nvme"}, "deepspeed.nvme_path: offloading to nvme n"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(section: str, keys: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        of_deepspeed(**{section: keys})
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -14,6 +14,7 @@ FLOORS = {
     "config": 1,
     "rooms": 1,
     "storage": 1,
+    "ranks": 1,
     "model": 2,
     "optim": 2,
     "data": 2,

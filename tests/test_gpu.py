@@ -118,7 +118,7 @@ def steps(config: Config, count: int = 3) -> tuple[list[float], int]:
     before = torch.cuda.memory_allocated()
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights)
     optimizer = make_optimizer(config, units, rooms, choice.homes.state)
-    initialize(units, 0, CUDA)
+    initialize(units.values(), 0, CUDA)
     engine = make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
     torch.cuda.reset_peak_memory_stats()
     length, vocab = config.data.seq_len, config.model.vocab

@@ -34,7 +34,7 @@ def measured(config: Config, plan: Plan) -> tuple[dict[tuple[str, str], int], di
             config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights, adapters
         )
         updater = Relora(config.relora, make_optimizer(config, units, rooms, choice.homes.state))
-        initialize(units, 0, CPU)
+        initialize(units.values(), 0, CPU)
         engine = make_engine(config, units, updater, choice.micro_batch, rooms, choice.band, choice.homes)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         live.reset()

@@ -60,7 +60,7 @@ def test_gradients_equal_transformers(variant: str) -> None:
     theirs, ours = reference(config).double(), Llama(config).double()
     ours.load_state_dict(theirs.state_dict(), strict=False)
     batch = torch.randint(0, config.vocab, (2, 33))
-    ours.loss_sum(batch[:, :-1], batch[:, 1:], chunk=7).backward()
+    ours(batch[:, :-1], batch[:, 1:], chunk=7).backward()
     logits = theirs(batch[:, :-1]).logits
     torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
@@ -96,7 +96,7 @@ def test_initial_values_are_named_by_seed_and_tensor() -> None:
 
     def values(seed: int, kind: str = "fp32") -> dict[str, torch.Tensor]:
         units = empty_units(config, kind, "fp32", Rooms(CPU))
-        initialize(units, seed, CPU)
+        initialize(units.values(), seed, CPU)
         return {n: s.dense(torch.float32).clone() for u in units.values() for n, s in u.weights.items()}
 
     first, again, other = values(0), values(0), values(1)

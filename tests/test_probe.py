@@ -106,7 +106,7 @@ def test_counted_bytes_are_those_that_a_step_copies(
     room, choice = Rooms(CPU), plan.choice
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, room, choice.homes.weights)
     optimizer = make_optimizer(config, units, room, choice.homes.state)
-    initialize(units, 0, CPU)
+    initialize(units.values(), 0, CPU)
     engine = make_engine(config, units, optimizer, choice.micro_batch, room, choice.band, choice.homes)
     moved = {"fetch": 0, "store": 0}
     for direction in moved:

@@ -90,7 +90,7 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
     # what samples and evaluates uses the adapters: it is what a copy with them merged computes
     config, engine, _ = open_run(run)
     merged = empty_units(config.model, "fp32", "fp32", ROOMS)
-    initialize_from(merged, run)
+    initialize_from(merged.values(), run)
     plain = make_engine(make_config(model=config.model.model_dump()), merged, None, 4, ROOMS)
     tokens = make_batch(3, 16)[:, :-1]
     torch.testing.assert_close(engine.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)

@@ -30,7 +30,7 @@ def trained(homes: Homes, band: int, micro_batch: int, weights: str, name: str, 
     rooms = Rooms(CPU)
     units = empty_units(config.model, weights, config.memory.embeddings_kept_in, rooms, homes.weights)
     optimizer = make_optimizer(config, units, rooms, homes.state)
-    initialize(units, 0, CPU)
+    initialize(units.values(), 0, CPU)
     engine = LayerwiseEngine(
         config.model, units, optimizer, micro_batch, torch.float32, rooms, 50, band, homes
     )
@@ -75,7 +75,7 @@ def peak(model: ModelConfig, homes: Homes, sequences: int, band: int = 1) -> tup
     units = empty_units(model, "int8", "bf16", rooms, homes.weights)
     config = make_config()
     optimizer = make_optimizer(config, units, rooms, homes.state)
-    initialize(units, 0, CPU)
+    initialize(units.values(), 0, CPU)
     engine = LayerwiseEngine(model, units, optimizer, 1, torch.float32, rooms, 64, band, homes)
     batch = make_batch(sequences, 64)
     with LiveTensors(rooms) as live:
@@ -188,7 +188,7 @@ def test_a_rehearsal_changes_nothing(name: str, master: str) -> None:
     rooms = Rooms(CPU)
     units = empty_units(config.model, "int8", "fp32", rooms)
     optimizer = make_optimizer(config, units, rooms)
-    initialize(units, 0, CPU)
+    initialize(units.values(), 0, CPU)
     engine = LayerwiseEngine(config.model, units, optimizer, 2, torch.float32, rooms)
     for step in range(2):
         before = {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
@@ -212,8 +212,8 @@ def test_a_master_copy_takes_the_updates(kind: str) -> None:
     units = empty_units(config.model, "int8", "bf16", rooms)
     wanted = empty_units(plain.model, kind, "bf16", rooms)
     optimizers = make_optimizer(config, units, rooms), make_optimizer(plain, wanted, rooms)
-    initialize(units, 0, CPU)
-    initialize(wanted, 0, CPU)
+    initialize(units.values(), 0, CPU)
+    initialize(wanted.values(), 0, CPU)
     unit, other = units["layers.0"], wanted["layers.0"]
     generator = torch.Generator().manual_seed(1)
     for step in range(5):

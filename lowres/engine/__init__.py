@@ -1,11 +1,13 @@
-"""Engines: one optimizer step, in two orders, behind one interface.
+"""Engines: one optimizer step, three ways, behind one interface.
 
 `layerwise` takes all micro-batches of a step through one layer before the next. `autograd` runs the
-whole model for each micro-batch with PyTorch's own differentiation, and is the reference.
+whole model for each micro-batch with PyTorch's own differentiation, and is the reference. `zero` is that
+under DeepSpeed, on one or many ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -16,7 +18,7 @@ from lowres.engine.common import StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Dropout, Units, is_adapted
 from lowres.rooms import Homes, Rooms
-from lowres.storage import compute_dtype
+from lowres.storage import Unit, compute_dtype
 
 __all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
 
@@ -40,6 +42,10 @@ class Engine(Protocol):
     def logits(self, tokens: Tensor) -> Tensor:
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
 
+    def units(self, write: bool = False) -> Iterator[Unit]:
+        """Every unit in turn, in the order of the forward pass: whole, and here until the next one is asked
+        for. write: all of its tensors will be given a value, which the engine keeps."""
+
 
 def make_engine(
     config: Config,
@@ -50,8 +56,8 @@ def make_engine(
     band: int = 1,
     homes: Homes = Homes(),  # noqa: B008 - frozen
 ) -> Engine:
-    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate.
-    band and homes: see the plan."""
+    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate,
+    and also the layerwise one serves a run of deepspeed. band and homes: see the plan."""
     kept, relora = config.memory, config.relora
     dtype = compute_dtype(kept.compute, rooms.device)
     dropout = Dropout(relora.dropout, config.run.seed)

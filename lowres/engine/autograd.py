@@ -6,6 +6,8 @@ whole model in compute precision and a gradient for every parameter, so it needs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from lowres.config import ModelConfig, ReloraConfig
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
 from lowres.model import Dropout, Llama, Units
 from lowres.rooms import Rooms
+from lowres.storage import Unit
 
 
 class AutogradEngine:
@@ -31,7 +34,7 @@ class AutogradEngine:
         adapters: ReloraConfig | None = None,
         dropout: Dropout | None = None,
     ) -> None:
-        self.units, self.optimizer = units, optimizer
+        self._units, self.optimizer = units, optimizer
         self.micro_batch, self.loss_chunk, self.grad_clip = micro_batch, loss_chunk, grad_clip
         self.rooms, self.device = rooms, rooms.device
         with torch.device(self.device):
@@ -48,7 +51,7 @@ class AutogradEngine:
     @torch.no_grad()
     def _load(self) -> None:
         """Bring the module up to date with the stored weights."""
-        for unit in self.units.values():
+        for unit in self._units.values():
             for name, storage in unit.weights.items():
                 parameter = self.model.get_parameter(name)
                 parameter.copy_(storage.dense(parameter.dtype))
@@ -68,7 +71,7 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
         for tokens, wanted in zip(inputs, targets, strict=True):
-            loss = self.model.loss_sum(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
+            loss = self.model(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
             (loss / count).backward()
             total += loss.detach()
             for name, grad in grads.items():
@@ -91,18 +94,18 @@ class AutogradEngine:
             shrink = (self.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():
                 grad.mul_(shrink)
-        for unit in reversed(self.units.values()):
+        for unit in reversed(self._units.values()):
             own = {spec.name: grads[spec.name] for spec in unit.spec.trained}
             self.optimizer.update(unit, own, step, schedule, accepted)
         numbers = torch.stack([loss, squares.sqrt(), accepted.double()]).tolist()
-        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self.units))
+        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self._units))
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         self._load()
         inputs, targets, count = split(batch, self.micro_batch, self.rooms)
         losses = [
-            self.model.loss_sum(i.to(self.device), t.to(self.device), self.loss_chunk)
+            self.model(i.to(self.device), t.to(self.device), self.loss_chunk)
             for i, t in zip(inputs, targets, strict=True)
         ]
         return float(torch.stack(losses).sum()), count
@@ -111,3 +114,6 @@ class AutogradEngine:
     def logits(self, tokens: Tensor) -> Tensor:
         self._load()
         return self.model(tokens.to(self.device))[:, -1].float()
+
+    def units(self, write: bool = False) -> Iterator[Unit]:
+        yield from self._units.values()

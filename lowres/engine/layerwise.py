@@ -499,6 +499,9 @@ class LayerwiseEngine:
             normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)
             return matmul_wide(normed, self._head_matrix(w, None).value.T)
 
+    def units(self, write: bool = False) -> Iterator[Unit]:
+        yield from self._units.values()
+
 
 def _shape(batch: Tensor) -> tuple[int, int]:
     """Sequences and length of the inputs of a batch."""

@@ -1,0 +1,414 @@
+"""The step of the autograd engine under DeepSpeed: AdamW whose state, gradients and weights are divided over
+the ranks (ZeRO, arXiv 1910.02054) and may live in host memory or on a disk.
+
+The batch of a step is the same on every rank; each takes its share of the sequences, so N ranks do what one
+does. Weights and state at rest are DeepSpeed's flat partitions. `units` is the one door to them: a unit at a
+time is put together, or taken apart again, in host memory, so what goes in and out are the tensors that the
+other engines have, whatever the number of ranks.
+
+Not used: DeepSpeed's checkpoints (pickles, a layout for each number of ranks), its schedules and its
+counting of micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowres import ranks
+from lowres.config import Config
+from lowres.data.batches import IGNORED
+from lowres.engine.common import StepReport, split
+from lowres.errors import UserError
+from lowres.model import Llama, storage_kinds, unit_specs
+from lowres.optim import Optimizer
+from lowres.rooms import Rooms
+from lowres.storage import (
+    DENSE_DTYPES,
+    Unit,
+    UnitSpec,
+    compute_dtype,
+    field_bytes,
+    state_fields,
+    weight_fields,
+)
+
+# elements that are communicated at a time; DeepSpeed's own choice of 500 M takes 2 GB of a small card
+BUCKET = 100_000_000
+# keys of a DeepSpeed JSON that the run's config decides, and the key to use instead
+DECIDED = {
+    "train_batch_size": "train.batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "optimizer": "the section [optim]",
+    "scheduler": "the section [schedule]",
+    "gradient_clipping": "optim.grad_clip",
+    "fp16": "memory.compute",
+    "bf16": "memory.weights and memory.compute",
+    "amp": "memory.compute",
+    "torch_autocast": "memory.compute",
+    "data_types": "memory.weights",
+    "zero_optimization.stage": "deepspeed.stage",
+    "zero_optimization.overlap_comm": "deepspeed.overlap",
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_param",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "deepspeed.nvme_path",
+    "zero_optimization.offload_optimizer.pin_memory": "deepspeed.pin_memory",
+    "zero_optimization.offload_param.device": "deepspeed.offload_param",
+    "zero_optimization.offload_param.nvme_path": "deepspeed.nvme_path",
+    "zero_optimization.offload_param.pin_memory": "deepspeed.pin_memory",
+}
+
+
+def require(config: Config, device: torch.device) -> None:
+    """Raise UserError if DeepSpeed, or a compiler that it needs, is missing, if the file of its own keys
+    cannot be used, or if the batch cannot be divided over the ranks."""
+    if config.batch_sequences % ranks.size():
+        near = max(1, round(config.batch_sequences / ranks.size())) * ranks.size() * config.data.seq_len
+        raise UserError(
+            f"train.batch_tokens: {config.batch_sequences} sequences cannot be divided over {ranks.size()} "
+            f"ranks; {near} tokens can"
+        )
+    own_keys(config)
+    deepspeed(device)
+    if config.deepspeed.offload_optimizer != "none":
+        _cpu_adam()
+
+
+def own_keys(config: Config) -> dict[str, Any]:
+    """The content of deepspeed.config_file. Raises UserError at a key that the run's config decides."""
+    path = config.deepspeed.config_file
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config_file: {path} cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"deepspeed.config_file: {path} holds no JSON object")
+    for key, instead in DECIDED.items():
+        found: Any = values
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is not None:
+            raise UserError(
+                f"deepspeed.config_file: {path} sets {key}, which is {instead} here; remove it there"
+            )
+    return values
+
+
+def deepspeed(device: torch.device) -> ModuleType:
+    """The module, told of the device and quiet."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU that is there
+    try:
+        import deepspeed as found
+    except ImportError:
+        raise UserError(
+            "memory.engine: deepspeed is not installed; pip install 'lowres[deepspeed]', or use layerwise"
+        ) from None
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(sys.stderr)  # what is printed is a run's results
+    logger.addFilter(_is_news)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    return found
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "OVERFLOW" not in record.getMessage()  # the metrics count skipped steps
+
+
+def _silence() -> contextlib.redirect_stdout[io.StringIO]:
+    """Without DeepSpeed's prints of what it has compiled."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def _cpu_adam() -> Any:
+    """DeepSpeed's AdamW for the CPU, compiled on its first use."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        with _silence():
+            CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # of the compiler, ninja, or what they cannot find
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"deepspeed.offload_optimizer: DeepSpeed could not compile its CPU Adam ({reason}); install "
+            "a C++ compiler (g++) and ninja, or use offload_optimizer=none"
+        ) from None
+    return DeepSpeedCPUAdam
+
+
+def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; own_keys go before what only these lines choose."""
+    asked, kept, cuda = config.deepspeed, config.memory, device.type == "cuda"
+    lean = kept.weights == "bf16"
+    share = config.batch_sequences // ranks.size()
+    pinned = cuda if asked.pin_memory == "auto" else asked.pin_memory
+    place = {"pin_memory": pinned} | ({"nvme_path": asked.nvme_path} if asked.nvme_path else {})
+    bf16: dict[str, Any] = {"enabled": lean or compute_dtype(kept.compute, device) == torch.bfloat16}
+    if lean:
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    numel = sum(spec.numel for unit in unit_specs(config.model) for spec in unit.tensors)
+    bucket = min(BUCKET, numel + numel % 2)
+    zero: dict[str, Any] = {
+        "stage": asked.stage,
+        "overlap_comm": asked.overlap and cuda,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket // 2,
+        "stage3_max_live_parameters": 5 * BUCKET,
+        "stage3_max_reuse_distance": 5 * BUCKET,
+    }
+    if asked.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": asked.offload_optimizer} | place
+    if asked.offload_param != "none":
+        zero["offload_param"] = {"device": asked.offload_param} | place
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": -(-share // micro_batch),
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": bf16,
+        "data_types": {"grad_accum_dtype": "bf16" if lean else "fp32"},
+        "zero_optimization": zero,
+        "steps_per_print": None,
+    }
+    return _merged(ours, own_keys(config))
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    both = ours.keys() & theirs.keys()
+    nested = {k for k in both if isinstance(ours[k], dict) and isinstance(theirs[k], dict)}
+    return ours | theirs | {key: _merged(ours[key], theirs[key]) for key in nested}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a flattened weight that this rank keeps: where it starts, and views of its master weight
+    and moments, by "" and key."""
+
+    start: int
+    views: dict[str, Tensor]
+
+
+class ZeroEngine:
+    """Engine interface: see `lowres.engine.Engine`."""
+
+    def __init__(self, config: Config, optimizer: Optimizer, micro_batch: int, rooms: Rooms) -> None:
+        """optimizer: has the rates and weight decays of the tensors; DeepSpeed updates them."""
+        self.config, self.rooms, self.device = config, rooms, rooms.device
+        self.micro_batch = min(micro_batch, config.batch_sequences // ranks.size())
+        self.loss_chunk = config.memory.loss_chunk
+        self.specs = unit_specs(config.model)
+        self._rule = optimizer
+        module = deepspeed(self.device)
+        ranks.join(self.device)
+        keys = settings(config, self.micro_batch, self.device)
+        dtype = torch.bfloat16 if keys["bf16"]["enabled"] else torch.float32
+        if config.deepspeed.stage == 3:  # divided as it is built
+            with _silence(), module.zero.Init(config_dict_or_path=keys):
+                model = Llama(config.model)
+        else:
+            with torch.device("meta"):  # never in fp32 on the device
+                model = Llama(config.model).to(dtype)
+            model.to_empty(device=self.device)
+        self._groups = [
+            g for g in optimizer.groups if any(s.role in g.roles for u in self.specs for s in u.tensors)
+        ]
+        with _silence():
+            self._engine, *_ = module.initialize(model=model, optimizer=self._adamw(model), config=keys)
+        self._zero = self._engine.optimizer
+        self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
+        self._start_state()
+
+    def _adamw(self, model: nn.Module) -> torch.optim.Optimizer:
+        """With a group for each of the groups that have a rate and a weight decay of their own."""
+        optim, groups = self.config.optim, []
+        for group in self._groups:
+            names = [s.name for u in self.specs for s in u.tensors if s.role in group.roles]
+            own = [model.get_parameter(name) for name in names]
+            groups.append({"params": own, "lr": group.lr, "weight_decay": group.weight_decay})
+        assert optim.eps is not None
+        more: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
+        if self.config.deepspeed.offload_optimizer == "none":
+            return torch.optim.AdamW(groups, **more, fused=self.device.type == "cuda")
+        wide = self.config.memory.moments == "fp32"
+        return _cpu_adam()(groups, **more, fp32_optimizer_states=wide)
+
+    def reserve(self, sequences: int, length: int, training: bool) -> None:
+        """Nothing: DeepSpeed allocates its buffers at the start, and activations as they come."""
+
+    # the step
+
+    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+        _, _, count = split(batch, self.micro_batch, self.rooms)
+        inputs, targets, _ = split(ranks.share(batch, IGNORED), self.micro_batch, self.rooms)
+        for group, kept in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            group["lr"] = kept.lr * schedule
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._engine.train()
+        for i, (tokens, wanted) in enumerate(zip(inputs, targets, strict=True)):
+            last = i == len(inputs) - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            loss = self._engine(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
+            total += loss.detach()
+            # DeepSpeed takes the mean over the ranks
+            weight = ranks.size() / count
+            if last:
+                (mean,) = ranks.total(float(total) / count)
+                refused = rehearsal or not torch.tensor(mean).isfinite()
+                # gradients that are not finite are what it skips a step for, on all ranks
+                weight = float("nan") if refused else weight
+            self._engine.backward(loss * weight, scale_wrt_gas=False)
+        self._engine.step()
+        skipped = len(self.specs) if self._zero.overflow else 0
+        return StepReport(mean, float(self._engine.get_global_grad_norm()), skipped)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Tensor) -> tuple[float, int]:
+        _, _, count = split(batch, self.micro_batch, self.rooms)
+        inputs, targets, _ = split(ranks.share(batch, IGNORED), self.micro_batch, self.rooms)
+        self._engine.eval()
+        losses = [
+            self._engine(i.to(self.device), t.to(self.device), self.loss_chunk)
+            for i, t in zip(inputs, targets, strict=True)
+        ]
+        return ranks.total(float(torch.stack(losses).double().sum()))[0], count
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        self._engine.eval()
+        return self._engine(tokens.to(self.device))[:, -1].float()
+
+    # weights and state at rest
+
+    def units(self, write: bool = False) -> Iterator[Unit]:
+        for spec in self.specs:
+            unit = self._empty(spec)
+            if not write:
+                self._read(unit)
+                for slab in (unit.weights_slab, unit.state_slab):
+                    assert slab is not None
+                    ranks.add(slab)  # bytes that no other rank has touched: exact for any number format
+            yield unit
+            if write:
+                self._write(unit)
+        if write:
+            self._publish()
+
+    def _empty(self, spec: UnitSpec) -> Unit:
+        """A unit in host memory, all zero."""
+        kept = self.config.memory
+        kinds = storage_kinds([spec], kept.weights, kept.embeddings_kept_in)
+        fields = self._rule.unit_fields(spec)
+        sizes = (sum(field_bytes(f).values()) for f in (weight_fields(spec, kinds), state_fields(fields)))
+        weights, state = (torch.zeros(size, dtype=torch.uint8) for size in sizes)
+        unit = Unit(spec, kinds, weights)
+        unit.give_state(fields, state)
+        return unit
+
+    def _read(self, unit: Unit) -> None:
+        """Put what this rank keeps of a unit into its place."""
+        for spec in unit.spec.tensors:
+            for whole, fragment in self._pairs(unit, spec.name):
+                whole.copy_(fragment)
+        assert unit.updates is not None
+        if ranks.is_first():
+            unit.updates.fill_(self._updates())
+
+    def _write(self, unit: Unit) -> None:
+        """Take from a unit what this rank keeps of it."""
+        for spec in unit.spec.tensors:
+            for whole, fragment in self._pairs(unit, spec.name):
+                fragment.copy_(whole)
+        assert unit.updates is not None
+        self._set_updates(int(unit.updates))
+
+    def _pairs(self, unit: Unit, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The part of a weight, and of each of its moments, that this rank keeps: in the unit and here."""
+        fragment = self._fragment(name)
+        if fragment is not None:
+            wholes = {"": unit.weight_tensors()[name]} | unit.state[name]
+            for key, view in fragment.views.items():
+                yield wholes[key].view(-1).narrow(0, fragment.start, view.numel()), view
+
+    # DeepSpeed's partitions
+
+    def _flats(self) -> list[Tensor]:
+        """The flat master weights of this rank."""
+        if self.config.deepspeed.stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    def _state(self, flat: Tensor) -> dict[str, Any]:
+        """What its AdamW keeps beside flat master weights."""
+        return self._zero.optimizer.state[flat]
+
+    def _start_state(self) -> None:
+        """Moments before the first step, so that they can be loaded and what does not fit fails now."""
+        offloaded = self.config.deepspeed.offload_optimizer != "none"
+        dtype = DENSE_DTYPES[self.config.memory.moments]
+        for flat in self._flats():
+            moments = {key: torch.zeros_like(flat, dtype=dtype).detach() for key in ("exp_avg", "exp_avg_sq")}
+            self._state(flat).update(
+                {"step": 0 if offloaded else torch.zeros((), device=flat.device)} | moments
+            )
+
+    def _updates(self) -> int:
+        return int(self._state(self._flats()[0])["step"])
+
+    def _set_updates(self, count: int) -> None:
+        for flat in self._flats():
+            state = self._state(flat)
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(count)
+            else:
+                state["step"] = count
+
+    def _fragment(self, name: str) -> Fragment | None:
+        """What this rank keeps of a weight; None if that is nothing."""
+        parameter = self._parameters[name]
+        if self.config.deepspeed.stage == 3:
+            group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            flat, start = self._zero.fp32_partitioned_groups_flat[group], ranks.rank() * length
+            length = min(length, parameter.ds_numel - start)  # the last parts are filled up
+        else:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            offset = mapping.hp_fragment_address.start
+        if length <= 0:
+            return None
+        kept = {"": flat.detach()} | {k: v for k, v in self._state(flat).items() if k != "step"}
+        return Fragment(start, {key: tensor.narrow(0, offset, length) for key, tensor in kept.items()})
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Compute with the master weights that were written."""
+        if self.config.deepspeed.stage < 3:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._flats())):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)

@@ -1,0 +1,144 @@
+"""What a rank of the DeepSpeed engine allocates, read from DeepSpeed 0.19 and held against measurement.
+
+ZeRO divides master weights and moments over the ranks; from stage 2 on gradients, in stage 3 weights. On
+top of that come copies: gradients are kept twice where they add up, an update on the CPU of stage 1 and 2
+leaves through a copy of the weights in host memory, and what is communicated passes through buckets.
+
+Activations and the loss are those of the model, which `lowres.memory` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowres.config import Config
+from lowres.engine.zero import settings
+from lowres.model import unit_specs
+from lowres.rooms import EXACT_LOCKING, GPU, HOST, Component
+
+# DeepSpeed's own choices where `settings` leaves them open, in elements
+SUB_GROUP = 1_000_000_000  # what an update of stage 3 takes at a time
+PERSISTENT = 100_000  # weights up to here stay whole on the GPU in stage 3
+# on a disk: buffers of a sub-group for state, buffers for weights, and weights that stay in host memory
+DISK_STATE, DISK_PARAMETERS, DISK_IN_HOST = 4, 5 * 100_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a rank. whole, part, largest, unit: elements of the model, of a rank's share, of the largest weight
+    and of the largest unit. width, kept: bytes of a number that computes; of one that an update reads or
+    writes. accumulates: whether a step has several micro-batches. chunks: of the loss in a micro-batch."""
+
+    whole: int
+    part: int
+    largest: int
+    unit: int
+    width: int
+    kept: int
+    accumulates: bool
+    chunks: int
+
+
+def components(config: Config, device: torch.device, ranks: int, micro_batch: int) -> Iterator[Component]:
+    """What one of `ranks` holds, but for activations; micro_batch: sequences, at most its share of a step."""
+    keys, units = settings(config, micro_batch, device), unit_specs(config.model)
+    zero, asked = keys["zero_optimization"], config.deepspeed
+    weights = [s.numel for unit in units for s in unit.tensors]
+    size = _Sizes(
+        whole=sum(weights),
+        part=-(-sum(weights) // ranks),
+        largest=max(weights),
+        unit=max(sum(s.numel for s in unit.tensors) for unit in units),
+        width=2 if keys["bf16"]["enabled"] else 4,
+        kept=2 if config.memory.weights == "bf16" else 4,
+        accumulates=-(-config.batch_sequences // ranks) > micro_batch,
+        chunks=-(-micro_batch * config.data.seq_len // config.memory.loss_chunk),
+    )
+    offloaded = asked.offload_optimizer != "none"
+    locks = device.type == "cuda" and offloaded and zero["offload_optimizer"]["pin_memory"]
+
+    def locked(nbytes: int) -> int:
+        return 1 << (nbytes - 1).bit_length() if locks and nbytes and not EXACT_LOCKING else nbytes
+
+    # at rest
+    sub_group = min(size.part, int(zero.get("sub_group_size", SUB_GROUP)))
+    flat = size.kept * size.part
+    if asked.offload_optimizer == "nvme":
+        yield Component("buffers of the disk", HOST, locked(DISK_STATE * size.kept * sub_group))
+    else:
+        room = HOST if offloaded else GPU
+        shared = asked.stage == 3 and not offloaded and size.width == size.kept
+        yield Component("master weights", room, 0 if shared else locked(flat))
+        yield Component("optimizer state", room, 2 * flat)
+        yield Component("gradients of the update", HOST, locked(flat) if offloaded else 0)
+    yield from (_stage_3 if asked.stage == 3 else _stage_1_2)(config, zero, size, locked)
+    if not offloaded:  # in the update, of a group of weights at a time
+        group = sub_group if asked.stage == 3 else size.part
+        yield Component("gradients of the update", GPU, size.kept * group, "update")
+    # weights and state are saved a unit at a time, and there is one while the next is put together
+    yield Component("units put together", HOST, 2 * 3 * size.kept * size.unit, "saving")
+
+
+def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) -> Iterator[Component]:
+    """Stage 1 and 2: whole weights on the GPU."""
+    offloaded, stage_1 = config.deepspeed.offload_optimizer != "none", config.deepspeed.stage == 1
+    wide = size.width < size.kept  # gradients in bf16 add up in fp32, on the GPU
+    copies = size.kept if wide and stage_1 else size.width
+    bucket = int(zero["reduce_bucket_size"])
+    buckets = copies * bucket * (2 if zero["overlap_comm"] else 1)
+    flat, weight = size.width * size.part, size.width * size.largest
+    gradients = copies * size.whole if stage_1 else 0
+    if wide:
+        gradients += size.kept * size.part
+    elif not offloaded:
+        gradients += flat * (2 if size.accumulates else 1)
+    elif size.accumulates and config.memory.weights == "fp32":
+        yield Component("accumulated gradients", HOST, locked(flat))
+    yield Component("model in compute precision", GPU, size.width * size.whole)
+    yield Component("communication", GPU, buckets)
+    yield Component("accumulated gradients", GPU, gradients)
+    # a new gradient, and a bucket in pieces by their rank
+    pieces = size.width * bucket if wide or size.part < size.whole else 0
+    yield Component("reduction of gradients", GPU, weight + pieces, "backward")
+    if offloaded:
+        yield Component("weights on their way back", HOST, locked(flat))
+        yield Component("staging of gradients", GPU, weight)
+        yield Component("staging of gradients", HOST, locked(weight))
+    # before all that, beside the model: this rank's part of it again
+    yield Component("copy of the weights", GPU, max(0, flat - buckets - gradients), "start")
+
+
+def _stage_3(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) -> Iterator[Component]:
+    """Stage 3: divided weights; those in use are put together on the GPU."""
+    offloaded, place = config.deepspeed.offload_optimizer != "none", config.deepspeed.offload_param
+    flat = size.width * size.part
+    if place == "nvme":
+        held = min(size.part, int(zero["offload_param"].get("max_in_cpu", DISK_IN_HOST)))
+        yield Component("buffers of the disk", HOST, size.width * (held + DISK_PARAMETERS))
+    else:
+        name = "model in compute precision"
+        yield Component(name, GPU if place == "none" else HOST, flat if place == "none" else locked(flat))
+    yield Component("weights in use", GPU, size.width * _in_use(config, zero, size))
+    bucket = int(zero["reduce_bucket_size"])
+    yield Component("communication", GPU, size.width * bucket)
+    yield Component("accumulated gradients", HOST if offloaded else GPU, locked(size.kept * size.part))
+    # a bucket in the order of the ranks, this rank's part of it, and of a weight what was there before
+    filled, ranks = max(bucket, size.largest), -(-size.whole // size.part)
+    reduced = size.width * filled + size.kept * -(-(filled + size.largest) // ranks)
+    yield Component("reduction of gradients", GPU, reduced + size.width * size.largest, "backward")
+
+
+def _in_use(config: Config, zero: dict[str, Any], size: _Sizes) -> int:
+    """Elements of whole weights on the GPU in stage 3: those of a block or the head, what is fetched ahead,
+    and what stays between forward and backward as its next use is near."""
+    model, units = config.model, unit_specs(config.model)
+    head = model.vocab * model.dim
+    # distance counts every use: the head's three a chunk, then recomputation and backward of what follows
+    near = max(0, int(zero["stage3_max_reuse_distance"]) - 3 * size.chunks * head) // 3
+    ahead = int(zero["stage3_prefetch_bucket_size"]) + size.largest
+    persistent = sum(s.numel for u in units for s in u.tensors if s.numel <= PERSISTENT)
+    return min(size.whole, max(head + near, size.unit) + ahead + persistent)
