@@ -86,13 +86,6 @@ def test_a_file_of_ones_own_changes_the_buckets(tmp_path: Path) -> None:
     assert make_plan(twice, CUDA).size("communication") == 2 * 2 * 1000
 
 
-def test_a_disk_takes_the_state() -> None:
-    nvme = {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/scratch"}
-    plan = make_plan(deepspeed_config(deepspeed=nvme), CUDA)
-    assert plan.size("optimizer state") == plan.size("master weights") == 0
-    assert 0 < plan.peak(HOST) < 0.5 * make_plan(deepspeed_config(deepspeed=OFFLOADED), CUDA).peak(HOST)
-
-
 def test_locked_memory_is_rounded_up_where_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     config = deepspeed_config(deepspeed=OFFLOADED, memory=BF16)
     monkeypatch.setattr(zero_memory, "EXACT_LOCKING", True)
