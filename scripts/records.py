@@ -38,7 +38,7 @@ def machine(device: torch.device) -> str:
 
 def versions() -> dict[str, str | None]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "bitsandbytes"):
+    for package in ("triton", "bitsandbytes", "deepspeed"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

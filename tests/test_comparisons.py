@@ -94,3 +94,21 @@ def test_memory_formats_are_compared(tmp_path: Path) -> None:
     source = ["--set", f"data.source={tmp_path / 'text.txt'}", "--seeds", 0]
     printed, record = script(tmp_path, "compare_memory", "stash", tmp_path / "small.toml", *source)
     assert "| int8, exact forward |" in printed and record["tokens"] == 256
+
+
+def test_deepspeed_is_compared_with_layerwise(tmp_path: Path) -> None:
+    """All engines take the same steps; each in a process of its own, after DeepSpeed has compiled."""
+    pytest.importorskip("deepspeed")
+    out = tmp_path / "found.json"
+    sizes = ["--preset", "9m", "--seq-len", "32", "--batch-tokens", "128", "--micro-batch", "2"]
+    command = [sys.executable, "scripts/compare_deepspeed.py", *sizes, "--set", "model.vocab_size=300"]
+    command += ["--device", "cpu", "--steps", "1", "--rounds", "1", "--out", str(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    arms = json.loads(out.read_text())["arms"]
+    assert list(arms) == ["layerwise", "deepspeed, stage 2", "deepspeed, stage 3"]
+    losses = [arm["loss"] for arm in arms.values()]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert all(arm["tokens_per_s"] > 0 and arm["resident_bytes"] > 0 for arm in arms.values())
+    assert "| deepspeed, stage 3 |" in done.stdout

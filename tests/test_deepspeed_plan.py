@@ -86,13 +86,6 @@ def test_a_file_of_ones_own_changes_the_buckets(tmp_path: Path) -> None:
     assert make_plan(twice, CUDA).size("communication") == 2 * 2 * 1000
 
 
-def test_a_disk_takes_the_state() -> None:
-    nvme = {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/scratch"}
-    plan = make_plan(deepspeed_config(deepspeed=nvme), CUDA)
-    assert plan.size("optimizer state") == plan.size("master weights") == 0
-    assert 0 < plan.peak(HOST) < 0.5 * make_plan(deepspeed_config(deepspeed=OFFLOADED), CUDA).peak(HOST)
-
-
 def test_locked_memory_is_rounded_up_where_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     config = deepspeed_config(deepspeed=OFFLOADED, memory=BF16)
     monkeypatch.setattr(zero_memory, "EXACT_LOCKING", True)
@@ -170,7 +163,7 @@ def test_a_machine_too_small_is_told_what_fits_on_it(monkeypatch: pytest.MonkeyP
 
 # what real steps take, on a CPU, where both rooms are the same memory
 
-MODEL = {"dim": 512, "n_layers": 6, "n_heads": 8, "ffn_dim": 1376, "vocab_size": 2000}
+MODEL = {"dim": 512, "n_layers": 4, "n_heads": 8, "ffn_dim": 1376, "vocab_size": 1000}
 BUCKETS = {"reduce_bucket_size": 2_000_000, "stage3_prefetch_bucket_size": 1_000_000}
 MEASURED: dict[str, Sections] = {
     "stage 2, fp32": {},
@@ -182,8 +175,8 @@ MEASURED: dict[str, Sections] = {
 def small(own: Sections, model: Mapping[str, object], buckets: Path) -> Config:
     base: dict[str, dict[str, object]] = {
         "model": dict(model),
-        "data": {"seq_len": 64},
-        "train": {"batch_tokens": 256, "micro_batch": 2},
+        "data": {"seq_len": 32},
+        "train": {"batch_tokens": 128, "micro_batch": 2},
         "memory": {"engine": "deepspeed", "loss_chunk": 64},
         "deepspeed": {"config_file": str(buckets)},
     }
@@ -241,13 +234,13 @@ def measure_all(buckets: Path) -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak that resets")
 def test_the_plan_is_what_real_steps_take(tmp_path: Path) -> None:
-    """In total, to 15 %: what DeepSpeed allocates has no names."""
+    """In total, to 10 %: what DeepSpeed allocates has no names."""
     pytest.importorskip("deepspeed")
     buckets = tmp_path / "buckets.json"
     buckets.write_text(json.dumps({"zero_optimization": BUCKETS}))
     program = "from tests.test_deepspeed_plan import *; measure_all(Path(sys.argv[1]))"
     # memory that is given back is not counted as held
-    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(MIB)}
     done = subprocess.run(
         [sys.executable, "-c", program, str(buckets)],
         capture_output=True,
@@ -260,4 +253,4 @@ def test_the_plan_is_what_real_steps_take(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [line[0] for line in lines] == list(MEASURED)
     for name, planned, found in lines:
-        assert abs(planned - found) <= 0.15 * found, (name, planned / MIB, found / MIB)
+        assert abs(planned - found) <= 0.1 * found, (name, planned / MIB, found / MIB)

@@ -23,8 +23,6 @@ from lowres.rooms import EXACT_LOCKING, GPU, HOST, Component
 # DeepSpeed's own choices where `settings` leaves them open, in elements
 SUB_GROUP = 1_000_000_000  # what an update of stage 3 takes at a time
 PERSISTENT = 100_000  # weights up to here stay whole on the GPU in stage 3
-# on a disk: buffers of a sub-group for state, buffers for weights, and weights that stay in host memory
-DISK_STATE, DISK_PARAMETERS, DISK_IN_HOST = 4, 5 * 100_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,15 @@ def components(config: Config, device: torch.device, ranks: int, micro_batch: in
         return 1 << (nbytes - 1).bit_length() if locks and nbytes and not EXACT_LOCKING else nbytes
 
     # at rest
-    sub_group = min(size.part, int(zero.get("sub_group_size", SUB_GROUP)))
-    flat = size.kept * size.part
-    if asked.offload_optimizer == "nvme":
-        yield Component("buffers of the disk", HOST, locked(DISK_STATE * size.kept * sub_group))
-    else:
-        room = HOST if offloaded else GPU
-        shared = asked.stage == 3 and not offloaded and size.width == size.kept
-        yield Component("master weights", room, 0 if shared else locked(flat))
-        yield Component("optimizer state", room, 2 * flat)
-        yield Component("gradients of the update", HOST, locked(flat) if offloaded else 0)
+    flat, room = size.kept * size.part, HOST if offloaded else GPU
+    shared = asked.stage == 3 and not offloaded and size.width == size.kept
+    yield Component("master weights", room, 0 if shared else locked(flat))
+    yield Component("optimizer state", room, 2 * flat)
+    yield Component("gradients of the update", HOST, locked(flat) if offloaded else 0)
     yield from (_stage_3 if asked.stage == 3 else _stage_1_2)(config, zero, size, locked)
     if not offloaded:  # in the update, of a group of weights at a time
-        group = sub_group if asked.stage == 3 else size.part
+        most = int(zero.get("sub_group_size", SUB_GROUP)) if asked.stage == 3 else size.part
+        group = min(size.part, most)
         yield Component("gradients of the update", GPU, size.kept * group, "update")
     # weights and state are saved a unit at a time, and there is one while the next is put together
     yield Component("units put together", HOST, 2 * 3 * size.kept * size.unit, "saving")
@@ -114,14 +108,10 @@ def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) 
 
 def _stage_3(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) -> Iterator[Component]:
     """Stage 3: divided weights; those in use are put together on the GPU."""
-    offloaded, place = config.deepspeed.offload_optimizer != "none", config.deepspeed.offload_param
+    offloaded = config.deepspeed.offload_optimizer != "none"
     flat = size.width * size.part
-    if place == "nvme":
-        held = min(size.part, int(zero["offload_param"].get("max_in_cpu", DISK_IN_HOST)))
-        yield Component("buffers of the disk", HOST, size.width * (held + DISK_PARAMETERS))
-    else:
-        name = "model in compute precision"
-        yield Component(name, GPU if place == "none" else HOST, flat if place == "none" else locked(flat))
+    place = GPU if config.deepspeed.offload_param == "none" else HOST
+    yield Component("model in compute precision", place, flat if place == GPU else locked(flat))
     yield Component("weights in use", GPU, size.width * _in_use(config, zero, size))
     bucket = int(zero["reduce_bucket_size"])
     yield Component("communication", GPU, size.width * bucket)
