@@ -486,7 +486,7 @@ class DeepspeedConfig(Section):
     offload_param: Literal["none", "cpu", "nvme"] = resumable("none")
     """Where weights live between uses, with stage 3 and an offloaded optimizer; none: on the GPU."""
     nvme_path: str | None = resumable(None)
-    """Folder on a fast local disk for what is offloaded to nvme."""
+    """Folder on a fast local disk for what is offloaded to nvme, once that is built."""
     pin_memory: bool | Literal["auto"] = resumable("auto")
     """Page-lock what is offloaded to the CPU, for copies beside the computation; auto: on CUDA."""
     overlap: bool = resumable(True)

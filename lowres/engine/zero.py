@@ -144,6 +144,8 @@ def _cpu_adam() -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
+    # where pip puts ninja, which an environment that is not activated does not look for
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         with _silence():
             CPUAdamBuilder().load(verbose=False)
