@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lowres import __version__, checkpoint, memory, ranks
-from lowres.config import Config, describe, load_config, to_toml
+from lowres.config import Config
+from lowres.config_file import describe, load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate

@@ -1,25 +1,18 @@
 """The configuration of a run: every key, its type, its limits and its default, in one place.
 
-A config is a TOML file with the sections below. `load_config` reads it, applies `--set` overrides
-and returns a frozen `Config` plus notes for the user. A string under a field is that key's
-documentation; `lowres config --help` prints it. Keys marked `resumable` may differ when a run is
-resumed; any other difference is refused.
+A string under a field is that key's documentation; `lowres config --help` prints it. Keys marked
+`resumable` may differ when a run is resumed; any other difference is refused. How a config is read and
+written is in `lowres.config_file`.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import json
 import math
-import tomllib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lowres import rates
-from lowres.errors import UserError
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -519,7 +512,7 @@ class LogConfig(Section):
     """Tokens of that sample."""
 
 
-_RATE_DEFAULTS = rates.Defaults(
+RATE_DEFAULTS = rates.Defaults(
     optimizer=OptimConfig.model_fields["name"].default,
     lr={name: own["lr"] for name, own in OPTIMIZER_DEFAULTS.items()},
     batch_tokens=TrainConfig.model_fields["batch_tokens"].default,
@@ -561,7 +554,7 @@ class Config(Section):
         optim, train = values.get("optim", {}), values.get("train", {})
         if not (isinstance(optim, dict) and isinstance(train, dict)):
             return values
-        lr, batch, ratio = rates.tied(values, _RATE_DEFAULTS)
+        lr, batch, ratio = rates.tied(values, RATE_DEFAULTS)
         filled = {"lr": lr, "lr_over_batch": ratio, "batch_policy": rates.default_policy(values)}
         return values | {"optim": filled | optim, "train": {"batch_tokens": batch} | train}
 
@@ -584,7 +577,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _engine_defaults(cls, values: Any) -> Any:  # the last of these, as pydantic calls it first
-        return _of_engine(values) if isinstance(values, dict) else values
+        return of_engine(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_batch(self) -> Config:
@@ -642,204 +635,9 @@ class Config(Section):
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def _of_engine(values: dict[str, Any]) -> dict[str, Any]:
+def of_engine(values: dict[str, Any]) -> dict[str, Any]:
     """With the defaults of the deepspeed engine, if that is the engine: it has AdamW and no INT8."""
     memory, optim = values.get("memory", {}), values.get("optim", {})
     if not (isinstance(memory, dict) and isinstance(optim, dict) and memory.get("engine") == "deepspeed"):
         return values
     return values | {"memory": {"weights": "fp32"} | memory, "optim": {"name": "adamw"} | optim}
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
-    """Read a TOML file, apply `section.key=value` overrides, check everything.
-
-    Returns the config and notes for the user. Raises UserError with one line that names the key.
-    """
-    path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"config {path}: no such file; the ones that come with lowres are in configs/"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: cannot be read as text ({error})") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"config {path}: not valid TOML: {error}") from None
-    for section in Config.model_fields:
-        if section in values and not isinstance(values[section], dict):
-            raise UserError(f"config {path}: {section} must be a section, written [{section}]")
-    keys = {override.partition("=")[0].strip() for override in overrides or []}
-    if "data.source" in keys and isinstance(values.get("data"), dict):
-        values["data"].pop("val_source", None)  # it belongs to the source in the file
-    file = copy.deepcopy(values)
-    for override in overrides or []:
-        _apply_override(values, override)
-    values = _of_engine(values)
-    try:
-        changes = rates.retie(file, values, keys, _RATE_DEFAULTS)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    config, notes = parse_config(values, str(path))
-    return config, changes + notes
-
-
-def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:
-    """Check a nested dict of sections; see `load_config`."""
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{origin}: {_one_line(error)}") from None
-    return config, _notes(config, values)
-
-
-def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The config of a resumed run, whose rates follow a batch that is not the one it started with.
-
-    saved: as the run was last. start: batch_tokens, lr and embed_lr as it was started. Raises UserError if
-    the config asks for rates that are neither those of the start nor what follows. Returns notes too.
-    """
-    optim, sequences = config.optim, config.batch_sequences
-    policy = optim.batch_policy or "fixed"
-    try:
-        found = rates.follow(optim.model_dump(), start, config.train.batch_tokens, policy)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    now = optim.model_copy(update=found | {"lr_over_batch": found["lr"] / sequences})
-    config = config.model_copy(update={"optim": now})
-    old, new = (saved.batch_sequences, saved.optim.lr or 0), (sequences, found["lr"])
-    return config, [] if old == new else [rates.batch_note(policy, old, new)]
-
-
-def toml_value(text: str) -> Any:
-    """A TOML value, or what is none as a bare string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and dot and name and section):
-        raise UserError(f"--set {override}: write it as section.key=value")
-    value = toml_value(text)
-    target = values.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise UserError(f"--set {override}: {section} is not a section")
-    if (section, name) == ("model", "preset"):
-        for shape_key in SHAPE_KEYS:
-            target.pop(shape_key, None)
-    if section == "train" and name in ("steps", "tokens"):
-        target.pop("tokens" if name == "steps" else "steps", None)
-    target[name] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first thing that is wrong, as `section.key: what and how to mend it`."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"][:2]]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        section = Config.model_fields.get(location[0])
-        names: list[str] = list(Config.model_fields)
-        if len(location) == 2 and section is not None:
-            names = list(section.annotation.model_fields)  # type: ignore[union-attr]
-        close = difflib.get_close_matches(location[-1], names, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
-        return f"{key}: unknown key; {remedy}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key}.{message}" if location else message
-    kinds = [e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
-    given = first.get("input")
-    return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r})"
-
-
-def _notes(config: Config, values: dict[str, Any]) -> list[str]:
-    notes = []
-    asked = config.schedule.warmup_steps
-    if asked is not None and asked > config.warmup_steps:
-        notes.append(
-            f"schedule.warmup_steps {asked} is longer than a tenth of the run; "
-            f"shortened to {config.warmup_steps}"
-        )
-    for key, readers in OPTIMIZER_KEYS.items():
-        if key in values.get("optim", {}) and config.optim.name not in readers:
-            notes.append(f"optim.{key} is not used by {config.optim.name}")
-    if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
-        notes.append(f"memory.moments is int8 with {config.optim.name}")
-    for key in ("cycle_steps", "rewarmup_steps"):
-        given = values.get("schedule", {}).get(key)
-        if config.relora.enabled and given not in (None, getattr(config.schedule, key)):
-            notes.append(f"schedule.{key} follows relora.{key}")
-    if config.relora.enabled:
-        notes += _notes_on_relora(config)
-    for name, keys in SCHEDULE_KEYS.items():
-        for key in keys:
-            if key in values.get("schedule", {}) and name != config.schedule.name:
-                notes.append(f"schedule.{key} is not used by {config.schedule.name}")
-    return notes
-
-
-def _notes_on_relora(config: Config) -> list[str]:
-    relora, steps, notes = config.relora, config.train.total_steps, []
-    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_dim, config.model.ffn_dim)
-    if relora.start_step >= steps:
-        return [
-            f"relora.start_step {relora.start_step} is not before the end of the run; "
-            "it trains without adapters"
-        ]
-    if relora.cycle_steps and not relora.merges_at(steps):
-        notes.append(f"relora.cycle_steps {relora.cycle_steps}: the run ends before the first merge")
-    if relora.rank > narrowest:
-        notes.append(
-            f"relora.rank {relora.rank} is more than matrices with a side of {narrowest} can have; theirs is "
-            "that side"
-        )
-    if relora.cycle_steps and config.schedule.name != "sawtooth":
-        notes.append(f"schedule.name {config.schedule.name} does not re-warm the rate after a merge")
-    return notes
-
-
-def to_toml(config: Config) -> str:
-    """The resolved config as TOML, as it is written into the run directory."""
-    lines = []
-    for section, keys in config.model_dump().items():
-        lines.append(f"[{section}]")
-        # JSON strings, numbers, booleans and flat lists are TOML too
-        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """`section.key` of every setting that differs and may not change when a run is resumed."""
-    changed = []
-    for section, fields in Config.model_fields.items():
-        before, after = getattr(old, section), getattr(new, section)
-        for key, field in fields.annotation.model_fields.items():  # type: ignore[union-attr]
-            extra = field.json_schema_extra
-            free = isinstance(extra, dict) and bool(extra.get("resumable"))
-            if not free and getattr(before, key) != getattr(after, key):
-                changed.append(f"{section}.{key}")
-    return changed
-
-
-def describe() -> str:
-    """Documentation of every section and key, for `lowres config --help`."""
-    lines = []
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, Section)
-        lines.append(f"[{section}]  {' '.join((model.__doc__ or '').split())}")
-        defaults = model.model_validate({})
-        for key, info in model.model_fields.items():
-            extra = info.json_schema_extra
-            mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
-            default = getattr(defaults, key)
-            shown = "" if default is None else f" = {json.dumps(default)}"
-            lines.append(f"  {key}{shown}: {info.description}{mark}")
-        lines.append("")
-    return "\n".join(lines)

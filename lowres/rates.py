@@ -2,8 +2,9 @@
 `optim.lr_over_batch` determine the third.
 
 It applies when a config is read (`tied`), when `--set` changes it (`retie`) and when a resumed run has
-another batch (`follow`). `lowres.config` calls them, so they work on values below it: nested dicts of
-sections that are not checked yet. What cannot be is a ValueError whose text names the key.
+another batch (`follow`). `lowres.config` and `lowres.config_file` call them, so they work on values below
+those: nested dicts of sections that are not checked yet. What cannot be is a ValueError whose text names
+the key.
 """
 
 from __future__ import annotations

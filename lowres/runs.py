@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres import checkpoint, memory
-from lowres.config import Config, ReloraConfig, load_config
+from lowres.config import Config, ReloraConfig
+from lowres.config_file import load_config
 from lowres.data import Tokenizer
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine

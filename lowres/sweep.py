@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lowres import metrics
-from lowres.config import Config, changed_keys, load_config, toml_value
+from lowres.config import Config
+from lowres.config_file import changed_keys, load_config, toml_value
 from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres import __version__, checkpoint, memory, metrics, ranks
-from lowres.config import Config, changed_keys, follow_batch, load_config, to_toml
+from lowres.config import Config
+from lowres.config_file import changed_keys, follow_batch, load_config, to_toml
 from lowres.data import TokenData, open_data
 from lowres.data.sources import is_stream
 from lowres.engine import Engine, zero

@@ -32,7 +32,8 @@ import torch
 
 from lowres import checkpoint
 from lowres import memory as planning
-from lowres.config import Config, load_config
+from lowres.config import Config
+from lowres.config_file import load_config
 from lowres.engine import make_engine
 from lowres.errors import UserError
 from lowres.memory import GIB

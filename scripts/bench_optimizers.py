@@ -20,7 +20,8 @@ from typing import Any
 import records
 import torch
 
-from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig, parse_config
+from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
+from lowres.config_file import parse_config
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.rooms import Rooms

@@ -27,7 +27,8 @@ import comparison
 import records
 import torch
 
-from lowres.config import Config, load_config
+from lowres.config import Config
+from lowres.config_file import load_config
 from lowres.engine import zero
 from lowres.memory import GIB, make_plan, require_fit, require_machine
 from lowres.meter import rss_gib

@@ -18,7 +18,7 @@ import comparison
 import records
 import torch
 
-from lowres.config import load_config
+from lowres.config_file import load_config
 
 # subject -> overrides by name; the first is what the others are compared to
 SUBJECTS = {

@@ -31,7 +31,7 @@ import records
 import torch
 from torch import Tensor
 
-from lowres.config import load_config
+from lowres.config_file import load_config
 from lowres.engine import make_engine
 from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer

@@ -23,7 +23,7 @@ import records
 import torch
 
 from lowres import metrics
-from lowres.config import load_config
+from lowres.config_file import load_config
 
 FULL, LORA, WARM, RELORA, INT8 = "full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8"
 TUNED = (LORA, WARM, RELORA)

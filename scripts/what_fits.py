@@ -12,7 +12,8 @@ import argparse
 
 import torch
 
-from lowres.config import PRESETS, parse_config
+from lowres.config import PRESETS
+from lowres.config_file import parse_config
 from lowres.memory import GIB, Plan, make_plan
 
 # GB that a card is called -> GiB that a run may take, less what CUDA itself and a desktop do

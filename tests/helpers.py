@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lowres import metrics
-from lowres.config import Config, ModelConfig, parse_config
+from lowres.config import Config, ModelConfig
+from lowres.config_file import parse_config
 from lowres.engine import Engine, make_engine
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer

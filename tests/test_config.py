@@ -4,16 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowres.config import (
-    PRESETS,
-    Config,
-    changed_keys,
-    describe,
-    follow_batch,
-    load_config,
-    parse_config,
-    to_toml,
-)
+from lowres.config import PRESETS, Config
+from lowres.config_file import changed_keys, describe, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
 
 SURFACE = {

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lowres import memory
-from lowres.config import Config, load_config, parse_config
+from lowres.config import Config
+from lowres.config_file import load_config, parse_config
 from lowres.engine import zero, zero_memory
 from lowres.errors import DoesNotFit
 from lowres.memory import GIB, Crew, Plan, make_plan, require_fit, require_machine

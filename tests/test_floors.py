@@ -15,6 +15,7 @@ FLOORS = {
     "rooms": 1,
     "storage": 1,
     "ranks": 1,
+    "config_file": 2,
     "model": 2,
     "optim": 2,
     "data": 2,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.config import OPTIMIZER_DEFAULTS, Config, parse_config
+from lowres.config import OPTIMIZER_DEFAULTS, Config
+from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.memory import make_plan
 from lowres.model import empty_units

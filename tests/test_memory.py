@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowres.config import Config, load_config, parse_config
+from lowres.config import Config
+from lowres.config_file import load_config, parse_config
 from lowres.engine import make_engine
 from lowres.memory import GIB, Plan, make_plan
 from lowres.meter import LiveTensors

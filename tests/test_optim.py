@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowres.config import OPTIMIZER_DEFAULTS, parse_config
+from lowres.config import OPTIMIZER_DEFAULTS
+from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
 from lowres.model import empty_units, unit_specs

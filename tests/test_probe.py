@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lowres import rooms
-from lowres.config import Config, load_config, parse_config
+from lowres.config import Config
+from lowres.config_file import load_config, parse_config
 from lowres.engine import make_engine
 from lowres.memory import GIB, make_plan
 from lowres.model import empty_units, initialize

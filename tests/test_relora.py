@@ -11,7 +11,7 @@ import torch
 
 from lowres import memory
 from lowres.cli import main
-from lowres.config import load_config
+from lowres.config_file import load_config
 from lowres.engine import make_engine
 from lowres.model import empty_units
 from lowres.runs import initialize_from, open_run

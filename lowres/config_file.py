@@ -1,0 +1,223 @@
+"""How a config is read and written: a TOML file with the sections of `lowres.config`, and `--set` overrides.
+
+What is wrong is one line that names the key; what is odd is a note for the user. The rest is what else is
+done with a config as a whole: write it, compare two, print the documentation of all keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lowres import rates
+from lowres.config import (
+    OPTIMIZER_KEYS,
+    RATE_DEFAULTS,
+    SCHEDULE_KEYS,
+    SHAPE_KEYS,
+    Config,
+    Section,
+    of_engine,
+)
+from lowres.errors import UserError
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
+    """Read a TOML file, apply `section.key=value` overrides, check everything.
+
+    Returns the config and notes for the user. Raises UserError with one line that names the key.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"config {path}: no such file; the ones that come with lowres are in configs/"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read as text ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config {path}: not valid TOML: {error}") from None
+    for section in Config.model_fields:
+        if section in values and not isinstance(values[section], dict):
+            raise UserError(f"config {path}: {section} must be a section, written [{section}]")
+    keys = {override.partition("=")[0].strip() for override in overrides or []}
+    if "data.source" in keys and isinstance(values.get("data"), dict):
+        values["data"].pop("val_source", None)  # it belongs to the source in the file
+    file = copy.deepcopy(values)
+    for override in overrides or []:
+        _apply_override(values, override)
+    values = of_engine(values)
+    try:
+        changes = rates.retie(file, values, keys, RATE_DEFAULTS)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    config, notes = parse_config(values, str(path))
+    return config, changes + notes
+
+
+def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:
+    """Check a nested dict of sections; see `load_config`."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from None
+    return config, _notes(config, values)
+
+
+def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
+    """The config of a resumed run, whose rates follow a batch that is not the one it started with.
+
+    saved: as the run was last. start: batch_tokens, lr and embed_lr as it was started. Raises UserError if
+    the config asks for rates that are neither those of the start nor what follows. Returns notes too.
+    """
+    optim, sequences = config.optim, config.batch_sequences
+    policy = optim.batch_policy or "fixed"
+    try:
+        found = rates.follow(optim.model_dump(), start, config.train.batch_tokens, policy)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    now = optim.model_copy(update=found | {"lr_over_batch": found["lr"] / sequences})
+    config = config.model_copy(update={"optim": now})
+    old, new = (saved.batch_sequences, saved.optim.lr or 0), (sequences, found["lr"])
+    return config, [] if old == new else [rates.batch_note(policy, old, new)]
+
+
+def toml_value(text: str) -> Any:
+    """A TOML value, or what is none as a bare string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name and section):
+        raise UserError(f"--set {override}: write it as section.key=value")
+    value = toml_value(text)
+    target = values.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"--set {override}: {section} is not a section")
+    if (section, name) == ("model", "preset"):
+        for shape_key in SHAPE_KEYS:
+            target.pop(shape_key, None)
+    if section == "train" and name in ("steps", "tokens"):
+        target.pop("tokens" if name == "steps" else "steps", None)
+    target[name] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, as `section.key: what and how to mend it`."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"][:2]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section = Config.model_fields.get(location[0])
+        names: list[str] = list(Config.model_fields)
+        if len(location) == 2 and section is not None:
+            names = list(section.annotation.model_fields)  # type: ignore[union-attr]
+        close = difflib.get_close_matches(location[-1], names, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
+        return f"{key}: unknown key; {remedy}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}.{message}" if location else message
+    kinds = [e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    given = first.get("input")
+    return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r})"
+
+
+def _notes(config: Config, values: dict[str, Any]) -> list[str]:
+    notes = []
+    asked = config.schedule.warmup_steps
+    if asked is not None and asked > config.warmup_steps:
+        notes.append(
+            f"schedule.warmup_steps {asked} is longer than a tenth of the run; "
+            f"shortened to {config.warmup_steps}"
+        )
+    for key, readers in OPTIMIZER_KEYS.items():
+        if key in values.get("optim", {}) and config.optim.name not in readers:
+            notes.append(f"optim.{key} is not used by {config.optim.name}")
+    if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
+        notes.append(f"memory.moments is int8 with {config.optim.name}")
+    for key in ("cycle_steps", "rewarmup_steps"):
+        given = values.get("schedule", {}).get(key)
+        if config.relora.enabled and given not in (None, getattr(config.schedule, key)):
+            notes.append(f"schedule.{key} follows relora.{key}")
+    if config.relora.enabled:
+        notes += _notes_on_relora(config)
+    for name, keys in SCHEDULE_KEYS.items():
+        for key in keys:
+            if key in values.get("schedule", {}) and name != config.schedule.name:
+                notes.append(f"schedule.{key} is not used by {config.schedule.name}")
+    return notes
+
+
+def _notes_on_relora(config: Config) -> list[str]:
+    relora, steps, notes = config.relora, config.train.total_steps, []
+    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_dim, config.model.ffn_dim)
+    if relora.start_step >= steps:
+        return [
+            f"relora.start_step {relora.start_step} is not before the end of the run; "
+            "it trains without adapters"
+        ]
+    if relora.cycle_steps and not relora.merges_at(steps):
+        notes.append(f"relora.cycle_steps {relora.cycle_steps}: the run ends before the first merge")
+    if relora.rank > narrowest:
+        notes.append(
+            f"relora.rank {relora.rank} is more than matrices with a side of {narrowest} can have; theirs is "
+            "that side"
+        )
+    if relora.cycle_steps and config.schedule.name != "sawtooth":
+        notes.append(f"schedule.name {config.schedule.name} does not re-warm the rate after a merge")
+    return notes
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as TOML, as it is written into the run directory."""
+    lines = []
+    for section, keys in config.model_dump().items():
+        lines.append(f"[{section}]")
+        # JSON strings, numbers, booleans and flat lists are TOML too
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """`section.key` of every setting that differs and may not change when a run is resumed."""
+    changed = []
+    for section, fields in Config.model_fields.items():
+        before, after = getattr(old, section), getattr(new, section)
+        for key, field in fields.annotation.model_fields.items():  # type: ignore[union-attr]
+            extra = field.json_schema_extra
+            free = isinstance(extra, dict) and bool(extra.get("resumable"))
+            if not free and getattr(before, key) != getattr(after, key):
+                changed.append(f"{section}.{key}")
+    return changed
+
+
+def describe() -> str:
+    """Documentation of every section and key, for `lowres config --help`."""
+    lines = []
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        lines.append(f"[{section}]  {' '.join((model.__doc__ or '').split())}")
+        defaults = model.model_validate({})
+        for key, info in model.model_fields.items():
+            extra = info.json_schema_extra
+            mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
+            default = getattr(defaults, key)
+            shown = "" if default is None else f" = {json.dumps(default)}"
+            lines.append(f"  {key}{shown}: {info.description}{mark}")
+        lines.append("")
+    return "\n".join(lines)
