@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowres import memory
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.engine import zero, zero_memory
 from lowres.errors import DoesNotFit
 from lowres.memory import GIB, Crew, Plan, make_plan, require_fit, require_machine
+from lowres.memory import plan as record
 from lowres.meter import rss_gib
 from lowres.model import initialize
 from lowres.rooms import GPU, HOST, Rooms
@@ -144,18 +144,18 @@ def test_the_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch
     apart = make_plan(config, CUDA, crew=Crew(8, 1))
     assert not apart.problems and apart.peak(HOST) == shared.peak(HOST)
     need = 8 * shared.peak(HOST)
-    monkeypatch.setattr(memory, "_device_bytes", lambda device: 80 * GIB)
-    monkeypatch.setattr(memory, "host_bytes", lambda: need - 1)
+    monkeypatch.setattr(record, "device_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(record, "host_bytes", lambda: need - 1)
     with pytest.raises(DoesNotFit, match="of host memory, this machine has"):
         require_machine(shared, CUDA)
-    monkeypatch.setattr(memory, "host_bytes", lambda: need)
+    monkeypatch.setattr(record, "host_bytes", lambda: need)
     require_machine(shared, CUDA)
 
 
 def test_a_machine_too_small_is_told_what_fits_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(deepspeed_config(deepspeed=OFFLOADED), CUDA)
-    monkeypatch.setattr(memory, "_device_bytes", lambda device: 24 * GIB)
-    monkeypatch.setattr(memory, "host_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(record, "device_bytes", lambda device: 24 * GIB)
+    monkeypatch.setattr(record, "host_bytes", lambda: 100 * GIB)
     with pytest.raises(
         DoesNotFit, match=r"100.00 GiB free; what fits: memory\.weights=bf16 with memory\.moments=bf16$"
     ):

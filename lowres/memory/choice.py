@@ -1,0 +1,199 @@
+"""What the config leaves open, chosen so that it fits: the band, the micro-batch, what lives on the host.
+
+Where DeepSpeed does not fit, also the settings with which a run would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lowres import ranks
+from lowres.config import Config, ReloraConfig
+from lowres.memory.footprint import Footprint
+from lowres.memory.plan import GIB, Choice, Crew, Plan, device_bytes, host_bytes
+from lowres.rooms import GPU, HOST, Homes
+
+ADAPTERS = "adapters"  # the part of a run that has them
+# tokens in a micro-batch beyond which a matrix product is no faster
+USEFUL_TOKENS = {"cuda": 8192, "cpu": 2048}
+BANDS = (1, 2, 4, 8)
+# for the deepspeed engine: what may fit where a config does not, from the least change to the largest
+_STAGE_3 = {"deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
+_BF16 = {"memory.weights": "bf16", "memory.moments": "bf16"}
+_LAYERWISE = {"memory.engine": "layerwise"}
+_INT8 = {"memory.weights": "int8", "memory.moments": "int8"}
+_INSTEAD = (
+    {"train.micro_batch": "auto"},
+    _BF16,
+    _STAGE_3,
+    _BF16 | _STAGE_3,
+    _LAYERWISE,
+    _LAYERWISE | _INT8,
+)
+
+
+def make_plans(
+    config: Config, device: torch.device, on_this_machine: bool = False, crew: Crew | None = None
+) -> dict[str, Plan]:
+    """The plan of each part of a run by name: the whole run, or with ReLoRA warm start and adapters."""
+    relora, parts = config.relora, ["run"]
+    if relora.enabled and relora.start_step < config.train.total_steps:
+        parts = ["warm start", ADAPTERS] if relora.start_step else [ADAPTERS]
+    return {part: make_plan(config, device, on_this_machine, part == ADAPTERS, crew) for part in parts}
+
+
+def make_plan(
+    config: Config,
+    device: torch.device,
+    on_this_machine: bool = False,
+    adapted: bool = False,
+    crew: Crew | None = None,
+) -> Plan:
+    """The plan of a run: the first that fits of bands from small to large, with the largest useful
+    micro-batch, and as little as possible on the host.
+
+    on_this_machine: a budget that the config leaves open is what the machine has, or the least that any
+    rank has. adapted: with the adapters of ReLoRA. crew: default the ranks that were started.
+    """
+    crew = crew or Crew(ranks.size(), ranks.size_here())
+    found: dict[str, int | None] = {GPU: None, HOST: None}
+    if on_this_machine:
+        least = ranks.least(device_bytes(device) or 0, host_bytes() or 0)
+        found = {room: int(size) or None for room, size in zip(found, least, strict=True)}
+    asked = {GPU: config.memory.budget_gib, HOST: config.memory.host_budget_gib}
+    budgets = {room: found[room] if gib is None else int(gib * GIB) for room, gib in asked.items()}
+    if (host := budgets[HOST]) is not None:
+        budgets[HOST] = host // crew.here
+    plan = _first_that_fits(config, device, budgets, adapted, crew)
+    if config.memory.engine != "deepspeed":
+        return plan
+    others = []
+    for keys in _INSTEAD:
+        other = _changed(config, keys)
+        if other not in (None, config) and (crew.ranks == 1 or other.memory.engine == "deepspeed"):
+            others.append((_named(config, keys), _first_that_fits(other, device, budgets, adapted, crew)))
+    return replace(plan, alternatives=tuple(others))
+
+
+def _named(config: Config, keys: dict[str, Any]) -> str:
+    """The settings that differ from those of a config: `a=1 with b=2, c=3`."""
+    before = config.model_dump()
+    first, *rest = [
+        f"{key}={value}" for key, value in keys.items() if before[(k := key.split("."))[0]][k[1]] != value
+    ]
+    return f"{first} with {', '.join(rest)}" if rest else first
+
+
+def _changed(config: Config, keys: dict[str, Any]) -> Config | None:
+    """The config with other values, or None if they do not go with the rest of it."""
+    values = config.model_dump()
+    for key, value in keys.items():
+        section, name = key.split(".")
+        values[section][name] = value
+    try:
+        return Config.model_validate(values)
+    except ValueError:
+        return None
+
+
+def _first_that_fits(
+    config: Config, device: torch.device, budgets: dict[str, int | None], adapted: bool, crew: Crew
+) -> Plan:
+    planner = _Planner(config, device, budgets, config.relora if adapted else None, crew)
+    plans = []
+    for band in planner.bands():
+        plans.append(planner.with_largest_micro_batch(band))
+        if not plans[-1].problems:
+            return plans[-1]
+    return min(plans, key=lambda plan: plan.excess)
+
+
+class _Planner:
+    """The search for a plan within budgets."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        budgets: dict[str, int | None],
+        adapters: ReloraConfig | None,
+        crew: Crew,
+    ) -> None:
+        self.config, self.device, self.budgets, self.crew = config, device, budgets, crew
+        self.sequences = -(-config.batch_sequences // crew.ranks)  # of a rank, in a step
+        self.footprint = Footprint(config, device, adapters, crew.ranks)
+
+    def bands(self) -> tuple[int, ...]:
+        asked, layers = self.config.memory.band, self.config.model.n_layers
+        if self.config.memory.engine != "layerwise":
+            return (1,)
+        return tuple(b for b in BANDS if b <= layers) if asked == "auto" else (min(asked, layers),)
+
+    def with_largest_micro_batch(self, band: int) -> Plan:
+        config = self.config
+        asked = config.train.micro_batch
+        if asked != "auto":
+            return self.place(min(asked, self.sequences), band)
+        most = max(1, min(self.sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
+        best = self.place(1, band)
+        low, high = 1, most
+        while low < high and not best.problems:  # the largest that fits, by halving
+            middle = (low + high + 1) // 2
+            plan = self.place(middle, band)
+            if plan.problems:
+                high = middle - 1
+            else:
+                low, best = middle, plan
+        return best
+
+    def place(self, micro_batch: int, band: int) -> Plan:
+        """The plan that has least on the host; if nothing fits, the one with all there that may be."""
+        everything = list(self.homes(band))
+        last = self.plan(Choice(micro_batch, band, everything[-1]))
+        budget = self.budgets[GPU]
+        if len(everything) == 1 or (budget is not None and last.peak(GPU) > budget):
+            return last
+        for homes in everything[:-1]:
+            plan = self.plan(Choice(micro_batch, band, homes))
+            if budget is None or plan.peak(GPU) <= budget:
+                return plan
+        return last
+
+    def homes(self, band: int) -> Iterator[Homes]:
+        """From what must be on the host to all that may be: first what is moved least often in a step."""
+        kept = self.config.memory
+        if kept.engine != "layerwise":
+            yield Homes()
+            return
+        bands = -(-self.config.model.n_layers // band)
+        # a tied embedding is used at both ends of the model, so it stays
+        movable = [*self.footprint.blocks, "head", *([] if self.config.model.tie_embeddings else ["embed"])]
+        limits = {
+            "stash": (kept.stash_on, bands),
+            "state": ("host" if kept.master == "host" else kept.state_on, len(movable)),
+            "weights": (kept.weights_on, len(movable)),
+            "carry": (kept.carry_on, 1),
+        }
+        counts = {key: most if home == "host" else 0 for key, (home, most) in limits.items()}
+
+        def chosen() -> Homes:
+            return Homes(
+                weights=frozenset(movable[: counts["weights"]]),
+                state=frozenset(movable[: counts["state"]]),
+                stash=counts["stash"],
+                carry=bool(counts["carry"]),
+            )
+
+        yield chosen()
+        for key, (home, most) in limits.items():
+            while home == "auto" and counts[key] < most:
+                counts[key] += 1
+                yield chosen()
+
+    def plan(self, choice: Choice) -> Plan:
+        found, batch = self.footprint.components(choice), self.config.train.batch_tokens
+        return Plan(found, choice, self.footprint.parameters, batch, self.budgets, self.crew)
