@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ import torch
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """How and where a record is made. commit: default what git says."""
     return {
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit or output("git", "describe", "--always", "--dirty"),
         "machine": machine(device),
         "versions": versions(),
