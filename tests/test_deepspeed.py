@@ -3,14 +3,12 @@ checkpoints are those of the other engines."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,14 +38,9 @@ PARTED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    """DeepSpeed's operators, compiled once by one process: its Adam, and its sums over shared memory."""
-    code = (
-        "import torch; from lowres import ranks; from lowres.engine import zero; d = torch.device('cpu')\n"
-        "zero.deepspeed(d).runtime; zero._cpu_adam(); ranks.join(d); zero.deepspeed(d).init_distributed()"
-    )
-    with (Path(tempfile.gettempdir()) / "lowres-tests-deepspeed.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    """DeepSpeed's operators, compiled without a limit of time."""
+    zero.deepspeed(CPU)
+    zero.compile_operators(offloaded=True)
 
 
 # ---- the step, in this process
@@ -229,7 +222,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(CPUAdamBuilder, "load", load)
-        with pytest.raises(UserError, match=r"deepspeed.offload_optimizer: .*cpu_adam.*g\+\+.*ninja"):
+        with pytest.raises(UserError, match=r"memory.engine: .*cpu_adam.*g\+\+.*ninja"):
             zero.require(config, CPU)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "3")
@@ -238,6 +231,21 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match=r"memory.engine: .*pip install 'lowres\[deepspeed\]'"):
         zero.require(config, CPU)
+
+
+def test_a_compilation_that_was_killed_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(zero, "LEFT_OVER", 0.5)
+    locks = [tmp_path / place / "lock" for place in ("py/cpu_adam", "py/deepspeed_shm_comm", "py/others")]
+    for lock in locks:
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    began = time.time()
+    with zero._alone():
+        assert [lock.exists() for lock in locks] == [False, False, True]  # the last is not ours
+    assert time.time() - began > 0.4  # it might have been held
 
 
 # ---- whole runs

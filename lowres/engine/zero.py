@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ from lowres.storage import (
 
 # elements that are communicated at a time; DeepSpeed's own choice of 500 M takes 2 GB of a small card
 BUCKET = 100_000_000
+# what DeepSpeed compiles here, and the age in seconds of a lock that nobody can hold beside ours: of what is
+# compiled already, it is held for a moment
+OPERATORS = ("cpu_adam", "deepspeed_shm_comm")
+LEFT_OVER = 60.0
 # keys of a DeepSpeed JSON that the run's config decides, and the key to use instead
 DECIDED = {
     "train_batch_size": "train.batch_tokens",
@@ -85,8 +90,7 @@ def require(config: Config, device: torch.device) -> None:
         )
     own_keys(config)
     deepspeed(device)
-    if config.deepspeed.offload_optimizer != "none":
-        _cpu_adam()
+    compile_operators(config.deepspeed.offload_optimizer != "none")
 
 
 def own_keys(config: Config) -> dict[str, Any]:
@@ -139,23 +143,45 @@ def _silence() -> contextlib.redirect_stdout[io.StringIO]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _cpu_adam() -> Any:
-    """DeepSpeed's AdamW for the CPU, compiled on its first use."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+def compile_operators(offloaded: bool) -> None:
+    """Have what DeepSpeed compiles on its first use: sums over shared memory where it computes on a CPU, and
+    for an offloaded optimizer its AdamW. Raises UserError where that fails."""
+    from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
     # where pip puts ninja, which an environment that is not activated does not look for
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
-        with _silence():
-            CPUAdamBuilder().load(verbose=False)
+        with _silence(), _alone():
+            build_shm_op()
+            if offloaded:
+                CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # of the compiler, ninja, or what they cannot find
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"deepspeed.offload_optimizer: DeepSpeed could not compile its CPU Adam ({reason}); install "
-            "a C++ compiler (g++) and ninja, or use offload_optimizer=none"
+            f"memory.engine: DeepSpeed could not compile its operators ({reason}); install a C++ compiler "
+            "(g++) and ninja, or use layerwise"
         ) from None
-    return DeepSpeedCPUAdam
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process of this machine at a time, which finds no lock of PyTorch's that nobody holds: a
+    compilation that is killed leaves its lock file, and all that come later would wait for it for ever."""
+    import fcntl
+
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lowres.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        for theirs in (lock for name in OPERATORS for lock in root.rglob(f"{name}/lock")):
+            with contextlib.suppress(FileNotFoundError):  # it was held, and is let go
+                while time.time() - theirs.stat().st_mtime < LEFT_OVER:
+                    time.sleep(0.1)
+                theirs.unlink()
+        yield
 
 
 def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str, Any]:
@@ -252,8 +278,10 @@ class ZeroEngine:
         more: dict[str, Any] = {"betas": optim.betas, "eps": optim.eps}
         if self.config.deepspeed.offload_optimizer == "none":
             return torch.optim.AdamW(groups, **more, fused=self.device.type == "cuda")
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
         wide = self.config.memory.moments == "fp32"
-        return _cpu_adam()(groups, **more, fp32_optimizer_states=wide)
+        return DeepSpeedCPUAdam(groups, **more, fp32_optimizer_states=wide)
 
     def reserve(self, sequences: int, length: int, training: bool) -> None:
         """Nothing: DeepSpeed allocates its buffers at the start, and activations as they come."""
