@@ -140,9 +140,7 @@ def main() -> None:
     table = comparison.markdown(head, rows)
     print(table)
     config, _ = load_config(parsed.config, common)
-    picture = comparison.draw_curves(
-        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
-    )
+    # before the picture, which git may know
     record = records.provenance(torch.device("cpu")) | {
         "source": parsed.source,
         "model": config.model.model_dump(),
@@ -154,6 +152,9 @@ def main() -> None:
         "arms": summaries,
         "table": table.splitlines(),
     }
+    picture = comparison.draw_curves(
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+    )
     records.write(parsed.out, record)
     print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
 

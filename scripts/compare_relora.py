@@ -90,9 +90,7 @@ def main() -> None:
     ]
     table = comparison.markdown(head, [row(name, found) for name, found in summaries.items()])
     print(table)
-    picture = comparison.draw_curves(
-        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
-    )
+    # before the picture, which git may know
     record = records.provenance(torch.device("cpu")) | {
         "source": parsed.source,
         "model": config.model.model_dump(),
@@ -107,6 +105,9 @@ def main() -> None:
         "arms": summaries,
         "table": table.splitlines(),
     }
+    picture = comparison.draw_curves(
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+    )
     records.write(parsed.out, record)
     print(f"compare_relora: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
 
