@@ -154,7 +154,7 @@ def _launch_over_hosts(arguments: list[str], gpus: int | None, hostfile: Path) -
             f"--hostfile: {hostfile} is no file; it has a line `host slots=GPUs` for each machine"
         )
     if importlib.util.find_spec("deepspeed") is None:
-        raise UserError("--hostfile: needs DeepSpeed's launcher; pip install 'lowres[deepspeed]'")
+        raise UserError("--hostfile: needs DeepSpeed's launcher; pip install deepspeed ninja")
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
     command += ["--num_gpus", str(gpus)] if gpus else []
     command += ["--no_local_rank", "--module", "lowres", *arguments]

@@ -122,7 +122,7 @@ def deepspeed(device: torch.device) -> ModuleType:
         import deepspeed as found
     except ImportError:
         raise UserError(
-            "memory.engine: deepspeed is not installed; pip install 'lowres[deepspeed]', or use layerwise"
+            "memory.engine: deepspeed is not installed; pip install deepspeed ninja, or use layerwise"
         ) from None
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
