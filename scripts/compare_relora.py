@@ -36,7 +36,7 @@ def main() -> None:
     config, _ = load_config(parsed.config, [*common, *parsed.overrides, f"train.tokens={parsed.tokens}"])
     steps = config.train.total_steps
     start = steps // 4 if parsed.start_step is None else parsed.start_step
-    cycle = steps // 8 if parsed.cycle_steps is None else parsed.cycle_steps
+    cycle = steps // 4 if parsed.cycle_steps is None else parsed.cycle_steps
     alpha = parsed.rank if parsed.alpha is None else parsed.alpha
     relora = ["relora.enabled=true", f"relora.rank={parsed.rank}", f"relora.alpha={alpha}"]
     relora += [f"relora.rewarmup_steps={parsed.rewarmup_steps}"]
@@ -117,15 +117,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare_relora.toml"))
     parser.add_argument("--tokens", type=int, default=5 << 19, help="of a run")
-    parser.add_argument("--lr", type=float, default=0.002, help="of full training and the warm start")
+    parser.add_argument("--lr", type=float, default=0.004, help="of full training and the warm start")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    # 4 of 96, as 128 of the 4,096 of a 7B; with six cycles what the merges add up to may have rank 24
+    # 4 of 96, as 128 of the 4,096 of a 7B; with three cycles what the merges add up to may have rank 12
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, help="default: the rank")
     parser.add_argument(
         "--start-step", type=int, help="steps of the warm start; default: a quarter of the run"
     )
-    parser.add_argument("--cycle-steps", type=int, help="default: an eighth of the run")
+    parser.add_argument("--cycle-steps", type=int, help="default: a quarter of the run")
     parser.add_argument("--rewarmup-steps", type=int, default=16)
     parser.add_argument("--factors", type=float, nargs="+", default=[2, 4], help="relora.lr_factor to try")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
