@@ -4,8 +4,8 @@
 
 SOURCE is that of `lowres train`, default stdlib. LoRA has its adapters from step 0; the other arms with
 adapters have the same warm start in full. The adapters' learning rate (relora.lr_factor) comes from a sweep
-on the first seed, for every arm of its own, and the best run is that of the first seed; INT8 takes the factor
-of fp32. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
+on the first seed, for every arm of its own, and the best run is that of the first seed; variants of ReLoRA
+take its factor. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
 runs/compare_relora; what is finished is not repeated, what was interrupted goes on.
 """
 
@@ -25,9 +25,10 @@ import torch
 from lowres import metrics
 from lowres.config_file import load_config
 
-FULL, LORA, WARM, RELORA, INT8 = "full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8"
+FULL, LORA, WARM, RELORA = "full", "LoRA", "warm start + LoRA", "ReLoRA"
+INT8, KEPT = "ReLoRA, int8", "ReLoRA, a tenth of the moments kept"
 TUNED = (LORA, WARM, RELORA)
-AGAINST = {LORA: FULL, WARM: FULL, RELORA: FULL, INT8: RELORA}
+AGAINST = {LORA: FULL, WARM: FULL, RELORA: FULL, INT8: RELORA, KEPT: RELORA}
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
         RELORA: [*warm, f"relora.cycle_steps={cycle}"],
     }
     settings[INT8] = [*settings[RELORA], "memory.weights=int8", "memory.embeddings=auto"]
+    settings[KEPT] = [*settings[RELORA], "relora.reset=magnitude", "relora.reset_keep=0.1"]
 
     def tune(name: str) -> list[dict[str, Any]]:
         """A run on the first seed for every factor."""
@@ -59,7 +61,7 @@ def main() -> None:
     tried = comparison.in_parallel(tune, TUNED, parsed.jobs)
     best = {name: comparison.best_of(found) for name, found in tried.items()}
     factors = {name: float(point["values"]["relora.lr_factor"]) for name, point in best.items()}
-    factors[INT8] = factors[RELORA]
+    factors[INT8] = factors[KEPT] = factors[RELORA]
     for name, factor in factors.items():
         settings[name].append(f"relora.lr_factor={factor:g}")
 

@@ -76,10 +76,11 @@ def test_relora_is_compared_with_lora_and_full_training(tmp_path: Path) -> None:
     arguments += ["--factors", 2, "--rank", 2, "--cycle-steps", 2, "--rewarmup-steps", 1]
     printed, record = script(tmp_path, "compare_relora", *arguments)
     arms, settings = record["arms"], record["settings"]
-    assert list(arms) == ["full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8"]
+    kept = "ReLoRA, a tenth of the moments kept"
+    assert list(arms) == ["full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8", kept]
     assert all(f"| {name} |" in printed for name in arms)
     loss = {name: arm["mean_val_loss"] for name, arm in arms.items()}
-    assert len(set(loss.values())) == 5  # no two of them are the same training
+    assert len(set(loss.values())) == 6  # no two of them are the same training
     assert loss["ReLoRA"] == record["rates"]["ReLoRA"]["2"]  # the sweep's run is the first seed's
     assert "relora.start_step=0" in settings["LoRA"] and "relora.start_step=2" in settings["ReLoRA"]
     for lora in ("LoRA", "warm start + LoRA"):
