@@ -51,9 +51,9 @@ smoke-7b-cpu: $(STAMP)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=2 $(if $(wildcard runs/smoke-7b/config.toml),--resume)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=3 --resume
 
-# two processes of one thread each: small tensors gain nothing from threads. Tests of one group share a process
+# two processes of one thread each: small tensors gain nothing from threads
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

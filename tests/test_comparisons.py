@@ -97,7 +97,6 @@ def test_memory_formats_are_compared(tmp_path: Path) -> None:
     assert "| int8, exact forward |" in printed and record["tokens"] == 256
 
 
-@pytest.mark.xdist_group("deepspeed")
 def test_deepspeed_is_compared_with_layerwise(tmp_path: Path) -> None:
     """All engines take the same steps; each in a process of its own, after DeepSpeed has compiled."""
     pytest.importorskip("deepspeed")

@@ -30,11 +30,7 @@ from lowres.storage import DENSE_DTYPES
 from tests.helpers import CPU, ROOMS, make_batch, make_config, make_optimizer
 
 pytest.importorskip("deepspeed")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # of DeepSpeed and what it calls
-    # one process compiles and makes the runs that several tests look at
-    pytest.mark.xdist_group("deepspeed"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and what it calls
 LIMIT = 900  # seconds: a machine may be slow
 # partitions instead of whole small tensors, so that tests of small models see them
 PARTED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

@@ -23,7 +23,6 @@ from lowres.rooms import GPU, HOST, Rooms
 from lowres.runs import training_engine
 from tests.helpers import CPU, make_batch
 
-pytestmark = pytest.mark.xdist_group("deepspeed")  # after what compiles
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")  # planning needs no device
 MIB = 1 << 20
