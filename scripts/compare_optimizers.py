@@ -253,4 +253,4 @@ def row(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    comparison.run_script(main)

@@ -167,4 +167,4 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    comparison.run_script(main)

@@ -20,10 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from lowres import metrics
-from lowres.errors import CheckFailed
+from lowres.errors import CheckFailed, UserError
 from lowres.sweep import SWEEP
 
 SMOOTHED = 0.03  # of a run: what a point of a training curve is the mean of
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script; what its user can mend is one line without a traceback, and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}") from None
 
 
 def in_parallel(work: Callable[[str], Any], names: Iterable[str], jobs: int) -> dict[str, Any]:
@@ -48,6 +56,10 @@ def points(
     ):  # that of a point that failed, which is in its record
         raise SystemExit((done.stderr.strip().splitlines() or [f"{folder}: the sweep failed"])[-1])
     found: list[dict[str, Any]] = json.loads((folder / SWEEP).read_text("utf-8"))["points"]
+    for point in found:
+        # one that diverges is a result, one that cannot begin is not
+        if point["error"] and not (Path(point["run"]) / "metrics.jsonl").exists():
+            raise UserError(point["error"])
     return found
 
 

@@ -91,6 +91,23 @@ def test_relora_is_compared_with_lora_and_full_training(tmp_path: Path) -> None:
     assert 0 < arms["ReLoRA, int8"]["merge_cosine"] < 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.txt"], "none.txt: no such file or folder"),
+        (["stdlib", "--config", "none.toml"], "config none.toml: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """And not a table of arms that diverged."""
+    command = [sys.executable, "scripts/compare_relora.py", *arguments, "--runs", str(tmp_path / "runs")]
+    command += ["--out", str(tmp_path / "found.json"), "--factors", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "found.json").exists()
+
+
 def test_memory_formats_are_compared(tmp_path: Path) -> None:
     source = ["--set", f"data.source={tmp_path / 'text.txt'}", "--seeds", 0]
     printed, record = script(tmp_path, "compare_memory", "stash", tmp_path / "small.toml", *source)
