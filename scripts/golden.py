@@ -2,9 +2,9 @@
 
     python scripts/golden.py REV [--runs NAME ...]
 
-Trains each of the small runs below twice, with the code of a commit (in a temporary worktree) and with that of
-the working tree, on this machine and one thread, and compares every loss and every tensor file of the last
-checkpoint. Bits depend on the processor and on the version of torch, so nothing is stored: both sides run here.
+Trains each of the small runs below twice, with the code of a commit (in a temporary worktree) and with that
+of the working tree, on this machine and one thread, and compares every loss and every tensor file of the
+last checkpoint. Bits depend on the processor and the version of torch, so both sides run here.
 Exit codes: 0 equal, 1 something differs. `--keep DIR` keeps the runs; runs that are there are not made again.
 """
 
@@ -43,18 +43,38 @@ ON_HOST = [f"memory.{what}_on=host" for what in ("weights", "state", "stash", "c
 # the first eight: engines x storages x ReLoRA
 RUNS = {
     "layerwise int8": ["optim.name=apollo-mini", "optim.lr=0.01"],
-    "layerwise fp32": ["memory.weights=fp32", "optim.name=adamw", "optim.limiter=1.01", "optim.weight_decay=0.1"],
+    "layerwise fp32": [
+        "memory.weights=fp32",
+        "optim.name=adamw",
+        "optim.limiter=1.01",
+        "optim.weight_decay=0.1",
+    ],
     "autograd int8": ["memory.engine=autograd", "optim.name=adam-mini", "memory.moments=bf16"],
     "autograd fp32": ["memory.engine=autograd", "memory.weights=fp32", "optim.name=apollo"],
-    "layerwise int8 relora": [*RELORA, "optim.name=apollo-mini", "relora.reset=magnitude", "relora.reset_keep=0.1"],
+    "layerwise int8 relora": [
+        *RELORA,
+        "optim.name=apollo-mini",
+        "relora.reset=magnitude",
+        "relora.reset_keep=0.1",
+    ],
     "layerwise fp32 relora": [*RELORA, "memory.weights=fp32", "optim.name=adamw", "optim.lr=0.003"],
     "autograd int8 relora": [*RELORA, "memory.engine=autograd", "optim.name=adam-mini"],
     "autograd fp32 relora": [*RELORA, "memory.engine=autograd", "memory.weights=fp32", "optim.name=sgd"],
     # what else has arithmetic of its own
-    "bf16, clipped": ["memory.weights=bf16", "memory.compute=bf16", "optim.name=galore", "optim.grad_clip=0.5"],
+    "bf16, clipped": [
+        "memory.weights=bf16",
+        "memory.compute=bf16",
+        "optim.name=galore",
+        "optim.grad_clip=0.5",
+    ],
     "on the host, bands": [*ON_HOST, "memory.band=2", "optim.name=fira", "memory.stash_dtype=int8"],
-    "master, tied": ["memory.master=host", "model.tie_embeddings=true", "optim.name=adamw8bit", "optim.embed_lr=0.002"],
-}  # fmt: skip
+    "master, tied": [
+        "memory.master=host",
+        "model.tie_embeddings=true",
+        "optim.name=adamw8bit",
+        "optim.embed_lr=0.002",
+    ],
+}
 
 
 def train(code: Path, folder: Path, text: Path, name: str) -> None:
@@ -104,7 +124,11 @@ def main() -> int:
     )
     parsed = parser.parse_args()
     commit = subprocess.run(
-        ["git", "rev-parse", "--verify", f"{parsed.rev}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
+        ["git", "rev-parse", "--verify", f"{parsed.rev}^{{commit}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if commit.returncode:
         sys.exit(f"golden: {parsed.rev} is no commit of this repository")
