@@ -16,7 +16,7 @@ import torch
 
 from lowres import __version__, checkpoint, memory, ranks
 from lowres.config import Config
-from lowres.config_file import describe, load_config, to_toml
+from lowres.config_file import load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
@@ -24,6 +24,7 @@ from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
+from lowres.reference import describe
 from lowres.rooms import EXACT_LOCKING
 from lowres.runs import CHECKPOINTS, open_run, pick_device
 from lowres.sample import sample

@@ -1,7 +1,7 @@
 """How a config is read and written: a TOML file with the sections of `lowres.config`, and `--set` overrides.
 
 What is wrong is one line that names the key; what is odd is a note for the user. The rest is what else is
-done with a config as a whole: write it, compare two, print the documentation of all keys.
+done with a config as a whole: write it, compare two.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pydantic import ValidationError
 
 from lowres import rates
 from lowres.config import (
-    OPTIMIZER_KEYS,
     RATE_DEFAULTS,
     SCHEDULE_KEYS,
     SHAPE_KEYS,
     Config,
-    Section,
-    of_engine,
+    engine_defaults,
 )
 from lowres.errors import UserError
+from lowres.rules import KEYS, RULES
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -53,7 +52,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     file = copy.deepcopy(values)
     for override in overrides or []:
         _apply_override(values, override)
-    values = of_engine(values)
+    values = engine_defaults(values)
     try:
         changes = rates.retie(file, values, keys, RATE_DEFAULTS)
     except ValueError as error:
@@ -143,9 +142,16 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
             f"schedule.warmup_steps {asked} is longer than a tenth of the run; "
             f"shortened to {config.warmup_steps}"
         )
-    for key, readers in OPTIMIZER_KEYS.items():
-        if key in values.get("optim", {}) and config.optim.name not in readers:
+    rule = RULES[config.optim.name]
+    used = {*rule.reads, *(key.name for key in rule.keys)}
+    for key in ("eps", *KEYS):
+        if key in values.get("optim", {}) and key not in used:
             notes.append(f"optim.{key} is not used by {config.optim.name}")
+    for key in ("adamw_betas", "adamw_eps"):
+        if key in values.get("optim", {}) and rule.for_all:
+            notes.append(
+                f"optim.{key} is not used, as {rule.name} updates every tensor; its own is optim.{key[6:]}"
+            )
     if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
         notes.append(f"memory.moments is int8 with {config.optim.name}")
     for key in ("cycle_steps", "rewarmup_steps"):
@@ -203,21 +209,3 @@ def changed_keys(old: Config, new: Config) -> list[str]:
             if not free and getattr(before, key) != getattr(after, key):
                 changed.append(f"{section}.{key}")
     return changed
-
-
-def describe() -> str:
-    """Documentation of every section and key, for `lowres config --help`."""
-    lines = []
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, Section)
-        lines.append(f"[{section}]  {' '.join((model.__doc__ or '').split())}")
-        defaults = model.model_validate({})
-        for key, info in model.model_fields.items():
-            extra = info.json_schema_extra
-            mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
-            default = getattr(defaults, key)
-            shown = "" if default is None else f" = {json.dumps(default)}"
-            lines.append(f"  {key}{shown}: {info.description}{mark}")
-        lines.append("")
-    return "\n".join(lines)

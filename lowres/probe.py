@@ -33,7 +33,7 @@ from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms
 from lowres.storage import (
     DENSE_DTYPES,
-    MATRIX_ROLES,
+    MATRIX,
     Unit,
     compute_dtype,
     field_bytes,
@@ -369,7 +369,7 @@ def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tupl
 
 
 def _dequantise(unit: Unit, device: torch.device, compute: torch.dtype) -> float:
-    specs = [spec for spec in unit.spec.tensors if spec.role in MATRIX_ROLES]
+    specs = [spec for spec in unit.spec.tensors if spec.kind == MATRIX]
     out = torch.empty(max(spec.numel for spec in specs), dtype=compute, device=device)
 
     def dequantise() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 # how the learning rate follows a batch that is r times as large: by r to this power
 BATCH_POLICIES = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}
+# the rates that follow the batch
+RATES = ("lr", "embed_lr", "norm_lr")
 
 
 @dataclass(frozen=True)
@@ -104,19 +106,21 @@ def _follow_file(
     optim.pop("lr_over_batch", None)
     optim["lr"] = lr * factor
     train.setdefault("batch_tokens", file_batch)
-    if "optim.embed_lr" not in keys and _number(values, "optim", "embed_lr"):
-        optim["embed_lr"] *= factor
+    for key in ("embed_lr", "norm_lr"):
+        if f"optim.{key}" not in keys and _number(values, "optim", key):
+            optim[key] *= factor
     return [batch_note(policy, (before, lr), (after, lr * factor))]
 
 
 def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, policy: str) -> dict[str, Any]:
-    """lr and embed_lr of a resumed run, start * (batch / batch at the start) ** power.
+    """The rates of a resumed run (`RATES`), start * (batch / batch at the start) ** power.
 
-    start: batch_tokens, lr and embed_lr as the run was started. asked: lr and embed_lr as the config has
-    them, either those of the start or those of now; raises ValueError if it is another rate.
+    start: batch_tokens and the rates as the run was started. asked: the rates as the config has them, either
+    those of the start or those of now; raises ValueError if it is another rate.
     """
     factor = (batch_tokens / start["batch_tokens"]) ** BATCH_POLICIES[policy]
-    rates = {key: start[key] and start[key] * factor for key in ("lr", "embed_lr")}
+    start = dict.fromkeys(RATES) | start  # one that is younger than the run was not given
+    rates = {key: start[key] and start[key] * factor for key in RATES}
     for key, rate in rates.items():
         wanted = asked[key]
         if wanted != start[key] and not (wanted and rate and math.isclose(wanted, rate, rel_tol=1e-9)):

@@ -25,9 +25,11 @@ from lowres import rng
 from lowres.config import ReloraConfig
 from lowres.model import fresh_adapter
 from lowres.optim import Clock, Optimizer
-from lowres.optim.moments import Moment
+from lowres.rules.base import NORM
+from lowres.rules.moments import Moment
 from lowres.storage import (
     ADAPTERS,
+    FORMATS,
     LORA_A,
     LORA_B,
     MASTER,
@@ -36,12 +38,10 @@ from lowres.storage import (
     Dense,
     TensorSpec,
     Unit,
-    make_storage,
 )
 
 # rows of a weight that are merged at a time; a constant, as the random bits are named by it
 MERGE_ROWS = 256
-FIRST_MOMENTS, SECOND_MOMENT, LIMITER = ("exp_avg", "momentum"), "exp_avg_sq", "norm"
 
 
 class Relora:
@@ -91,7 +91,9 @@ class Relora:
                     self._ranks.append(effective_rank(unit.state[spec.name][MERGED]))
         start_adapters(unit, self.optimizer.seed, step)
         for spec in unit.spec.adapters.values():
-            forget(unit, spec, self.config, self.optimizer.seed, step)
+            forget(
+                unit, spec, self.optimizer.group_of(spec).rule.moments, self.config, self.optimizer.seed, step
+            )
         if unit.spec.adapters and self.config.reset == "zero":
             unit.state[ADAPTERS][UPDATES].zero_()
 
@@ -130,7 +132,7 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
     for start in range(0, spec.shape[0], MERGE_ROWS):
         rows = slice(start, start + MERGE_ROWS)
-        weight = make_storage(unit.kinds[spec.name], {key: t[rows] for key, t in stored.items()})
+        weight = FORMATS[unit.kinds[spec.name]].over({key: t[rows] for key, t in stored.items()})
         written = Dense(state[MASTER][rows]) if MASTER in state else weight
         applied = written.dense(torch.float32).neg()
         intended = (b[rows] @ a).mul_(scaling)
@@ -145,16 +147,25 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     return sums
 
 
-def forget(unit: Unit, spec: TensorSpec, config: ReloraConfig, seed: int, step: int) -> None:
+def forget(
+    unit: Unit,
+    spec: TensorSpec,
+    signed: Mapping[str, bool],
+    config: ReloraConfig,
+    seed: int,
+    step: int,
+) -> None:
     """Forget the moments of an adapter, all or (`reset_keep`) most, and what its limiter remembers.
+
+    signed: its moments, as `Rule.moments` has them.
 
     Both moments lose the same elements. Where the second has another shape (Adam-mini's blocks), it stays
     if the first is kept in part: an update can only be too small then.
     """
     state = unit.state[spec.name]
-    moments = [key for key in (*FIRST_MOMENTS, SECOND_MOMENT) if key in state]
-    if LIMITER in state:
-        state[LIMITER].zero_()
+    moments = [key for key in signed if key in state]
+    if NORM in state:
+        state[NORM].zero_()
     if config.reset == "zero":
         for key in moments:
             for part in (key, f"{key}.absmax"):
@@ -163,7 +174,7 @@ def forget(unit: Unit, spec: TensorSpec, config: ReloraConfig, seed: int, step: 
         return
     always = torch.ones((), dtype=torch.bool, device=unit.weights_slab.device)
     clock = Clock(step, unit.state[ADAPTERS][UPDATES], always, seed)
-    opened = [Moment(spec, key, state, clock, signed=key != SECOND_MOMENT) for key in moments]
+    opened = [Moment(spec, key, state, clock, signed=signed[key]) for key in moments]
     values = [moment.read(slice(0, moment.value.numel())) for moment in opened]
     if not values:
         return

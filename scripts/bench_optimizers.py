@@ -20,17 +20,18 @@ from typing import Any
 import records
 import torch
 
-from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
+from lowres.config import ModelConfig
 from lowres.config_file import parse_config
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.rooms import Rooms
+from lowres.rules import RULES
 from lowres.storage import Unit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of an update against torch.optim.AdamW(fused=True).")
-    parser.add_argument("names", nargs="*", default=["apollo-mini"], help=", ".join(OPTIMIZER_DEFAULTS))
+    parser.add_argument("names", nargs="*", default=["apollo-mini"], help=", ".join(RULES))
     parser.add_argument("--preset", default="7b")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -22,7 +22,7 @@ from lowres.optim import Optimizer
 from lowres.optim import make_optimizer as optimizer_of
 from lowres.relora import Relora
 from lowres.rooms import Rooms
-from lowres.storage import Dense, Storage, Unit, make_storage, storage_fields
+from lowres.storage import FORMATS, Dense, Storage, Unit
 
 CPU = torch.device("cpu")
 ROOMS = Rooms(CPU)
@@ -49,8 +49,8 @@ def make_units(
 
 def new_storage(kind: str, shape: tuple[int, ...], device: torch.device = CPU) -> Storage:
     """A storage of a kind, all zero bytes."""
-    fields = storage_fields(kind, shape)
-    return make_storage(kind, {k: torch.zeros(s, dtype=d, device=device) for k, (d, s) in fields.items()})
+    fields = FORMATS[kind].fields(shape)
+    return FORMATS[kind].over({k: torch.zeros(s, dtype=d, device=device) for k, (d, s) in fields.items()})
 
 
 def make_config(**sections: Mapping[str, object]) -> Config:

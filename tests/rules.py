@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowres.optim.base import Clock, Rule, State
+from lowres.rules.base import Clock, Rule, State
 from lowres.storage import Dense, TensorSpec
 
 BETAS = (0.9, 0.999)

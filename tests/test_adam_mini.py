@@ -10,7 +10,7 @@ from torch import Tensor
 from lowres.config import Config
 from lowres.model import unit_specs
 from lowres.optim import Optimizer
-from lowres.optim.adam_mini import describe_partition, partition
+from lowres.rules.adam_mini import describe_partition, partition
 from lowres.storage import TensorSpec
 from tests.helpers import dense_copy, make_config, make_optimizer, make_units
 

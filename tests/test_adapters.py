@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowres.config import OPTIMIZER_DEFAULTS
-from lowres.model import Dropout
+from lowres.model import Dropout, lora
+from lowres.rules import RULES
 from tests.helpers import make_batch, relora_config, stored_tensors, with_adapters
 
 
@@ -40,6 +40,33 @@ def test_adapters_have_gradients_from_their_first_step() -> None:
                     assert moved == (role.endswith(".lora_b") or step == 1), spec.name
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_arithmetic_equals_autograd(masked: bool) -> None:
+    """Product and gradients by hand, against the plain formula differentiated by torch, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (2, 5, 12), "frozen": (8, 12), "a": (3, 12), "b": (8, 3)}
+    names = ("frozen", "a", "b")
+    t = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+    mask = (torch.rand(2, 5, 12, generator=generator) < 0.7).double() / 0.7 if masked else None
+    leaves = {n: v.clone().requires_grad_(n != "frozen") for n, v in t.items()}
+    wanted = lora.plain_product(leaves["x"], mask, lora.Matrices(*(leaves[n] for n in names), 0.3))
+    w = lora.Matrices(t["frozen"], t["a"], t["b"], 0.3)
+    torch.testing.assert_close(lora.product(t["x"], mask, w), wanted, rtol=1e-12, atol=1e-12)
+    dy = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
+    wanted.backward(dy)
+    found: dict[str, torch.Tensor] = {}
+    found["x"] = lora.gradients(
+        dy,
+        t["x"],
+        mask,
+        w,
+        add_a=lambda dy, x: found.update(a=dy.T @ x),
+        add_b=lambda dy, x: found.update(b=dy.T @ x),
+    )
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, leaves[name].grad, rtol=1e-12, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("more", [{}, {"relora__dropout": 0.3}, {"relora__targets": ["q", "up"]}])
 def test_both_engines_train_adapters_alike(more: dict[str, Any]) -> None:
     found = []
@@ -56,7 +83,7 @@ def test_both_engines_train_adapters_alike(more: dict[str, Any]) -> None:
                 torch.testing.assert_close(tensor, found[0][1][name], rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_every_optimizer_trains_adapters_alike_in_both_engines(name: str) -> None:
     """Over two merges. A large eps keeps AdamW's first updates from being the signs of rounding errors."""
     if name == "adamw8bit":

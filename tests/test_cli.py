@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lowres import metrics
 from lowres.cli import main
-from lowres.config import OPTIMIZER_DEFAULTS
+from lowres.rules import RULES
 from tests.helpers import lowres, train_and_kill
 
 STEP_KEYS = {
@@ -455,7 +455,7 @@ def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gpu peak" in captured.out and "memory.budget_gib" in captured.err
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_plan_shows_what_every_tensor_gets(
     name: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -478,7 +478,7 @@ def test_plan_shows_what_every_tensor_gets(
         embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
         assert row["tensors"] == (1 if embedding or role == "norm" else 2)
         assert row["optimizer"] == (name if matrix and not embedding else beside)
-        assert row["lr"] == (0.25 if embedding else OPTIMIZER_DEFAULTS[name]["lr"])
+        assert row["lr"] == (0.25 if embedding else RULES[name].lr)
         assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
         assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])
     # all of the state, beside the count of updates of each unit

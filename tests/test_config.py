@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from lowres.config import PRESETS, Config
-from lowres.config_file import changed_keys, describe, follow_batch, load_config, parse_config, to_toml
+from lowres.config_file import changed_keys, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
+from lowres.reference import choices, describe, markdown
 
 SURFACE = {
     "run": {"name", "seed", "init_from", "device"},
@@ -21,7 +22,7 @@ SURFACE = {
         "rope_theta",
         "norm_eps",
     }
-    | {"tie_embeddings"},
+    | {"tie_embeddings", "qkv_bias", "qk_norm"},
     "data": {"source", "val_source", "tokenizer", "vocab_size", "seq_len", "cache"},
     "optim": {
         "name",
@@ -35,6 +36,7 @@ SURFACE = {
         "scale",
         "refresh_every",
     }
+    | {"norm_lr", "adamw_betas", "adamw_eps"}
     | {"scale_front", "projection", "lr_over_batch", "batch_policy", "limiter", "decay_embeddings"},
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
     "relora": {
@@ -80,7 +82,20 @@ def test_the_surface_is_frozen() -> None:
 
 
 def test_docs_hold_the_generated_reference() -> None:
-    assert describe() in Path("docs/config.md").read_text("utf-8")
+    assert markdown() == Path("docs/reference.md").read_text("utf-8"), "run python scripts/write_docs.py"
+
+
+def test_choices_are_listed() -> None:
+    """Also of keys whose names are registered elsewhere, and inside unions and lists."""
+    fields = {s: f.annotation.model_fields for s, f in Config.model_fields.items()}  # type: ignore[union-attr]
+    assert choices(fields["memory"]["weights"]) == ["fp32", "bf16", "int8"]
+    assert choices(fields["memory"]["embeddings"]) == ["auto", "fp32", "bf16"]
+    assert choices(fields["optim"]["projection"]) == ["random", "svd"]
+    assert choices(fields["model"]["preset"]) == list(PRESETS)
+    assert choices(fields["relora"]["targets"]) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert choices(fields["memory"]["rehearse"]) == ["true", "false", "auto"]
+    assert choices(fields["optim"]["lr"]) == []
+    assert 'engine = "layerwise" (layerwise | autograd | deepspeed): ' in describe()
 
 
 def test_a_resolved_config_reads_back_the_same(tmp_path: Path) -> None:
@@ -313,11 +328,11 @@ def test_defaults_of_deepspeed(tmp_path: Path) -> None:
         (
             "optim",
             {"name": "apollo-mini"},
-            "optim.name: apollo-mini is not to be had with DeepSpeed, which f",
+            "optim.name: apollo-mini does not work with DeepSpeed, which f",
         ),
-        ("optim", {"name": "galore"}, "optim.name: galore is not to be had with DeepSpeed"),
+        ("optim", {"name": "galore"}, "optim.name: galore does not work with DeepSpeed"),
         ("optim", {"name": "adam-mini"}, "use adamw, or memory.engine=layerwise"),
-        ("optim", {"name": "adamw8bit"}, "optim.name: adamw8bit is not to be had with DeepSpeed"),
+        ("optim", {"name": "adamw8bit"}, "optim.name: adamw8bit does not work with DeepSpeed"),
         ("optim", {"limiter": 1.01}, "optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip"),
         ("relora", {"enabled": True}, "relora.enabled: DeepSpeed cannot merge adapters"),
         ("deepspeed", {"offload_param": "cpu"}, "deepspeed.offload_param: stage 2 keeps whole weights on th"),

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.config import OPTIMIZER_DEFAULTS, ModelConfig
+from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
 from lowres.meter import LiveTensors
 from lowres.model import Units, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
+from lowres.rules import RULES
 from lowres.storage import Unit
 from tests.helpers import (
     CPU,
@@ -30,6 +31,8 @@ MODELS = {
     "plain": SMALL,
     "grouped": SMALL.model_copy(update={"n_kv_heads": 2}),
     "tied": SMALL.model_copy(update={"tie_embeddings": True}),
+    "qwen2": SMALL.model_copy(update={"n_kv_heads": 2, "qkv_bias": True}),
+    "qwen3": SMALL.model_copy(update={"n_kv_heads": 2, "qk_norm": True}),
 }
 
 
@@ -189,7 +192,7 @@ def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_every_optimizer_learns_a_batch(name: str, weights: str) -> None:
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.config import OPTIMIZER_DEFAULTS, Config
+from lowres.config import Config
 from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.memory import make_plan
 from lowres.model import empty_units
-from lowres.optim.limiter import GROWTH, limited
 from lowres.rooms import Rooms
-from lowres.storage import MATRIX_ROLES, Unit
+from lowres.rules import RULES
+from lowres.rules.limiter import GROWTH, limited
+from lowres.storage import MATRIX, Unit
 from tests.helpers import CPU, make_config, make_optimizer, make_units
 
 FACTOR = 1.05
@@ -46,11 +47,11 @@ def changes(
 SPIKE = [1.0] * 8 + [1000.0] + [1.0] * 3
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_a_spike_grows_no_update_by_more_than_the_factor(name: str) -> None:
     found, unit = changes(config_of(name, FACTOR), SPIKE)
     for spec in unit.spec.tensors:
-        limited_here = name in WHOLE or spec.role in MATRIX_ROLES
+        limited_here = name in WHOLE or spec.kind == MATRIX
         assert ("norm" in unit.state[spec.name]) == limited_here, spec.name
         if limited_here and name != "fira":  # whose projected part passes
             norms = found[spec.name]
@@ -67,7 +68,7 @@ def test_a_spike_grows_the_rest_of_fira_by_no_more() -> None:
     assert all(norms[1][n] <= FACTOR * norms[0][n] * (1 + 1e-5) for n in norms[0])
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_without_it_nothing_is_kept(name: str) -> None:
     found, unit = changes(config_of(name, 0), SPIKE)
     assert not any("norm" in state for state in unit.state.values())
@@ -124,7 +125,7 @@ def test_factors_of_any_shape(shape: tuple[int, ...], matrix: tuple[int, int]) -
     assert float(state["norm"]) == pytest.approx(norm / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", RULES)
 def test_its_memory_is_planned_and_saved(name: str) -> None:
     config = config_of(name, FACTOR)
     rooms = Rooms(CPU)
@@ -135,13 +136,13 @@ def test_its_memory_is_planned_and_saved(name: str) -> None:
         tensors |= unit.tensors()  # what a checkpoint has
     limited_tensors = [key for key in tensors if key.endswith(".norm")]
     specs = [spec for unit in units.values() for spec in unit.spec.tensors]
-    assert len(limited_tensors) == sum(name in WHOLE or spec.role in MATRIX_ROLES for spec in specs)
+    assert len(limited_tensors) == sum(name in WHOLE or spec.kind == MATRIX for spec in specs)
     slabs = sum(unit.state_slab.nbytes for unit in units.values() if unit.state_slab is not None)
     assert make_plan(config, CPU).size("optimizer state", "gpu") == slabs
 
 
 def test_defaults_are_the_published_ones() -> None:
-    for name in OPTIMIZER_DEFAULTS:
+    for name in RULES:
         wanted = GROWTH if name in ("apollo", "apollo-mini", "fira") else 0
         assert parse_config({"optim": {"name": name}})[0].optim.limiter == wanted
     for value in (0.5, -1.0):

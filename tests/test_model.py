@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lowres.config import PRESETS, ModelConfig
 from lowres.model import Llama, empty_units, initialize, unit_specs
@@ -16,13 +24,25 @@ VARIANTS = {
     "long": ModelConfig(
         dim=32, n_layers=1, n_heads=2, ffn_dim=64, vocab_size=300, rope_theta=500000.0, norm_eps=1e-6
     ),
+    "qwen2": ModelConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300, qkv_bias=True
+    ),
+    "qwen3": ModelConfig(
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300, qk_norm=True
+    ),
 }
 
 
-def reference(config: ModelConfig) -> LlamaForCausalLM:
+def reference(config: ModelConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
+    make, make_config, more = LlamaForCausalLM, LlamaConfig, {}
+    if config.qkv_bias:
+        make, make_config = Qwen2ForCausalLM, Qwen2Config
+    if config.qk_norm:
+        make, make_config, more = Qwen3ForCausalLM, Qwen3Config, {"head_dim": config.head_dim}
+    return make(
+        make_config(
+            **more,
             vocab_size=config.vocab,
             hidden_size=config.dim,
             intermediate_size=config.ffn_dim,

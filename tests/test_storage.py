@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lowres import rng, storage
-from lowres.storage import Dense, Int8, Storage
+from lowres import rng
+from lowres.storage import Dense, Int8, Storage, formats
+from lowres.storage.int8 import RESCALED_CODE
 from tests.helpers import new_storage
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_int8_quantises_to_half_a_code() -> None:
     kept = filled("int8", w)
     assert isinstance(kept, Int8)
     assert ((kept.dense(torch.float32) - w).abs() <= kept.scales * 0.5001).all()
-    assert kept.codes.abs().amax(1).eq(storage.RESCALED_CODE).all()
+    assert kept.codes.abs().amax(1).eq(RESCALED_CODE).all()
 
 
 @pytest.mark.parametrize("dim, ffn", [(512, 1376), (768, 2048), (4096, 11008)])
@@ -105,7 +106,7 @@ def test_int8_rounding_of_a_rescaled_row_is_unbiased() -> None:
         kept.apply(update, -ONE, None, key(trial))
         total += kept.dense(torch.float32).double() - exact
     assert isinstance(kept, Int8)
-    assert kept.codes.abs().amax(1).float().sub(storage.RESCALED_CODE).abs().max() <= 1
+    assert kept.codes.abs().amax(1).float().sub(RESCALED_CODE).abs().max() <= 1
     error = total / trials / kept.scales
     assert abs(float(error.mean())) < 5 * 0.5 / (trials * M * N) ** 0.5
     assert float(error.abs().max()) < 6 * 0.5 / trials**0.5
@@ -116,7 +117,7 @@ def test_int8_rows_that_shrink_are_rescaled() -> None:
     assert isinstance(kept, Int8)
     target = kept.dense(torch.float32) * 0.3
     kept.apply(kept.dense(torch.float32) * 0.7, ONE, None, key(0))
-    assert kept.codes.abs().amax(1).min() >= storage.RESCALED_CODE - 1
+    assert kept.codes.abs().amax(1).min() >= RESCALED_CODE - 1
     assert (kept.dense(torch.float32) - target).abs().le(kept.scales * 1.001).all()
 
 
@@ -150,7 +151,7 @@ def test_apply_follows_its_formula(kind: str, factor_shape: tuple[int, ...]) -> 
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for chunk in (1, 1000, 1 << 17):
-        monkeypatch.setattr(storage, "CHUNK_CPU", chunk)
+        monkeypatch.setattr(formats, "CHUNK_CPU", chunk)
         kept = filled(kind, weights())
         kept.apply(torch.ones(M, N) * 1e-3, ONE, torch.tensor(0.01), key(0))
         results.append(kept.tensors())

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from lowres.data.batches import IGNORED
 from lowres.engine.boundaries import Boundaries, Boundary, make_encoding
 from lowres.engine.common import StepReport, Updater, split, sum_of_squares
 from lowres.engine.residence import Residence, Visit
-from lowres.model import EMBEDDING, Dropout, Units, block, block_body, rms_norm, rope_tables
+from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, lora, rms_norm, rope_tables
 from lowres.rooms import GPU, Homes, Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 
@@ -84,7 +85,7 @@ class WorkingMatrix:
 
 
 class AdaptedMatrix(WorkingMatrix):
-    """A frozen matrix and its adapter: x W^T + scaling dropout(x) A^T B^T (LoRA, arXiv 2106.09685)."""
+    """A frozen matrix and its adapter; see `lowres.model.lora`."""
 
     def __init__(
         self,
@@ -97,31 +98,17 @@ class AdaptedMatrix(WorkingMatrix):
     ) -> None:
         """dropout, name: what names the masks."""
         super().__init__(frozen.value, None)
-        self.a, self.b, self.scaling, self.dropout, self.name = a, b, scaling, dropout, name
+        self.a, self.b, self.dropout, self.name = a, b, dropout, name
+        self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
 
     def product(self, x: Tensor) -> Tensor:
-        y, (dropped, _) = x @ self.value.T, self._dropped(x)
-        inner = dropped @ self.a.value.T
-        y.flatten(0, -2).addmm_(inner.flatten(0, -2), self.b.value.T, alpha=self.scaling)
-        return y
+        return lora.product(x, self.dropout.mask(self.name, x), self.matrices)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add to the gradients of A and B; return that of x."""
-        dropped, mask = self._dropped(x)
-        # scaled where there are least numbers
-        inner = self.b.backward(dy, (dropped @ self.a.value.T).mul_(self.scaling)).mul_(self.scaling)
-        dx = dy @ self.value
-        if mask is not None:
-            return dx.addcmul_(self.a.backward(inner, dropped), mask)
-        assert self.a.grad is not None
-        accumulate(self.a.grad, inner.flatten(0, -2), x.flatten(0, -2))
-        dx.flatten(0, -2).addmm_(inner.flatten(0, -2), self.a.value)
-        return dx
-
-    def _dropped(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the adapter sees of x, and the mask if there is one."""
-        mask = self.dropout.mask(self.name, x)
-        return (x, None) if mask is None else (x * mask, mask)
+        assert self.a.grad is not None and self.b.grad is not None
+        add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
+        return lora.gradients(dy, x, self.dropout.mask(self.name, x), self.matrices, add_a, add_b)
 
 
 class _Multiply(torch.autograd.Function):
@@ -300,7 +287,7 @@ class LayerwiseEngine:
         through_stash = training and not self.exact_forward
         places = [*stash, kept.output] if through_stash else [kept.carry] * len(self.bands) + [kept.output]
         with self._residence.visit() as (embed,):
-            table = embed.weights[EMBEDDING]
+            table = embed.weights[EMBEDDING_NAME]
             for i, tokens in enumerate(inputs):
                 places[0].put(i, table.rows(tokens.to(self.device, non_blocking=True), self.compute))
         for band, (here, there) in enumerate(itertools.pairwise(places)):
@@ -319,7 +306,7 @@ class LayerwiseEngine:
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
             return working["head"]
-        table = self._units["embed"].weights[EMBEDDING]  # tied, so it lives on the GPU
+        table = self._units["embed"].weights[EMBEDDING_NAME]  # tied, so it lives on the GPU
         return WorkingMatrix(table.dense(self.compute, self._copies), grad)
 
     def _loss(self, output: Boundary, targets: list[Tensor]) -> Tensor:
@@ -340,7 +327,7 @@ class LayerwiseEngine:
     ) -> Tensor:
         """Mean loss; its gradient goes into the carry, and those of norm and head into their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        tied = self._grads["embed"][EMBEDDING].zero_() if self.config.tie_embeddings else None
+        tied = self._grads["embed"][EMBEDDING_NAME].zero_() if self.config.tie_embeddings else None
         head = self._head_matrix(w, tied)
         for i, wanted in enumerate(targets):
             x = kept.output.get(i)
@@ -397,7 +384,7 @@ class LayerwiseEngine:
             return residual, _Last.apply(product, layers[-1]["down"])
 
     def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
-        grad = self._grads["embed"][EMBEDDING]
+        grad = self._grads["embed"][EMBEDDING_NAME]
         if not self.config.tie_embeddings:
             grad.zero_()
         for i, tokens in enumerate(inputs):
@@ -489,7 +476,7 @@ class LayerwiseEngine:
         self._residence.begin([*self._forward_visits(), Visit(("head",))])
         rope = rope_tables(self.config, tokens.shape[1], self.device)
         with self._residence.visit() as (embed,):
-            x = embed.weights[EMBEDDING].rows(tokens.to(self.device), self.compute)
+            x = embed.weights[EMBEDDING_NAME].rows(tokens.to(self.device), self.compute)
         for _ in self.bands:
             with self._residence.visit() as units:
                 for w in self._working(units):

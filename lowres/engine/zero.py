@@ -258,9 +258,7 @@ class ZeroEngine:
             with torch.device("meta"):  # never in fp32 on the device
                 model = Llama(config.model).to(dtype)
             model.to_empty(device=self.device)
-        self._groups = [
-            g for g in optimizer.groups if any(s.role in g.roles for u in self.specs for s in u.tensors)
-        ]
+        self._groups = [g for g in optimizer.groups if any(g.has(s) for u in self.specs for s in u.tensors)]
         with _silence():
             self._engine, *_ = module.initialize(model=model, optimizer=self._adamw(model), config=keys)
         self._zero = self._engine.optimizer
@@ -271,7 +269,7 @@ class ZeroEngine:
         """With a group for each of the groups that have a rate and a weight decay of their own."""
         optim, groups = self.config.optim, []
         for group in self._groups:
-            names = [s.name for u in self.specs for s in u.tensors if s.role in group.roles]
+            names = [s.name for u in self.specs for s in u.tensors if group.has(s)]
             own = [model.get_parameter(name) for name in names]
             groups.append({"params": own, "lr": group.lr, "weight_decay": group.weight_decay})
         assert optim.eps is not None

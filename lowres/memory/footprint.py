@@ -20,13 +20,12 @@ from lowres.optim import Optimizer, make_optimizer
 from lowres.relora import MERGE_ROWS
 from lowres.rooms import GPU, HOST, Component, Homes
 from lowres.storage import (
-    ADAPTER_ROLES,
-    CHUNK_CPU,
-    CHUNK_CUDA,
+    ADAPTER,
     MASTER,
-    MATRIX_ROLES,
+    MATRIX,
     TensorSpec,
     UnitSpec,
+    chunk_elements,
     compute_dtype,
     field_bytes,
     state_fields,
@@ -72,9 +71,9 @@ class Footprint:
                 name = "block matrices: int8 codes"
                 scales = "block matrices: scales"
                 found[scales] = found.get(scales, 0) + sizes[spec.name + ".scales"]
-            elif spec.role in MATRIX_ROLES:
+            elif spec.kind == MATRIX:
                 name = f"block matrices: {kind}"
-            elif spec.role in ADAPTER_ROLES:
+            elif spec.kind == ADAPTER:
                 name = f"adapters: {kind}"
             else:
                 name = f"embedding and head: {kind}" if len(spec.shape) == 2 else "norms: fp32"
@@ -171,13 +170,13 @@ class Footprint:
         merged and begin anew."""
         found = [self.directions]
         specs = [s for unit in self.units.values() for s in unit.tensors]
-        chunk = CHUNK_CUDA if self.device.type == "cuda" else CHUNK_CPU
+        chunk = chunk_elements(self.device)
         for spec in specs:
             written, rows = self._written(spec), MERGE_ROWS * spec.shape[-1]
             if not spec.frozen:
                 moments = 4 if self.config.memory.moments != "fp32" else 0
                 found.append(4 * max(written, moments) * min(chunk, spec.numel))
-                if spec.role in ADAPTER_ROLES and self.config.relora.cycle_steps:
+                if spec.kind == ADAPTER and self.config.relora.cycle_steps:
                     # random numbers; or both moments, their magnitude or a random mask, and what is kept
                     found.append(4 * (2 if self.config.relora.reset == "zero" else 6) * spec.numel)
             elif self.config.relora.cycle_steps:
@@ -191,7 +190,7 @@ class Footprint:
     def _written(self, spec: TensorSpec) -> int:
         """fp32 numbers for each element while a tensor is written: for int8 codes, change, new value, random
         bits and what their making leaves behind; less for what is rounded in one go."""
-        if self.config.memory.master == "host" and spec.role in MATRIX_ROLES:
+        if self.config.memory.master == "host" and spec.kind == MATRIX:
             return 4
         return {"int8": 8, "bf16": 4, "fp32": 0}[self.kinds[spec.name]]
 

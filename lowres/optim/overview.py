@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 
-from lowres.optim import PROJECTING, Optimizer
-from lowres.optim.adam_mini import AdamMiniRule, partition
-from lowres.optim.lowrank import RandomProjection, projection_shape
+from lowres.optim.optimizer import Optimizer
 from lowres.storage import TensorSpec, field_bytes
 
 KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
@@ -65,21 +63,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
-    """The state of a tensor: its number format where it has the tensor's shape, else a shape of its own."""
-    rule, parts = optimizer.group_of(spec).rule, []
+    """The state of a tensor: the number format of what has the tensor's shape, any other shape, or what its
+    rule says of it."""
+    words = {} if spec.frozen else optimizer.group_of(spec).rule.describe(spec)
+    parts = []
     for key, (dtype, shape) in optimizer.state_fields(spec).items():
-        if isinstance(rule, AdamMiniRule) and key == "exp_avg_sq":
-            blocks, rows = partition(spec, rule.head_dim)
-            parts.append(f"{key} for {_count(blocks, 'block')} of {_count(rows, 'row')}")
+        if key in words:
+            parts.append(words[key])
         elif shape == spec.shape:
             parts.append(f"{key} {KIND[dtype]}")
         elif not key.endswith(".absmax"):  # which belongs to an int8 moment
             parts.append(f"{key} {list(shape)}" if shape else key)
-    if not spec.frozen and isinstance(rule, PROJECTING) and isinstance(rule.projection, RandomProjection):
-        shape = projection_shape(rule.projection.rank, spec.shape)
-        parts.append(f"random projection {list(shape)} (no state)")
-    return ", ".join(parts) or "none"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number > 1)
+    return ", ".join([*parts, *([words[""]] if "" in words else [])]) or "none"

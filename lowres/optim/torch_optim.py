@@ -18,28 +18,26 @@ Unlike the optimizers of torch:
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lowres import rng
-from lowres.optim.adam_mini import HEAD_ROLES, ROW_ROLES, AdamMiniRule, describe_partition
-from lowres.optim.adamw import AdamWRule
-from lowres.optim.apollo import ApolloRule
-from lowres.optim.base import Clock
-from lowres.optim.fira import FiraRule
-from lowres.optim.galore import GaLoreRule
-from lowres.optim.limiter import GROWTH
-from lowres.optim.lowrank import RandomProjection, SvdProjection
+from lowres.rules import RULES, Betas, Clock, Definition, Rule, Settings
+from lowres.rules.adam_mini import HEAD_ROLES, ROW_ROLES, describe_partition
+from lowres.rules.limiter import GROWTH
+from lowres.rules.moments import KINDS
+from lowres.storage import MATRIX as MATRIX_KIND
+from lowres.storage import NORM as NORM_KIND
 from lowres.storage import Dense, TensorSpec
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-Betas = tuple[float, float]
-AnyRule = AdamWRule | ApolloRule | GaLoreRule | FiraRule | AdamMiniRule
 
 ADAMW, MATRIX, NORM = "adamw", "matrix", "norm"
 HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier", "wte", "wpe")
@@ -61,44 +59,67 @@ class Part:
     """What is derived from a param group: the spec and the rule of each of its parameters."""
 
     specs: list[TensorSpec]
-    rules: list[AnyRule]
+    rules: list[Rule]
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """What all classes here share. State of a parameter: its count of steps and the rule's tensors."""
+    """A registered rule for the parameters of any model. State of a parameter: its count of steps and the
+    rule's tensors. Every keyword may also stand in a param group, with a value of its own."""
+
+    definition: ClassVar[Definition]
+    own: ClassVar[dict[str, Any]]  # keywords that not all classes have, and their defaults
 
     def __init__(
         self,
         params: Params,
-        lr: float,
-        betas: Betas,
-        eps: float,
-        weight_decay: float,
-        moments: str,
-        seed: int,
-        **more: Any,
+        lr: float | None = None,
+        betas: Betas | None = None,
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        moments: str = "fp32",
+        seed: int = 0,
+        **keys: Any,
     ) -> None:
-        """moments: fp32, bf16 or int8, what element-wise moments are kept in."""
+        """moments: fp32, bf16 or int8, what element-wise moments are kept in. keys: those of the rule; see
+        the signature of each class."""
+        found, own = self.definition, self.own
+        unknown = sorted(keys.keys() - own.keys())
+        if unknown:
+            known = ", ".join(own)
+            raise TypeError(f"{type(self).__name__}: there is no keyword {unknown[0]!r}; it has {known}")
         self._parts: list[Part] = []
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "moments": moments,
-                "seed": seed,
-                "role": None,
-                **more,
-            },
-        )
+        values = {
+            "lr": found.lr if lr is None else lr,
+            "betas": found.betas if betas is None else betas,
+            "eps": found.eps if eps is None else eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "seed": seed,
+            "role": None,
+        }
+        super().__init__(params, values | own | keys)
 
     # which parameter takes which rule
 
-    def _rule(self, group: dict[str, Any]) -> AnyRule:
+    def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule of a group, from its hyper-parameters."""
-        raise NotImplementedError
+        found = self.definition
+        for key in found.keys:
+            value = group[key.name]
+            try:
+                TypeAdapter(key.type | None).validate_python(value, strict=True)
+            except ValidationError:
+                _require(False, key.name, value, key.wanted)
+        return found.make(self._settings(group))
+
+    def _settings(self, group: dict[str, Any]) -> Settings:
+        growth = _growth(group["limiter"]) if self.definition.limits_itself else 0.0
+        keys = {key.name: group[key.name] for key in self.definition.keys}
+        head_dim = group.get("head_dim")
+        return Settings(
+            group["betas"], group["eps"], group["moments"], group["seed"], growth, None, head_dim, keys
+        )
 
     def _roles(self, group: dict[str, Any], names: list[str]) -> list[str]:
         """ADAMW, or a role that the rule knows, for each parameter of a group."""
@@ -137,11 +158,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, p in zip(names, params, strict=True):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
-        own, adamw = self._rule(group), AdamWRule(group["betas"], group["eps"], group["moments"])
+        own, adamw = self._rule(group), RULES["adamw"].make(self._settings(group))
         roles = self._roles(group, names)
         # a scalar is a tensor of one element
         specs = [
-            TensorSpec(name, tuple(p.shape) or (1,), role)
+            TensorSpec(name, tuple(p.shape) or (1,), role, NORM_KIND if role == NORM else MATRIX_KIND)
             for name, p, role in zip(names, params, roles, strict=True)
         ]
         return Part(specs, [adamw if role == ADAMW else own for role in roles])
@@ -258,138 +279,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.state[p]["step"] = int(state["step"])
 
 
-class Apollo(RuleOptimizer):
-    """APOLLO (Zhu et al., arXiv 2412.05270): Adam's scaling per channel, from a low-rank projection.
-
-    rank: default, a quarter of the smaller dimension. scale: the update is multiplied by its square
-    root, with scale_front before the norm-growth limiter. refresh_every: steps between two projections.
-    projection: random, which needs no memory, or svd. limiter: most that the norm of an update may grow by
-    a step; True is 1.01, False is no limiter.
-    """
-
-    _per_channel = True
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        scale: float = 1.0,
-        refresh_every: int = 200,
-        scale_front: bool = False,
-        limiter: bool | float = True,
-        projection: str = "random",
-        moments: str = "fp32",
-        seed: int = 0,
-    ) -> None:
-        more: dict[str, Any] = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
-        more |= {"scale_front": scale_front, "limiter": limiter, "projection": projection}
-        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
-
-    def _rule(self, group: dict[str, Any]) -> AnyRule:
-        _check_low_rank(group)
-        rank, every, source = group["rank"], group["refresh_every"], group["projection"]
-        _require(source in ("random", "svd"), "projection", source, "random or svd")
-        projection = (
-            SvdProjection(rank, every) if source == "svd" else RandomProjection(rank, every, group["seed"])
-        )
-        return ApolloRule(
-            group["betas"],
-            group["eps"],
-            projection,
-            group["scale"],
-            self._per_channel,
-            group["scale_front"],
-            _growth(group["limiter"]),
-        )
-
-
-class ApolloMini(Apollo):
-    """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one factor for the whole matrix. State of a
-    matrix is two vectors and a norm. Keywords as for Apollo."""
-
-    _per_channel = False
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int = 1,
-        scale: float = 128.0,
-        **more: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, **more)
-
-
-class GaLore(RuleOptimizer):
-    """GaLore (Zhao et al., arXiv 2403.03507): Adam in the space of the gradient's first singular vectors.
-
-    rank: default, a quarter of the smaller dimension. scale: factor on the update. refresh_every: steps
-    between two decompositions.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        scale: float = 0.25,
-        refresh_every: int = 200,
-        moments: str = "fp32",
-        seed: int = 0,
-    ) -> None:
-        more = {"rank": rank, "scale": scale, "refresh_every": refresh_every}
-        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
-
-    def _rule(self, group: dict[str, Any]) -> AnyRule:
-        _check_low_rank(group)
-        projection = SvdProjection(group["rank"], group["refresh_every"])
-        return GaLoreRule(group["betas"], group["eps"], projection, group["scale"])
-
-
-class Fira(RuleOptimizer):
-    """Fira (Chen et al., arXiv 2410.01623): GaLore, and the rest of the gradient scaled per channel.
-
-    Keywords as for GaLore; limiter: as for Apollo, of the rest's norm.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float = 1e-2,
-        betas: Betas = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int | None = None,
-        scale: float = 0.25,
-        refresh_every: int = 200,
-        limiter: bool | float = True,
-        moments: str = "fp32",
-        seed: int = 0,
-    ) -> None:
-        more = {"rank": rank, "scale": scale, "refresh_every": refresh_every, "limiter": limiter}
-        super().__init__(params, lr, betas, eps, weight_decay, moments, seed, **more)
-
-    def _rule(self, group: dict[str, Any]) -> AnyRule:
-        _check_low_rank(group)
-        projection = SvdProjection(group["rank"], group["refresh_every"])
-        growth = _growth(group["limiter"])
-        return FiraRule(group["betas"], group["eps"], projection, group["scale"], growth)
-
-
 class AdamMini(RuleOptimizer):
     """Adam-mini (Zhang et al., arXiv 2406.16793): one second moment a head, row or norm.
 
@@ -398,6 +287,9 @@ class AdamMini(RuleOptimizer):
     adapters or 3-D experts; `role` in a group says what they are: q, k, v, o, gate, up, down, embedding,
     head, norm or adamw.
     """
+
+    definition = RULES["adam-mini"]
+    own: ClassVar = dict.fromkeys(("dim", "n_heads", "n_kv_heads", "head_dim"))
 
     def __init__(
         self,
@@ -417,21 +309,18 @@ class AdamMini(RuleOptimizer):
         _require(n_heads >= 1, "n_heads", n_heads, "at least 1")
         if head_dim is None:
             _require(dim % n_heads == 0, "n_heads", n_heads, f"a divisor of dim {dim}, or give head_dim")
-        more = {
+        shape = {
             "dim": dim,
             "n_heads": n_heads,
             "n_kv_heads": n_kv_heads or n_heads,
             "head_dim": head_dim or dim // n_heads,
         }
-        super().__init__(named_parameters, lr, betas, eps, weight_decay, moments, seed, **more)
+        super().__init__(named_parameters, lr, betas, eps, weight_decay, moments=moments, seed=seed, **shape)
 
     def describe_partition(self) -> str:
         """The blocks of the parameters, a line for each role."""
         specs = [spec for part in self._parts for spec in part.specs if spec.role != ADAMW]
         return describe_partition(specs, self.defaults["head_dim"])
-
-    def _rule(self, group: dict[str, Any]) -> AnyRule:
-        return AdamMiniRule(group["betas"], group["eps"], group["head_dim"], group["moments"])
 
     def _roles(self, group: dict[str, Any], names: list[str]) -> list[str]:
         known = (*HEAD_ROLES, *ROW_ROLES, NORM, ADAMW)
@@ -507,11 +396,35 @@ def _check(group: dict[str, Any]) -> None:
     _require(pair and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
     _require(group["eps"] > 0, "eps", group["eps"], "above 0")
     _require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
-    _require(moments in ("fp32", "bf16", "int8"), "moments", moments, "fp32, bf16 or int8")
+    _require(moments in KINDS, "moments", moments, "fp32, bf16 or int8")
 
 
-def _check_low_rank(group: dict[str, Any]) -> None:
-    rank, scale, every = group["rank"], group["scale"], group["refresh_every"]
-    _require(rank is None or rank >= 1, "rank", rank, "at least 1")
-    _require(scale > 0, "scale", scale, "above 0")
-    _require(every >= 1, "refresh_every", every, "at least 1")
+def _torch_class(found: Definition) -> type[RuleOptimizer]:
+    """The class of an optimizer that a rule registered, with its signature and documentation."""
+    assert found.class_name is not None
+    # a rank of None is a quarter of the smaller dimension of each matrix
+    own = {key.name: value for key, value in found.keys.items()}
+    own |= {"limiter": True} if found.limits_itself else {}
+    values = {"lr": found.lr, "betas": found.betas, "eps": found.eps, "weight_decay": 0.0}
+    first = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    first += [inspect.Parameter(n, first[0].kind, default=value) for n, value in values.items()]
+    words = own | {"moments": "fp32", "seed": 0}
+    last = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in words.items()]
+    texts = [f"{key.name}: {key.about}" for key in found.keys]
+    if found.limits_itself:
+        texts.append(
+            f"limiter: most that the norm of an update may grow by a step; True is {GROWTH}, False is none."
+        )
+    members = {
+        "definition": found,
+        "own": own,
+        "__doc__": "\n".join([f"{found.name}: {found.about}.", "", *texts]),
+        "__module__": __name__,
+        "__signature__": inspect.Signature([*first, *last]),
+    }
+    return type(found.class_name, (RuleOptimizer,), members)
+
+
+# by name; in the module too, so that they can be pickled
+CLASSES = {found.class_name: _torch_class(found) for found in RULES.values() if found.class_name}
+globals().update(CLASSES)

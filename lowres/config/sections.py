@@ -1,18 +1,22 @@
-"""The configuration of a run: every key, its type, its limits and its default, in one place.
+"""Every key of a run's configuration: its type, its limits and its documentation, at one place.
 
 A string under a field is that key's documentation; `lowres config --help` prints it. Keys marked
-`resumable` may differ when a run is resumed; any other difference is refused. How a config is read and
-written is in `lowres.config_file`.
+`resumable` may differ when a run is resumed; any other difference is refused. What is checked here concerns
+one section; defaults that follow from other keys are in `fill`, checks across sections in `checks`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic_core import core_schema
 
-from lowres import rates
+from lowres.rules import KEYS, RULES
+from lowres.storage import FORMATS
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -50,6 +54,28 @@ class Section(BaseModel):
     )
 
 
+def describe_key(name: str) -> str:
+    """Documentation of a key of [optim] that only some rules read: which do, and with which default."""
+    defaults: dict[str, list[str]] = {}
+    for rule in RULES.values():
+        for key, value in rule.keys.items():
+            if key.name == name:
+                text = json.dumps(value) if value is not None else "no"
+                defaults.setdefault(text, []).append(rule.name)
+    texts = (f"{text} for {' and '.join(names)}" for text, names in defaults.items())
+    return f"{KEYS[name].about} Default {', '.join(texts)}."
+
+
+class OneOf:
+    """One of some names that are only known when the program runs, as they are registered elsewhere."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.literal_schema(list(self.names))
+
+
 class RunConfig(Section):
     """The run itself."""
 
@@ -66,8 +92,8 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """The shape of the LLaMA model. A preset gives all of it; explicit keys override the preset."""
 
-    preset: str | None = None
-    """One of 9m, 20m, 60m, 130m, 350m, 1b, 3b, 7b, 13b."""
+    preset: Annotated[str, OneOf(PRESETS)] | None = None
+    """A shape by its name, that of the GaLore, ReLoRA and APOLLO papers."""
     dim: Positive = 128
     """Width of the residual stream."""
     n_layers: Positive = 4
@@ -86,12 +112,16 @@ class ModelConfig(Section):
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
+    qkv_bias: bool = False
+    """Biases on query, key and value, as Qwen2 has them."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head, as Qwen3 does."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         preset = values.get("preset") if isinstance(values, dict) else None
-        if preset is None:
+        if not isinstance(preset, str):
             return values
         if preset not in PRESETS:
             raise ValueError(f"preset: {preset!r} is not known; use one of {', '.join(PRESETS)}")
@@ -152,99 +182,76 @@ class DataConfig(Section):
         return value or None
 
 
-_LOW_RANK = {"lr": 1e-2, "eps": 1e-6, "refresh_every": 200}
-_APOLLO = _LOW_RANK | {"scale_front": False, "projection": "random", "limiter": 1.01}
-# name -> defaults of the keys that depend on the optimizer
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 1e-3, "eps": 1e-8},
-    "adamw8bit": {"lr": 1e-3, "eps": 1e-8},
-    "adam-mini": {"lr": 1e-3, "eps": 1e-8},
-    "apollo": _APOLLO | {"scale": 1.0},
-    "apollo-mini": _APOLLO | {"rank": 1, "scale": 128.0},
-    "galore": _LOW_RANK | {"scale": 0.25},
-    "fira": _LOW_RANK | {"scale": 0.25, "limiter": 1.01},
-    "sgd": {"lr": 0.1, "eps": 1e-8},
-}
-# keys that only these optimizers read
-OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
-    "eps": tuple(name for name in OPTIMIZER_DEFAULTS if name != "sgd"),
-    **dict.fromkeys(("rank", "scale", "refresh_every"), ("apollo", "apollo-mini", "galore", "fira")),
-    **dict.fromkeys(("scale_front", "projection"), ("apollo", "apollo-mini")),
-}
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
-class OptimConfig(Section):
+class GeneralOptim(Section):
     """The optimizer. Defaults that depend on it are filled in when the config is read."""
 
-    name: str = "apollo-mini"
-    """adamw, adamw8bit (AdamW with memory.moments = int8), adam-mini, sgd (momentum is betas[0]; 0 = none,
-    and no state), apollo, apollo-mini, galore or fira; beside the last four, embedding, head and norms take
-    AdamW."""
+    name: Annotated[str, OneOf(RULES)] = "apollo-mini"
+    """Updates the matrices of the blocks, and with adamw, adamw8bit, adam-mini and sgd every other tensor
+    too; with the others embedding, head, norms and biases take AdamW."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; default lr_over_batch times the batch, else 1e-3 for adamw, adamw8bit and
-    adam-mini, 0.1 for sgd, else 1e-2."""
+    """Peak learning rate; default lr_over_batch times the batch, else that of the optimizer."""
     lr_over_batch: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate over the batch in sequences, train.batch_tokens / data.seq_len (arXiv 2412.08347).
     Two of lr, train.batch_tokens and lr_over_batch determine the third."""
     batch_policy: Literal["fixed", "linear", "sqrt"] | None = resumable(None)
-    """How lr (and embed_lr) follow when --set changes the batch of the file, or a resumed run has another
-    batch than it was started with. fixed: not. linear: in proportion to the batch in sequences, so that
-    lr_over_batch stays. sqrt: with its square root. Default linear where lr_over_batch is given instead of
-    lr, else fixed."""
+    """How lr, embed_lr and norm_lr follow when --set changes the batch of the file, or a resumed run has
+    another batch than it was started with. fixed: not. linear: in proportion to the batch in sequences, so
+    that lr_over_batch stays. sqrt: with its square root. Default linear where lr_over_batch is given
+    instead of lr, else fixed."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
-    betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
-    ] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    norm_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of norms and biases; default lr."""
+    betas: Betas | None = None
+    """Decay of the first and second moment; default (0.9, 0.999)."""
     eps: Rate | None = None
-    """Added to the denominator; default 1e-8 for adamw, adamw8bit and adam-mini, else 1e-6."""
+    """Added to the denominator; default that of the optimizer."""
+    adamw_betas: Betas | None = None
+    """Decay of the moments in the AdamW of embedding, head, norms and biases, where the optimizer does not
+    serve them; default betas."""
+    adamw_eps: Rate | None = None
+    """Added to the denominator of that AdamW; default eps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay of the matrices (norms have none)."""
+    """Decoupled weight decay of the matrices (norms and biases have none)."""
     decay_embeddings: bool = True
     """Whether weight_decay holds for embedding and head too."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
     it, as it has no global norm before its first update."""
-    limiter: float = 0.0
+    limiter: float | None = None
     """Most that the norm of a tensor's update may grow by, as a factor on that of the last step (Fira's
     norm-growth limiter; the learning rate does not count); 0 = off. It holds for every tensor that the
-    optimizer of that name updates, so not for what takes AdamW beside it; with fira for what its projection
+    optimizer of that name updates, so not for what takes AdamW instead; with fira for what its projection
     leaves over. Default 1.01 for apollo, apollo-mini and fira, else 0."""
-    rank: Positive | None = None
-    """apollo, galore, fira: rank of the projected gradient, at most the smaller dimension of a matrix;
-    default dim / 4, or 1 for apollo-mini."""
-    scale: Rate | None = None
-    """apollo: the update is multiplied by its square root; default 1, or 128 for apollo-mini. galore, fira:
-    factor on what comes back from the projection; default 0.25."""
-    refresh_every: Positive | None = None
-    """apollo, galore, fira: steps between two choices of the projection; default 200."""
-    scale_front: bool | None = None
-    """apollo, apollo-mini: scale before the norm-growth limiter instead of after it; default false."""
-    projection: Literal["random", "svd"] | None = None
-    """apollo, apollo-mini: random numbers, which are no state, or the first singular vectors of the
-    gradient, as galore and fira have them; default random."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        name = values.get("name", "apollo-mini")
-        if isinstance(name, str) and name not in OPTIMIZER_DEFAULTS:
-            raise ValueError(f"name: {name!r} is not known; use one of {', '.join(OPTIMIZER_DEFAULTS)}")
-        betas = values.get("betas", (0.9, 0.999))
-        if not (isinstance(betas, list | tuple) and len(betas) == 2):
-            raise ValueError(f"betas: must be two numbers, such as [0.9, 0.95] (got {betas!r})")
-        return OPTIMIZER_DEFAULTS.get(name, {}) | values
 
     @model_validator(mode="after")
-    def _check_limiter(self) -> OptimConfig:
-        if self.limiter != 0 and self.limiter < 1:
+    def _check_limiter(self) -> GeneralOptim:
+        if self.limiter and self.limiter < 1:
             raise ValueError(
                 f"limiter: {self.limiter:g} is no growth; use a factor of at least 1, or 0 for no limiter"
             )
         return self
+
+
+if TYPE_CHECKING:
+
+    class OptimConfig(GeneralOptim):
+        def __getattr__(self, key: str) -> Any: ...
+
+else:  # with the keys that the rules declare
+    OptimConfig = create_model(
+        "OptimConfig",
+        __base__=GeneralOptim,
+        __doc__=GeneralOptim.__doc__,
+        **{
+            key.name: (key.type | None, Field(None, description=describe_key(key.name)))
+            for key in KEYS.values()
+        },
+    )
 
 
 # schedule -> the keys that only it reads
@@ -381,12 +388,15 @@ class MemoryConfig(Section):
     engine: Literal["layerwise", "autograd", "deepspeed"] = "layerwise"
     """layerwise: all micro-batches pass one layer before the next. autograd: the reference, whole model.
     deepspeed: AdamW with ZeRO and offload, on one or many GPUs; see [deepspeed]."""
-    weights: Literal["int8", "bf16", "fp32"] = "int8"
-    """Storage of the matrices in the blocks; norms are fp32. Default with deepspeed fp32: master
-    weights, beside which compute may be bf16. bf16 (with moments = bf16) has none and rounds to nearest
-    there."""
-    embeddings: Literal["auto", "bf16", "fp32"] = "auto"
-    """Storage of embedding and head; auto: fp32 beside fp32 weights, else bf16."""
+    weights: Annotated[str, OneOf(FORMATS)] = Field(
+        default="int8",
+        description="Number format of the matrices in the blocks; norms and biases are fp32. "
+        + " ".join(f"{found.name}: {found.about}." for found in FORMATS.values())
+        + " Default with deepspeed fp32: master weights, with which compute may be bf16; bf16 there (with "
+        "moments = bf16) has none and rounds to nearest.",
+    )
+    embeddings: Annotated[str, OneOf(["auto", *(f.name for f in FORMATS.values() if f.any_shape)])] = "auto"
+    """Number format of embedding and head; auto: fp32 with fp32 weights, else bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
     """Number format of activations and products; auto: bf16 on CUDA, fp32 on CPU."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
@@ -440,14 +450,18 @@ class MemoryConfig(Section):
                 raise ValueError(f"{key}: only the layerwise engine has one; leave it out or change engine")
         if self.master != "none" and self.state_on == "gpu":
             raise ValueError("state_on: a master copy lives in host memory; use host or auto, or master=none")
-        if self.master != "none" and self.weights == "fp32":
-            raise ValueError("master: fp32 weights need no master copy; use weights=int8 or bf16")
+        if self.master != "none" and FORMATS[self.weights].exact:
+            inexact = " or ".join(found.name for found in FORMATS.values() if not found.exact)
+            raise ValueError(f"master: {self.weights} weights need no master copy; use weights={inexact}")
         return self
 
     def _check_formats_of_deepspeed(self) -> None:
         """DeepSpeed has one format for all weights, and either fp32 or bf16 for what its optimizer keeps."""
-        if self.weights == "int8":
-            raise ValueError("weights: DeepSpeed has no INT8 weights; use fp32 or bf16, or engine=layerwise")
+        if not FORMATS[self.weights].any_shape:
+            unknown = self.weights.upper()
+            raise ValueError(
+                f"weights: DeepSpeed has no {unknown} weights; use fp32 or bf16, or engine=layerwise"
+            )
         if self.embeddings_kept_in != self.weights:
             raise ValueError(
                 f"embeddings: DeepSpeed keeps all weights in one format; use auto or {self.weights}"
@@ -463,7 +477,7 @@ class MemoryConfig(Section):
     @property
     def embeddings_kept_in(self) -> str:
         if self.embeddings == "auto":
-            return "fp32" if self.weights == "fp32" else "bf16"
+            return "fp32" if FORMATS[self.weights].exact else "bf16"
         return self.embeddings
 
 
@@ -510,134 +524,3 @@ class LogConfig(Section):
     """Prompt of the sample that is printed after the last step; none if sample_tokens is 0."""
     sample_tokens: Count = resumable(0)
     """Tokens of that sample."""
-
-
-RATE_DEFAULTS = rates.Defaults(
-    optimizer=OptimConfig.model_fields["name"].default,
-    lr={name: own["lr"] for name, own in OPTIMIZER_DEFAULTS.items()},
-    batch_tokens=TrainConfig.model_fields["batch_tokens"].default,
-    seq_len=DataConfig.model_fields["seq_len"].default,
-)
-
-
-class Config(Section):
-    """A whole run."""
-
-    run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = Field(default_factory=lambda: OptimConfig.model_validate({}))
-    schedule: ScheduleConfig = ScheduleConfig()
-    relora: ReloraConfig = ReloraConfig()
-    train: TrainConfig = TrainConfig()
-    memory: MemoryConfig = MemoryConfig()
-    deepspeed: DeepspeedConfig = DeepspeedConfig()
-    log: LogConfig = LogConfig()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _moments_of_adamw8bit(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        optim, memory = values.get("optim"), values.get("memory", {})
-        if not isinstance(optim, dict) or not isinstance(memory, dict):
-            return values
-        if optim.get("name") == "adamw8bit" and memory.get("engine") != "deepspeed":  # that refuses it
-            return values | {"memory": memory | {"moments": "int8"}}
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tie(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        optim, train = values.get("optim", {}), values.get("train", {})
-        if not (isinstance(optim, dict) and isinstance(train, dict)):
-            return values
-        lr, batch, ratio = rates.tied(values, RATE_DEFAULTS)
-        filled = {"lr": lr, "lr_over_batch": ratio, "batch_policy": rates.default_policy(values)}
-        return values | {"optim": filled | optim, "train": {"batch_tokens": batch} | train}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _schedule_of_relora(cls, values: Any) -> Any:
-        """Notches of the learning rate fall on the merges."""
-        if not isinstance(values, dict):
-            return values
-        relora, schedule = values.get("relora", {}), values.get("schedule", {})
-        if not (isinstance(relora, dict) and isinstance(schedule, dict) and relora.get("enabled") is True):
-            return values
-        default = ReloraConfig()
-        own = {key: relora.get(key, getattr(default, key)) for key in ("cycle_steps", "rewarmup_steps")}
-        # 0 cycles are LoRA's, and what is wrong is for [relora] to say
-        own = {key: steps for key, steps in own.items() if isinstance(steps, int) and steps > 0}
-        kept = {key: value for key, value in schedule.items() if key not in ("cycle_steps", "rewarmup_steps")}
-        return values | {"schedule": {"name": "sawtooth"} | kept | own}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _engine_defaults(cls, values: Any) -> Any:  # the last of these, as pydantic calls it first
-        return of_engine(values) if isinstance(values, dict) else values
-
-    @model_validator(mode="after")
-    def _check_batch(self) -> Config:
-        batch, seq = self.train.batch_tokens, self.data.seq_len
-        if batch % seq:
-            near = max(seq, round(batch / seq) * seq)
-            raise ValueError(
-                f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_cycle(self) -> Config:
-        schedule = self.schedule
-        notched = schedule.name == "sawtooth" and not self.relora.enabled  # relora checks its own
-        if notched and schedule.rewarmup_steps >= schedule.cycle_steps:
-            raise ValueError(
-                f"schedule.rewarmup_steps: {schedule.rewarmup_steps} leave nothing of a cycle of "
-                f"{schedule.cycle_steps} steps; lower it or raise schedule.cycle_steps"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_engine(self) -> Config:
-        if self.memory.stash_dtype == "int8" and self.model.dim % 32:
-            raise ValueError(
-                f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {self.model.dim} is not a "
-                "multiple of 32; use auto or bf16"
-            )
-        if self.memory.engine == "deepspeed":
-            instead = "or memory.engine=layerwise"
-            if self.optim.name != "adamw":
-                raise ValueError(
-                    f"optim.name: {self.optim.name} is not to be had with DeepSpeed, which flattens weights "
-                    f"and hides their shapes; use adamw, {instead}"
-                )
-            if self.optim.limiter:
-                raise ValueError(f"optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip, {instead}")
-            if self.relora.enabled:
-                raise ValueError(f"relora.enabled: DeepSpeed cannot merge adapters; use false, {instead}")
-        return self
-
-    @property
-    def batch_sequences(self) -> int:
-        return self.train.batch_tokens // self.data.seq_len
-
-    @property
-    def warmup_steps(self) -> int:
-        tenth = self.train.total_steps // 10
-        asked = self.schedule.warmup_steps
-        return tenth if asked is None else min(asked, tenth)
-
-    def with_vocab(self, vocab_size: int) -> Config:
-        """The same config with the vocabulary that the data has."""
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})
-
-
-def of_engine(values: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of the deepspeed engine, if that is the engine: it has AdamW and no INT8."""
-    memory, optim = values.get("memory", {}), values.get("optim", {})
-    if not (isinstance(memory, dict) and isinstance(optim, dict) and memory.get("engine") == "deepspeed"):
-        return values
-    return values | {"memory": {"weights": "fp32"} | memory, "optim": {"name": "adamw"} | optim}

@@ -20,10 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lowres import rng, storage
+from lowres import rng
 from lowres.errors import UserError
-from lowres.optim.base import Clock, State
-from lowres.storage import Fields, TensorSpec
+from lowres.rules.base import Clock, State
+from lowres.storage import Fields, TensorSpec, chunk_elements
 
 KINDS = ("fp32", "bf16", "int8")
 BLOCK = 256  # elements that share a scale in int8
@@ -45,8 +45,7 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
     """Ranges of elements that together cover a tensor, of about the chunk size and starting at a block."""
-    size = storage.CHUNK_CUDA if device.type == "cuda" else storage.CHUNK_CPU
-    step = max(BLOCK, size // BLOCK * BLOCK)
+    step = max(BLOCK, chunk_elements(device) // BLOCK * BLOCK)
     return [slice(i, min(i + step, numel)) for i in range(0, numel, step)]
 
 

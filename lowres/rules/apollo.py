@@ -12,25 +12,27 @@ seeds all alike, and the norm-growth limiter is safe from zero, tiny and refused
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lowres.optim import lowrank
-from lowres.optim.base import Clock, State
-from lowres.optim.limiter import GROWTH, NORM_FIELDS, limit
-from lowres.optim.lowrank import Projection
+from lowres.rules import lowrank
+from lowres.rules.base import Betas, Clock, State
+from lowres.rules.limiter import GROWTH, NORM_FIELDS, limit
+from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, Projection, rank_for
+from lowres.rules.registry import Definition, Key, Settings, register
 from lowres.storage import Fields, TensorSpec
 
 
-class ApolloRule:
+class ApolloRule(LowRankRule):
     """State of a matrix [m, n]: 2 * rank * max(m, n) + 1 numbers; with an SVD also the projection."""
 
     overwrites = False
 
     def __init__(
         self,
-        betas: tuple[float, float],
+        betas: Betas,
         eps: float,
         projection: Projection,
         scale: float,
@@ -86,3 +88,63 @@ class ApolloRule:
             return list((ratio * common).unbind())
         torch._foreach_mul_(factors, list(common.expand(len(factors)).unbind()))
         return factors
+
+
+SCALE_FRONT = Key(
+    "scale_front", bool, "True or False", "Scale before the norm-growth limiter instead of after it."
+)
+PROJECTION = Key(
+    "projection",
+    Literal["random", "svd"],
+    "random or svd",
+    "random: random numbers, which are no state. svd: the first singular vectors of the gradient, as galore "
+    "and fira have them.",
+)
+
+
+def _make(settings: Settings, per_channel: bool) -> ApolloRule:
+    keys, every = settings.keys, settings.keys["refresh_every"]
+    rank = rank_for(settings)
+    projection = (
+        lowrank.SvdProjection(rank, every)
+        if keys["projection"] == "svd"
+        else lowrank.RandomProjection(rank, every, settings.seed)
+    )
+    return ApolloRule(
+        settings.betas,
+        settings.eps,
+        projection,
+        keys["scale"],
+        per_channel,
+        bool(keys["scale_front"]),
+        settings.limiter,
+    )
+
+
+_SHARED = {REFRESH_EVERY: 200, SCALE_FRONT: False, PROJECTION: "random"}
+register(
+    Definition(
+        name="apollo",
+        about="Adam's scaling per channel, from a low-rank projection (arXiv 2412.05270)",
+        make=lambda s: _make(s, per_channel=True),
+        lr=1e-2,
+        eps=1e-6,
+        limiter=GROWTH,
+        keys={RANK: None, SCALE: 1.0, **_SHARED},
+        limits_itself=True,
+        class_name="Apollo",
+    )
+)
+register(
+    Definition(
+        name="apollo-mini",
+        about="APOLLO with rank 1 and one factor for the whole matrix: two vectors and a norm of state",
+        make=lambda s: _make(s, per_channel=False),
+        lr=1e-2,
+        eps=1e-6,
+        limiter=GROWTH,
+        keys={RANK: 1, SCALE: 128.0, **_SHARED},
+        limits_itself=True,
+        class_name="ApolloMini",
+    )
+)

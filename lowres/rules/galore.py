@@ -11,20 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowres.optim import lowrank
-from lowres.optim.base import Clock, State
-from lowres.optim.lowrank import SvdProjection
+from lowres.rules import lowrank
+from lowres.rules.base import Betas, Clock, State
+from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, SvdProjection, rank_for
+from lowres.rules.registry import Definition, Settings, register
 from lowres.storage import Fields, TensorSpec
 
 
-class GaLoreRule:
+class GaLoreRule(LowRankRule):
     """State of a matrix [m, n]: rank * (2 * max(m, n) + min(m, n)) numbers and a count."""
 
-    overwrites = True
-
-    def __init__(
-        self, betas: tuple[float, float], eps: float, projection: SvdProjection, scale: float
-    ) -> None:
+    def __init__(self, betas: Betas, eps: float, projection: SvdProjection, scale: float) -> None:
         self.betas, self.eps, self.projection, self.scale = betas, eps, projection, scale
 
     def state_fields(self, spec: TensorSpec) -> Fields:
@@ -45,3 +42,21 @@ class GaLoreRule:
                 # the gradient is not needed any more: its memory takes the direction
                 torch.mm(*((n, p) if lowrank.is_tall(grad.shape) else (p, n)), out=grad)
         return [lowrank.rate(lr, clock, self.betas) * self.scale] * len(grads)
+
+
+def _make(settings: Settings) -> GaLoreRule:
+    projection = SvdProjection(rank_for(settings), settings.keys["refresh_every"])
+    return GaLoreRule(settings.betas, settings.eps, projection, settings.keys["scale"])
+
+
+register(
+    Definition(
+        name="galore",
+        about="Adam in the space of the gradient's first singular vectors (arXiv 2403.03507)",
+        make=_make,
+        lr=1e-2,
+        eps=1e-6,
+        keys={RANK: None, SCALE: 0.25, REFRESH_EVERY: 200},
+        class_name="GaLore",
+    )
+)

@@ -12,15 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowres.optim import lowrank
-from lowres.optim.base import State
+from lowres.rules import lowrank
+from lowres.rules.base import NORM, State
 from lowres.storage import Fields
 
 GROWTH = 1.01  # the published gamma
 # how fast the limiter's memory may fall: one tiny gradient would else hold the updates down for a
 # thousand steps, as growth is limited to 1 % a step
 SLOWEST_FALL = 0.5
-NORM_FIELDS: Fields = {"norm": (torch.float32, ())}
+NORM_FIELDS: Fields = {NORM: (torch.float32, ())}
 
 
 def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -> Tensor:
@@ -29,7 +29,7 @@ def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -
     Only accepted norms enter its memory, `state["norm"]`. A gradient of zero leaves it alone. The first
     norm is only remembered.
     """
-    kept = [state["norm"] for state in states]
+    kept = [state[NORM] for state in states]
     last = torch.stack(kept)
     excess = torch.where(last > 0, (norms / (last + 1e-8)).clamp(min=growth) / growth, 1.0)
     new = torch.maximum(norms / excess, last * SLOWEST_FALL)

@@ -11,20 +11,43 @@ Lists of small tensors are worked on with `torch._foreach_*`, one kernel for all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Annotated, ClassVar, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lowres import rng, storage
-from lowres.optim.base import Clock, State
-from lowres.storage import Fields, TensorSpec
+from lowres import rng
+from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Clock, Rule, State
+from lowres.rules.registry import Key, Settings
+from lowres.storage import Fields, TensorSpec, chunk_elements
 
 # a random projection of more numbers is drawn again in every step instead of being kept
 KEPT_PROJECTION = 1 << 14
 # projected numbers in a batch of tensors; above it a launch is cheap beside its work, and memory is not
 BATCH = 1 << 20
+
+RANK = Key(
+    "rank",
+    Annotated[int, Field(ge=1)],
+    "at least 1",
+    "Rank of the projected gradient, at most the smaller dimension of a matrix; where there is no default, "
+    "a quarter of model.dim.",
+)
+SCALE = Key(
+    "scale",
+    Annotated[float, Field(gt=0)],
+    "above 0",
+    "apollo: the update is multiplied by its square root. galore, fira: factor on what comes back from the "
+    "projection.",
+)
+REFRESH_EVERY = Key(
+    "refresh_every",
+    Annotated[int, Field(ge=1)],
+    "at least 1",
+    "Steps between two choices of the projection.",
+)
 
 
 def is_tall(shape: tuple[int, ...]) -> bool:
@@ -164,23 +187,43 @@ def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
     yield slice(start, len(specs))
 
 
-def workspace_bytes(projection: Projection, shapes: list[tuple[int, ...]]) -> int:
-    """Most bytes beside gradients and state while the directions of matrices of these shapes are found:
-    of one of the `batches` the projections, the projected gradients, and two more of their size."""
-    rank = projection.rank
-    specs = [TensorSpec("", shape, "") for shape in shapes]
-    numbers = []
-    for run in batches(specs, rank):
-        projected = sum(math.prod(projected_shape(rank, spec.shape)) for spec in specs[run])
-        numbers.append(3 * projected + sum(math.prod(projection_shape(rank, s.shape)) for s in specs[run]))
-    if isinstance(projection, SvdProjection):  # U, V and a copy of the gradient
-        numbers.append(max(2 * math.prod(shape) + min(shape) ** 2 for shape in shapes))
-    return 4 * max(numbers)
+def rank_for(settings: Settings) -> int | None:
+    """The rank that settings ask for: a quarter of the model's width by default, or None, which is a
+    quarter of each matrix, where that is not known."""
+    asked: int | None = settings.keys["rank"]
+    return asked or (max(1, settings.width // 4) if settings.width else None)
+
+
+class LowRankRule(Rule):
+    """What rules that project have in common: their memory, and the words for it."""
+
+    moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
+    projection: Projection
+
+    def kept_bytes(self, spec: TensorSpec) -> int:
+        return self.projection.kept_bytes(spec.shape)
+
+    def workspace_bytes(self, specs: Sequence[TensorSpec]) -> int:
+        """Of one of the `batches` the projections, the projected gradients, and two more of their size."""
+        rank, numbers = self.projection.rank, []
+        for run in batches(list(specs), rank):
+            shapes = [spec.shape for spec in specs[run]]
+            projected = sum(math.prod(projected_shape(rank, shape)) for shape in shapes)
+            numbers.append(3 * projected + sum(math.prod(projection_shape(rank, s)) for s in shapes))
+        if isinstance(self.projection, SvdProjection):  # U, V and a copy of the gradient
+            numbers.append(max(2 * spec.numel + min(spec.shape) ** 2 for spec in specs))
+        return 4 * max(numbers)
+
+    def describe(self, spec: TensorSpec) -> dict[str, str]:
+        if isinstance(self.projection, SvdProjection):
+            return {}
+        shape = projection_shape(self.projection.rank, spec.shape)
+        return {"": f"random projection {list(shape)} (no state)"}
 
 
 def moment_fields(rank: int | None, shape: tuple[int, ...]) -> Fields:
     projected = torch.float32, projected_shape(rank, shape)
-    return {"exp_avg": projected, "exp_avg_sq": projected}
+    return {EXP_AVG: projected, EXP_AVG_SQ: projected}
 
 
 def adam(
@@ -191,7 +234,7 @@ def adam(
     The bias corrections are the caller's (`rate`): eps is added before them, as in the references.
     """
     weight1, weight2 = clock.moment_weights(betas)
-    first, second = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+    first, second = ([state[key] for state in states] for key in (EXP_AVG, EXP_AVG_SQ))
     _move(first, projected, weight1)
     _move(second, torch._foreach_mul(projected, projected), weight2)
     denominators = torch._foreach_sqrt(second)
@@ -219,7 +262,7 @@ def channel_norms(tensors: list[Tensor], axes: list[int]) -> list[Tensor]:
 
 def norms(tensors: list[Tensor]) -> Tensor:
     """Frobenius norms: [k]."""
-    if tensors[0].device.type == "cpu" and tensors[0].numel() > storage.CHUNK_CPU:
+    if tensors[0].device.type == "cpu" and tensors[0].numel() > chunk_elements(tensors[0].device):
         # a dot product takes half the time of a norm, and for 45 M elements errs by 5e-5 instead of 3e-3
         return torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in tensors]).sqrt_()
     return torch.stack(torch._foreach_norm(tensors))

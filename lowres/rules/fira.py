@@ -16,21 +16,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowres.optim import lowrank
-from lowres.optim.base import Clock, State
-from lowres.optim.limiter import GROWTH, NORM_FIELDS, limit
-from lowres.optim.lowrank import SvdProjection
+from lowres.rules import lowrank
+from lowres.rules.base import Betas, Clock, State
+from lowres.rules.limiter import GROWTH, NORM_FIELDS, limit
+from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, SvdProjection, rank_for
+from lowres.rules.registry import Definition, Settings, register
 from lowres.storage import Fields, TensorSpec
 
 
-class FiraRule:
+class FiraRule(LowRankRule):
     """State of a matrix [m, n]: rank * (2 * max(m, n) + min(m, n)) + 1 numbers and a count."""
-
-    overwrites = True
 
     def __init__(
         self,
-        betas: tuple[float, float],
+        betas: Betas,
         eps: float,
         projection: SvdProjection,
         scale: float,
@@ -82,3 +81,23 @@ class FiraRule:
                 grad.addmm_(low, p, alpha=self.scale)
             else:
                 grad.addmm_(p, low, alpha=self.scale)
+
+
+def _make(settings: Settings) -> FiraRule:
+    projection = SvdProjection(rank_for(settings), settings.keys["refresh_every"])
+    return FiraRule(settings.betas, settings.eps, projection, settings.keys["scale"], settings.limiter)
+
+
+register(
+    Definition(
+        name="fira",
+        about="GaLore, and the rest of the gradient scaled as APOLLO does (arXiv 2410.01623)",
+        make=_make,
+        lr=1e-2,
+        eps=1e-6,
+        limiter=GROWTH,
+        keys={RANK: None, SCALE: 0.25, REFRESH_EVERY: 200},
+        limits_itself=True,
+        class_name="Fira",
+    )
+)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from lowres.optim.base import Clock, State
-from lowres.optim.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
+from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.registry import Definition, register
 from lowres.storage import Fields, TensorSpec
 
 
-class AdamWRule:
+class AdamWRule(Rule):
     """Both moments element by element: 8, 4 or about 2 bytes of state a parameter."""
 
-    overwrites = True
+    moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
 
-    def __init__(self, betas: tuple[float, float], eps: float, moments: str = "fp32") -> None:
-        self.betas, self.eps, self.moments = betas, eps, moments
+    def __init__(self, betas: Betas, eps: float, moments: str = "fp32") -> None:
+        self.betas, self.eps, self.kept_in = betas, eps, moments
 
     def state_fields(self, spec: TensorSpec) -> Fields:
-        first = moment_fields("exp_avg", spec.shape, self.moments)
-        return first | moment_fields("exp_avg_sq", spec.shape, self.moments)
+        first = moment_fields(EXP_AVG, spec.shape, self.kept_in)
+        return first | moment_fields(EXP_AVG_SQ, spec.shape, self.kept_in)
 
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
@@ -28,8 +31,8 @@ class AdamWRule:
         weight1, weight2 = clock.moment_weights(self.betas)
         correction1, correction2 = clock.bias_corrections(self.betas)
         for spec, grad, state in zip(specs, grads, states, strict=True):
-            first = Moment(spec, "exp_avg", state, clock, signed=True)
-            second = Moment(spec, "exp_avg_sq", state, clock, signed=False)
+            first = Moment(spec, EXP_AVG, state, clock, signed=True)
+            second = Moment(spec, EXP_AVG_SQ, state, clock, signed=False)
             flat = grad.view(-1)
             for part in flat_chunks(spec.numel, grad.device):
                 g, m, v = flat[part], first.read(part), second.read(part)
@@ -41,3 +44,24 @@ class AdamWRule:
                 torch.div(v, correction2, out=g).sqrt_().add_(self.eps)
                 torch.div(m, g, out=g)
         return [lr / correction1 * clock.accepted] * len(grads)
+
+
+register(
+    Definition(
+        name="adamw",
+        about="AdamW (arXiv 1711.05101)",
+        make=lambda s: AdamWRule(s.betas, s.eps, s.moments),
+        lr=1e-3,
+        for_all=True,
+    )
+)
+register(
+    Definition(
+        name="adamw8bit",
+        about="AdamW with memory.moments = int8",
+        make=lambda s: AdamWRule(s.betas, s.eps, "int8"),
+        lr=1e-3,
+        for_all=True,
+        moments="int8",
+    )
+)

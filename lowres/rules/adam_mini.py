@@ -13,13 +13,15 @@ the paper.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowres.optim.base import Clock, State
-from lowres.optim.moments import Moment, flat_chunks, moment_fields
-from lowres.storage import LORA_A, LORA_B, NORM_ROLES, Fields, TensorSpec
+from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
+from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.registry import Definition, Settings, register
+from lowres.storage import BIAS, LORA_A, LORA_B, NORM, Fields, TensorSpec
 
 HEAD_ROLES = ("q", "k")
 ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head")
@@ -27,8 +29,10 @@ ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head")
 
 def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:
     """(number of blocks, rows in each) of a weight; a 1-D weight of m elements has m rows."""
-    if spec.role in NORM_ROLES:
+    if spec.kind == NORM:
         rows = spec.shape[0]
+    elif spec.kind == BIAS:  # element by element, as in the authors' code
+        rows = 1
     elif spec.role.removesuffix(LORA_B) in HEAD_ROLES:
         rows = head_dim
     elif spec.role.removesuffix(LORA_B) in ROW_ROLES or spec.role.endswith(LORA_A):
@@ -51,18 +55,18 @@ def describe_partition(specs: Iterable[TensorSpec], head_dim: int) -> str:
     )
 
 
-class AdamMiniRule:
+class AdamMiniRule(Rule):
     """First moment element by element, one fp32 second moment a block: 4, 2 or about 1 byte a parameter."""
 
-    overwrites = True
+    moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
 
-    def __init__(self, betas: tuple[float, float], eps: float, head_dim: int, moments: str = "fp32") -> None:
-        self.betas, self.eps, self.head_dim, self.moments = betas, eps, head_dim, moments
+    def __init__(self, betas: Betas, eps: float, head_dim: int, moments: str = "fp32") -> None:
+        self.betas, self.eps, self.head_dim, self.kept_in = betas, eps, head_dim, moments
 
     def state_fields(self, spec: TensorSpec) -> Fields:
         blocks, _ = partition(spec, self.head_dim)
-        first = moment_fields("exp_avg", spec.shape, self.moments)
-        return first | {"exp_avg_sq": (torch.float32, (blocks,))}
+        first = moment_fields(EXP_AVG, spec.shape, self.kept_in)
+        return first | {EXP_AVG_SQ: (torch.float32, (blocks,))}
 
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
@@ -73,16 +77,27 @@ class AdamMiniRule:
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
             blocks, rows = partition(spec, self.head_dim)
-            v = state["exp_avg_sq"].lerp_(_mean_square(grad, blocks), weight2)
-            first, flat = Moment(spec, "exp_avg", state, clock, signed=True), grad.view(-1)
+            v = state[EXP_AVG_SQ].lerp_(_mean_square(grad, blocks), weight2)
+            first, flat = Moment(spec, EXP_AVG, state, clock, signed=True), grad.view(-1)
             for part in flat_chunks(spec.numel, grad.device):
                 m = first.read(part).lerp_(flat[part], weight1)
                 first.write(m, part)
                 flat[part] = m  # a copy, as the direction must not be the state itself
-            factor = rate / (v / correction2).sqrt_().add_(self.eps)
+            denominator = (v / correction2).sqrt_().add_(self.eps)
+            factor = rate / denominator
             one_each = factor.unsqueeze(1).expand(blocks, rows).reshape(-1, 1)
-            factors.append(one_each if grad.dim() == 2 else factor[0])
+            if grad.dim() == 2:
+                factors.append(one_each)
+            elif blocks == 1:
+                factors.append(factor[0])
+            else:  # one for each element, where a factor is a scalar
+                grad.div_(denominator)
+                factors.append(rate)
         return factors
+
+    def describe(self, spec: TensorSpec) -> dict[str, str]:
+        blocks, rows = partition(spec, self.head_dim)
+        return {EXP_AVG_SQ: f"{EXP_AVG_SQ} for {_count(blocks, 'block')} of {_count(rows, 'row')}"}
 
 
 def _mean_square(grad: Tensor, blocks: int) -> Tensor:
@@ -91,3 +106,23 @@ def _mean_square(grad: Tensor, blocks: int) -> Tensor:
     rows = grad.view(grad.shape[0], -1)
     squares = torch.linalg.vector_norm(rows, dim=1).square_()
     return squares.view(blocks, -1).mean(1).div_(rows.shape[1])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number > 1)
+
+
+def _make(settings: Settings) -> AdamMiniRule:
+    assert settings.head_dim is not None, "Adam-mini has a block for each attention head"
+    return AdamMiniRule(settings.betas, settings.eps, settings.head_dim, settings.moments)
+
+
+register(
+    Definition(
+        name="adam-mini",
+        about="one second moment for each head, row or norm (arXiv 2406.16793)",
+        make=_make,
+        lr=1e-3,
+        for_all=True,
+    )
+)

@@ -7,24 +7,27 @@ With beta1 = 0 it is plain SGD without any state. Weight decay is decoupled, as 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from lowres.optim.base import Clock, State
-from lowres.optim.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.base import MOMENTUM, Clock, Rule, State
+from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.registry import Definition, register
 from lowres.storage import Fields, TensorSpec
 
 
-class SgdRule:
+class SgdRule(Rule):
     """4, 2 or about 1 byte of state a parameter; none without momentum."""
 
-    overwrites = True
+    moments: ClassVar = {MOMENTUM: True}
 
     def __init__(self, momentum: float, moments: str = "fp32") -> None:
-        self.momentum, self.moments = momentum, moments
+        self.momentum, self.kept_in = momentum, moments
 
     def state_fields(self, spec: TensorSpec) -> Fields:
-        return moment_fields("momentum", spec.shape, self.moments) if self.momentum else {}
+        return moment_fields(MOMENTUM, spec.shape, self.kept_in) if self.momentum else {}
 
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
@@ -32,9 +35,21 @@ class SgdRule:
         if self.momentum:
             keep = torch.where(clock.accepted, self.momentum, 1.0)
             for spec, grad, state in zip(specs, grads, states, strict=True):
-                moment, flat = Moment(spec, "momentum", state, clock, signed=True), grad.view(-1)
+                moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
                 for part in flat_chunks(spec.numel, grad.device):
                     m = moment.read(part).mul_(keep).add_(flat[part])
                     moment.write(m, part)
                     flat[part] = m  # a copy, as the direction must not be the state itself
         return [lr * clock.accepted.float()] * len(grads)
+
+
+register(
+    Definition(
+        name="sgd",
+        about="SGD with momentum betas[0]; 0 is none, and no state (Polyak, 1964)",
+        make=lambda s: SgdRule(s.betas[0], s.moments),
+        lr=0.1,
+        reads=("betas",),
+        for_all=True,
+    )
+)

@@ -1,0 +1,89 @@
+"""The configuration of a run.
+
+sections   every key: type, limits, documentation
+fill       defaults that follow from other keys
+checks     what sections must agree on
+
+A config is read in one pass: nested dicts of sections -> `fill` -> types and limits -> `checks`. How it comes
+out of a file and `--set` is in `lowres.config_file`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from lowres.config.checks import check
+from lowres.config.fill import RATE_DEFAULTS, engine_defaults, fill
+from lowres.config.sections import (
+    PRESETS,
+    SCHEDULE_KEYS,
+    SHAPE_KEYS,
+    DataConfig,
+    DeepspeedConfig,
+    LogConfig,
+    MemoryConfig,
+    ModelConfig,
+    OneOf,
+    OptimConfig,
+    ReloraConfig,
+    RunConfig,
+    ScheduleConfig,
+    Section,
+    TrainConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "RATE_DEFAULTS",
+    "SCHEDULE_KEYS",
+    "SHAPE_KEYS",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OneOf",
+    "OptimConfig",
+    "ReloraConfig",
+    "Section",
+    "engine_defaults",
+]
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = ScheduleConfig()
+    relora: ReloraConfig = ReloraConfig()
+    train: TrainConfig = TrainConfig()
+    memory: MemoryConfig = MemoryConfig()
+    deepspeed: DeepspeedConfig = DeepspeedConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return fill(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        check(self)
+        return self
+
+    @property
+    def batch_sequences(self) -> int:
+        return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def warmup_steps(self) -> int:
+        tenth = self.train.total_steps // 10
+        asked = self.schedule.warmup_steps
+        return tenth if asked is None else min(asked, tenth)
+
+    def with_vocab(self, vocab_size: int) -> Config:
+        """The same config with the vocabulary that the data has."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})

@@ -1,0 +1,56 @@
+"""What sections must agree on. Each check raises ValueError with one line that names the key and a remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowres.config import Config
+
+
+def check(config: Config) -> None:
+    """All of them, in this order."""
+    for one in (_batch, _cycle, _stash, _deepspeed):
+        one(config)
+
+
+def _batch(config: Config) -> None:
+    batch, seq = config.train.batch_tokens, config.data.seq_len
+    if batch % seq:
+        near = max(seq, round(batch / seq) * seq)
+        raise ValueError(
+            f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be"
+        )
+
+
+def _cycle(config: Config) -> None:
+    schedule = config.schedule
+    notched = schedule.name == "sawtooth" and not config.relora.enabled  # which checks its own
+    if notched and schedule.rewarmup_steps >= schedule.cycle_steps:
+        raise ValueError(
+            f"schedule.rewarmup_steps: {schedule.rewarmup_steps} leave nothing of a cycle of "
+            f"{schedule.cycle_steps} steps; lower it or raise schedule.cycle_steps"
+        )
+
+
+def _stash(config: Config) -> None:
+    if config.memory.stash_dtype == "int8" and config.model.dim % 32:
+        raise ValueError(
+            f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {config.model.dim} is not a "
+            "multiple of 32; use auto or bf16"
+        )
+
+
+def _deepspeed(config: Config) -> None:
+    if config.memory.engine != "deepspeed":
+        return
+    instead = "or memory.engine=layerwise"
+    if config.optim.name != "adamw":
+        raise ValueError(
+            f"optim.name: {config.optim.name} does not work with DeepSpeed, which flattens weights "
+            f"and hides their shapes; use adamw, {instead}"
+        )
+    if config.optim.limiter:
+        raise ValueError(f"optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip, {instead}")
+    if config.relora.enabled:
+        raise ValueError(f"relora.enabled: DeepSpeed cannot merge adapters; use false, {instead}")

@@ -1,0 +1,62 @@
+"""The model: LLaMA, with the options of its relatives.
+
+block    one block: the table of its tensors, and the arithmetic
+lora     low-rank adapters of its matrices
+tensors  every tensor of a whole model: specification, first values, memory
+llama    an ordinary module of all that, the reference
+"""
+
+from lowres.model.block import (
+    Weight,
+    attention,
+    block,
+    block_body,
+    block_shapes,
+    block_table,
+    linear,
+    norm,
+    rms_norm,
+    rope_tables,
+    rotate,
+)
+from lowres.model.llama import Llama
+from lowres.model.lora import Dropout, fresh_adapter
+from lowres.model.tensors import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    INIT_STD,
+    Units,
+    empty_units,
+    initialize,
+    is_adapted,
+    storage_kind,
+    storage_kinds,
+    unit_specs,
+)
+
+__all__ = [
+    "EMBEDDING_NAME",
+    "HEAD_NAME",
+    "INIT_STD",
+    "Dropout",
+    "Llama",
+    "Units",
+    "Weight",
+    "attention",
+    "block",
+    "block_body",
+    "block_shapes",
+    "block_table",
+    "empty_units",
+    "fresh_adapter",
+    "initialize",
+    "is_adapted",
+    "linear",
+    "norm",
+    "rms_norm",
+    "rope_tables",
+    "rotate",
+    "storage_kind",
+    "storage_kinds",
+    "unit_specs",
+]

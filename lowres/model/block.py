@@ -1,0 +1,206 @@
+"""A block of LLaMA at one place: the table of its tensors, and what is done with them.
+
+The functions take weights as arguments, by role. The layer-major engine calls them with one layer's weights
+at a time; `lowres.model.llama`, the ordinary module, with its submodules. An option of the model is a row
+of the table with a condition, and a line of the arithmetic that looks whether that role is there.
+
+Source: Touvron et al., "LLaMA" (arXiv 2302.13971). RMSNorm: arXiv 1910.07467. RoPE: arXiv 2104.09864, in
+the rotate-half form. SwiGLU: arXiv 2002.05202. Grouped-query attention: arXiv 2305.13245. Biases of query,
+key and value: Qwen2 (arXiv 2407.10671). Normalised query and key: Qwen3 (arXiv 2505.09388). Tensor names
+are those of Hugging Face checkpoints of these models, so weights go in and out without a translation.
+
+Shape letters: B sequences, T positions, D dim, H query heads, K key/value heads, E head_dim, F ffn_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lowres.config import ModelConfig
+from lowres.storage import BIAS, MATRIX, NORM
+
+Shape = Callable[[ModelConfig], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of every block. path: its name in the layer. kind: decides format, optimizer group and first
+    values (`lowres.model.tensors`). wanted: whether a model of a config has it."""
+
+    role: str
+    path: str
+    shape: Shape
+    kind: str = MATRIX
+    wanted: Callable[[ModelConfig], bool] = lambda config: True
+
+
+def _width(config: ModelConfig) -> tuple[int, ...]:
+    return (config.dim,)
+
+
+def _head(config: ModelConfig) -> tuple[int, ...]:
+    return (config.head_dim,)
+
+
+def _queries(config: ModelConfig) -> int:
+    return config.n_heads * config.head_dim
+
+
+def _keys(config: ModelConfig) -> int:
+    return config.kv_heads * config.head_dim
+
+
+TABLE = (
+    Row("attn_norm", "input_layernorm.weight", _width, NORM),
+    Row("q", "self_attn.q_proj.weight", lambda c: (_queries(c), c.dim)),
+    Row("k", "self_attn.k_proj.weight", lambda c: (_keys(c), c.dim)),
+    Row("v", "self_attn.v_proj.weight", lambda c: (_keys(c), c.dim)),
+    Row("q_bias", "self_attn.q_proj.bias", lambda c: (_queries(c),), BIAS, lambda c: c.qkv_bias),
+    Row("k_bias", "self_attn.k_proj.bias", lambda c: (_keys(c),), BIAS, lambda c: c.qkv_bias),
+    Row("v_bias", "self_attn.v_proj.bias", lambda c: (_keys(c),), BIAS, lambda c: c.qkv_bias),
+    Row("q_norm", "self_attn.q_norm.weight", _head, NORM, lambda c: c.qk_norm),
+    Row("k_norm", "self_attn.k_norm.weight", _head, NORM, lambda c: c.qk_norm),
+    Row("o", "self_attn.o_proj.weight", lambda c: (c.dim, _queries(c))),
+    Row("mlp_norm", "post_attention_layernorm.weight", _width, NORM),
+    Row("gate", "mlp.gate_proj.weight", lambda c: (c.ffn_dim, c.dim)),
+    Row("up", "mlp.up_proj.weight", lambda c: (c.ffn_dim, c.dim)),
+    Row("down", "mlp.down_proj.weight", lambda c: (c.dim, c.ffn_dim)),
+)
+
+
+def block_table(config: ModelConfig) -> tuple[Row, ...]:
+    """The tensors that a block of this model has."""
+    return tuple(row for row in TABLE if row.wanted(config))
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a block by role; matrices are [out, in]."""
+    return {row.role: row.shape(config) for row in block_table(config)}
+
+
+# A weight in use: a tensor, or anything that applies it and knows how to collect its gradient.
+Weight = Tensor | Callable[[Tensor], Tensor]
+Weights = Mapping[str, Any]  # by role
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x [..., in] times the transpose of a matrix [out, in]."""
+    return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
+
+
+def biased(x: Tensor, w: Weights, role: str) -> Tensor:
+    """`linear`, and its bias [out] where there is one that the weight does not add itself."""
+    y = linear(x, w[role])
+    bias = w.get(f"{role}_bias")
+    return y if bias is None else _AddBias.apply(y, bias)
+
+
+class _AddBias(torch.autograd.Function):
+    """y + bias in y's memory. The gradient of the bias is summed in fp32 or better."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.dtype = bias.dtype
+        return y.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy, dy.flatten(0, -2).sum(0, dtype=torch.promote_types(ctx.dtype, torch.float32)).to(ctx.dtype)
+
+
+def norm(x: Tensor, weight: Weight, config: ModelConfig) -> Tensor:
+    """RMSNorm of x [..., D] with a weight [D]."""
+    return rms_norm(x, weight, config.norm_eps) if isinstance(weight, Tensor) else weight(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, in fp32 or better."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a row for the backward; autograd would keep fp32 copies of x beside bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, dy = _wide(x) * scale, _wide(dy)
+        d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        d_normed = dy * weight
+        along = (d_normed * normed).mean(-1, keepdim=True)
+        dx = d_normed.sub_(normed.mul_(along)).mul_(scale)
+        return dx.to(x.dtype), d_weight, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary embedding, fp32 [length, head_dim]. They are computed, never saved."""
+    even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequency = 1.0 / config.rope_theta ** (even / config.head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x [B, H, T, E]; computed in fp32 or better."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def heads(x: Tensor, w: Weights, role: str, count: int, config: ModelConfig) -> Tensor:
+    """Queries, keys or values [B, T, count, E] of normalised x [B, T, D]."""
+    b, t, _ = x.shape
+    y = biased(x, w, role).view(b, t, count, config.head_dim)
+    return norm(y, w[f"{role}_norm"], config) if f"{role}_norm" in w else y
+
+
+def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+    """Causal self-attention of normalised x [B, T, D], without the residual."""
+    b, t, _ = x.shape
+    q = heads(x, w, "q", config.n_heads, config).transpose(1, 2)  # [B, H, T, E]
+    k = heads(x, w, "k", config.kv_heads, config).transpose(1, 2)  # [B, K, T, E]
+    v = heads(x, w, "v", config.kv_heads, config).transpose(1, 2)
+    grouped = config.kv_heads != config.n_heads
+    y = F.scaled_dot_product_attention(
+        rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=grouped
+    )
+    return linear(y.transpose(1, 2).reshape(b, t, -1), w["o"])
+
+
+def block_body(
+    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """A block up to its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F].
+
+    The block's output is `residual + down(product)`. Its backward needs both, but not the output:
+    recomputation stops here.
+    """
+    x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
+    h = norm(x, w["mlp_norm"], config)
+    return x, F.silu(linear(h, w["gate"])) * linear(h, w["up"])
+
+
+def block(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+    """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
+    x, product = block_body(x, w, rope, config)
+    return x + linear(product, w["down"])

@@ -1,0 +1,106 @@
+"""Low-rank adapters (Hu et al., LoRA, arXiv 2106.09685): their tensors, first values and arithmetic.
+
+    y = x W^T + scaling * dropout(x) A^T B^T       W [m, n] frozen, A [rank, n], B [m, rank]
+
+`plain_product` is the definition, which autograd differentiates. `product` and `gradients` are the same in less
+memory, for the layer-major engine; a test holds them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from lowres import rng
+from lowres.config import ReloraConfig
+from lowres.storage import ADAPTER, LORA_A, LORA_B, TensorSpec
+
+
+def adapted(spec: TensorSpec, adapters: ReloraConfig) -> Iterator[TensorSpec]:
+    """A tensor of a block when there are adapters: a target is frozen, and its A and B follow it."""
+    if spec.role not in adapters.targets:
+        yield spec
+        return
+    (rows, columns), rank = spec.shape, min(adapters.rank, *spec.shape)
+    path = spec.name.removesuffix(".weight")  # the names of the adapters are those of PEFT
+    yield replace(spec, frozen=True)
+    yield TensorSpec(f"{path}.lora_A.weight", (rank, columns), spec.role + LORA_A, ADAPTER)
+    yield TensorSpec(f"{path}.lora_B.weight", (rows, rank), spec.role + LORA_B, ADAPTER)
+
+
+def fresh_adapter(spec: TensorSpec, seed: int, step: int, device: torch.device) -> Tensor:
+    """fp32 values of an adapter's A or B that starts after `step` steps: A is uniform in +- 1 / sqrt(n) for
+    n columns (Kaiming with a = sqrt(5), as in LoRA), B zero, so that the model's function is unchanged."""
+    if spec.role.endswith(LORA_B):
+        return torch.zeros(spec.shape, device=device)
+    key = rng.make_key(seed, "adapter", spec.name, step)
+    uniform = rng.uniform(key, 0, spec.numel, device).mul_(2).sub_(1)
+    return uniform.div_(math.sqrt(spec.shape[1])).view(spec.shape)
+
+
+class Dropout:
+    """Dropout on the inputs of adapters. A mask is named by weight, step and sequence, so that the
+    recomputation of a layer has the mask of its forward, whatever the micro-batches are.
+
+    Whoever runs the model says what is running: `step` (None is evaluation: no dropout), and `first`, the
+    index in the batch of the first sequence that passes a layer.
+    """
+
+    def __init__(self, rate: float, seed: int) -> None:
+        self.rate, self.seed = rate, seed
+        self.step: int | None = None
+        self.first = 0
+
+    def mask(self, name: str, x: Tensor) -> Tensor | None:
+        """What to multiply x [B, T, in] by, 0 or 1 / (1 - rate); None if nothing is dropped."""
+        if not self.rate or self.step is None:
+            return None
+        key = rng.make_key(self.seed, "dropout", name, self.step)
+        kept = rng.uniform(key, self.first * x[0].numel(), x.numel(), x.device) >= self.rate
+        return kept.view_as(x).to(x.dtype).div_(1 - self.rate)
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """W, A and B in use, in the number format of the computation."""
+
+    frozen: Tensor
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+Add = Callable[[Tensor, Tensor], None]  # adds dy^T x to a gradient, for dy [tokens, out] and x [tokens, in]
+
+
+def plain_product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
+    """y [..., m] for x [..., n]. mask: that of the dropout, or None."""
+    dropped = x if mask is None else x * mask
+    return F.linear(x, w.frozen) + w.scaling * F.linear(F.linear(dropped, w.a), w.b)
+
+
+def product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
+    """`plain_product` without a graph."""
+    y = x @ w.frozen.T
+    inner = (x if mask is None else x * mask) @ w.a.T
+    y.flatten(0, -2).addmm_(inner.flatten(0, -2), w.b.T, alpha=w.scaling)
+    return y
+
+
+def gradients(dy: Tensor, x: Tensor, mask: Tensor | None, w: Matrices, add_a: Add, add_b: Add) -> Tensor:
+    """The gradient of x, from that of y; those of A and B go to `add_a` and `add_b`."""
+    dropped = x if mask is None else x * mask
+    # scaled where there are least numbers
+    add_b(dy.flatten(0, -2), (dropped @ w.a.T).mul_(w.scaling).flatten(0, -2))
+    inner = (dy @ w.b).mul_(w.scaling)
+    dx = dy @ w.frozen
+    add_a(inner.flatten(0, -2), dropped.flatten(0, -2))
+    if mask is not None:
+        return dx.addcmul_(inner @ w.a, mask)
+    dx.flatten(0, -2).addmm_(inner.flatten(0, -2), w.a)
+    return dx

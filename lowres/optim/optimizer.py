@@ -1,0 +1,217 @@
+"""The optimizer of a run: which rule updates which tensor, at which rate, and the state they keep.
+
+Matrices of the blocks take the rule the config names. Embedding, head, norms and biases take it too if it
+works element by element or by blocks (`Definition.for_all`); with any other rule they take AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.config import Config, ModelConfig, OptimConfig
+from lowres.rooms import GPU, HOST, Rooms
+from lowres.rules import KEYS, RULES, Clock, Rule, Settings
+from lowres.rules.limiter import NORM_FIELDS, limited
+from lowres.rules.moments import bitsandbytes_functional
+from lowres.storage import (
+    ADAPTER,
+    ADAPTERS,
+    BIAS,
+    DENSE_DTYPES,
+    EMBEDDING,
+    MASTER,
+    MATRIX,
+    MERGED,
+    NORM,
+    UPDATES,
+    Fields,
+    TensorSpec,
+    Unit,
+    UnitSpec,
+    field_bytes,
+    state_fields,
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that share a rule, a learning rate and a weight decay. kinds: which ones. name: of the rule,
+    as `optim.name` has it. growth: most that the norm of an update may grow by, where the rule does not see
+    to it; 0 is no limit.
+    """
+
+    kinds: tuple[str, ...]
+    name: str
+    rule: Rule
+    lr: float
+    weight_decay: float
+    growth: float
+
+    def has(self, spec: TensorSpec) -> bool:
+        return spec.kind in self.kinds
+
+
+def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> Rule:
+    """The rule that `optim.name` asks for, for the matrices of the blocks.
+
+    moments: fp32, bf16 or int8, what element-wise moments are kept in. Those of blocks and of projected
+    gradients are few, and always fp32.
+    """
+    assert config.betas is not None and config.eps is not None and config.limiter is not None
+    keys = {key: getattr(config, key) for key in KEYS}
+    settings = Settings(
+        config.betas, config.eps, moments, seed, config.limiter, model.dim, model.head_dim, keys
+    )
+    return RULES[config.name].make(settings)
+
+
+def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> Rule:
+    """What updates the tensors that the rule of the matrices is not for."""
+    assert config.adamw_betas is not None and config.adamw_eps is not None
+    settings = Settings(
+        config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_dim, {}
+    )
+    return RULES["adamw"].make(settings)
+
+
+class Optimizer:
+    """All update rules of a run. State lives in the units; an engine calls `update` once a unit and step."""
+
+    def __init__(
+        self,
+        config: OptimConfig,
+        model: ModelConfig,
+        seed: int,
+        moments: str = "fp32",
+        master: str | None = None,
+        adapter_lr: float | None = None,
+        followed: str | None = None,
+    ) -> None:
+        """moments, master: number formats of element-wise moments and of the master copy of the block
+        matrices, if there is one. adapter_lr: peak learning rate of adapters; default that of matrices.
+        followed: the unit in which the sum of merges is kept."""
+        assert config.lr is not None and config.limiter is not None
+        self.seed, self.master, self.followed = seed, master, followed
+        known, rule = RULES[config.name], make_rule(config, model, seed, moments)
+        growth = 0.0 if known.limits_itself else config.limiter
+        if known.for_all:
+            other, rest, rest_growth = config.name, rule, growth
+        else:
+            other, rest, rest_growth = "adamw", _adamw(config, model, seed, moments), 0.0
+        decay = config.weight_decay
+        embed_lr, embed_decay = config.embed_lr or config.lr, decay if config.decay_embeddings else 0.0
+        self.groups = (
+            Group((MATRIX,), config.name, rule, config.lr, decay, growth),
+            Group((ADAPTER,), config.name, rule, adapter_lr or config.lr, decay, growth),
+            Group((EMBEDDING,), other, rest, embed_lr, embed_decay, rest_growth),
+            Group((NORM, BIAS), other, rest, config.norm_lr or config.lr, 0.0, rest_growth),
+        )
+
+    def group_of(self, spec: TensorSpec) -> Group:
+        """The one group that a tensor belongs to."""
+        (group,) = (group for group in self.groups if group.has(spec))
+        return group
+
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        """The state tensors of a weight: dtype and shape by key."""
+        group = self.group_of(spec)
+        fields = {} if spec.frozen else group.rule.state_fields(spec) | (NORM_FIELDS if group.growth else {})
+        if self.master is not None and spec.kind == MATRIX:
+            fields = fields | {MASTER: (DENSE_DTYPES[self.master], spec.shape)}
+        return fields
+
+    def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
+        """The state of a unit, by weight name and key. Adapters count their updates apart, as a merge may
+        forget them."""
+        fields = {spec.name: self.state_fields(spec) for spec in unit.tensors}
+        if unit.adapters:
+            fields[ADAPTERS] = {UPDATES: (torch.int64, ())}
+        if unit.name == self.followed:
+            for spec in unit.tensors:
+                if spec.frozen:
+                    fields[spec.name] |= {MERGED: (torch.float32, spec.shape)}
+        return fields
+
+    def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
+        """Bytes that rules keep between steps beside the state, such as random projections."""
+        return sum(self.group_of(spec).rule.kept_bytes(spec) for spec in specs if not spec.frozen)
+
+    def workspace_bytes(self, unit: UnitSpec) -> int:
+        """Most bytes beside gradients and state while the directions of a unit are found."""
+        parts = ((group.rule, [s for s in unit.trained if group.has(s)]) for group in self.groups)
+        return max((rule.workspace_bytes(specs) for rule, specs in parts if specs), default=0)
+
+    def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
+        """Give every unit its state before the first update, all zero. The states of the units named in
+        `on_host` have their home there."""
+        for unit in units:
+            fields = self.unit_fields(unit.spec)
+            if any(dtype == torch.uint8 for own in fields.values() for dtype, _ in own.values()):
+                bitsandbytes_functional()  # say that it is missing now, not at the first update
+            size = sum(field_bytes(state_fields(fields)).values())
+            home = HOST if unit.spec.name in on_host else GPU
+            unit.give_state(fields, rooms.slab("optimizer state", home, size))
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None:
+        """Update the weights of a unit in place from the fp32 gradients of those that are not frozen, which
+        are overwritten.
+
+        step: completed steps before this one. schedule: factor on the peak learning rates.
+        accepted: bool scalar on the device; if false neither weights nor state change.
+        """
+        trained = unit.spec.trained
+        assert grads.keys() == {s.name for s in trained}, f"{unit.spec.name}: gradients and weights differ"
+        assert unit.updates is not None, f"{unit.spec.name}: has no optimizer state"
+        counts = [unit.updates, *(own[UPDATES] for key, own in unit.state.items() if key == ADAPTERS)]
+        for count in counts:
+            count.add_(accepted)
+        clocks = [Clock(step, count, accepted, self.seed) for count in counts]
+        if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
+            refused = ~accepted
+            for grad in grads.values():
+                grad.masked_fill_(refused, 0.0)
+        for group in self.groups:
+            specs = [spec for spec in trained if group.has(spec)]
+            if specs:
+                clock = clocks[-1] if ADAPTER in group.kinds else clocks[0]
+                self._update_group(group, unit, specs, grads, schedule, clock)
+
+    def _update_group(
+        self,
+        group: Group,
+        unit: Unit,
+        specs: list[TensorSpec],
+        grads: Mapping[str, Tensor],
+        schedule: float,
+        clock: Clock,
+    ) -> None:
+        lr = group.lr * schedule
+        directions = [grads[spec.name] for spec in specs]
+        states = [unit.state[spec.name] for spec in specs]
+        if group.growth:
+            # norms are those at a rate of 1, so that a warm-up is no growth and a rate of 0 no update of 0
+            factors = group.rule.directions(specs, directions, states, 1.0, clock)
+            factors = limited(directions, factors, states, clock.accepted, group.growth)
+            factors = [factor * lr for factor in factors]
+        else:
+            factors = group.rule.directions(specs, directions, states, lr, clock)
+        decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
+        for spec, direction, factor in zip(specs, directions, factors, strict=True):
+            key = rng.make_key(self.seed, "rounding", spec.name, clock.step)
+            unit.apply(spec.name, direction, factor, decay, key)
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """The optimizer of a run."""
+    kept = config.memory
+    master = kept.master_dtype if kept.master == "host" else None
+    adapter_lr = (config.optim.lr or 0) * config.relora.lr_factor
+    followed = f"layers.{config.model.n_layers // 2}" if config.relora.log_rank else None
+    return Optimizer(config.optim, config.model, config.run.seed, kept.moments, master, adapter_lr, followed)

@@ -1,0 +1,128 @@
+"""What a config can say, from the code: text for `lowres config --help`, Markdown for the docs.
+
+`python scripts/write_docs.py` writes docs/reference.md; a test says when that file is stale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from lowres.config import PRESETS, Config, OneOf, Section
+from lowres.rules import RULES
+from lowres.storage import FORMATS
+
+
+def describe() -> str:
+    """Documentation of every section and key, for the terminal."""
+    lines = []
+    for name, model in _sections():
+        lines.append(f"[{name}]  {_about(model)}")
+        for key, default, choices, text in _keys(name, model):
+            shown = f" = {default}" if default else ""
+            allowed = f" ({' | '.join(choices)})" if choices else ""
+            lines.append(f"  {key}{shown}{allowed}: {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """The same as tables, with one of the optimizers, of the number formats and of the presets."""
+    lines = ["# Reference", "", "Written by `python scripts/write_docs.py` from the code; do not edit.", ""]
+    lines += ["- [Optimizers](#optimizers), [number formats](#number-formats), [presets](#presets)"]
+    lines += [f"- [`[{name}]`](#{name})" for name, _ in _sections()]
+    lines += ["", "## Optimizers", "", *_optimizers(), "", "## Number formats", "", *_formats()]
+    lines += ["", "## Presets", "", *_presets()]
+    for name, model in _sections():
+        lines += ["", f"## {name}", "", _cell(_about(model)), ""]
+        lines += _table(["key", "default", "choices", "meaning"])
+        for key, default, choices, text in _keys(name, model):
+            cells = [f"`{key}`", f"`{default}`" if default else "", ", ".join(f"`{c}`" for c in choices)]
+            lines.append(f"| {' | '.join([*cells, _cell(text)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections() -> Iterator[tuple[str, type[Section]]]:
+    for name, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        yield name, model
+
+
+def _about(model: type[Section]) -> str:
+    return " ".join((model.__doc__ or "").split())
+
+
+def _keys(section: str, model: type[Section]) -> Iterator[tuple[str, str, list[str], str]]:
+    """Each key of a section: its name, default ("" if there is none), choices and documentation."""
+    defaults = getattr(Config(), section)
+    for key, info in model.model_fields.items():
+        extra = info.json_schema_extra
+        mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
+        default = getattr(defaults, key)
+        text = " ".join((info.description or "").split())
+        yield key, "" if default is None else json.dumps(default), choices(info), text + mark
+
+
+def choices(info: FieldInfo) -> list[str]:
+    """The values that a key can have, if they are few enough to have names."""
+    named = [m for m in info.metadata if isinstance(m, OneOf)]
+    return list(named[0].names) if named else list(dict.fromkeys(_named(info.annotation)))
+
+
+def _named(annotation: Any) -> Iterator[str]:
+    """The names in a type: those of a Literal, also inside unions and lists."""
+    if get_origin(annotation) is Literal:
+        yield from (str(value) for value in get_args(annotation))
+    elif annotation is bool:
+        yield from ("true", "false")
+    elif get_origin(annotation) in (Union, UnionType, tuple):
+        for part in get_args(annotation):
+            yield from _named(part)
+    else:
+        for part in getattr(annotation, "__metadata__", ()):
+            if isinstance(part, OneOf):
+                yield from part.names
+
+
+def _optimizers() -> Iterator[str]:
+    yield from _table(
+        ["`optim.name`", "what it is", "lr", "eps", "limiter", "its own keys", "updates", "class"]
+    )
+    for rule in RULES.values():
+        own = [(f"`{key.name}`", "" if v is None else f" {json.dumps(v)}") for key, v in rule.keys.items()]
+        cells = [
+            f"`{rule.name}`",
+            rule.about,
+            f"{rule.lr:g}",
+            f"{rule.eps:g}" if "eps" in rule.reads else "",
+            f"{rule.limiter:g}" if rule.limiter else "",
+            ", ".join(name + value for name, value in own),
+            "every tensor" if rule.for_all else "matrices",
+            f"`{rule.class_name}`" if rule.class_name else "",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _formats() -> Iterator[str]:
+    yield from _table(["`memory.weights`", "what it is", "also `memory.embeddings`"])
+    for found in FORMATS.values():
+        yield f"| `{found.name}` | {found.about} | {'yes' if found.any_shape else 'no'} |"
+
+
+def _presets() -> Iterator[str]:
+    yield from _table(["`model.preset`", "dim", "ffn_dim", "n_layers", "n_heads"])
+    for name, shape in PRESETS.items():
+        yield f"| `{name}` | {' | '.join(str(number) for number in shape)} |"
+
+
+def _table(head: list[str]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")

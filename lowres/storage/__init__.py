@@ -1,0 +1,79 @@
+"""How weights are kept: what a tensor is, the number formats, and units of tensors in slabs.
+
+specs     a tensor and a unit, before they exist
+formats   the interface of a storage, and the registry of number formats
+dense     fp32 and bf16
+int8      codes and scales
+unit      a unit in memory: weights and optimizer state, each in one slab
+"""
+
+from lowres.storage import dense, int8
+from lowres.storage.dense import Dense
+from lowres.storage.formats import (
+    DENSE_DTYPES,
+    FORMATS,
+    Format,
+    Storage,
+    chunk_elements,
+    compute_dtype,
+    row_chunks,
+)
+from lowres.storage.int8 import Int8
+from lowres.storage.specs import (
+    ADAPTER,
+    BIAS,
+    EMBEDDING,
+    LORA_A,
+    LORA_B,
+    MATRIX,
+    NORM,
+    Fields,
+    TensorSpec,
+    UnitSpec,
+)
+from lowres.storage.unit import (
+    ADAPTERS,
+    MASTER,
+    MERGED,
+    UPDATES,
+    Unit,
+    aligned,
+    field_bytes,
+    fields_in,
+    state_fields,
+    weight_fields,
+)
+
+__all__ = [
+    "ADAPTER",
+    "ADAPTERS",
+    "BIAS",
+    "DENSE_DTYPES",
+    "EMBEDDING",
+    "FORMATS",
+    "LORA_A",
+    "LORA_B",
+    "MASTER",
+    "MATRIX",
+    "MERGED",
+    "NORM",
+    "UPDATES",
+    "Dense",
+    "Fields",
+    "Format",
+    "Int8",
+    "Storage",
+    "TensorSpec",
+    "Unit",
+    "UnitSpec",
+    "aligned",
+    "chunk_elements",
+    "compute_dtype",
+    "dense",
+    "field_bytes",
+    "fields_in",
+    "int8",
+    "row_chunks",
+    "state_fields",
+    "weight_fields",
+]

@@ -1,0 +1,68 @@
+"""Weights in a floating-point format. fp32 (and fp64, in tests) takes an update exactly; bf16 rounds it once,
+stochastically."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.storage.formats import DENSE_DTYPES, Format, factor_of, register, row_chunks
+
+
+class Dense:
+    """One tensor of the weight's shape."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.shape = tuple(value.shape)
+        self.value = value
+
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if out is None or self.value.dtype == dtype:
+            return self.value.to(dtype)
+        return out[: self.value.numel()].view(self.shape).copy_(self.value)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.value[index].to(dtype)
+
+    def fill(self, values: Iterator[tuple[int, Tensor]]) -> None:
+        for first, rows in values:
+            self.value[first : first + len(rows)] = rows
+
+    def apply(self, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
+        if self.value.dtype != torch.bfloat16:
+            if decay is not None:
+                self.value.mul_(1 - decay)
+            self.value.addcmul_(direction, factor.to(self.value.dtype), value=-1)
+            return
+        length = self.value[0].numel()
+        for rows in row_chunks(self.shape, self.value.device):
+            value = self.value[rows].float()
+            if decay is not None:
+                value.mul_(1 - decay)
+            value.addcmul_(direction[rows], factor_of(factor, rows), value=-1)
+            self.value[rows] = rng.round_to_bf16(value, key, rows.start * length)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"": self.value}
+
+
+ABOUT = {
+    "fp32": "4 bytes a parameter, updates exact",
+    "bf16": "2 bytes, updates in fp32 and rounded stochastically",
+}
+for name, dtype in DENSE_DTYPES.items():
+    register(
+        Format(
+            name=name,
+            about=ABOUT[name],
+            parts={"": name},
+            fields=lambda shape, dtype=dtype: {"": (dtype, shape)},  # type: ignore[misc]
+            over=lambda tensors: Dense(tensors[""]),
+            dtype=dtype,
+            exact=dtype == torch.float32,
+            any_shape=True,
+        )
+    )

@@ -1,0 +1,113 @@
+"""How a weight can be kept between its visits: the interface of a storage, and the registry of formats.
+
+Training reads a weight with `dense` (or `rows`, for an embedding) and writes it with `apply`, the second
+phase of every optimizer:
+
+    W <- (1 - decay) * W - factor * direction
+
+The arithmetic is fp32 whatever the format is; low precision costs exactly one stochastic rounding a write
+(bf16 arithmetic would lose 70 % of an update of 3e-5 before it is rounded). All work goes by chunks of
+rows, so a write needs little memory beyond the weight, and the random bits are named by element
+(`lowres.rng`), so the chunk size changes no result.
+
+A format is one file of this package that ends with `register(Format(...))`. Config, plan, checkpoints and
+help take it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.storage.specs import Fields
+
+# elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
+CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
+DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Storage(Protocol):
+    """One weight at rest. `shape` is that of the weight, whatever tensors it is kept in."""
+
+    shape: tuple[int, ...]
+
+    def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype`; the stored tensor itself where that is already so. Do not write to it.
+
+        out: where to put it otherwise, flat, at least as many elements.
+        """
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight in `dtype`: shape index.shape + shape[1:]."""
+
+    def fill(self, values: Iterator[tuple[int, Tensor]]) -> None:
+        """Set the weight from (first row, fp32 rows) pieces, rounding to nearest."""
+
+    def apply(self, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
+        """W <- (1 - decay) W - factor * direction, rounded stochastically with the bits of `key`.
+
+        direction: fp32, the shape of the weight. factor: fp32, scalar or one per row [m, 1] or per
+        column [1, n]. decay: fp32 scalar, or None for no weight decay.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores, by suffix to the weight's name."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format for weights.
+
+    name: as `memory.weights` has it. about: one sentence for help and docs. parts: the tensors that keep a
+    weight, by suffix to its name, and what the plan calls them. fields: their dtypes and shapes for a
+    weight of a shape. over: a storage over such tensors. dtype: in which products can use it as it is
+    stored, if they can. exact: an update is kept as it is, without rounding. any_shape: also for embedding,
+    head and 1-D tensors; otherwise for the matrices of the blocks only.
+    """
+
+    name: str
+    about: str
+    parts: Mapping[str, str]
+    fields: Callable[[tuple[int, ...]], Fields]
+    over: Callable[[Mapping[str, Tensor]], Storage]
+    dtype: torch.dtype | None = None
+    exact: bool = False
+    any_shape: bool = False
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(found: Format) -> None:
+    """Make a format known under its name."""
+    assert found.name not in FORMATS, f"two formats are called {found.name}"
+    FORMATS[found.name] = found
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format that `memory.compute` means on this device."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return DENSE_DTYPES[name]
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Elements whose temporaries may exist at one time on a device."""
+    return CHUNK_CUDA if device.type == "cuda" else CHUNK_CPU
+
+
+def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
+    """Slices of rows that together cover a tensor, none much larger than the chunk size."""
+    length = 1 if len(shape) == 1 else shape[1]
+    step = max(1, chunk_elements(device) // length)
+    return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+
+
+def factor_of(factor: Tensor, rows: slice) -> Tensor:
+    """The part of an update's factor that belongs to some rows."""
+    return factor[rows] if factor.dim() and factor.shape[0] > 1 else factor

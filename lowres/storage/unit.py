@@ -1,0 +1,131 @@
+"""Units: what a step visits as a whole, and the slabs of memory that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lowres import rng
+from lowres.storage.dense import Dense
+from lowres.storage.formats import FORMATS, Storage, row_chunks
+from lowres.storage.specs import Fields, UnitSpec
+
+ALIGNMENT = 256  # bytes between the tensors of a slab
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def field_bytes(fields: Fields) -> dict[str, int]:
+    """Bytes that each field takes in a slab."""
+    return {n: aligned(d.itemsize * torch.Size(shape).numel()) for n, (d, shape) in fields.items()}
+
+
+def fields_in(slab: Tensor, fields: Fields) -> dict[str, Tensor]:
+    """The tensors of `fields` as views of a uint8 slab, one after another."""
+    found, start = {}, 0
+    sizes = field_bytes(fields)
+    for name, (dtype, shape) in fields.items():
+        end = start + dtype.itemsize * torch.Size(shape).numel()
+        found[name] = slab[start:end].view(dtype).view(shape)
+        start += sizes[name]
+    return found
+
+
+class Unit:
+    """What a step visits as a whole: the weights of the embedding, of one block, or of final norm and
+    head, with their optimizer state. Each of the two is one slab, in a home of its own; everything in a
+    unit is touched once a direction and step, and it is one file of a checkpoint.
+
+    state: by weight name and key. updates: int64 scalar, accepted updates. Both come with `give_state`.
+    """
+
+    def __init__(self, spec: UnitSpec, kinds: Mapping[str, str], slab: Tensor) -> None:
+        self.spec, self.kinds, self.weights_slab = spec, kinds, slab
+        self.state_slab: Tensor | None = None
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.updates: Tensor | None = None
+        self._state_fields: Mapping[str, Fields] = {}
+        tensors = fields_in(slab, weight_fields(spec, kinds))
+        self.weights: dict[str, Storage] = {}
+        for tensor in spec.tensors:
+            found = FORMATS[kinds[tensor.name]]
+            own = {suffix: tensors[tensor.name + suffix] for suffix in found.parts}
+            self.weights[tensor.name] = found.over(own)
+
+    def give_state(self, fields: Mapping[str, Fields], slab: Tensor) -> None:
+        """Optimizer state, by weight name and key, in a slab that is all zero at the start."""
+        self._state_fields, self.state_slab = fields, slab
+        tensors = fields_in(slab, state_fields(fields))
+        self.updates = tensors.pop(UPDATES)
+        self.state = {name: {key: tensors[f"{name}.{key}"] for key in own} for name, own in fields.items()}
+
+    def over(self, weights: Tensor, state: Tensor | None) -> Unit:
+        """The same unit in other memory, such as a copy on the GPU; without state if that is None."""
+        unit = Unit(self.spec, self.kinds, weights)
+        if state is not None:
+            unit.give_state(self._state_fields, state)
+        return unit
+
+    def has_master(self, name: str) -> bool:
+        """Whether a weight has a more precise copy, among the optimizer's state."""
+        return MASTER in self.state.get(name, {})
+
+    def fill(self, name: str, values: Iterator[tuple[int, Tensor]]) -> None:
+        """Set a weight as `Storage.fill` does; it is the rounded master copy, if it has one."""
+        weight = self.weights[name]
+        if self.has_master(name):
+            master = self.state[name][MASTER]
+            Dense(master).fill(values)
+            values = ((r.start, master[r].float()) for r in row_chunks(weight.shape, master.device))
+        weight.fill(values)
+
+    def apply(self, name: str, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
+        """Change a weight as `Storage.apply` does; through its master copy, if it has one."""
+        weight = self.weights[name]
+        if not self.has_master(name):
+            weight.apply(direction, factor, decay, key)
+            return
+        master = self.state[name][MASTER]
+        Dense(master).apply(direction, factor, decay, key)
+        chunks = row_chunks(weight.shape, master.device)
+        weight.fill((rows.start, master[rows].float()) for rows in chunks)
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """The stored tensors of the weights: what a trained model consists of."""
+        return {
+            name + suffix: tensor
+            for name, storage in self.weights.items()
+            for suffix, tensor in storage.tensors().items()
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, optimizer state and count: what the next step depends on."""
+        state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
+        count = {} if self.updates is None else {f"{self.spec.name}.{UPDATES}": self.updates}
+        return self.weight_tensors() | state | count
+
+
+# keys of optimizer state that every rule shares: the count, a higher-precision copy of the weight, and the
+# sum of what was merged into it
+UPDATES, MASTER, MERGED = "updates", "master", "merged"
+# what state that all adapters of a unit share is filed under, instead of a weight's name
+ADAPTERS = "adapters"
+
+
+def weight_fields(spec: UnitSpec, kinds: Mapping[str, str]) -> Fields:
+    """All tensors in the weights slab of a unit, by the names that a checkpoint uses."""
+    return {
+        tensor.name + suffix: field
+        for tensor in spec.tensors
+        for suffix, field in FORMATS[kinds[tensor.name]].fields(tensor.shape).items()
+    }
+
+
+def state_fields(fields: Mapping[str, Fields]) -> Fields:
+    """All tensors in the state slab of a unit."""
+    flat = {f"{name}.{key}": field for name, own in fields.items() for key, field in own.items()}
+    return flat | {UPDATES: (torch.int64, ())}
