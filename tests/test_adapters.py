@@ -45,11 +45,12 @@ def test_the_arithmetic_equals_autograd(masked: bool) -> None:
     """Product and gradients by hand, against the plain formula differentiated by torch, in fp64."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (2, 5, 12), "frozen": (8, 12), "a": (3, 12), "b": (8, 3)}
-    names = ("frozen", "a", "b")
     t = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
     mask = (torch.rand(2, 5, 12, generator=generator) < 0.7).double() / 0.7 if masked else None
     leaves = {n: v.clone().requires_grad_(n != "frozen") for n, v in t.items()}
-    wanted = lora.plain_product(leaves["x"], mask, lora.Matrices(*(leaves[n] for n in names), 0.3))
+    wanted = lora.plain_product(
+        leaves["x"], mask, lora.Matrices(leaves["frozen"], leaves["a"], leaves["b"], 0.3)
+    )
     w = lora.Matrices(t["frozen"], t["a"], t["b"], 0.3)
     torch.testing.assert_close(lora.product(t["x"], mask, w), wanted, rtol=1e-12, atol=1e-12)
     dy = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)

@@ -2,8 +2,8 @@
 
     y = x W^T + scaling * dropout(x) A^T B^T       W [m, n] frozen, A [rank, n], B [m, rank]
 
-`plain_product` is the definition, which autograd differentiates. `product` and `gradients` are the same in less
-memory, for the layer-major engine; a test holds them together.
+`plain_product` is the definition, which autograd differentiates. `product` and `gradients` are the same in
+less memory, for the layer-major engine; a test holds them together.
 """
 
 from __future__ import annotations
