@@ -1,6 +1,8 @@
 """The configuration of a run.
 
+base       what sections are made of
 sections   every key: type, limits, documentation
+memory     likewise, of [memory] and [deepspeed]
 fill       defaults that follow from other keys
 checks     what sections must agree on
 
@@ -14,23 +16,21 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from lowres.config.base import OneOf, Section
 from lowres.config.checks import check
 from lowres.config.fill import RATE_DEFAULTS, engine_defaults, fill
+from lowres.config.memory import DeepspeedConfig, MemoryConfig
 from lowres.config.sections import (
     PRESETS,
     SCHEDULE_KEYS,
     SHAPE_KEYS,
     DataConfig,
-    DeepspeedConfig,
     LogConfig,
-    MemoryConfig,
     ModelConfig,
-    OneOf,
     OptimConfig,
     ReloraConfig,
     RunConfig,
     ScheduleConfig,
-    Section,
     TrainConfig,
 )
 
