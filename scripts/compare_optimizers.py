@@ -36,6 +36,7 @@ from lowres.engine import make_engine
 from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.rooms import Rooms
+from lowres.rules import RULES
 from lowres.storage import Unit
 
 
@@ -70,7 +71,6 @@ ARMS = {
     ),
 }
 # the embedding's rate is AdamW's own
-PROJECTING = ("apollo", "apollo-mini", "galore", "fira")
 MOST_EXTENSIONS = 3  # of a sweep beyond its first three rates
 
 
@@ -171,7 +171,7 @@ def given_rate(text: str) -> tuple[str, float]:
 
 
 def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
-    return [f"optim.embed_lr={rates['adamw']}"] if ARMS[name].optimizer in PROJECTING else []
+    return [f"optim.embed_lr={rates['adamw']}"] if not RULES[ARMS[name].optimizer].for_all else []
 
 
 def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> dict[str, Any]:

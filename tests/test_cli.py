@@ -473,11 +473,11 @@ def test_plan_shows_what_every_tensor_gets(
     plan = json.loads(capsys.readouterr().out)
     rows = {row["role"]: row for row in plan["optimizer"]}
     assert rows.keys() == lines.keys()
-    beside = "adamw" if name in ("apollo", "apollo-mini", "galore", "fira") else name
+    others = name if RULES[name].for_all else "adamw"
     for role, row in rows.items():
         embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
         assert row["tensors"] == (1 if embedding or role == "norm" else 2)
-        assert row["optimizer"] == (name if matrix and not embedding else beside)
+        assert row["optimizer"] == (name if matrix and not embedding else others)
         assert row["lr"] == (0.25 if embedding else RULES[name].lr)
         assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
         assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])

@@ -16,7 +16,6 @@ from lowres.storage import MATRIX, Unit
 from tests.helpers import CPU, make_config, make_optimizer, make_units
 
 FACTOR = 1.05
-WHOLE = ("adamw", "adamw8bit", "adam-mini", "sgd")  # one rule for all tensors
 
 
 def config_of(name: str, limiter: float, **more: object) -> Config:
@@ -51,7 +50,7 @@ SPIKE = [1.0] * 8 + [1000.0] + [1.0] * 3
 def test_a_spike_grows_no_update_by_more_than_the_factor(name: str) -> None:
     found, unit = changes(config_of(name, FACTOR), SPIKE)
     for spec in unit.spec.tensors:
-        limited_here = name in WHOLE or spec.kind == MATRIX
+        limited_here = RULES[name].for_all or spec.kind == MATRIX
         assert ("norm" in unit.state[spec.name]) == limited_here, spec.name
         if limited_here and name != "fira":  # whose projected part passes
             norms = found[spec.name]
@@ -136,7 +135,7 @@ def test_its_memory_is_planned_and_saved(name: str) -> None:
         tensors |= unit.tensors()  # what a checkpoint has
     limited_tensors = [key for key in tensors if key.endswith(".norm")]
     specs = [spec for unit in units.values() for spec in unit.spec.tensors]
-    assert len(limited_tensors) == sum(name in WHOLE or spec.kind == MATRIX for spec in specs)
+    assert len(limited_tensors) == sum(RULES[name].for_all or spec.kind == MATRIX for spec in specs)
     slabs = sum(unit.state_slab.nbytes for unit in units.values() if unit.state_slab is not None)
     assert make_plan(config, CPU).size("optimizer state", "gpu") == slabs
 

@@ -1,5 +1,6 @@
 """Update rules against independent implementations, and the traps of the published ones."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lowres.optim as optim_package
+from lowres.config import OptimConfig
 from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
 from lowres.model import empty_units, unit_specs
 from lowres.optim import Clock, make_rule
-from lowres.rules import RULES
+from lowres.rules import KEYS, RULES
 from lowres.rules.adam_mini import AdamMiniRule
 from lowres.rules.adamw import AdamWRule
 from lowres.rules.apollo import ApolloRule
@@ -394,6 +397,61 @@ def test_every_tensor_is_in_one_group_at_its_own_rate(decayed: bool) -> None:
             # Adam's first update of a constant gradient is the learning rate
             wanted = before[spec.name] * kept - lr
             assert torch.allclose(unit.weights[spec.name].dense(torch.float32), wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_adamw_for_the_rest_has_settings_of_its_own() -> None:
+    """Embedding, head and norms of an optimizer for matrices; without settings they are the optimizer's."""
+    optim = {"name": "apollo-mini", "lr": 1e-2, "betas": (0.5, 0.6), "eps": 1e-3}
+    same, notes = parse_config({"optim": optim})
+    assert not notes and (same.optim.adamw_betas, same.optim.adamw_eps) == ((0.5, 0.6), 1e-3)
+    own = {"adamw_betas": [0.9, 0.95], "adamw_eps": 1e-8, "norm_lr": 0.5, "embed_lr": 0.25}
+    config = make_config(optim=optim | own)
+    groups = {kind: group for group in make_optimizer(config, {}).groups for kind in group.kinds}
+    matrix, embedding, norm = (groups[kind] for kind in ("matrix", "embedding", "norm"))
+    assert (matrix.rule.betas, matrix.rule.eps, matrix.lr) == ((0.5, 0.6), 1e-3, 1e-2)
+    assert (embedding.rule.betas, embedding.rule.eps, embedding.lr) == ((0.9, 0.95), 1e-8, 0.25)
+    assert norm.rule is embedding.rule and norm.lr == 0.5 and groups["bias"] is norm
+    _, notes = parse_config({"optim": {"name": "sgd", "adamw_eps": 1e-3, "eps": 1e-3}})
+    assert notes == [
+        "optim.eps is not used by sgd",
+        "optim.adamw_eps is not used, as sgd updates every tensor; its own is optim.eps",
+    ]
+
+
+def test_every_rule_describes_itself() -> None:
+    """What config, docs and the torch classes need of it is in its own file."""
+    fields = OptimConfig.model_fields
+    for name, rule in RULES.items():
+        config, _ = parse_config({"optim": {"name": name}})
+        for key, value in rule.defaults.items():
+            assert getattr(config.optim, key) == value, (name, key)
+        assert config.optim.lr == rule.lr
+        for own in rule.keys:
+            assert own.about in (fields[own.name].description or "") and own.wanted
+        if rule.class_name:
+            made = getattr(optim_package, rule.class_name)
+            assert made.definition is rule and made.__name__ in optim_package.__all__
+            assert set(inspect.signature(made).parameters) >= {"params", "lr", *(k.name for k in rule.keys)}
+    assert set(KEYS) <= set(fields)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini"])
+def test_biases_are_updated_element_by_element(name: str) -> None:
+    """In Adam-mini too, whose other 1-D tensors are one block; and they have no weight decay."""
+    config = make_config(
+        model={"qkv_bias": True}, optim={"name": name, "lr": 1e-2, "weight_decay": 0.5, "limiter": 0}
+    )
+    units = make_units(config.model)
+    optimizer = make_optimizer(config, units)
+    unit = units["layers.0"]
+    spec = next(s for s in unit.spec.tensors if s.role == "k_bias")
+    value = unit.weights[spec.name].dense(torch.float32)
+    value.fill_(0.5)
+    grads = {s.name: torch.ones(s.shape) for s in unit.spec.tensors}
+    grads[spec.name] = torch.linspace(-3, 3, spec.numel)
+    wanted = value - 1e-2 * grads[spec.name].sign()  # Adam's first update, whatever the gradient's size
+    optimizer.update(unit, grads, 0, 1.0, torch.tensor(True))
+    torch.testing.assert_close(value, wanted, rtol=0, atol=1e-4)
 
 
 def test_every_optimizer_is_built_or_refused_by_name() -> None:
