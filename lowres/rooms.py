@@ -116,6 +116,7 @@ def _page_locked(nbytes: int) -> Tensor:
     return slab
 
 
+STREAMED = ("cuda",)  # types of devices that copy beside the computation
 Event = torch.cuda.Event | None
 Copies = Iterable[tuple[Tensor, Tensor]]  # (destination, source)
 
@@ -128,9 +129,9 @@ class Mover:
     """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._in = torch.cuda.Stream(device) if cuda else None
-        self._out = torch.cuda.Stream(device) if cuda else None
+        streamed = device.type in STREAMED
+        self._in = torch.cuda.Stream(device) if streamed else None
+        self._out = torch.cuda.Stream(device) if streamed else None
 
     def fetch(self, copies: Copies, after: Iterable[Event] = ()) -> Event:
         """Host to GPU, after earlier copies that wrote the source or read the destination. Returns what
