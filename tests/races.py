@@ -37,7 +37,12 @@ from lowres.rooms import HOST, Rooms
 SOURCE = Path(lowres.__file__).parent
 aten = torch.ops.aten
 # they return to Python what a computation found, so the host waits for it
-WAITING = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default}
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.nonzero.default,
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ class Detector:
 
     def answer(self) -> None:
         """The host waits for a result of the computation."""
-        self.answers.append(_where())
+        self.answers.append(where())
         self.compute.synchronize()
 
     # memory
@@ -197,22 +202,22 @@ class Detector:
         return slab
 
     def _free(self, slab: Slab) -> None:
-        """The memory of the host is gone at once; that of the GPU serves what the compute stream does next."""
-        seen = dict(self.host.clock)
+        """Memory of the host is gone at once; that of the GPU serves what the compute stream does next."""
+        seen, may_use = dict(self.host.clock), {self.host.name}
         if slab.room != HOST:
+            may_use.add(self.compute.name)
             for name, time in self.compute.clock.items():
                 seen[name] = max(time, seen.get(name, 0))
-        for stream, accesses in slab.accesses.items():
-            for access in accesses.values():
-                if stream != self.host.name and access.time > seen.get(stream, 0):
-                    if slab.room == HOST or stream != self.compute.name:
-                        self.races.append(f"{slab.name} is given back ({_where()}) while\n  {access}")
+        for stream in slab.accesses.keys() - may_use:
+            for access in slab.accesses[stream].values():
+                if access.time > seen.get(stream, 0):
+                    self.races.append(f"{slab.name} is given back ({where()}) while\n  {access}")
 
     def touch(self, used: list[tuple[Tensor, bool]], stream: Stream, operation: str) -> None:
         """An operation is enqueued on a stream; used: each tensor, and whether it is written."""
         found = [(self._slabs.get(id(t.untyped_storage())), t, writes) for t, writes in used]
         if stream not in (self.compute, self.host):
-            assert all(slab is not None for slab, _, _ in found), f"{_where()} copies what is no slab"
+            assert all(slab is not None for slab, _, _ in found), f"{where()} copies what is no slab"
             self.copied += 1
         slabs = [(slab, t, writes) for slab, t, writes in found if slab is not None and t.numel()]
         if not slabs:
@@ -220,7 +225,7 @@ class Detector:
         if stream is not self.host:
             stream.join(self.host.clock)
         time = stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1
-        operation = f"{operation} ({_where()})"
+        operation = f"{operation} ({where()})"
         for slab, tensor, writes in slabs:
             start, end = _range(tensor)
             access = Access(slab.name, start, end, stream.name, time, writes, operation)
@@ -283,14 +288,9 @@ class _Operations(TorchDispatchMode):
             for made in result if isinstance(result, list | tuple) else (result,):
                 if isinstance(made, Tensor) and id(made.untyped_storage()) not in given:
                     detector.on_host(made)
-        elif func in WAITING:
-            detector.answer()
-        elif func is aten.copy_.default and any(places) and not self._is_beside(args, kwargs):
+        elif func in WAITING or (func is aten.copy_.default and any(places) and not _is_beside(args, kwargs)):
             detector.answer()
         return result
-
-    def _is_beside(self, args: Any, kwargs: Any) -> bool:
-        return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
     def _signature(self, func: Any) -> tuple[bool, list[tuple[str, bool]]]:
         """Whether it only makes views; name of each argument, and whether it is written."""
@@ -323,9 +323,14 @@ class _Calls(TorchFunctionMode):
             self.detector.touch([(args[0], False)], self.detector.compute, func.__name__)
             self.detector.answer()
         elif func in (Tensor.tolist, Tensor.numpy):
-            assert self.detector.is_of_host(args[0]), f"{_where()}: the host looks at memory of the GPU"
+            assert self.detector.is_of_host(args[0]), f"{where()}: the host looks at memory of the GPU"
             self.detector.touch([(args[0], False)], self.detector.host, func.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def _is_beside(args: Any, kwargs: Any) -> bool:
+    """Whether a copy is one that nobody waits for."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
 
 _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
@@ -333,13 +338,13 @@ _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 def _range(tensor: Tensor) -> tuple[int, int]:
     """First and last byte + 1 in its storage of a tensor that is not empty."""
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset()
+    last = sum(int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
     return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
 
 
-def _where() -> str:
-    """The line of lowres that is being run; of `rooms`, the line that called it."""
+def where() -> str:
+    """The line of lowres that is being run; for one of `rooms`, the line that called it."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         file = _file_of_lowres(frame.f_code.co_filename)

@@ -41,7 +41,8 @@ from lowres.storage import LORA_A, LORA_B, Unit
 ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
 # elements of a weight gradient in another precision that exist before they are added to the buffer
 PRODUCT_CHUNK = 1 << 24
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
