@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +112,18 @@ def _page_locked(nbytes: int) -> Tensor:
     failed = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
     if failed:
         raise RuntimeError(f"cudaHostRegister: error {failed}")
-    weakref.finalize(slab.untyped_storage(), runtime.cudaHostUnregister, slab.data_ptr())
+    weakref.finalize(slab.untyped_storage(), _unlock, slab.data_ptr(), memory)
     return slab
 
 
+def _unlock(address: int, memory: mmap.mmap) -> None:
+    """memory: what is there. It is held until now, as it may not go before it is unregistered."""
+    with suppress(RuntimeError):  # of a device that has failed
+        torch.cuda.synchronize()  # a copy may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+STREAMED = ("cuda",)  # types of devices that copy beside the computation
 Event = torch.cuda.Event | None
 Copies = Iterable[tuple[Tensor, Tensor]]  # (destination, source)
 
@@ -128,9 +136,9 @@ class Mover:
     """
 
     def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._in = torch.cuda.Stream(device) if cuda else None
-        self._out = torch.cuda.Stream(device) if cuda else None
+        streamed = device.type in STREAMED
+        self._in = torch.cuda.Stream(device) if streamed else None
+        self._out = torch.cuda.Stream(device) if streamed else None
 
     def fetch(self, copies: Copies, after: Iterable[Event] = ()) -> Event:
         """Host to GPU, after earlier copies that wrote the source or read the destination. Returns what

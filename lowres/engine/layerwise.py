@@ -22,9 +22,9 @@ step's updates there. Both are decided on the device: nothing here waits for it 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ from lowres.storage import LORA_A, LORA_B, Unit
 ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
 # elements of a weight gradient in another precision that exist before they are added to the buffer
 PRODUCT_CHUNK = 1 << 24
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -136,6 +138,24 @@ class _Last(torch.autograd.Function):
         return x.new_empty(1).expand(*x.shape[:-1], matrix.rows)
 
     backward = _Multiply.backward
+
+
+def _settled(
+    method: Callable[Concatenate[LayerwiseEngine, P], R],
+) -> Callable[Concatenate[LayerwiseEngine, P], R]:
+    """Leaves no copy under way when it is interrupted or fails: the memory may be given back, or read by the
+    CPU, next."""
+
+    @wraps(method)
+    def settled(self: LayerwiseEngine, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            self._units_mover.finish()
+            self._boundaries_mover.finish()
+            raise
+
+    return settled
 
 
 class LayerwiseEngine:
@@ -393,6 +413,7 @@ class LayerwiseEngine:
 
     # the interface
 
+    @_settled
     @torch.no_grad()
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
@@ -461,6 +482,7 @@ class LayerwiseEngine:
                 for unit in reversed(units):
                     yield unit, self._grads[unit.spec.name], loss
 
+    @_settled
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         inputs, targets, count = split(batch, self.micro_batch, self.rooms)
@@ -471,6 +493,7 @@ class LayerwiseEngine:
         self.rooms.phase = ""
         return total, count
 
+    @_settled
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._residence.begin([*self._forward_visits(), Visit(("head",))])

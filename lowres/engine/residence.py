@@ -54,7 +54,8 @@ class Residence:
         }
         size = slot_bytes(visits, sizes, homes)
         self._slots = [rooms.slab("transfer of layers", GPU, size) for _ in range(2)] if size else []
-        # when the last copy out of a slot, and into the home of a unit, is done
+        # when the last copy out of a slot, and into the home of a unit, is done. A step of the engine ends
+        # when all copies have, and updates a unit once: it would do without the second, other visits not
         self._left: list[Event] = [None, None]
         self._written: dict[str, Event] = {}
         self._visits: list[Visit] = []
@@ -63,7 +64,8 @@ class Residence:
         self._coming: tuple[list[Unit], Event] = ([], None)
 
     def begin(self, visits: Sequence[Visit]) -> None:
-        """The visits that follow, in order. The first is fetched now."""
+        """The visits that follow, in order. The first is fetched now, each other one when the one before it
+        begins; so that one may not update the same units."""
         self._visits, self._at = list(visits), 0
         self._coming = self._fetch(0)
 

@@ -1,0 +1,361 @@
+"""A race detector for copies and computation, which needs no GPU.
+
+The engine runs on the CPU with streams and events that only keep count. Every stream and the host have a
+vector clock: for each of them, how many of its accesses have certainly ended. Work that is enqueued on a
+stream comes after the work before it and after all that the host has seen; `wait_stream` and `wait_event`
+let a stream, and a synchronisation the host, see what another has seen. A dispatch mode sees every
+operation and remembers which bytes of which slab it reads or writes.
+
+A race is two accesses of the same bytes, one of them a write, the later of which does not know that the
+earlier one has ended. Memory that is given back while somebody may still use it is one too.
+
+Memory is of the host if it is a slab there, was declared so (`Detector.on_host`), or is made from nothing
+but such memory. An operation on nothing else is the host's; all others are the GPU's.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lowres
+from lowres import checkpoint, rooms
+from lowres.rooms import HOST, Rooms
+
+SOURCE = Path(lowres.__file__).parent
+aten = torch.ops.aten
+# they return to Python what a computation found, so the host waits for it
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.equal.default,
+    aten.nonzero.default,
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """One operation's use of a piece of a slab. time: by the clock of its stream."""
+
+    memory: str
+    start: int
+    end: int
+    stream: str
+    time: int
+    writes: bool
+    operation: str
+
+    def __str__(self) -> str:
+        verb = "writes" if self.writes else "reads"
+        return f"{self.operation} on {self.stream} {verb} {self.memory} [{self.start}:{self.end}]"
+
+
+@dataclass
+class Slab:
+    """What was done with a slab so far: by stream, the last access of every kind to every piece."""
+
+    name: str
+    room: str
+    accesses: dict[str, dict[tuple[int, int, bool], Access]] = field(default_factory=dict)
+    latest: dict[str, int] = field(default_factory=dict)
+
+
+class Stream:
+    """In the place of torch.cuda.Stream. The host is one too."""
+
+    def __init__(self, detector: Detector, name: str) -> None:
+        self.detector, self.name = detector, name
+        self.clock: dict[str, int] = {}
+
+    def join(self, clock: dict[str, int]) -> None:
+        for name, time in clock.items():
+            self.clock[name] = max(time, self.clock.get(name, 0))
+
+    def wait_stream(self, other: Stream) -> None:
+        self.join(other.clock)
+
+    def wait_event(self, event: Event) -> None:
+        self.join(event.clock)
+
+    def synchronize(self) -> None:
+        self.detector.host.join(self.clock)
+
+
+class Event:
+    """In the place of torch.cuda.Event."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+        self.clock: dict[str, int] = {}
+
+    def record(self, stream: Stream) -> None:
+        self.clock = dict(stream.clock)
+
+    def synchronize(self) -> None:
+        self.detector.host.join(self.clock)
+
+
+class Detector:
+    """Finds races in what runs in its context; `races` says which, `answers` where the host waited for a
+    result."""
+
+    def __init__(self) -> None:
+        self.races: list[str] = []
+        self.answers: list[str] = []
+        self.host, self.compute = Stream(self, "the host"), Stream(self, "the compute stream")
+        self.current = self.compute
+        self.copied = 0
+        self._streams: list[Stream] = []
+        self._slabs: dict[int, Slab] = {}
+        self._made: dict[str, int] = {}
+        self._of_host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._alive: list[weakref.ref[torch.UntypedStorage]] = []  # a reference must live to call back
+        self._stack = ExitStack()
+
+    def check(self) -> None:
+        """Fail with the first races, if there are any."""
+        assert not self.races, "\n".join([f"{len(self.races)} races, first:", *self.races[:4]])
+
+    def __enter__(self) -> Detector:
+        enter = self._stack.enter_context
+        for name, fake in (
+            ("Stream", self._make_stream),
+            ("Event", lambda: Event(self)),
+            ("stream", self._on),
+            ("current_stream", lambda _=None: self.current),
+            ("synchronize", self._synchronize),
+        ):
+            enter(mock.patch.object(torch.cuda, name, fake))
+        enter(mock.patch.object(rooms, "STREAMED", (*rooms.STREAMED, "cpu")))
+        enter(mock.patch.object(Rooms, "slab", self._slab(Rooms.slab)))
+        enter(mock.patch.object(checkpoint, "_bounce", self._bounce(checkpoint._bounce)))
+        enter(mock.patch.object(checkpoint, "_on_host", self.is_of_host))
+        enter(mock.patch.object(checkpoint, "_read_into", self._read_into(checkpoint._read_into)))
+        enter(_Calls(self))
+        enter(_Operations(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    # streams
+
+    def _make_stream(self, _: torch.device) -> Stream:
+        number, way = divmod(len(self._streams), 2)  # a mover makes one in and one out
+        self._streams.append(Stream(self, f"mover {number + 1} {('in', 'out')[way]}"))
+        return self._streams[-1]
+
+    @contextmanager
+    def _on(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def _synchronize(self, _: object = None) -> None:
+        for stream in (self.compute, *self._streams):
+            stream.synchronize()
+
+    def answer(self) -> None:
+        """The host waits for a result of the computation."""
+        self.answers.append(where())
+        self.compute.synchronize()
+
+    # memory
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """Declare the memory of a tensor to be the host's."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        self._of_host[key] = weakref.ref(storage, lambda _: self._of_host.pop(key, None))
+        return tensor
+
+    def is_of_host(self, tensor: Tensor) -> bool:
+        key = id(tensor.untyped_storage())
+        slab = self._slabs.get(key)
+        return slab.room == HOST if slab is not None else key in self._of_host
+
+    def _slab(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def slab(made_by: Rooms, component: str, room: str, nbytes: int) -> Tensor:
+            made = allocate(made_by, component, room, nbytes)
+            storage = made.untyped_storage()
+            key, number = id(storage), self._made.get(component, 0)
+            self._made[component] = number + 1
+            self._slabs[key] = Slab(f"{component} #{number} ({room})", room)
+            self._alive.append(weakref.ref(storage, lambda _: self._free(self._slabs.pop(key))))
+            self.touch([(made, True)], self.host if room == HOST else self.compute, "zeros")
+            return made
+
+        return slab
+
+    def _free(self, slab: Slab) -> None:
+        """Memory of the host is gone at once; that of the GPU serves what the compute stream does next."""
+        seen, may_use = dict(self.host.clock), {self.host.name}
+        if slab.room != HOST:
+            may_use.add(self.compute.name)
+            for name, time in self.compute.clock.items():
+                seen[name] = max(time, seen.get(name, 0))
+        for stream in slab.accesses.keys() - may_use:
+            for access in slab.accesses[stream].values():
+                if access.time > seen.get(stream, 0):
+                    self.races.append(f"{slab.name} is given back ({where()}) while\n  {access}")
+
+    def touch(self, used: list[tuple[Tensor, bool]], stream: Stream, operation: str) -> None:
+        """An operation is enqueued on a stream; used: each tensor, and whether it is written."""
+        found = [(self._slabs.get(id(t.untyped_storage())), t, writes) for t, writes in used]
+        if stream not in (self.compute, self.host):
+            assert all(slab is not None for slab, _, _ in found), f"{where()} copies what is no slab"
+            self.copied += 1
+        slabs = [(slab, t, writes) for slab, t, writes in found if slab is not None and t.numel()]
+        if not slabs:
+            return
+        if stream is not self.host:
+            stream.join(self.host.clock)
+        time = stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1
+        operation = f"{operation} ({where()})"
+        for slab, tensor, writes in slabs:
+            start, end = _range(tensor)
+            access = Access(slab.name, start, end, stream.name, time, writes, operation)
+            self._compare(slab, access, stream.clock)
+            slab.accesses.setdefault(stream.name, {})[start, end, writes] = access
+            slab.latest[stream.name] = time
+
+    def _compare(self, slab: Slab, new: Access, clock: dict[str, int]) -> None:
+        for stream, latest in slab.latest.items():
+            seen = clock.get(stream, 0)
+            if stream == new.stream or latest <= seen:
+                continue
+            for old in slab.accesses[stream].values():
+                apart = old.end <= new.start or new.end <= old.start
+                if old.time > seen and not apart and (old.writes or new.writes):
+                    self.races.append(f"{new}\n  may come before the end of\n  {old}")
+
+    # what the host does without an operation
+
+    def _bounce(self, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: self.on_host(make())
+
+    def _read_into(self, read: Callable[..., None]) -> Callable[..., None]:
+        def read_into(file: Any, tensor: Tensor, bounce: Tensor) -> None:
+            if self.is_of_host(tensor):
+                self.touch([(tensor, True)], self.host, "reading a file")
+            read(file, tensor, bounce)
+
+        return read_into
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every operation: what it reads, what it writes, and whether the host waits for it."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+        self._signatures: dict[Any, tuple[bool, list[tuple[str, bool]]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        is_view, arguments = self._signature(func)
+        if is_view:
+            return result
+        used = []
+        for i, (name, writes) in enumerate(arguments):
+            value = args[i] if i < len(args) else kwargs.get(name)
+            values = value if isinstance(value, list | tuple) else (value,)
+            used += [(v, writes) for v in values if isinstance(v, Tensor)]
+        detector = self.detector
+        places = [detector.is_of_host(tensor) for tensor, _ in used]
+        by_host = bool(places) and all(places) and detector.current is detector.compute
+        stream = detector.host if by_host else detector.current
+        detector.touch(used, stream, str(func))
+        if by_host:
+            given = {id(tensor.untyped_storage()) for tensor, _ in used}
+            for made in result if isinstance(result, list | tuple) else (result,):
+                if isinstance(made, Tensor) and id(made.untyped_storage()) not in given:
+                    detector.on_host(made)
+        elif func in WAITING or (func is aten.copy_.default and any(places) and not _is_beside(args, kwargs)):
+            detector.answer()
+        return result
+
+    def _signature(self, func: Any) -> tuple[bool, list[tuple[str, bool]]]:
+        """Whether it only makes views; name of each argument, and whether it is written."""
+        if func not in self._signatures:
+            schema = func._schema
+            alias = [a.alias_info for a in schema.arguments]
+            arguments = [
+                (a.name, info is not None and info.is_write)
+                for a, info in zip(schema.arguments, alias, strict=True)
+            ]
+            returned = [r.alias_info for r in schema.returns]
+            is_view = any(info is not None and not info.is_write for info in returned)
+            self._signatures[func] = is_view and not any(w for _, w in arguments), arguments
+        return self._signatures[func]
+
+
+class _Calls(TorchFunctionMode):
+    """Sees what reaches memory without an operation, and says where a tensor would be on a GPU."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func == _IS_CUDA:
+            return not self.detector.is_of_host(args[0])
+        if func in (Tensor.tolist, Tensor.cpu) and not self.detector.is_of_host(args[0]):
+            self.detector.touch([(args[0], False)], self.detector.compute, func.__name__)
+            self.detector.answer()
+        elif func in (Tensor.tolist, Tensor.numpy):
+            assert self.detector.is_of_host(args[0]), f"{where()}: the host looks at memory of the GPU"
+            self.detector.touch([(args[0], False)], self.detector.host, func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_beside(args: Any, kwargs: Any) -> bool:
+    """Whether a copy is one that nobody waits for."""
+    return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+
+
+_IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte + 1 in its storage of a tensor that is not empty."""
+    last = sum(int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset())
+    return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
+
+
+def where() -> str:
+    """The line of lowres that is being run; for one of `rooms`, the line that called it."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        file = _file_of_lowres(frame.f_code.co_filename)
+        if file:
+            return f"{file}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a test"
+
+
+@cache
+def _file_of_lowres(name: str) -> str:
+    """Its name in the package; empty for `rooms` and what is not of it."""
+    path = Path(name)
+    return "" if not path.is_relative_to(SOURCE) or path.name == "rooms.py" else str(path.relative_to(SOURCE))
