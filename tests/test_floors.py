@@ -20,6 +20,7 @@ FLOORS = {
     "optim": 2,
     "data": 2,
     "checkpoint": 2,
+    "device": 2,
     "metrics": 2,
     "meter": 2,
     "engine": 3,
@@ -31,9 +32,10 @@ FLOORS = {
     "probe": 5,
     "runs": 5,
     "sweep": 5,
-    "trainer": 6,
-    "cli": 7,
-    "__main__": 8,
+    "start": 6,
+    "trainer": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 

@@ -129,7 +129,19 @@ def test_counted_bytes_are_those_that_a_step_copies(
     assert (fetched > 0) == (memory != "gpu")
 
 
-RATES = Rates("none", "bfloat16", 100.0, 50.0, 1.0, 3.0, 2.0, 20.0, 10.0, 100.0, 10.0)
+RATES = Rates(
+    device="none",
+    compute="bfloat16",
+    products_tflops=100.0,
+    backward_products_tflops=50.0,
+    block_forward_us=1.0,
+    block_backward_us=3.0,
+    loss_us=2.0,
+    to_gpu_gb_s=20.0,
+    to_host_gb_s=10.0,
+    dequantise_g_s=100.0,
+    update_g_s=10.0,
+)
 
 
 def planned(**sections: Mapping[str, object]) -> Config:

@@ -152,6 +152,13 @@ def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
 
 
+def rehearse(projection: Projection, shapes: set[tuple[int, ...]], device: torch.device) -> None:
+    """Allocate what the decompositions of gradients of these shapes do, as a refused update asks for none."""
+    if isinstance(projection, SvdProjection):
+        for shape in shapes:  # of a number for all elements, as the gradient has memory of its own
+            singular_vectors(torch.ones((), device=device).expand(shape), rank_of(projection.rank, shape))
+
+
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
     """Runs of tensors whose projected gradients have BATCH numbers together, or that are alone."""
     start = total = 0
