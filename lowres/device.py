@@ -43,6 +43,16 @@ def prepare_cuda() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+def lacks_bf16() -> bool:
+    """Whether there is a CUDA device that can only emulate bf16."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(_own()) < BF16
+
+
+def _own() -> int | None:
+    """The CUDA device of this process; None is PyTorch's current one."""
+    return ranks.rank_here() if ranks.size() > 1 else None
+
+
 def pick_device(config: Config) -> torch.device:
     """The device that run.device asks for. Raises UserError if there is none, or if it is too old for the
     config."""
@@ -55,12 +65,11 @@ def pick_device(config: Config) -> torch.device:
         )
     if not available or config.run.device == "cpu":
         return torch.device("cpu")
-    device, own = torch.device("cuda"), ranks.rank_here() if ranks.size() > 1 else None
-    capability = torch.cuda.get_device_capability(own)
-    name = f"{torch.cuda.get_device_name(own)} (compute capability {capability[0]}.{capability[1]})"
+    device, capability = torch.device("cuda"), torch.cuda.get_device_capability(_own())
+    name = f"{torch.cuda.get_device_name(_own())} (compute capability {capability[0]}.{capability[1]})"
     if capability < OLDEST:
         raise UserError(f"run.device: {name} is too old, 7.5 is the least; use --set run.device=cpu")
-    if capability < BF16 and compute_dtype(config.memory.compute, device) == torch.bfloat16:
+    if lacks_bf16() and compute_dtype(config.memory.compute, device) == torch.bfloat16:
         wide = "fp32" if config.memory.engine == "deepspeed" else "int8"
         weights = f" --set memory.weights={wide}" if config.memory.weights == "bf16" else ""
         raise UserError(

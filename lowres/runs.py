@@ -28,7 +28,7 @@ from lowres import checkpoint, memory, ranks
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_config
 from lowres.data import TokenData, Tokenizer
-from lowres.device import pick_device, prepare_cuda
+from lowres.device import lacks_bf16, pick_device, prepare_cuda
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
@@ -159,15 +159,21 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     prepare_cuda()
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
-    if config.memory.engine == "deepspeed":
-        memory_of = config.memory.model_copy(update={"engine": "layerwise"})
-        config = config.model_copy(update={"memory": memory_of})
+    config = _for_use(config)
     rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
     return config, engine_of(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)
+
+
+def _for_use(config: Config) -> Config:
+    """The config of a trained run, for whatever device it is used on."""
+    changes = {"engine": "layerwise"} if config.memory.engine == "deepspeed" else {}
+    if config.run.device != "cpu" and lacks_bf16():
+        changes["compute"] = "fp32"
+    return config.model_copy(update={"memory": config.memory.model_copy(update=changes)})
 
 
 def require_same_shape(config: Config, folder: Path) -> None:

@@ -152,11 +152,10 @@ def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
 
 
-def rehearse(projection: Projection, shapes: set[tuple[int, ...]], device: torch.device) -> None:
-    """Allocate what the decompositions of gradients of these shapes do, as a refused update asks for none."""
-    if isinstance(projection, SvdProjection):
-        for shape in shapes:  # of a number for all elements, as the gradient has memory of its own
-            singular_vectors(torch.ones((), device=device).expand(shape), rank_of(projection.rank, shape))
+def rehearse(projection: Projection, shape: tuple[int, ...], device: torch.device) -> None:
+    """Allocate what the decomposition of a gradient of this shape does; a refused update asks for none."""
+    if isinstance(projection, SvdProjection):  # of one number for all elements, as a gradient has its memory
+        singular_vectors(torch.ones((), device=device).expand(shape), rank_of(projection.rank, shape))
 
 
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
