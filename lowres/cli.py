@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lowres import __version__, checkpoint, memory, ranks
 from lowres.config import Config
 from lowres.config_file import load_config, to_toml
 from lowres.data import open_data, open_text, prepare
+from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
 from lowres.model import unit_specs
@@ -25,19 +25,17 @@ from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
 from lowres.reference import describe
-from lowres.rooms import EXACT_LOCKING
-from lowres.runs import CHECKPOINTS, open_run, pick_device
+from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import sample
 from lowres.sweep import sweep
 from lowres.trainer import train
 
+Commands = argparse._SubParsersAction  # the type has no public name
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    # segments that grow leave less memory unusable between allocations; read when CUDA starts
-    # DeepSpeed locks large host buffers; they would be rounded up to powers of two, and kept when freed
-    exact = ",pinned_max_cached_size_mb:4" if EXACT_LOCKING else ""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:True{exact}")
+    prepare_cuda()
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.command(parsed) or 0
@@ -70,26 +68,41 @@ def _parser() -> argparse.ArgumentParser:
         prog="lowres", description="Pretrain LLaMA-style models on one consumer GPU."
     )
     parser.add_argument("--version", action="version", version=f"lowres {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_plan(commands)
+    _add_data(commands)
+    _add_use(commands)
+    sub = _command(
+        commands,
+        "config",
+        _config,
+        "Print a resolved config, or without CONFIG the defaults.",
+        epilog=describe(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config(sub, optional=True)
+    return parser
 
-    def command(
-        name: str, function: Any, text: str, of: Any = commands, **more: Any
-    ) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = of.add_parser(name, help=text, description=text, **more)
-        sub.set_defaults(command=function)
-        return sub
 
-    sub = command("train", _train, "Train a model, or continue a run.")
+def _command(commands: Commands, name: str, function: Any, text: str, **more: Any) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text, **more)
+    sub.set_defaults(command=function)
+    return sub
+
+
+def _add_training(commands: Commands) -> None:
+    sub = _command(commands, "train", _train, "Train a model, or continue a run.")
     _add_train(sub)
 
-    sub = command("launch", _launch, "Train on several GPUs with memory.engine = deepspeed.")
+    sub = _command(commands, "launch", _launch, "Train on several GPUs with memory.engine = deepspeed.")
     _add_train(sub)
     sub.add_argument("--gpus", type=_positive, metavar="N", help="processes, one a GPU (default: all GPUs)")
     sub.add_argument(
         "--hostfile", type=Path, metavar="F", help="machines, in DeepSpeed's form: a line `host slots=N` each"
     )
 
-    sub = command("sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
+    sub = _command(commands, "sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
     _add_config(sub)
     sub.add_argument(
         "--grid",
@@ -105,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         "--run", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweep-<run.name>)"
     )
 
-    sub = command("plan", _plan, "Print the memory a run takes, before anything is allocated.")
+
+def _add_plan(commands: Commands) -> None:
+    sub = _command(commands, "plan", _plan, "Print the memory a run takes, before anything is allocated.")
     _add_config(sub)
     sub.add_argument(
         "--gpus", type=_positive, metavar="N", help="for one of N ranks on a machine (deepspeed)"
@@ -119,10 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "--optimizer", action="store_true", help="show what every tensor gets from its optimizer"
     )
 
+
+def _add_data(commands: Commands) -> None:
     data = commands.add_parser("data", help="Work with training data.").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    sub = command("prepare", _prepare, "Tokenise a source into a folder of shards.", data)
+    sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
     sub.add_argument("--tokenizer", metavar="PATH", help="SentencePiece model (default: train one)")
@@ -131,7 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
 
-    sub = command("sample", _sample, "Print text from a trained model.")
+
+def _add_use(commands: Commands) -> None:
+    """What is done with a run besides training it."""
+    sub = _command(commands, "sample", _sample, "Print text from a trained model.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
@@ -141,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all")
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
 
-    sub = command("eval", _eval, "Loss and perplexity per token, and bits per byte.")
+    sub = _command(commands, "eval", _eval, "Loss and perplexity per token, and bits per byte.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--data", metavar="SOURCE", help="text to evaluate on (default: the validation data)")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -153,18 +173,8 @@ def _parser() -> argparse.ArgumentParser:
         ("list", _list, "List the checkpoints of a run."),
         ("verify", _verify, "Check every file against its checksum."),
     ):
-        sub = command(name, function, text, checkpoints)
+        sub = _command(checkpoints, name, function, text)
         sub.add_argument("folder", type=Path, metavar="DIR", help="a run or one checkpoint")
-
-    sub = command(
-        "config",
-        _config,
-        "Print a resolved config, or without CONFIG the defaults.",
-        epilog=describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_config(sub, optional=True)
-    return parser
 
 
 def _add_config(sub: argparse.ArgumentParser, optional: bool = False) -> None:
@@ -304,11 +314,11 @@ def _sample(parsed: argparse.Namespace) -> None:
             engine,
             tokenizer,
             parsed.prompt,
-            parsed.tokens,
-            config.data.seq_len,
-            parsed.temperature,
-            parsed.top_k,
-            parsed.seed,
+            tokens=parsed.tokens,
+            seq_len=config.data.seq_len,
+            temperature=parsed.temperature,
+            top_k=parsed.top_k,
+            seed=parsed.seed,
         )
     )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from lowres.errors import CheckFailed, UserError
 
@@ -46,9 +47,20 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def rank_here() -> int:
+    """The number of this rank on its machine, and of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_first_here() -> bool:
     """Whether this is the first rank of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    return rank_here() == 0
+
+
+def say(line: str) -> None:
+    """A line for people, of the first rank: on stderr, above a progress bar."""
+    if is_first():
+        tqdm.write(line, file=sys.stderr)
 
 
 def join(device: torch.device) -> None:
@@ -56,7 +68,7 @@ def join(device: torch.device) -> None:
     if dist.is_initialized():
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(rank_here())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size() == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it

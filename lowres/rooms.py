@@ -23,7 +23,7 @@ from torch import Tensor
 from lowres.errors import DoesNotFit
 
 GPU, HOST = "gpu", "host"
-# since PyTorch 2.13 its allocator of locked memory can be told not to round up, and is (`lowres.cli`)
+# since PyTorch 2.13 its allocator of locked memory can be told not to round up, and is (`lowres.device`)
 EXACT_LOCKING = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 

@@ -1,4 +1,4 @@
-"""Runs as folders: what lies in one, and how its weights come out of it.
+"""A run: its folder, what computes in it, and how its weights come out of it.
 
 config.toml      the resolved config
 tokenizer.model  so that the folder samples and evaluates wherever it is taken
@@ -6,47 +6,41 @@ metrics.jsonl    see lowres.metrics
 checkpoints/     see lowres.checkpoint
 summary.json     final values, written last: a run that has one is finished
 loss.png         if matplotlib is installed
+
+With ReLoRA a run has two parts, and what computes is built anew between them: the adapters start from the
+checkpoint that the warm start ends with.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import checkpoint, memory
+from lowres import checkpoint, memory, ranks
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_config
-from lowres.data import Tokenizer
+from lowres.data import TokenData, Tokenizer
+from lowres.device import lacks_bf16, pick_device, prepare_cuda
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
+from lowres.meter import Meter
 from lowres.model import Units, empty_units, storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
-from lowres.relora import MERGE_ROWS, Relora, adapters_of
+from lowres.relora import MERGE_ROWS, Relora, adapters_of, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
 
 CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 TOKENIZER = "tokenizer.model"
-# a model this wide is not trained on a CPU
-LARGE_WIDTH = 2048
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device that run.device asks for."""
-    available = torch.cuda.is_available()
-    if config.run.device == "cuda" and not available:
-        large = ", or see a real 7B take steps without one: make smoke-7b-cpu"
-        raise UserError(
-            "run.device: this config is for a GPU and no CUDA device is available; "
-            f"use --set run.device=cpu{large if config.model.dim >= LARGE_WIDTH else ''}"
-        )
-    return torch.device("cuda" if available and config.run.device != "cpu" else "cpu")
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -77,20 +71,109 @@ def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bo
     return engine_of(config, units, relora, plan, rooms), relora
 
 
+@dataclass
+class Parts:
+    """What computes: in the warm start of ReLoRA without, then with adapters."""
+
+    plan: memory.Plan
+    rooms: Rooms
+    engine: Engine
+    relora: Relora
+    meter: Meter
+    adapted: bool
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a running run is made of."""
+
+    folder: Path
+    config: Config
+    data: TokenData
+    validation: Tensor  # windows of eval_tokens, see TokenData.validation
+    token_bytes: Tensor
+    offset: int  # sequences seen, less those that all steps so far would have with the batch of now
+    started_with: dict[str, Any]  # the batch and the rates of its first step
+    plans: dict[bool, memory.Plan]  # by whether there are adapters
+    parts: Parts = field(init=False)
+
+    def sequences_at(self, step: int) -> int:
+        """Sequences seen in the first `step` steps, for any step since the batch last changed."""
+        return self.offset + step * self.config.batch_sequences
+
+    def tokens_at(self, step: int) -> int:
+        return self.sequences_at(step) * self.config.data.seq_len
+
+    def build(self, device: torch.device, adapted: bool) -> None:
+        """Make what computes, in the place of what did; weights and state are all zero."""
+        self.__dict__.pop("parts", None)  # first, as there may not be room for both
+        config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
+        engine, relora = training_engine(config, plan, rooms, adapted)
+        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
+
+    def save(self, step: int) -> None:
+        """Checkpoint everything that the next step depends on."""
+        stored = ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
+        data, start = self.data.fingerprint, self.started_with
+        state = {"tokens": self.tokens_at(step), "data": data, "start": start}
+        write_checkpoint(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint into place."""
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(folder, unit.spec.name, unit.tensors())
+
+    def start_adapters(self, step: int) -> None:
+        """Go on with adapters from the end of the warm start, which is a checkpoint in any case."""
+        saved = checkpoint.step_folder(self.folder / CHECKPOINTS, step)
+        if not saved.exists():
+            self.save(step)
+        self.build(self.parts.rooms.device, adapted=True)
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False)
+            start_adapters(unit, self.config.run.seed, step)
+
+
+def write_beside(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that was there."""
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, path)
+
+
+def write_checkpoint(
+    folder: Path, step: int, stored: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any], keep: int
+) -> None:
+    """`checkpoint.save` on the first rank; the others give it their parts of the units."""
+    if ranks.is_first():
+        checkpoint.save(folder, step, stored, state, keep)
+    else:
+        for _ in stored:
+            pass
+
+
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
     """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer. Of a
     run of deepspeed too the weights are ordinary ones, and the layerwise engine takes them."""
+    prepare_cuda()
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
-    if config.memory.engine == "deepspeed":
-        memory_of = config.memory.model_copy(update={"engine": "layerwise"})
-        config = config.model_copy(update={"memory": memory_of})
+    config = _for_use(config)
     rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
     return config, engine_of(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)
+
+
+def _for_use(config: Config) -> Config:
+    """The config of a trained run, for whatever device it is used on."""
+    changes = {"engine": "layerwise"} if config.memory.engine == "deepspeed" else {}
+    if config.run.device != "cpu" and lacks_bf16():
+        changes["compute"] = "fp32"
+    return config.model_copy(update={"memory": config.memory.model_copy(update=changes)})
 
 
 def require_same_shape(config: Config, folder: Path) -> None:

@@ -13,6 +13,7 @@ def sample(
     engine: Engine,
     tokenizer: Tokenizer,
     prompt: str,
+    *,
     tokens: int,
     seq_len: int,
     temperature: float = 0.8,

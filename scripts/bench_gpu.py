@@ -34,6 +34,7 @@ from lowres import checkpoint
 from lowres import memory as planning
 from lowres.config import Config
 from lowres.config_file import load_config
+from lowres.device import prepare_cuda
 from lowres.engine import make_engine
 from lowres.errors import UserError
 from lowres.memory import GIB
@@ -267,6 +268,7 @@ def measured(name: str, parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
+    prepare_cuda()
     parser = argparse.ArgumentParser(description="Benchmarks that need a GPU.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHMARKS)}")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -22,6 +22,7 @@ import torch
 
 from lowres.config import ModelConfig
 from lowres.config_file import parse_config
+from lowres.device import prepare_cuda
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.rooms import Rooms
@@ -30,6 +31,7 @@ from lowres.storage import Unit
 
 
 def main() -> None:
+    prepare_cuda()
     parser = argparse.ArgumentParser(description="Time of an update against torch.optim.AdamW(fused=True).")
     parser.add_argument("names", nargs="*", default=["apollo-mini"], help=", ".join(RULES))
     parser.add_argument("--preset", default="7b")

@@ -29,6 +29,7 @@ import torch
 
 from lowres.config import Config
 from lowres.config_file import load_config
+from lowres.device import prepare_cuda
 from lowres.engine import zero
 from lowres.memory import GIB, make_plan, require_fit, require_machine
 from lowres.meter import rss_gib
@@ -51,6 +52,7 @@ TINY += ["model.vocab_size=300", "data.seq_len=64", "train.batch_tokens=128", "t
 
 
 def main() -> None:
+    prepare_cuda()
     parser = argparse.ArgumentParser(description="layerwise with host state against DeepSpeed's offload.")
     parser.add_argument("--preset", default="20m")
     parser.add_argument("--seq-len", type=int, default=256)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import lowres
+from lowres.device import prepare_cuda
+from tests.helpers import lowres_here
 
 # pytest runs as several processes
 torch.set_num_threads(1)
+prepare_cuda()  # tests that need a GPU have the settings of the program
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus as `lowres data prepare` leaves it."""
     out = tmp_path_factory.mktemp("prepared") / "data"
-    lowres("data", "prepare", corpus, out, "--vocab-size", 500)
+    lowres_here("data", "prepare", corpus, out, "--vocab-size", 500)
     return out
 
 

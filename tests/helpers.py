@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowres import metrics
+from lowres.cli import main
 from lowres.config import Config, ModelConfig
 from lowres.config_file import parse_config
 from lowres.engine import Engine, make_engine
@@ -109,10 +113,22 @@ def lowres(*arguments: object, code: int = 0, **more: Any) -> subprocess.Complet
     return done
 
 
+def lowres_here(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which takes no seconds to import torch. Where it is the process that is
+    tested (signals, environment, memory), use `lowres`."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        found = main([*map(str, arguments)])
+    assert found == code, f"{arguments}\nexit {found}\n{out.getvalue()}\n{err.getvalue()}"
+    return subprocess.CompletedProcess([*map(str, arguments)], found, out.getvalue(), err.getvalue())
+
+
 def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     """Start training and kill it without warning once it has logged a step."""
     command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # as many threads as this process has, as its runs are compared with that one
+    own = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lowres import metrics
 from lowres.cli import main
 from lowres.rules import RULES
-from tests.helpers import lowres, train_and_kill
+from tests.helpers import lowres, lowres_here, train_and_kill
 
 STEP_KEYS = {
     "step",
@@ -57,27 +57,35 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
 
     text = lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 3).stdout
     assert text.startswith("def ") and len(text) > 10
-    assert text == lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 3).stdout
-    assert text != lowres("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 4).stdout
+    assert text == lowres_here("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 3).stdout
+    assert text != lowres_here("sample", run, "--prompt", "def ", "--tokens", 20, "--seed", 4).stdout
 
-    scores = json.loads(lowres("eval", run, "--json").stdout)
+    scores = json.loads(lowres_here("eval", run, "--json").stdout)
     assert abs(scores["val_loss"] - evaluations[-1]["val_loss"]) < 0.3  # all of the data, not 2,048 tokens
-    assert json.loads(lowres("eval", run, "--data", prepared, "--json").stdout) == scores
+    assert json.loads(lowres_here("eval", run, "--data", prepared, "--json").stdout) == scores
     source = shutil.copy(prepared / "data.json", tmp_path / "text.txt")
-    other = json.loads(lowres("eval", run, "--data", source, "--json").stdout)
+    other = json.loads(lowres_here("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
-    assert lowres("eval", run).stdout.startswith("loss ")
+    assert lowres_here("eval", run).stdout.startswith("loss ")
 
-    assert "step_00000030" in lowres("checkpoint", "list", run).stdout
-    assert lowres("checkpoint", "verify", run).stdout.count("ok") == 2  # keep_checkpoints
+    assert "step_00000030" in lowres_here("checkpoint", "list", run).stdout
+    assert lowres_here("checkpoint", "verify", run).stdout.count("ok") == 2  # keep_checkpoints
     victim = run / "checkpoints" / "step_00000030" / "layers.0.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    assert "layers.0.safetensors" in lowres("checkpoint", "verify", run, code=1).stdout
-    lowres("checkpoint", "verify", victim.parent, code=1)
-    lowres("checkpoint", "verify", run / "checkpoints" / "step_00000020")
-    assert "damaged" in lowres("sample", run, "--prompt", "x", "--tokens", 2).stderr
+    assert "layers.0.safetensors" in lowres_here("checkpoint", "verify", run, code=1).stdout
+    lowres_here("checkpoint", "verify", victim.parent, code=1)
+    lowres_here("checkpoint", "verify", run / "checkpoints" / "step_00000020")
+    assert "damaged" in lowres_here("sample", run, "--prompt", "x", "--tokens", 2).stderr
+
+
+@pytest.fixture(scope="session")
+def short(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data whose epoch is 7 steps of 8,192 tokens."""
+    out = tmp_path_factory.mktemp("short") / "data"
+    lowres_here("data", "prepare", corpus, out, "--vocab-size", 500, "--max-tokens", 60_000)
+    return out
 
 
 def losses(run: Path) -> list[Any]:
@@ -94,65 +102,59 @@ def losses(run: Path) -> list[Any]:
     ],
 )
 def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
-    config: Path, tmp_path: Path, changed: list[str]
+    config: Path, short: Path, tmp_path: Path, changed: list[str]
 ) -> None:
-    # an epoch is about 100 sequences of 1,024 tokens here
+    """First in the first epoch, then in the second; and it ends in the third."""
     longer = [
-        "data.seq_len=1024",
+        f"data.source={short}",
+        "data.seq_len=256",
         "train.batch_tokens=8192",
-        "train.micro_batch=3",
-        "train.steps=40",
-        "train.checkpoint_every=7",
+        "train.micro_batch=11",
+        "train.steps=16",
+        "train.checkpoint_every=5",
     ]
     options: list[object] = [config]
     for override in longer + changed:
         options += ["--set", override]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    lowres("train", *options, "--run", straight)
-    train_and_kill([*options, "--run", broken], broken, after=9)
-    train_and_kill([*options, "--run", broken, "--resume"], broken, after=24)
-    resumed = lowres("train", *options, "--run", broken, "--resume")
-    assert "continuing" in resumed.stderr and "at step 21" in resumed.stderr
+    lowres_here("train", *options, "--run", straight)
+    train_and_kill([*options, "--run", broken], broken, after=6)
+    train_and_kill([*options, "--run", broken, "--resume"], broken, after=11)
+    resumed = lowres_here("train", *options, "--run", broken, "--resume")
+    assert "continuing" in resumed.stderr and "at step 10" in resumed.stderr
     assert losses(broken) == losses(straight)
-    tokens = json.loads((Path(json_source(config)) / "data.json").read_text())["train_tokens"]
-    assert tokens < 40 * 8192, "the run must cross an epoch"
-    last = Path("checkpoints") / "step_00000040"
+    epoch = json.loads((short / "data.json").read_text())["train_tokens"]
+    assert 5 * 8192 < epoch < 10 * 8192 and 2 * epoch < 16 * 8192
+    last = Path("checkpoints") / "step_00000016"
     for file in sorted((straight / last).glob("*.safetensors")):
         here, there = load_file(file), load_file(broken / last / file.name)
         assert here.keys() == there.keys()
         assert all(here[name].equal(there[name]) for name in here), file.name
 
 
-def json_source(config: Path) -> str:
-    import tomllib
-
-    source: str = tomllib.loads(config.read_text())["data"]["source"]
-    return source
-
-
 def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     few = ["--set", "train.steps=6", "--set", "train.eval_every=0", "--set", "train.checkpoint_every=2"]
-    assert "is no run" in lowres("train", config, "--run", run, "--resume", code=2).stderr
+    assert "is no run" in lowres_here("train", config, "--run", run, "--resume", code=2).stderr
     (tmp_path / "other").mkdir()
-    assert "is no run" in lowres("train", config, "--run", tmp_path / "other", "--resume", code=2).stderr
-    lowres("train", config, *few, "--run", run)
+    assert "is no run" in lowres_here("train", config, "--run", tmp_path / "other", "--resume", code=2).stderr
+    lowres_here("train", config, *few, "--run", run)
     before = (run / "metrics.jsonl").read_bytes()
-    assert "already holds a run" in lowres("train", config, *few, "--run", run, code=2).stderr
-    assert "is finished" in lowres("train", config, *few, "--run", run, "--resume").stdout
+    assert "already holds a run" in lowres_here("train", config, *few, "--run", run, code=2).stderr
+    assert "is finished" in lowres_here("train", config, *few, "--run", run, "--resume").stdout
     for key in (
         "optim.lr=0.5",
         "run.seed=5",
         "model.dim=64",
         "memory.weights=bf16",
     ):
-        refused = lowres(
+        refused = lowres_here(
             "train", config, *few, "--set", "train.steps=8", "--set", key, "--run", run, "--resume", code=2
         )
         assert key.split("=")[0] in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert (run / "metrics.jsonl").read_bytes() == before
     # steps, intervals and logging may change
-    lowres(
+    lowres_here(
         "train",
         config,
         *few,
@@ -168,7 +170,7 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     # a run without a checkpoint starts again, and its metrics with it
     shutil.rmtree(run / "checkpoints")
     (run / "summary.json").unlink()
-    restarted = lowres("train", config, *few, "--set", "train.eval_every=6", "--run", run, "--resume")
+    restarted = lowres_here("train", config, *few, "--set", "train.eval_every=6", "--run", run, "--resume")
     assert "starting at step 0" in restarted.stderr
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 7))
     assert [r["step"] for r in losses(run) if "val_loss" in r] == [0, 6]
@@ -184,21 +186,23 @@ def test_resume_refuses_other_data(config: Path, corpus: Path, tmp_path: Path) -
         "train.eval_every=0",
     )
     options = [o for key in keys for o in ("--set", key)]
-    lowres("train", config, *options, "--set", "train.steps=2", "--run", run)
+    lowres_here("train", config, *options, "--set", "train.steps=2", "--run", run)
     (text / "argparse.py").write_text("x = 1\n")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    refused = lowres("train", config, *options, "--set", "train.steps=3", "--run", run, "--resume", code=2)
+    refused = lowres_here(
+        "train", config, *options, "--set", "train.steps=3", "--run", run, "--resume", code=2
+    )
     assert "data.source" in refused.stderr and "is not what the run" in refused.stderr
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    lowres("train", config, "--run", run)
+    lowres_here("train", config, "--run", run)
     wanted = losses(run)
     (run / "summary.json").unlink()
     (run / "checkpoints" / "step_00000030" / "state.json").unlink()
-    resumed = lowres("train", config, "--run", run, "--resume")
+    resumed = lowres_here("train", config, "--run", run, "--resume")
     assert "is damaged" in resumed.stderr and "at step 20" in resumed.stderr
     assert losses(run) == wanted
 
@@ -238,14 +242,14 @@ def test_sources_without_preparation(corpus: Path, config: Path, tmp_path: Path)
         )
         for o in ("--set", key)
     ]
-    lowres("train", config, *options, "--run", tmp_path / "run")
+    lowres_here("train", config, *options, "--run", tmp_path / "run")
     assert len([r for r in losses(tmp_path / "run") if "loss" in r]) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_the_shipped_tiny_config_takes_a_prepared_folder(prepared: Path, tmp_path: Path) -> None:
     options = ["--set", f"data.source={prepared}", "--set", "train.steps=2", "--set", "log.sample_tokens=5"]
-    printed = lowres("train", "configs/tiny.toml", *options, "--run", tmp_path / "run")
+    printed = lowres_here("train", "configs/tiny.toml", *options, "--run", tmp_path / "run")
     assert "a sample after 2 steps" in printed.stdout
 
 
@@ -371,11 +375,13 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 
 def test_plan_says_what_does_not_fit(config: Path) -> None:
-    done = lowres("plan", config, "--set", "memory.budget_gib=0.0001", code=3)
+    done = lowres_here("plan", config, "--set", "memory.budget_gib=0.0001", code=3)
     assert "activations inside a layer" in done.stdout and "memory.budget_gib" in done.stderr
-    plan = json.loads(lowres("plan", config, "--set", "memory.budget_gib=0.0001", "--json", code=3).stdout)
+    plan = json.loads(
+        lowres_here("plan", config, "--set", "memory.budget_gib=0.0001", "--json", code=3).stdout
+    )
     assert plan["fits"] is False
-    assert json.loads(lowres("plan", config, "--json").stdout)["fits"] is True
+    assert json.loads(lowres_here("plan", config, "--json").stdout)["fits"] is True
 
 
 def test_a_run_on_the_host_is_the_run_on_the_gpu(config: Path, tmp_path: Path) -> None:
@@ -383,20 +389,20 @@ def test_a_run_on_the_host_is_the_run_on_the_gpu(config: Path, tmp_path: Path) -
     plain, hosted = tmp_path / "plain", tmp_path / "hosted"
     keys = [f"memory.{part}_on=host" for part in ("weights", "state", "stash", "carry")]
     options = [o for key in [*keys, "memory.band=2", "memory.rehearse=true"] for o in ("--set", key)]
-    lowres("train", config, "--run", plain)
-    done = lowres("train", config, "--run", hosted, *options, "--set", "train.steps=30")
+    lowres_here("train", config, "--run", plain)
+    done = lowres_here("train", config, "--run", hosted, *options, "--set", "train.steps=30")
     assert "rehearsed a step" in done.stderr
     assert losses(hosted) == losses(plain)
     records = [r for r in metrics.read(hosted / "metrics.jsonl") if "loss" in r]
     assert all(r["host_mem_gib"] > 0 and 0 < r["peak_mem_gib"] < r["peak_rss_gib"] for r in records)
     shutil.rmtree(hosted / "checkpoints" / "step_00000030")
     (hosted / "summary.json").unlink()
-    lowres("train", config, "--run", hosted, "--resume", "--set", "memory.stash_on=host")
+    lowres_here("train", config, "--run", hosted, "--resume", "--set", "memory.stash_on=host")
     assert losses(hosted) == losses(plain)
 
 
 def test_a_large_config_without_a_gpu_names_what_works(tmp_path: Path) -> None:
-    done = lowres("train", "configs/llama_7b_8gb.toml", "--run", tmp_path / "run", code=2)
+    done = lowres_here("train", "configs/llama_7b_8gb.toml", "--run", tmp_path / "run", code=2)
     assert "make smoke-7b-cpu" in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
@@ -404,7 +410,7 @@ def test_a_large_config_without_a_gpu_names_what_works(tmp_path: Path) -> None:
 def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
     def fails(*arguments: object, saying: str, run: bool = True) -> None:
         more = ("--run", tmp_path / "run") if run else ()
-        error = lowres(*arguments, *more, code=2).stderr.strip()
+        error = lowres_here(*arguments, *more, code=2).stderr.strip()
         assert saying in error and len(error.splitlines()) == 1, error
         assert not (tmp_path / "run").exists()
 
@@ -431,9 +437,9 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
         fails("data", "prepare", tmp_path / name, tmp_path / "out", saying=name, run=False)
         assert not (tmp_path / "out").exists() and not (tmp_path / "c").exists()
     (tmp_path / "file").write_text("")
-    refused = lowres("train", config, "--run", tmp_path / "file", code=2).stderr
+    refused = lowres_here("train", config, "--run", tmp_path / "file", code=2).stderr
     assert "file is a file; give a folder" in refused
-    refused = lowres("train", config, "--run", tmp_path / "file" / "run", code=2).stderr
+    refused = lowres_here("train", config, "--run", tmp_path / "file" / "run", code=2).stderr
     assert str(tmp_path / "file") in refused and len(refused.splitlines()) == 1
     fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is no run", run=False)
     fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)

@@ -23,6 +23,7 @@ FLOORS = {
     "optim": 5,
     "data": 5,
     "checkpoint": 5,
+    "device": 5,
     "metrics": 5,
     "engine": 6,
     "relora": 6,
@@ -33,9 +34,10 @@ FLOORS = {
     "probe": 8,
     "runs": 8,
     "sweep": 8,
-    "trainer": 9,
-    "cli": 10,
-    "__main__": 11,
+    "start": 9,
+    "trainer": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

@@ -16,7 +16,7 @@ from lowres.memory import GIB, make_plan
 from lowres.model import empty_units, initialize
 from lowres.probe import Rates, dequantised_elements, flops_per_token, predict, step_bytes
 from lowres.rooms import Rooms
-from tests.helpers import CPU, lowres, make_batch, make_config, make_optimizer
+from tests.helpers import CPU, lowres_here, make_batch, make_config, make_optimizer
 
 CUDA = torch.device("cuda")  # counting needs no device
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -129,7 +129,19 @@ def test_counted_bytes_are_those_that_a_step_copies(
     assert (fetched > 0) == (memory != "gpu")
 
 
-RATES = Rates("none", "bfloat16", 100.0, 50.0, 1.0, 3.0, 2.0, 20.0, 10.0, 100.0, 10.0)
+RATES = Rates(
+    device="none",
+    compute="bfloat16",
+    products_tflops=100.0,
+    backward_products_tflops=50.0,
+    block_forward_us=1.0,
+    block_backward_us=3.0,
+    loss_us=2.0,
+    to_gpu_gb_s=20.0,
+    to_host_gb_s=10.0,
+    dequantise_g_s=100.0,
+    update_g_s=10.0,
+)
 
 
 def planned(**sections: Mapping[str, object]) -> Config:
@@ -174,7 +186,7 @@ def test_transfers_hide_behind_the_computation_on_a_gpu_only() -> None:
 
 
 def test_plan_with_a_probe() -> None:
-    found = json.loads(lowres("plan", CONFIGS / "tiny.toml", "--probe", "--json").stdout)
+    found = json.loads(lowres_here("plan", CONFIGS / "tiny.toml", "--probe", "--json").stdout)
     numbers = {key: value for key, value in found["probe"].items() if isinstance(value, int | float)}
     assert {
         "products_tflops",
@@ -197,7 +209,9 @@ NOTHING_MOVED = ("to_gpu_gb", "to_host_gb", "transfer_s")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_probe_of_a_config_for_a_gpu_without_one() -> None:
     options = ("--set", "run.device=cuda", "--set", "memory.stash_on=host")
-    printed = lowres("plan", CONFIGS / "tiny.toml", *options, "--probe").stdout
+    printed = lowres_here("plan", CONFIGS / "tiny.toml", *options, "--probe").stdout
     assert "those of this CPU" in printed and "tokens/s" in printed
-    refused = lowres("plan", CONFIGS / "tiny.toml", "--set", "memory.budget_gib=0.001", "--probe", code=3)
+    refused = lowres_here(
+        "plan", CONFIGS / "tiny.toml", "--set", "memory.budget_gib=0.001", "--probe", code=3
+    )
     assert "tokens/s" not in refused.stdout

@@ -15,7 +15,7 @@ from lowres.config_file import load_config
 from lowres.engine import make_engine
 from lowres.model import empty_units
 from lowres.runs import initialize_from, open_run
-from tests.helpers import ROOMS, lowres, make_batch, make_config, train_and_kill
+from tests.helpers import ROOMS, lowres_here, make_batch, make_config, train_and_kill
 
 
 def test_7b_with_rank_128_fits_its_card() -> None:
@@ -70,7 +70,7 @@ def last_weights(run: Path) -> dict[str, bytes]:
 
 def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
     options, run = options_in(tmp_path), tmp_path / "run"
-    lowres("train", *options, "--run", run)
+    lowres_here("train", *options, "--run", run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "merge_cosine" in r] == [5, 8]
     assert all("effective_rank" in r for r in records if "merge_cosine" in r)
@@ -82,10 +82,10 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
         for folder in (again / "checkpoints").iterdir():
             if int(folder.name.removeprefix("step_")) > stop:
                 shutil.rmtree(folder)
-        lowres("train", *options, "--run", again, "--resume")
+        lowres_here("train", *options, "--run", again, "--resume")
         assert comparable(again) == comparable(run) and last_weights(again) == last_weights(run)
 
-    scores = json.loads(lowres("eval", run, "--json").stdout)
+    scores = json.loads(lowres_here("eval", run, "--json").stdout)
     assert scores["val_loss"] == pytest.approx(records[-1]["val_loss"], rel=1e-6)
     # what samples and evaluates uses the adapters: it is what a copy with them merged computes
     config, engine, _ = open_run(run)
@@ -96,7 +96,7 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
     torch.testing.assert_close(engine.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)
     # and so does another run that starts from it
     warm = options_in(tmp_path, relora__enabled="false", memory__weights="fp32", memory__embeddings="bf16")
-    lowres("train", *warm, "--run", tmp_path / "warm", "--init-from", run)
+    lowres_here("train", *warm, "--run", tmp_path / "warm", "--init-from", run)
     first = json.loads((tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(records[-1]["val_loss"], rel=1e-5)
 
@@ -116,12 +116,12 @@ def test_a_run_killed_three_times_is_the_same_run(tmp_path: Path) -> None:
         train__eval_every="20",
     )
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    lowres("train", *options, "--run", straight)
+    lowres_here("train", *options, "--run", straight)
     resume: list[str] = []
     for after in (7, 12, 22):  # the next checkpoints: of the warm start's end, on a merge, inside a cycle
         train_and_kill([*options, "--run", broken, *resume], broken, after)
         resume = ["--resume"]
-    lowres("train", *options, "--run", broken, "--resume")
+    lowres_here("train", *options, "--run", broken, "--resume")
     assert comparable(broken) == comparable(straight) and last_weights(broken) == last_weights(straight)
 
 

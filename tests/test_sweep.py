@@ -11,7 +11,7 @@ from lowres import metrics
 from lowres.cli import main
 from lowres.report import _loss_axis, draw_sweep
 from lowres.sweep import parse_grid, table
-from tests.helpers import lowres
+from tests.helpers import lowres_here
 
 QUICK = ["--set", "train.checkpoint_every=2", "--set", "train.eval_tokens=256"]
 
@@ -75,7 +75,7 @@ def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
     broken = out / "lr-0.03_batch_tokens-2048" / "checkpoints"
     broken.parent.mkdir(parents=True)
     broken.write_text("")
-    done = lowres(*arguments, code=1)
+    done = lowres_here(*arguments, code=1)
     assert "1 of 4 points failed" in done.stderr
     lines = done.stdout.splitlines()
     head = ["lr", "batch_tokens", "lr", "batch", "lr/batch", "val", "loss", "perplexity", "tokens/s"]
@@ -101,7 +101,7 @@ def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
     (stopped / "checkpoints" / "step_00000004" / "state.json").unlink()
     finished = out / "lr-0.003_batch_tokens-2048"
     before = (finished / "summary.json").stat().st_mtime_ns
-    again = lowres(*arguments)
+    again = lowres_here(*arguments)
     assert "failed" not in again.stdout
     assert (finished / "summary.json").stat().st_mtime_ns == before
     assert "at step 2" in (stopped / "train.log").read_text()
@@ -112,7 +112,7 @@ def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
 
     # what is there was made with other settings
     for change in (["--tokens", 8192], ["--set", "run.seed=3"], ["--set", "schedule.cooldown_steps=1"]):
-        refused = lowres(*arguments, *change, code=2)
+        refused = lowres_here(*arguments, *change, code=2)
         assert "was begun with another" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 

@@ -175,6 +175,12 @@ def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
 
 
+def rehearse(projection: Projection, shape: tuple[int, ...], device: torch.device) -> None:
+    """Allocate what the decomposition of a gradient of this shape does; a refused update asks for none."""
+    if isinstance(projection, SvdProjection):  # of one number for all elements, as a gradient has its memory
+        singular_vectors(torch.ones((), device=device).expand(shape), rank_of(projection.rank, shape))
+
+
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
     """Runs of tensors whose projected gradients have BATCH numbers together, or that are alone."""
     start = total = 0

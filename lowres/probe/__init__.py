@@ -1,0 +1,48 @@
+"""How fast a run will be: a few seconds of measuring give rates, and the work of a planned step is divided by
+them.
+
+work        what a step does, counted: operations, elements, bytes
+rates       what the machine does in a second, measured
+prediction  the first divided by the second
+
+What is in no rate: reading the batch, the embedding's lookup, evaluation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowres.config import Config
+from lowres.device import pick_device
+from lowres.errors import UserError
+from lowres.memory import Plan
+from lowres.probe.prediction import Prediction, Probe, predict
+from lowres.probe.rates import Rates, measure
+from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
+
+__all__ = [
+    "Prediction",
+    "Probe",
+    "Rates",
+    "dequantised_elements",
+    "flops_per_token",
+    "measure",
+    "predict",
+    "probe",
+    "step_bytes",
+]
+
+
+def probe(config: Config, plan: Plan) -> Probe:
+    """Measure the device that the run would use, or the CPU if it has none, and predict."""
+    if config.memory.engine == "deepspeed":
+        raise UserError("--probe: knows nothing of DeepSpeed's steps; leave it out, or use engine=layerwise")
+    missing = config.run.device == "cuda" and not torch.cuda.is_available()
+    device = torch.device("cpu") if missing else pick_device(config)
+    note = ""
+    if missing:
+        note = "there is no CUDA device here: rates and prediction are those of this CPU"
+    rates = measure(config, plan, device)
+    target = config.train.total_steps * config.train.batch_tokens
+    prediction = predict(config, plan, rates, device)
+    return Probe(rates=rates, prediction=prediction, target_tokens=target, note=note)

@@ -1,0 +1,122 @@
+"""How long a planned step will take: its work divided by what the machine does."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lowres.config import Config
+from lowres.memory import Plan
+from lowres.probe.rates import Rates
+from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
+from lowres.storage import compute_dtype
+
+SECONDS_A_DAY = 86400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """A planned step at measured rates."""
+
+    gflops_per_token: float
+    to_gpu_gb: float  # moved in a step, 10^9 bytes
+    to_host_gb: float
+    products_s: float  # seconds of a step; these four are compute_s
+    beside_products_s: float
+    dequantise_s: float
+    update_s: float
+    compute_s: float
+    transfer_s: float
+    step_s: float
+    limit: str  # compute or transfers
+    tokens_per_s: float
+    days_to_target: float
+    days_per_billion_tokens: float
+
+
+def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> Prediction:
+    """Seconds of a step. On CUDA transfers run beside the computation and each other, in both directions;
+    on a CPU they are copies in its own time."""
+    tokens, model = config.train.batch_tokens, config.model
+    engine = config.memory.engine
+    compute = compute_dtype(config.memory.compute, device)
+    flops = flops_per_token(model, config.data.seq_len, plan.choice.band, engine)
+    head_backward = 4 * model.vocab * model.dim
+    forward = flops["forward"] + flops["recomputation"] + flops["head"] - head_backward
+    backward = flops["backward"] + head_backward
+    products = tokens * (
+        forward / (rates.products_tflops * 1e12) + backward / (rates.backward_products_tflops * 1e12)
+    )
+    block_us = rates.block_forward_us + rates.block_backward_us
+    beside = tokens * (model.n_layers * block_us + rates.loss_us) / 1e6
+    dequantise = (
+        dequantised_elements(config, compute) / (rates.dequantise_g_s * 1e9) if rates.dequantise_g_s else 0.0
+    )
+    update = plan.parameters / (rates.update_g_s * 1e9)
+    compute_s = products + beside + dequantise + update
+
+    # the plan's boundaries have the format of the device that the plan is for, which may not be here
+    planned_for = torch.device("cuda" if config.run.device == "cuda" else device.type)
+    fetched, stored = step_bytes(config, plan, compute_dtype(config.memory.compute, planned_for))
+    directions = fetched / (rates.to_gpu_gb_s * 1e9), stored / (rates.to_host_gb_s * 1e9)
+    transfer_s = max(directions) if device.type == "cuda" else sum(directions)
+    step_s = max(compute_s, transfer_s) if device.type == "cuda" else compute_s + transfer_s
+    return Prediction(
+        gflops_per_token=sum(flops.values()) / 1e9,
+        to_gpu_gb=fetched / 1e9,
+        to_host_gb=stored / 1e9,
+        products_s=products,
+        beside_products_s=beside,
+        dequantise_s=dequantise,
+        update_s=update,
+        compute_s=compute_s,
+        transfer_s=transfer_s,
+        step_s=step_s,
+        limit="compute" if compute_s >= transfer_s else "transfers",
+        tokens_per_s=tokens / step_s,
+        days_to_target=config.train.total_steps * step_s / SECONDS_A_DAY,
+        days_per_billion_tokens=1e9 / tokens * step_s / SECONDS_A_DAY,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Rates, what they mean for a run, and a note on where they are from."""
+
+    rates: Rates
+    prediction: Prediction
+    target_tokens: int
+    note: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `lowres plan --probe --json`."""
+        return {
+            **asdict(self.rates),
+            **asdict(self.prediction),
+            "target_tokens": self.target_tokens,
+            "note": self.note,
+        }
+
+    def table(self) -> str:
+        """For people."""
+        r, p = self.rates, self.prediction
+        dequantised = f"{r.dequantise_g_s:.3g}" if r.dequantise_g_s else "no"
+        return "\n".join(
+            [
+                *([f"note: {self.note}"] if self.note else []),
+                f"{r.device}: {r.compute} products {r.products_tflops:.3g} TFLOPS, backward "
+                f"{r.backward_products_tflops:.3g}; beside them {r.block_forward_us:.3g} and "
+                f"{r.block_backward_us:.3g} us a token and block, loss {r.loss_us:.3g} us a token",
+                f"copies to the GPU {r.to_gpu_gb_s:.3g} GB/s, to the host {r.to_host_gb_s:.3g} GB/s; "
+                f"{dequantised} G elements/s dequantised, {r.update_g_s:.3g} updated",
+                f"a step: {p.gflops_per_token:.3g} GFLOPs a token; products {p.products_s:.3g} s, beside "
+                f"them {p.beside_products_s:.3g} s, dequantising {p.dequantise_s:.3g} s, updates "
+                f"{p.update_s:.3g} s: compute {p.compute_s:.3g} s",
+                f"transfers {p.to_gpu_gb:.3g} GB to the GPU, {p.to_host_gb:.3g} GB to the host: "
+                f"{p.transfer_s:.3g} s; {p.limit} {'limits' if p.limit == 'compute' else 'limit'} the step",
+                f"predicted: {p.tokens_per_s:,.4g} tokens/s, {p.days_to_target:,.3g} days for "
+                f"{self.target_tokens:,} tokens, {p.days_per_billion_tokens:,.3g} days a billion tokens",
+            ]
+        )

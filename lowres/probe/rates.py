@@ -1,0 +1,270 @@
+"""What a machine does in a second, measured for a few of them with the run's own functions.
+
+The numbers are random, since a chip may be faster on zeros. On CUDA all shapes are the real ones; on a CPU
+they are cut to slices of a layer, so that a 7B model takes seconds too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowres.config import Config, ModelConfig
+from lowres.device import is_out_of_memory
+from lowres.engine.common import sum_of_squares
+from lowres.engine.layerwise import WorkingMatrix, cross_entropy
+from lowres.errors import DoesNotFit
+from lowres.memory import Plan
+from lowres.model import block, block_shapes, empty_units, initialize, rope_tables
+from lowres.optim import make_optimizer
+from lowres.rooms import GPU, HOST, Mover, Rooms
+from lowres.storage import DENSE_DTYPES, MATRIX, Unit, compute_dtype
+
+# a measurement is repeated so often, or fewer times once it has taken so many seconds
+REPEATS, ENOUGH_SECONDS = 5, 0.6
+WARM_UP_SECONDS = 0.05  # on CUDA, so that clocks are up
+# slices on a CPU: tokens and operations of a product, elements of the residual stream, and logits
+CPU_TOKENS, CPU_FLOPS, CPU_ELEMENTS, CPU_LOGITS = 512, 4_000_000_000, 1 << 20, 1 << 23
+COPY_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a machine does. None: the run has nothing of the kind."""
+
+    device: str
+    compute: str  # number format of the products
+    products_tflops: float  # x W^T, with the shapes of a block
+    backward_products_tflops: float  # dy W, and dy^T x added to a gradient
+    block_forward_us: float  # microseconds a token and block beside the products: norms, attention, SwiGLU
+    block_backward_us: float  # recomputed and differentiated
+    loss_us: float  # microseconds a token from logits to their gradient
+    to_gpu_gb_s: float  # 10^9 bytes a second
+    to_host_gb_s: float
+    dequantise_g_s: float | None  # 10^9 elements a second
+    update_g_s: float  # the rule and the rounding into the stored format
+
+
+def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
+    """Measure for a few seconds. Raises DoesNotFit if the GPU has no room for a layer."""
+    compute = compute_dtype(config.memory.compute, device)
+    try:
+        forward, backward = _products(config, plan, device, compute)
+        beside = _beside_products(config, plan, device, compute)
+        loss = _loss(config, plan, device, compute)
+        to_gpu, to_host = _copies(device)
+        dequantise, update = _weights(config, device, compute)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(
+            f"--probe: no room on the GPU ({str(error).splitlines()[0]}); end what else uses it"
+        ) from None
+    return Rates(
+        device=_device_name(device),
+        compute=str(compute).removeprefix("torch."),
+        products_tflops=forward / 1e12,
+        backward_products_tflops=backward / 1e12,
+        block_forward_us=beside[0] * 1e6,
+        block_backward_us=beside[1] * 1e6,
+        loss_us=loss * 1e6,
+        to_gpu_gb_s=to_gpu / 1e9,
+        to_host_gb_s=to_host / 1e9,
+        dequantise_g_s=None if dequantise is None else dequantise / 1e9,
+        update_g_s=update / 1e9,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Median time of a call, after warm-up calls."""
+    cuda = device.type == "cuda"
+    began = time.perf_counter()
+    while True:
+        work()
+        if not cuda:
+            break
+        torch.cuda.synchronize(device)
+        if time.perf_counter() - began > WARM_UP_SECONDS:
+            break
+    found: list[float] = []
+    while len(found) < REPEATS and sum(found) < ENOUGH_SECONDS:
+        if cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def _products(config: Config, plan: Plan, device: torch.device, compute: torch.dtype) -> tuple[float, float]:
+    """Operations a second of the products of a block, forward and backward, over all its matrices."""
+    tokens = plan.micro_batch * config.data.seq_len
+    if device.type == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
+    shapes = Counter(shape for shape in block_shapes(config.model).values() if len(shape) == 2)
+    operations = forward = backward = 0.0
+    for (rows, columns), count in shapes.items():
+        part = rows
+        if device.type == "cpu":
+            part = min(rows, max(1, CPU_FLOPS // (2 * tokens * columns)))
+        x, dy = _random((tokens, columns), compute, device), _random((tokens, part), compute, device)
+        grad = torch.zeros(part, columns, dtype=torch.promote_types(compute, torch.float32), device=device)
+        matrix = WorkingMatrix(_random((part, columns), compute, device), grad)
+        with torch.no_grad():
+            times = count * rows / part
+            forward += times * _seconds(partial(matrix, x), device)
+            backward += times * _seconds(partial(matrix.backward, dy, x), device)
+        operations += 2 * tokens * rows * columns * count
+    return operations / forward, 2 * operations / backward
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).mul_(0.02).to(dtype)
+
+
+class _Ready(torch.autograd.Function):
+    """In the place of a product: its result and the gradient of its input are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
+        ctx.dx = dx
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.dx, None, None
+
+
+def _beside_products(
+    config: Config, plan: Plan, device: torch.device, compute: torch.dtype
+) -> tuple[float, float]:
+    """Seconds a token that a block takes beside its matrix products: in the forward pass, and in
+    recomputation with backward. On a CPU some heads are measured and counted for all."""
+    length, sequences = config.data.seq_len, plan.micro_batch
+    model = _slice(config.model, length, device)
+    if device.type == "cpu":
+        sequences = max(1, min(sequences, CPU_ELEMENTS // (length * model.dim)))
+    streams = {
+        width: _random((sequences, length, width), compute, device)
+        for width in (model.dim, model.kv_heads * model.head_dim, model.ffn_dim)
+    }
+    weights: dict[str, Any] = {}
+    for role, shape in block_shapes(model).items():
+        if len(shape) == 2:
+            y, dx = streams[shape[0]], streams[shape[1]]
+            weights[role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
+        else:
+            weights[role] = torch.ones(shape, device=device, requires_grad=True)
+    rope = rope_tables(model, length, device)
+    x, dy = _random((sequences, length, model.dim), compute, device), streams[model.dim]
+
+    def forward() -> None:
+        with torch.no_grad():
+            block(x, weights, rope, model)
+
+    def backward() -> None:
+        leaf = x.detach().requires_grad_()
+        torch.autograd.backward(block(leaf, weights, rope, model), dy)
+
+    scale = config.model.n_heads / model.n_heads / (sequences * length)
+    return _seconds(forward, device) * scale, _seconds(backward, device) * scale
+
+
+def _slice(model: ModelConfig, length: int, device: torch.device) -> ModelConfig:
+    """One layer and next to no vocabulary; on a CPU also fewer heads, with as much less of the rest."""
+    group = model.n_heads // model.kv_heads
+    heads = model.n_heads
+    if device.type == "cpu":
+        heads = min(heads, max(group, CPU_ELEMENTS // (length * model.head_dim) // group * group))
+    return model.model_copy(
+        update={
+            "n_layers": 1,
+            "vocab_size": 2,
+            "dim": heads * model.head_dim,
+            "n_heads": heads,
+            "n_kv_heads": heads // group,
+            "ffn_dim": max(1, model.ffn_dim * heads // model.n_heads),
+        }
+    )
+
+
+def _loss(config: Config, plan: Plan, device: torch.device, compute: torch.dtype) -> float:
+    """Seconds a token from logits to the loss and their gradient."""
+    vocab = config.model.vocab
+    chunk = min(config.memory.loss_chunk, plan.micro_batch * config.data.seq_len)
+    if device.type == "cpu":
+        chunk = min(chunk, max(1, CPU_LOGITS // vocab))
+    logits = _random((chunk, vocab), torch.promote_types(compute, torch.float32), device)
+    targets = torch.arange(chunk, device=device) % vocab
+
+    def loss() -> None:
+        cross_entropy(logits, targets, 1.0)
+        logits.to(compute)
+
+    with torch.no_grad():
+        return _seconds(loss, device) / chunk
+
+
+def _copies(device: torch.device) -> tuple[float, float]:
+    """Bytes a second from host memory to the GPU, and back, as the engine copies."""
+    rooms, mover, size = Rooms(device), Mover(device), COPY_BYTES[device.type]
+    on_gpu, on_host = (rooms.slab("probe", room, size) for room in (GPU, HOST))
+    for slab in (on_gpu, on_host):
+        slab.fill_(1)  # untouched memory may be one page of zeros
+    to_gpu = _seconds(lambda: mover.wait(mover.fetch([(on_gpu, on_host)])), device)
+    to_host = _seconds(lambda: mover.wait(mover.store([(on_host, on_gpu)])), device)
+    mover.finish()
+    return size / to_gpu, size / to_host
+
+
+def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tuple[float | None, float]:
+    """Elements of a block that are dequantised a second (None if they are used as stored), and updated."""
+    rooms, kept = Rooms(device), config.memory
+    config = config.model_copy(update={"model": _slice(config.model, config.data.seq_len, device)})
+    unit = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)["layers.0"]
+    optimizer = make_optimizer(config)
+    optimizer.attach([unit], rooms)
+    initialize([unit], config.run.seed, device)
+    dequantise = None
+    if DENSE_DTYPES.get(kept.weights) != compute:
+        dequantise = _dequantise(unit, device, compute)
+    grads = {s.name: _random(s.shape, torch.float32, device) for s in unit.spec.tensors}
+    accepted = torch.ones((), dtype=torch.bool, device=device)
+
+    def update() -> None:
+        sum_of_squares(grads)
+        optimizer.update(unit, grads, 0, 1.0, accepted)
+
+    with torch.no_grad():
+        return dequantise, sum(s.numel for s in unit.spec.tensors) / _seconds(update, device)
+
+
+def _dequantise(unit: Unit, device: torch.device, compute: torch.dtype) -> float:
+    specs = [spec for spec in unit.spec.tensors if spec.kind == MATRIX]
+    out = torch.empty(max(spec.numel for spec in specs), dtype=compute, device=device)
+
+    def dequantise() -> None:
+        for spec in specs:
+            unit.weights[spec.name].dense(compute, out)
+
+    return sum(spec.numel for spec in specs) / _seconds(dequantise, device)

@@ -1,0 +1,378 @@
+"""What a run starts from: nothing, a checkpoint of its own, or the weights of another; and what it refuses.
+
+Everything is decided first (`decide`), so that what is refused has written nothing. Then the run is built,
+its weights are loaded or drawn, and the largest step is rehearsed. What computes without adapters and what
+computes with them start alike, so a run that is resumed after the warm start of ReLoRA is no other case.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lowres import checkpoint, memory, ranks, rates
+from lowres.config import Config
+from lowres.config_file import changed_keys, follow_batch, load_config, to_toml
+from lowres.data import TokenData, open_data
+from lowres.data.sources import is_stream
+from lowres.device import is_out_of_memory, pick_device
+from lowres.engine import zero
+from lowres.errors import DoesNotFit, UserError
+from lowres.model import initialize
+from lowres.optim import Optimizer
+from lowres.ranks import say
+from lowres.relora import effective_rank
+from lowres.rules import lowrank
+from lowres.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    TOKENIZER,
+    Run,
+    initialize_from,
+    require_same_shape,
+    write_beside,
+    write_checkpoint,
+)
+from lowres.storage import MERGED, Unit
+
+# keys that may change with the batch; follow_batch checks them
+RATES = (*(f"optim.{key}" for key in rates.RATES), "optim.lr_over_batch")
+# pieces that a tokenizer has at least, where the config does not say (data.vocab_size allows no fewer)
+LEAST_VOCABULARY = 260
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What was decided before anything is written or built."""
+
+    folder: Path
+    config: Config  # with the vocabulary, the rates and the length that the run goes on with
+    device: torch.device
+    data: TokenData
+    plans: dict[bool, memory.Plan]  # by whether there are adapters
+    found: Path | None  # the checkpoint to go on from
+    step: int  # that of it
+    offset: int  # see Run
+    started_with: dict[str, Any]  # see Run
+    origin: Path | None  # the run that the first weights come from
+    lines: list[str]  # to be said
+
+
+def is_finished(config: Config, folder: Path) -> bool:
+    """Whether the run in a folder has come as far as the config asks for."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+        # in tokens, if the run is given in them: its batch may have changed on the way
+        if config.train.tokens is not None:
+            return bool(summary["tokens"] >= config.train.tokens)
+        return bool(summary["step"] >= config.train.total_steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def begin(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
+    """The run, ready for its next step, and how many it has behind it."""
+    start = decide(config, folder, resume)
+    for line in start.lines:
+        say(line)
+    _write_folder(start)
+    run = _build(start)
+    _announce(run)
+    rehearse = start.config.memory.rehearse
+    if rehearse is True or (rehearse == "auto" and start.device.type == "cuda"):
+        _rehearse(run)
+    return run, start.step
+
+
+# ---- decide
+
+
+def decide(config: Config, folder: Path, resume: bool) -> Start:
+    """Check everything; nothing is written but data that have to be prepared. Raises UserError and DoesNotFit
+    for what cannot be done."""
+    device = pick_device(config)
+    _meet(config, device)
+    found, damaged = _find_checkpoint(folder, resume)
+    saved = load_config(folder / CONFIG)[0] if resume else None
+    config = _with_origin(config, saved)
+    # what cannot fit is refused before anything is read or written
+    least = config.model.vocab_size or config.data.vocab_size or LEAST_VOCABULARY
+    _check_room(config.with_vocab(least), device, folder)
+    data = _open_data(config)
+    config = config.with_vocab(config.model.vocab_size or data.vocab_size)
+
+    state = checkpoint.load_state(found) if found else {}
+    step, offset = int(state.get("step", 0)), 0
+    notes: list[str] = []
+    started_with = state.get("start") or _rates(saved or config)
+    if saved is not None:
+        _require_same_settings(config, saved, folder)
+        config, notes = follow_batch(config, saved, started_with)
+    if state:
+        _require_same_data(config, data, state, folder)
+        config = _with_tokens_left(config, state)
+        offset = state["tokens"] // config.data.seq_len - step * config.batch_sequences
+
+    plans = _check_room(config, device, folder)
+    origin = Path(config.run.init_from) if config.run.init_from and found is None else None
+    if origin is not None:
+        require_same_shape(config, origin)
+    lines = [f"note: {note}" for note in damaged + data.notes + notes]
+    if resume and found is None:
+        lines.append(f"{folder} has no checkpoint yet: starting at step 0")
+    return Start(
+        folder=folder,
+        config=config,
+        device=device,
+        data=data,
+        plans=plans,
+        found=found,
+        step=step,
+        offset=offset,
+        started_with=started_with,
+        origin=origin,
+        lines=lines,
+    )
+
+
+def _meet(config: Config, device: torch.device) -> None:
+    """Be one of the ranks of the run; refuse what cannot be done on so many, or without DeepSpeed."""
+    engine, source = config.memory.engine, config.data.source
+    if ranks.size() > 1 and engine != "deepspeed":
+        raise UserError(
+            f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, or "
+            "`lowres train` without a launcher"
+        )
+    if ranks.size() > 1 and is_stream(source):
+        raise UserError(
+            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
+            f"`lowres data prepare {source} OUT`"
+        )
+    if engine == "deepspeed":
+        zero.require(config, device)
+        ranks.join(device)
+
+
+def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    """The newest valid checkpoint of a run that is resumed, the same on all ranks; notes on damaged ones."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run: {folder} is a file; give a folder")
+    holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
+    if resume and not (folder / CONFIG).exists():
+        raise UserError(f"--resume: {folder} is no run; start one without --resume")
+    if not resume and holds_run:
+        raise UserError(
+            f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
+        )
+    if not resume:
+        return None, []
+    checkpoints = folder / CHECKPOINTS
+    found, notes = checkpoint.newest_valid(checkpoints) if ranks.is_first() else (None, [])
+    own = checkpoint.step_of(found) if found else -1
+    (step,) = ranks.total(own if ranks.is_first() else 0)
+    return (None if step < 0 else checkpoint.step_folder(checkpoints, int(step))), notes
+
+
+def _with_origin(config: Config, saved: Config | None) -> Config:
+    """With the tokenizer of the run that the weights come from; a resumed run keeps the one it had."""
+    origin = config.run.init_from or (saved or config).run.init_from
+    if origin is None:
+        return config
+    tokenizer = Path(origin) / TOKENIZER
+    if not tokenizer.exists():
+        raise UserError(f"run.init_from: {origin} is no run: it has no {TOKENIZER}")
+    run = config.run.model_copy(update={"init_from": origin})
+    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
+    return config.model_copy(update={"run": run, "data": data})
+
+
+def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
+    """The plans, by whether there are adapters, if the budgets, this machine and its disk have room."""
+    plans = {}
+    for part, plan in memory.make_plans(config, device, on_this_machine=True).items():
+        memory.require_fit(plan)
+        memory.require_machine(plan, device)
+        plans[part == memory.ADAPTERS] = plan
+    train = config.train
+    saves = -(-train.total_steps // train.checkpoint_every) if train.checkpoint_every else 1
+    kept = min(train.keep_checkpoints, saves - 1)
+    largest = max(plan.peak(memory.DISK) for plan in plans.values())
+    checkpoint.require_disk(folder / CHECKPOINTS, largest, kept)
+    return plans
+
+
+def _open_data(config: Config) -> TokenData:
+    """The data; the first rank of each machine prepares them if need be."""
+    if not ranks.is_first_here():
+        ranks.wait()
+    progress = config.log.progress and ranks.is_first()
+    data = open_data(config.data, config.model.vocab_size, config.run.seed, progress)
+    if ranks.is_first_here():
+        ranks.wait()
+    return data
+
+
+def _rates(config: Config) -> dict[str, Any]:
+    """What the rates of a run follow from when its batch changes."""
+    optim = config.optim
+    return {"batch_tokens": config.train.batch_tokens} | {key: getattr(optim, key) for key in rates.RATES}
+
+
+def _require_same_settings(config: Config, saved: Config, folder: Path) -> None:
+    """Raise UserError if a setting differs that may not change on resume."""
+    changed = [key for key in changed_keys(saved, config) if key not in RATES]
+    if changed:
+        changed.sort(key=lambda key: not key.startswith("relora."))  # which the schedule follows
+        section, key = changed[0].split(".")
+        before = getattr(getattr(saved, section), key)
+        raise UserError(
+            f"{changed[0]}: the run in {folder} was started with {before!r}, and this key may not change "
+            "on resume; set it back or start a new run"
+        )
+
+
+def _require_same_data(config: Config, data: TokenData, state: dict[str, Any], folder: Path) -> None:
+    """Raise UserError if the data are not those of the run."""
+    if state["data"] != data.fingerprint:
+        raise UserError(
+            f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
+            "give the folder or files that it started with"
+        )
+
+
+def _with_tokens_left(config: Config, state: dict[str, Any]) -> Config:
+    """With as many steps as what is left of train.tokens takes, in batches of now."""
+    train = config.train
+    if train.tokens is None:
+        return config
+    steps = state["step"] + max(0, math.ceil((train.tokens - state["tokens"]) / train.batch_tokens))
+    if steps == train.total_steps:
+        return config
+    return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "tokens": None})})
+
+
+# ---- build
+
+
+def _write_folder(start: Start) -> None:
+    """Make the folder of the run, or bring it up to date."""
+    ranks.wait()  # until all have seen what was there
+    if ranks.is_first():
+        start.folder.mkdir(parents=True, exist_ok=True)
+        (start.folder / SUMMARY).unlink(missing_ok=True)
+        write_beside(start.folder / CONFIG, to_toml(start.config))
+        shutil.copyfile(start.data.tokenizer.path, start.folder / TOKENIZER)
+
+
+def _build(start: Start) -> Run:
+    """The run with its weights and state: loaded, taken from another run, or new."""
+    config, data = start.config, start.data
+    run = Run(
+        folder=start.folder,
+        config=config,
+        data=data,
+        validation=data.validation(config.train.eval_tokens),
+        token_bytes=data.tokenizer.token_bytes(),
+        offset=start.offset,
+        started_with=start.started_with,
+        plans=start.plans,
+    )
+    run.build(start.device, config.relora.stored_at(start.step))
+    engine = run.parts.engine
+    if start.found is not None:
+        run.load(start.found)
+        say(f"continuing {start.folder} at step {start.step}")
+        return run
+    initialize(engine.units(write=True), config.run.seed, start.device)
+    if start.origin is not None:
+        initialize_from(engine.units(write=True), start.origin)
+        say(f"weights from {start.origin}")
+    return run
+
+
+def _announce(run: Run) -> None:
+    config, plan = run.config, run.parts.plan
+    lr = config.optim.lr or 0
+    say(
+        f"{plan.parameters / 1e6:.2f} M parameters on {run.parts.rooms.device.type}: {config.memory.engine} "
+        f"engine, {config.memory.weights} weights, {config.optim.name}"
+    )
+    say(
+        f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
+        f"({config.batch_sequences} sequences in micro-batches of {plan.micro_batch}), "
+        f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
+        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB "
+        "on the host"
+    )
+
+
+def _rehearse(run: Run) -> None:
+    """The largest step of training, of evaluation and of saving, so that what runs once runs always.
+
+    Two micro-batches do: what holds the whole batch is allocated. The step is refused at its end, so
+    weights and state stay as they are.
+    """
+    config, parts = run.config, run.parts
+    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
+    shape = (sequences, config.data.seq_len + 1)
+    batch = torch.zeros(shape, dtype=torch.int64)
+    place, optimizer = run.folder / "rehearsal", parts.relora.optimizer
+    parts.relora.optimizer = cast(Optimizer, _Decomposing(optimizer))
+    try:
+        with parts.meter.watch("step"):
+            parts.engine.step(batch, 0, 0.0, rehearsal=True)
+        with parts.meter.watch("evaluation"):
+            parts.engine.evaluate(batch)
+        # embedding and a block: the others are like these
+        some = itertools.islice(parts.engine.units(), 2)
+        write_checkpoint(place, 0, ((unit.spec.name, unit.tensors()) for unit in some), {}, keep=0)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit(
+            f"the rehearsal of a step ran out of GPU memory ({str(error).splitlines()[0]}); "
+            "lower memory.budget_gib or train.micro_batch"
+        ) from None
+    finally:
+        parts.relora.optimizer = optimizer
+        shutil.rmtree(place, ignore_errors=True)
+    peak = parts.meter.readings()["peak_mem_gib"]
+    say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
+
+
+class _Decomposing:
+    """In the place of an optimizer in the rehearsal: asks also for what only some steps do and a refused one
+    never, the decompositions of projections and of merges, once for each shape. Here, as it is beside what
+    the step holds during an update that they must fit."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.seed = optimizer, optimizer.seed
+        self._done: set[tuple[str, tuple[int, ...]]] = set()
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None:
+        for spec in unit.spec.trained:
+            projection = getattr(self.optimizer.group_of(spec).rule, "projection", None)
+            if projection is not None and self._is_new("gradient", spec.shape):
+                lowrank.rehearse(projection, spec.shape, accepted.device)
+        self.optimizer.update(unit, grads, step, schedule, accepted)
+        for state in unit.state.values():
+            if MERGED in state and self._is_new(MERGED, state[MERGED].shape):
+                effective_rank(state[MERGED])
+
+    def _is_new(self, what: str, shape: tuple[int, ...]) -> bool:
+        before = len(self._done)
+        self._done.add((what, tuple(shape)))
+        return len(self._done) > before
