@@ -11,13 +11,11 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowres import checkpoint, memory, ranks, rates
 from lowres.config import Config
@@ -28,10 +26,7 @@ from lowres.device import is_out_of_memory, pick_device
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.model import initialize
-from lowres.optim import Optimizer
 from lowres.ranks import say
-from lowres.relora import effective_rank
-from lowres.rules import lowrank
 from lowres.runs import (
     CHECKPOINTS,
     CONFIG,
@@ -44,7 +39,6 @@ from lowres.runs import (
     write_beside,
     write_checkpoint,
 )
-from lowres.storage import MERGED, Unit
 
 # keys that may change with the batch; follow_batch checks them
 RATES = (*(f"optim.{key}" for key in rates.RATES), "optim.lr_over_batch")
@@ -327,8 +321,8 @@ def _rehearse(run: Run) -> None:
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
     batch = torch.zeros(shape, dtype=torch.int64)
-    place, optimizer = run.folder / "rehearsal", parts.relora.optimizer
-    parts.relora.optimizer = cast(Optimizer, _Decomposing(optimizer))
+    place = run.folder / "rehearsal"
+    parts.relora.rehearsing = True
     try:
         with parts.meter.watch("step"):
             parts.engine.step(batch, 0, 0.0, rehearsal=True)
@@ -345,34 +339,7 @@ def _rehearse(run: Run) -> None:
             "lower memory.budget_gib or train.micro_batch"
         ) from None
     finally:
-        parts.relora.optimizer = optimizer
+        parts.relora.rehearsing = False
         shutil.rmtree(place, ignore_errors=True)
     peak = parts.meter.readings()["peak_mem_gib"]
     say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
-
-
-class _Decomposing:
-    """In the place of an optimizer in the rehearsal: asks also for what only some steps do and a refused one
-    never, the decompositions of projections and of merges, once for each shape. Here, as it is beside what
-    the step holds during an update that they must fit."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer, self.seed = optimizer, optimizer.seed
-        self._done: set[tuple[str, tuple[int, ...]]] = set()
-
-    def update(
-        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
-    ) -> None:
-        for spec in unit.spec.trained:
-            projection = getattr(self.optimizer.group_of(spec).rule, "projection", None)
-            if projection is not None and self._is_new("gradient", spec.shape):
-                lowrank.rehearse(projection, spec.shape, accepted.device)
-        self.optimizer.update(unit, grads, step, schedule, accepted)
-        for state in unit.state.values():
-            if MERGED in state and self._is_new(MERGED, state[MERGED].shape):
-                effective_rank(state[MERGED])
-
-    def _is_new(self, what: str, shape: tuple[int, ...]) -> bool:
-        before = len(self._done)
-        self._done.add((what, tuple(shape)))
-        return len(self._done) > before

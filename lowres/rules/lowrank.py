@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lowres import rng
+from lowres.rooms import Event
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Clock, Rule, State
 from lowres.rules.registry import Key, Settings
 from lowres.storage import Fields, TensorSpec, chunk_elements
@@ -131,11 +132,16 @@ class SvdProjection:
 
     They depend on the gradient of that step, so they are state, with the number of the refresh beside
     them. A gradient that is refused or zero has none; the next one is asked then.
+
+    Whether to look for them is decided by the number of the step and by what earlier steps found; whether to
+    keep them, on the device. What waits for a GPU is `torch.linalg.svd` itself, which reads there whether it
+    converged, whatever the driver: in the first step of a period, for each matrix. And if the first step of a
+    process, a rehearsal included, is not the first of a period, it reads which refresh the state holds.
     """
 
     def __init__(self, rank: int | None, refresh_every: int) -> None:
         self.rank, self.refresh_every = rank, refresh_every
-        self._fresh: dict[str, int] = {}  # name -> the refresh that its state is known to hold
+        self._held: dict[str, _Reading] = {}  # by name: the refresh that the state holds
 
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
         matrix = torch.float32, projection_shape(self.rank, shape)
@@ -145,24 +151,43 @@ class SvdProjection:
         return 0
 
     def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
-        period = clock.step // self.refresh_every + 1
+        period, name = clock.step // self.refresh_every + 1, spec.name
+        if name not in self._held:
+            self._held[name] = _Reading(state["refreshes"])
         # a step that starts a period asks again, as a rule may be used for a second run
-        if clock.step % self.refresh_every == 0 or self._fresh.get(spec.name) != period:
-            self._refresh(spec.name, grad, state, clock, period)
+        if clock.step % self.refresh_every == 0 or self._held[name].value != period:
+            self._refresh(grad, state, clock, period)
+            self._held[name] = _Reading(state["refreshes"])
         return state["projection"]
 
-    def _refresh(self, name: str, grad: Tensor, state: State, clock: Clock, period: int) -> None:
-        """The only place that waits for the device: in the first step of a period or of a process."""
-        started = clock.step % self.refresh_every == 0
-        current = not started and int(state["refreshes"]) == period  # so it is after a resume
-        if not current and bool(clock.accepted & grad.any()):
-            state["projection"].copy_(singular_vectors(grad, rank_of(self.rank, grad.shape)))
-            state["refreshes"].fill_(period)
-            current = True
-        if current:
-            self._fresh[name] = period
+    def _refresh(self, grad: Tensor, state: State, clock: Clock, period: int) -> None:
+        # a refused gradient is zero by now, so nothing that is not finite gets in
+        vectors = singular_vectors(grad, rank_of(self.rank, grad.shape))
+        found = clock.accepted & grad.any()
+        kept, refreshes = state["projection"], state["refreshes"]
+        torch.where(found, vectors, kept, out=kept)
+        torch.where(found, torch.full_like(refreshes, period), refreshes, out=refreshes)
+
+
+class _Reading:
+    """An integer of the device for the host, which asks for it in a later step: it is copied now, so that
+    asking waits for the step of now at most, and that is over by then."""
+
+    def __init__(self, number: Tensor) -> None:
+        self._copied: Event = None
+        if number.is_cuda:
+            self._copy = number.to("cpu", non_blocking=True)  # page-locked
+            self._copied = torch.cuda.Event()
+            self._copied.record()
         else:
-            self._fresh.pop(name, None)
+            self._known = int(number)
+
+    @property
+    def value(self) -> int:
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._known, self._copied = int(self._copy), None
+        return self._known
 
 
 def singular_vectors(grad: Tensor, rank: int) -> Tensor:
@@ -173,12 +198,6 @@ def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     """
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
     return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
-
-
-def rehearse(projection: Projection, shape: tuple[int, ...], device: torch.device) -> None:
-    """Allocate what the decomposition of a gradient of this shape does; a refused update asks for none."""
-    if isinstance(projection, SvdProjection):  # of one number for all elements, as a gradient has its memory
-        singular_vectors(torch.ones((), device=device).expand(shape), rank_of(projection.rank, shape))
 
 
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
