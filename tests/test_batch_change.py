@@ -66,7 +66,7 @@ def test_a_batch_that_changes_on_resume(
     assert rates[4] == rates[11] == pytest.approx([0.01 * factor, 0.01 * factor / 32])
     batch = json.loads((run / "summary.json").read_text())["batch"]
     assert batch["policy"] == policy and batch["tokens"] == 2048 and batch["sequences"] == 32
-    assert batch["started_with"] == {"batch_tokens": 1024, "lr": 0.01, "embed_lr": None}
+    assert batch["started_with"] == {"batch_tokens": 1024, "lr": 0.01, "embed_lr": None, "norm_lr": None}
 
     # ... or by hand, with a stop on the way: the same run
     again = tmp_path / "copy"

@@ -281,7 +281,8 @@ def test_rates_follow_the_batch_of_a_resumed_run() -> None:
     assert follow_batch(first, config, start)[0] == first
     assert tied(follow_batch(of(0.01, 8192, "sqrt", 0.002), config, start)[0])[0] == 0.02
     # a rate that the run was not started with may not appear either
-    norms = parse_config({"optim": {"lr": 0.01, "norm_lr": 0.1}, "train": {"batch_tokens": 2048}})[0]
+    optim = {"lr": 0.01, "embed_lr": 0.002, "norm_lr": 0.1}
+    norms = parse_config({"optim": optim, "train": {"batch_tokens": 2048}})[0]
     with pytest.raises(UserError, match=r"optim.norm_lr: the run was started with None"):
         follow_batch(norms, first, start)
     with pytest.raises(UserError, match=r"optim.lr: the run was started with 0.01"):
