@@ -10,7 +10,8 @@ A race is two accesses of the same bytes, one of them a write, the later of whic
 earlier one has ended. Memory that is given back while somebody may still use it is one too.
 
 Memory is of the host if it is a slab there, was declared so (`Detector.on_host`), or is made from nothing
-but such memory. An operation on nothing else is the host's; all others are the GPU's.
+but such memory. An operation on nothing else is the host's; all others are the GPU's, and may only copy from
+and to slabs of the host.
 """
 
 from __future__ import annotations
@@ -233,6 +234,13 @@ class Detector:
             slab.accesses.setdefault(stream.name, {})[start, end, writes] = access
             slab.latest[stream.name] = time
 
+    def must_not_compute_on_the_host(self, used: list[tuple[Tensor, bool]], func: object) -> None:
+        """A GPU could not: what is at home on the host has to be fetched first."""
+        for tensor, _ in used:
+            slab = self._slabs.get(id(tensor.untyped_storage()))
+            if slab is not None and slab.room == HOST:
+                self.races.append(f"{func} ({where()}) computes on {slab.name}")
+
     def _compare(self, slab: Slab, new: Access, clock: dict[str, int]) -> None:
         for stream, latest in slab.latest.items():
             seen = clock.get(stream, 0)
@@ -288,7 +296,11 @@ class _Operations(TorchDispatchMode):
             for made in result if isinstance(result, list | tuple) else (result,):
                 if isinstance(made, Tensor) and id(made.untyped_storage()) not in given:
                     detector.on_host(made)
-        elif func in WAITING or (func is aten.copy_.default and any(places) and not _is_beside(args, kwargs)):
+        elif func is not aten.copy_.default:
+            detector.must_not_compute_on_the_host(used, func)
+            if func in WAITING:
+                detector.answer()
+        elif any(places) and not _is_beside(args, kwargs):
             detector.answer()
         return result
 

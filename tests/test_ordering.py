@@ -442,6 +442,16 @@ def test_the_host_sees_what_it_waited_for(detector: Detector) -> None:
     assert len(detector.races) == 1 and "numpy (a test) on the host reads" in detector.races[0]
 
 
+def test_what_is_on_the_host_cannot_be_computed_with(detector: Detector) -> None:
+    room = Rooms(CPU)
+    here, there = room.slab("stash", GPU, 100), room.slab("stash", HOST, 100)
+    there.copy_(here)
+    there.add_(there)
+    detector.check()
+    here.add_(there)
+    assert detector.races == ["aten.add_.Tensor (a test) computes on stash #1 (host)"]
+
+
 def test_locked_memory_is_unlocked_when_the_device_is_done_and_before_it_goes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
