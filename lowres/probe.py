@@ -25,7 +25,7 @@ from torch import Tensor
 from lowres.config import Config, ModelConfig
 from lowres.engine.boundaries import boundary_bytes, make_encoding
 from lowres.engine.common import sum_of_squares
-from lowres.engine.layerwise import WorkingMatrix, cross_entropy
+from lowres.engine.working import WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit, UserError
 from lowres.memory import Plan
 from lowres.model import block, block_shapes, empty_units, initialize, rope_tables, storage_kinds, unit_specs
@@ -342,7 +342,6 @@ def _copies(device: torch.device) -> tuple[float, float]:
         slab.fill_(1)  # untouched memory may be one page of zeros
     to_gpu = _seconds(lambda: mover.wait(mover.fetch([(on_gpu, on_host)])), device)
     to_host = _seconds(lambda: mover.wait(mover.store([(on_host, on_gpu)])), device)
-    mover.finish()
     return size / to_gpu, size / to_host
 
 

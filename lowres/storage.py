@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.device import chunks, kind_of
 
 MAX_CODE = 127
 # where the largest value of a row is put when it gets a scale: room to grow before the next time
@@ -114,8 +115,8 @@ class Storage(Protocol):
 def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Slices of rows that together cover a tensor, none much larger than the chunk size."""
     length = 1 if len(shape) == 1 else shape[1]
-    step = max(1, (CHUNK_CUDA if device.type == "cuda" else CHUNK_CPU) // length)
-    return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    step = max(1, (CHUNK_CUDA if kind_of(device) == "cuda" else CHUNK_CPU) // length)
+    return chunks(shape[0], step)
 
 
 def _part(factor: Tensor, rows: slice) -> Tensor:

@@ -9,6 +9,7 @@ ROOT = Path(lowres.__file__).parent
 # room -> floor; a package is one room
 FLOORS = {
     "errors": 0,
+    "device": 0,
     "rng": 0,
     "rates": 0,
     "config": 1,

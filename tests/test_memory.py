@@ -36,7 +36,7 @@ def measured(config: Config, plan: Plan) -> tuple[dict[tuple[str, str], int], di
         )
         updater = Relora(config.relora, make_optimizer(config, units, rooms, choice.homes.state))
         initialize(units.values(), 0, CPU)
-        engine = make_engine(config, units, updater, choice.micro_batch, rooms, choice.band, choice.homes)
+        engine = make_engine(config, units, updater, rooms, choice)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         live.reset()
         for step in (0, 1) if adapters is None else (1,):  # which ends with a merge

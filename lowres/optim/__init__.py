@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.config import Config, ModelConfig, OptimConfig
+from lowres.device import kind_of
 from lowres.optim.adam_mini import AdamMiniRule
 from lowres.optim.adamw import AdamWRule
 from lowres.optim.apollo import ApolloRule
@@ -207,7 +208,7 @@ class Optimizer:
         for count in counts:
             count.add_(accepted)
         clocks = [Clock(step, count, accepted, self.seed) for count in counts]
-        if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
+        if kind_of(accepted.device) == "cuda" or not accepted:  # to ask a GPU would be to wait for it
             refused = ~accepted
             for grad in grads.values():
                 grad.masked_fill_(refused, 0.0)

@@ -19,8 +19,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres import rng, storage
+from lowres.device import chunks, kind_of
 from lowres.errors import UserError
 from lowres.optim.base import Clock, State
 from lowres.storage import Fields, TensorSpec
@@ -45,9 +47,8 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
     """Ranges of elements that together cover a tensor, of about the chunk size and starting at a block."""
-    size = storage.CHUNK_CUDA if device.type == "cuda" else storage.CHUNK_CPU
-    step = max(BLOCK, size // BLOCK * BLOCK)
-    return [slice(i, min(i + step, numel)) for i in range(0, numel, step)]
+    size = storage.CHUNK_CUDA if kind_of(device) == "cuda" else storage.CHUNK_CPU
+    return chunks(numel, max(BLOCK, size // BLOCK * BLOCK))
 
 
 class Moment:
@@ -105,7 +106,8 @@ def bitsandbytes_functional() -> ModuleType:
 @cache
 def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """fp32 [256], ascending. Kept, because the copy to a device waits for it."""
-    return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
+    with _disable_current_modes():  # it outlives the trace of a plan, whose tensors have no memory
+        return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
 
 
 def _blocks(part: slice) -> slice:
