@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.config import ReloraConfig
+from lowres.device import chunks
 from lowres.model import fresh_adapter
 from lowres.optim import Clock, Optimizer
 from lowres.optim.moments import Moment
@@ -128,13 +129,12 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
     add = torch.full((), -1.0, device=a.device)
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
-    for start in range(0, spec.shape[0], MERGE_ROWS):
-        rows = slice(start, start + MERGE_ROWS)
+    for rows in chunks(spec.shape[0], MERGE_ROWS):
         weight = make_storage(unit.kinds[spec.name], {key: t[rows] for key, t in stored.items()})
         written = Dense(state[MASTER][rows]) if MASTER in state else weight
         applied = written.dense(torch.float32).neg()
         intended = (b[rows] @ a).mul_(scaling)
-        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
+        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{rows.start}", step))
         applied.add_(written.dense(torch.float32))
         if written is not weight:
             weight.fill(iter([(0, state[MASTER][rows].float())]))

@@ -48,7 +48,7 @@ DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format that `memory.compute` means on this device."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+        name = "bf16" if kind_of(device) == "cuda" else "fp32"
     return DENSE_DTYPES[name]
 
 

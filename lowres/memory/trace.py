@@ -140,12 +140,12 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.relora.model_dump_json(),
     ]
     key = (*parts, config.data.seq_len, kind, adapters is not None)
-    if key not in _tracers:
-        _tracers[key] = Tracer(config, kind, adapters)
-    return _tracers[key]
+    if key not in tracers:
+        tracers[key] = Tracer(config, kind, adapters)
+    return tracers[key]
 
 
-_tracers: dict[tuple[object, ...], Tracer] = {}
+tracers: dict[tuple[object, ...], Tracer] = {}
 
 
 class Tracer:
