@@ -112,7 +112,12 @@ class LiveTensors(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, forget)
         self.current[room] += size
-        self.peak[room] = max(self.peak[room], self.current[room])
+        self.note(room)
+
+    def note(self, room: str, more: int = 0) -> None:
+        """Count what is there now, and more for a moment, to the peaks."""
+        now = self.current[room] + more
+        self.peak[room] = max(self.peak[room], now)
         if room == GPU and self.rooms is not None:
             phase = self.rooms.phase
-            self.phases[phase] = max(self.phases.get(phase, 0), self.current[GPU])
+            self.phases[phase] = max(self.phases.get(phase, 0), now)

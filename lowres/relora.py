@@ -39,6 +39,7 @@ from lowres.storage import (
     TensorSpec,
     Unit,
 )
+from lowres.target import chunks
 
 # rows of a weight that are merged at a time; a constant, as the random bits are named by it
 MERGE_ROWS = 256
@@ -136,13 +137,12 @@ def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) ->
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
     add = torch.full((), -1.0, device=a.device)
     sums = torch.zeros(3, dtype=torch.float64, device=a.device)
-    for start in range(0, spec.shape[0], MERGE_ROWS):
-        rows = slice(start, start + MERGE_ROWS)
+    for rows in chunks(spec.shape[0], MERGE_ROWS):
         weight = FORMATS[unit.kinds[spec.name]].over({key: t[rows] for key, t in stored.items()})
         written = Dense(state[MASTER][rows]) if MASTER in state else weight
         applied = written.dense(torch.float32).neg()
         intended = (b[rows] @ a).mul_(scaling)
-        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{start}", step))
+        written.apply(intended, add, None, rng.make_key(seed, "merge", f"{spec.name}.{rows.start}", step))
         applied.add_(written.dense(torch.float32))
         if written is not weight:
             weight.fill(iter([(0, state[MASTER][rows].float())]))

@@ -38,6 +38,26 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Slab:
+    """One or more equal slabs that are to be allocated for a component. bytes: of each."""
+
+    component: str
+    room: str
+    bytes: int
+    count: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.bytes * self.count
+
+
+# what PyTorch's allocator of CPU memory says in a RuntimeError
+_NO_MEMORY = ("DefaultCPUAllocator", "not enough memory")
+# cudaErrorMemoryAllocation, and cudaErrorOperatingSystem where the limit of locked memory is reached
+_CANNOT_LOCK = (2, 304)
+
+
+@dataclass(frozen=True)
 class Homes:
     """What lives in host memory between its uses; everything else is on the GPU.
 
@@ -68,12 +88,18 @@ class Rooms:
             with self.allocate_in(room):
                 slab = self._allocate(room, nbytes)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
+            if not _is_lack_of_memory(error):
+                raise
             raise DoesNotFit(
                 f"{component}: {nbytes / 2**30:.2f} GiB of {room} memory cannot be allocated "
                 f"({str(error).splitlines()[0]}); lower memory.budget_gib or memory.host_budget_gib"
             ) from None
         self._slabs.append((component, room, weakref.ref(slab.untyped_storage())))
         return slab
+
+    def make(self, slab: Slab) -> list[Tensor]:
+        """All slabs of a description."""
+        return [self.slab(slab.component, slab.room, slab.bytes) for _ in range(slab.count)]
 
     def _allocate(self, room: str, nbytes: int) -> Tensor:
         if self.device.type == "cuda" and room == HOST:
@@ -102,6 +128,13 @@ class Rooms:
         return found
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Not so a RuntimeError that any CUDA call raises after a kernel went wrong."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | OSError):
+        return True
+    return any(text in str(error) for text in _NO_MEMORY)
+
+
 def _page_locked(nbytes: int) -> Tensor:
     """Zeroed host memory in whole pages, registered with CUDA until it is freed."""
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -111,7 +144,8 @@ def _page_locked(nbytes: int) -> Tensor:
     runtime = torch.cuda.cudart()
     failed = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
     if failed:
-        raise RuntimeError(f"cudaHostRegister: error {failed}")
+        error = MemoryError if failed in _CANNOT_LOCK else RuntimeError
+        raise error(f"cudaHostRegister: error {failed}")
     weakref.finalize(slab.untyped_storage(), _unlock, slab.data_ptr(), memory)
     return slab
 
@@ -121,6 +155,12 @@ def _unlock(address: int, memory: mmap.mmap) -> None:
     with suppress(RuntimeError):  # of a device that has failed
         torch.cuda.synchronize()  # a copy may be under way
     torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor is: its storage and the offset in it, in elements. Unlike `data_ptr` also of the tensors
+    without memory that a plan traces."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 STREAMED = ("cuda",)  # types of devices that copy beside the computation
@@ -155,10 +195,17 @@ class Mover:
             torch.cuda.current_stream().wait_event(event)
 
     def finish(self) -> None:
-        """Wait on the host until all copies are done: only then may the CPU look at host slabs."""
+        """Wait on the host until all copies are done."""
         if self._in is not None and self._out is not None:
             self._in.synchronize()
             self._out.synchronize()
+
+    def join(self) -> None:
+        """Let the computation that follows wait for all copies. Who then waits for its result has waited for
+        them too, and the CPU may look at host slabs."""
+        if self._in is not None and self._out is not None:
+            torch.cuda.current_stream().wait_stream(self._in)
+            torch.cuda.current_stream().wait_stream(self._out)
 
 
 def _copy(stream: torch.cuda.Stream | None, copies: Copies, after: Iterable[Event]) -> Event:

@@ -56,8 +56,7 @@ def engine_of(
     config: Config, units: Units, optimizer: Optimizer | Relora | None, plan: memory.Plan, rooms: Rooms
 ) -> Engine:
     """The engine of a run, with what the plan chose."""
-    choice = plan.choice
-    return make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+    return make_engine(config, units, optimizer, rooms, plan.choice)
 
 
 def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> tuple[Engine, Relora]:

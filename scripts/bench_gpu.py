@@ -146,7 +146,7 @@ def measure_memory(parsed: argparse.Namespace) -> dict[str, Any]:
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights)
     optimizer = make_optimizer(config)
     optimizer.attach(units.values(), rooms, choice.homes.state)
-    engine = make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+    engine = make_engine(config, units, optimizer, rooms, choice)
     engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
     initialize(units.values(), config.run.seed, device)
     tokens = random_tokens(config, min(config.batch_sequences, 2 * choice.micro_batch), 0)

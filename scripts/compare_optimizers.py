@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lowres.config_file import load_config
-from lowres.engine import make_engine
+from lowres.engine import Choice, make_engine
 from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.rooms import Rooms
@@ -222,7 +222,7 @@ def measure(settings: Mapping[str, list[str]], parsed: argparse.Namespace) -> di
         optimizer.attach(units.values(), rooms)
         initialize(units.values(), 0, device)
         timers[name] = TimedOptimizer(optimizer)
-        engines[name] = make_engine(config, units, timers[name], config.batch_sequences, rooms)
+        engines[name] = make_engine(config, units, timers[name], rooms, Choice(config.batch_sequences))
         parameters = sum(spec.numel for unit in units.values() for spec in unit.spec.tensors)
         state = sum(t.nbytes for unit in units.values() for own in unit.state.values() for t in own.values())
         found[name] = {"parameters": parameters, "state_bytes_per_parameter": state / parameters}

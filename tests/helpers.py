@@ -20,7 +20,7 @@ from lowres import metrics
 from lowres.cli import main
 from lowres.config import Config, ModelConfig
 from lowres.config_file import parse_config
-from lowres.engine import Engine, make_engine
+from lowres.engine import Choice, Engine, make_engine
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
 from lowres.optim import make_optimizer as optimizer_of
@@ -146,7 +146,7 @@ def with_adapters(config: Config, micro_batch: int = 3, band: int = 1) -> tuple[
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, ROOMS, adapters=config.relora)
     relora = Relora(config.relora, make_optimizer(config, units))
     initialize(units.values(), config.run.seed, ROOMS.device)
-    return units, relora, make_engine(config, units, relora, micro_batch, ROOMS, band)
+    return units, relora, make_engine(config, units, relora, ROOMS, Choice(micro_batch, band))
 
 
 def relora_config(weights: str = "fp32", engine: str = "layerwise", **more: Any) -> Config:

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowres
 from lowres import checkpoint, rooms
+from lowres.optim import optimizer
 from lowres.rooms import HOST, Rooms
 
 SOURCE = Path(lowres.__file__).parent
@@ -139,6 +140,7 @@ class Detector:
             ("synchronize", self._synchronize),
         ):
             enter(mock.patch.object(torch.cuda, name, fake))
+        enter(mock.patch.object(optimizer, "kind_of", lambda _: "cuda"))  # as everywhere else nothing differs
         enter(mock.patch.object(rooms, "STREAMED", (*rooms.STREAMED, "cpu")))
         enter(mock.patch.object(Rooms, "slab", self._slab(Rooms.slab)))
         enter(mock.patch.object(checkpoint, "_bounce", self._bounce(checkpoint._bounce)))

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowres import metrics
 from lowres.cli import main
 from lowres.config import Config
-from lowres.engine import AutogradEngine, StepReport, zero
+from lowres.engine import AutogradEngine, EngineSettings, StepReport, zero
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
 from lowres.model import Units, empty_units, initialize
@@ -73,7 +73,9 @@ def reference(config: Config) -> tuple[AutogradEngine, Units]:
     initialize(units.values(), 0, CPU)
     dtype, clip = DENSE_DTYPES[kept.compute], config.optim.grad_clip
     optimizer = make_optimizer(config, units)
-    return AutogradEngine(config.model, units, optimizer, 2, dtype, ROOMS, grad_clip=clip), units
+    return AutogradEngine(
+        config.model, units, optimizer, ROOMS, EngineSettings(2, dtype, grad_clip=clip)
+    ), units
 
 
 def tensors_of(engine: ZeroEngine | AutogradEngine) -> dict[str, Tensor]:

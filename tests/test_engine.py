@@ -1,5 +1,6 @@
 """The layer-major engine against the autograd engine, and the laws of a step."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,14 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
-from lowres.engine import AutogradEngine, LayerwiseEngine, StepReport, make_engine
+from lowres.engine import (
+    AutogradEngine,
+    Choice,
+    EngineSettings,
+    LayerwiseEngine,
+    StepReport,
+    make_engine,
+)
 from lowres.meter import LiveTensors
 from lowres.model import Units, unit_specs
 from lowres.optim import Optimizer
@@ -45,7 +53,7 @@ def gradients(
     batch: Tensor,
 ) -> tuple[StepReport, dict[str, Tensor]]:
     recorder = Recorder()
-    engine = engine_type(config, units, recorder, micro_batch, dtype, ROOMS, loss_chunk=50)
+    engine = engine_type(config, units, recorder, ROOMS, EngineSettings(micro_batch, dtype, loss_chunk=50))
     return engine.step(batch, 0, 1.0), recorder.grads
 
 
@@ -74,7 +82,7 @@ def test_loss_is_the_mean_over_valid_targets() -> None:
     batch = make_batch()
     batch[0, 5:] = IGNORED
     batch[1, 2:] = IGNORED
-    engine = LayerwiseEngine(SMALL, units, Recorder(), 2, torch.float32, ROOMS)
+    engine = LayerwiseEngine(SMALL, units, Recorder(), ROOMS, EngineSettings(2, torch.float32))
     total, count = engine.evaluate(batch)
     assert count == 5 * 32 + 4 + 1
     assert abs(engine.step(batch, 0, 1.0).loss - total / count) < 1e-6
@@ -122,7 +130,9 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
         optimizer = make_optimizer(config, units)
         for state in (state for unit in units.values() for state in unit.state.values()):
             state.update({k: t.double() for k, t in state.items() if t.is_floating_point()})
-        engine = engine_type(config.model, units, optimizer, micro_batch, torch.float64, ROOMS)
+        engine = engine_type(
+            config.model, units, optimizer, ROOMS, EngineSettings(micro_batch, torch.float64)
+        )
         for step in range(20):
             engine.step(make_batch(seed=step), step, 1.0)
         results.append(dense_copy(units))
@@ -140,17 +150,18 @@ def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> 
     config, clip = MODELS[model], 0.05
     wanted = Recorder()
     units = make_units(config, dtype=torch.float64)
-    report = AutogradEngine(config, units, wanted, 7, torch.float64, ROOMS).step(make_batch(), 0, 1.0)
+    whole = EngineSettings(7, torch.float64)
+    report = AutogradEngine(config, units, wanted, ROOMS, whole).step(make_batch(), 0, 1.0)
     parameters = [torch.nn.Parameter(grad) for grad in wanted.grads.values()]
     for parameter in parameters:
         parameter.grad = parameter.detach().clone()
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
     assert norm > 10 * clip and abs(report.grad_norm - norm) < 1e-9
     one, other = Recorder(), Recorder()
-    layerwise = LayerwiseEngine(
-        config, units, one, 2, torch.float64, Rooms(CPU), band=2, homes=homes, grad_clip=clip
-    )
-    autograd = AutogradEngine(config, units, other, 3, torch.float64, ROOMS, grad_clip=clip)
+    settings = EngineSettings(2, torch.float64, band=2, homes=homes, grad_clip=clip)
+    layerwise = LayerwiseEngine(config, units, one, Rooms(CPU), settings)
+    settings = EngineSettings(3, torch.float64, grad_clip=clip)
+    autograd = AutogradEngine(config, units, other, ROOMS, settings)
     engines: list[tuple[LayerwiseEngine | AutogradEngine, Recorder]] = [(layerwise, one), (autograd, other)]
     for engine, clipped in engines:
         found = engine.step(make_batch(), 0, 1.0)
@@ -161,7 +172,7 @@ def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> 
             error = float((clipped.grads[name] - parameter.grad).norm() / parameter.grad.norm())
             assert error < 1e-9, name
         # a norm below the limit changes nothing
-        engine.grad_clip = 1e6
+        engine.settings = replace(engine.settings, grad_clip=1e6)
         clipped.grads.clear()
         engine.step(make_batch(), 0, 1.0)
         for name, grad in wanted.grads.items():
@@ -176,8 +187,8 @@ def test_clipping_is_the_same_rule_in_both_engines(model: str, homes: Homes) -> 
 @pytest.mark.parametrize("name", ["layerwise", "autograd"])
 def test_the_config_clips(name: str) -> None:
     config = make_config(memory={"engine": name}, optim={"grad_clip": 0.5})
-    engine = make_engine(config, make_units(config.model), Recorder(), 2, ROOMS)
-    assert isinstance(engine, LayerwiseEngine | AutogradEngine) and engine.grad_clip == 0.5
+    engine = make_engine(config, make_units(config.model), Recorder(), ROOMS, Choice(2))
+    assert isinstance(engine, LayerwiseEngine | AutogradEngine) and engine.settings.grad_clip == 0.5
 
 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
@@ -186,7 +197,7 @@ def test_every_format_learns_a_batch(engine: str, weights: str) -> None:
     config = make_config(memory={"engine": engine, "weights": weights}, optim={"lr": 5e-3})
     units = make_units(config.model, weights)
     optimizer = make_optimizer(config, units)
-    made = make_engine(config, units, optimizer, 3, ROOMS)
+    made = make_engine(config, units, optimizer, ROOMS, Choice(3))
     losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
 
@@ -199,7 +210,7 @@ def test_every_optimizer_learns_a_batch(name: str, weights: str) -> None:
     lr = {"adamw": 3e-3, "adamw8bit": 3e-3, "adam-mini": 3e-3, "sgd": 0.1}.get(name, 5e-3)
     config = make_config(memory={"weights": weights}, optim={"name": name, "lr": lr})
     units = make_units(config.model, weights)
-    made = make_engine(config, units, make_optimizer(config, units), 3, ROOMS)
+    made = make_engine(config, units, make_optimizer(config, units), ROOMS, Choice(3))
     losses = [made.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
     dtypes = {t.dtype for t in units["layers.0"].state["model.layers.0.mlp.up_proj.weight"].values()}
@@ -211,7 +222,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(engine_type: type) -> None:
     config = make_config(optim={"weight_decay": 0.1})
     units = make_units(config.model, "fp32")
     optimizer = make_optimizer(config, units)
-    engine = engine_type(config.model, units, optimizer, 4, torch.float32, ROOMS)
+    engine = engine_type(config.model, units, optimizer, ROOMS, EngineSettings(4, torch.float32))
     engine.step(make_batch(), 0, 1.0)
     norm = units["head"].weights["model.norm.weight"].dense(torch.float32)
     kept = float(norm[3])
@@ -246,7 +257,7 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
 
     optimizer = Poison(config.optim, config.model, 0)
     optimizer.attach(units.values(), ROOMS)
-    engine = LayerwiseEngine(config.model, units, optimizer, 4, torch.float32, ROOMS)
+    engine = LayerwiseEngine(config.model, units, optimizer, ROOMS, EngineSettings(4, torch.float32))
     before = dense_copy(units)
     report = engine.step(make_batch(), 0, 1.0)
     assert report.skipped == 3  # layers 1 and 0, embedding
@@ -269,7 +280,7 @@ def test_gradient_memory_does_not_grow_with_depth() -> None:
         units = make_units(config.model, "int8")
         with LiveTensors() as live:
             optimizer = make_optimizer(config, units)
-            engine = make_engine(config, units, optimizer, 2, ROOMS)
+            engine = make_engine(config, units, optimizer, ROOMS, Choice(2))
             engine.step(make_batch(), 0, 1.0)
             live.reset()
             before = live.current["gpu"]
@@ -281,7 +292,7 @@ def test_gradient_memory_does_not_grow_with_depth() -> None:
 
 def test_gradient_buffer_is_one_unit() -> None:
     config = make_config(model={"n_layers": 8}).model
-    engine = LayerwiseEngine(config, make_units(config), Recorder(), 2, torch.float32, ROOMS)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), ROOMS, EngineSettings(2, torch.float32))
     pointers = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for g in engine._grads.values()
@@ -294,7 +305,7 @@ def test_gradient_buffer_is_one_unit() -> None:
 @pytest.mark.parametrize("engine_type", [LayerwiseEngine, AutogradEngine])
 def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> None:
     units = make_units(SMALL)
-    engine = engine_type(SMALL, units, None, 4, torch.float32, ROOMS)
+    engine = engine_type(SMALL, units, None, ROOMS, EngineSettings(4, torch.float32))
     batch = make_batch()
     logits = engine.logits(batch[:, :-1])
     assert logits.shape == (7, 300) and logits.dtype == torch.float32
@@ -306,7 +317,8 @@ def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> No
 
 def test_full_logits_never_exist() -> None:
     config = SMALL.model_copy(update={"vocab_size": 20000})
-    engine = LayerwiseEngine(config, make_units(config), Recorder(), 8, torch.float32, ROOMS, loss_chunk=16)
+    settings = EngineSettings(8, torch.float32, loss_chunk=16)
+    engine = LayerwiseEngine(config, make_units(config), Recorder(), ROOMS, settings)
     with LiveTensors() as live:
         engine.evaluate(make_batch(32))
     assert 0 < live.peak["gpu"] < 0.2 * 32 * 32 * 20000 * 4

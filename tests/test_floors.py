@@ -13,6 +13,7 @@ FLOORS = {
     "rates": 0,
     "rooms": 1,
     "ranks": 1,
+    "target": 1,
     "storage": 2,
     "meter": 2,
     "rules": 3,

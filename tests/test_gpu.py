@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowres.config import Config
-from lowres.engine import AutogradEngine, LayerwiseEngine, make_engine
+from lowres.engine import AutogradEngine, Choice, EngineSettings, LayerwiseEngine, make_engine
 from lowres.memory import make_plan
 from lowres.model import empty_units, initialize
 from lowres.rooms import Rooms
@@ -31,12 +31,13 @@ CUDA = torch.device("cuda")
 )
 def test_gradients_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float) -> None:
     exact = Recorder()
-    AutogradEngine(SMALL, make_units(SMALL, dtype=torch.float64), exact, 7, torch.float64, Rooms(CPU)).step(
+    reference = EngineSettings(7, torch.float64)
+    AutogradEngine(SMALL, make_units(SMALL, dtype=torch.float64), exact, Rooms(CPU), reference).step(
         make_batch(), 0, 1.0
     )
     units = make_units(SMALL, dtype=torch.float64 if dtype == torch.float64 else None, device=CUDA)
     recorder = Recorder()
-    engine = LayerwiseEngine(SMALL, units, recorder, 3, dtype, Rooms(CUDA), loss_chunk=50)
+    engine = LayerwiseEngine(SMALL, units, recorder, Rooms(CUDA), EngineSettings(3, dtype, loss_chunk=50))
     engine.step(make_batch(), 0, 1.0)
     for name, grad in recorder.grads.items():
         wanted = exact.grads[name]
@@ -64,7 +65,9 @@ def test_the_gpu_trains_like_the_cpu(weights: str, name: str, moments: str) -> N
     losses = {}
     for device in (CPU, CUDA):
         units = make_units(config.model, weights, device=device)
-        engine = make_engine(config, units, make_optimizer(config, units, Rooms(device)), 3, Rooms(device))
+        engine = make_engine(
+            config, units, make_optimizer(config, units, Rooms(device)), Rooms(device), Choice(3)
+        )
         losses[device.type] = [engine.step(make_batch(seed=s), s, 1.0).loss for s in range(20)]
     for here, there in zip(losses["cpu"], losses["cuda"], strict=True):
         assert abs(here - there) < 0.02
@@ -79,7 +82,7 @@ def test_a_step_waits_for_the_device_only_at_its_end(name: str, moments: str) ->
     )
     rooms = Rooms(CUDA)
     units = make_units(config.model, "int8", device=CUDA)
-    engine = make_engine(config, units, make_optimizer(config, units, rooms), 3, rooms)
+    engine = make_engine(config, units, make_optimizer(config, units, rooms), rooms, Choice(3))
     engine.step(make_batch(), 0, 1.0)
     torch.cuda.synchronize()
     waits = []
@@ -119,7 +122,7 @@ def steps(config: Config, count: int = 3) -> tuple[list[float], int]:
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights)
     optimizer = make_optimizer(config, units, rooms, choice.homes.state)
     initialize(units.values(), 0, CUDA)
-    engine = make_engine(config, units, optimizer, choice.micro_batch, rooms, choice.band, choice.homes)
+    engine = make_engine(config, units, optimizer, rooms, choice)
     torch.cuda.reset_peak_memory_stats()
     length, vocab = config.data.seq_len, config.model.vocab
     losses = [

@@ -9,81 +9,33 @@ import torch
 
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
-from lowres.engine import make_engine
 from lowres.memory import GIB, Plan, make_plan
 from lowres.meter import LiveTensors
-from lowres.model import empty_units, initialize
-from lowres.relora import Relora
+from lowres.model import initialize
 from lowres.rooms import GPU, HOST, Homes, Rooms
-from lowres.storage import MASTER
-from tests.helpers import CPU, make_batch, make_config, make_optimizer
+from tests.helpers import CPU, make_batch, make_config
+from tests.measuring import Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")  # planning needs no device
 MODEL = {"dim": 256, "n_layers": 4, "n_heads": 4, "ffn_dim": 688, "vocab_size": 2000}
 MIB = 1 << 20
-# components that live in a phase of the step; the rest is held from step to step
-PHASES = ("backward", "loss", "update")
 
 
-def measured(config: Config, plan: Plan) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+def measured(config: Config, plan: Plan) -> tuple[Bytes, dict[str, int]]:
     """What two steps as planned really take: bytes by component and room, and the peak by room. With
     adapters, if the config has some."""
-    rooms, choice, kept = Rooms(CPU), plan.choice, config.memory
-    adapters = config.relora if config.relora.enabled else None
+    rooms, adapted = Rooms(CPU), config.relora.enabled
     with LiveTensors(rooms) as live:
-        units = empty_units(
-            config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights, adapters
-        )
-        updater = Relora(config.relora, make_optimizer(config, units, rooms, choice.homes.state))
+        units, engine = build(config, plan, rooms, adapted)
         initialize(units.values(), 0, CPU)
-        engine = make_engine(config, units, updater, choice.micro_batch, rooms, choice.band, choice.homes)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         live.reset()
-        for step in (0, 1) if adapters is None else (1,):  # which ends with a merge
+        for step in (1,) if adapted else (0, 1):  # with adapters a step that ends with a merge
             batch = make_batch(config.batch_sequences, config.data.seq_len, config.model.vocab)
             engine.step(batch, step, 1.0)
             del batch
-    held = rooms.held()
-    found = {key: size for key, size in held.items() if key[0] not in ("weights", "optimizer state")}
-    for unit in units.values():
-        for part, home in (("weights", choice.homes.weights), ("state", choice.homes.state)):
-            room = HOST if unit.spec.name in home else GPU
-            tensors = unit.weight_tensors() if part == "weights" else unit.tensors()
-            for name, tensor in tensors.items():
-                if part == "state" and name in unit.weight_tensors():
-                    continue
-                if part == "state":
-                    component = "master copy" if name.endswith(MASTER) else "optimizer state"
-                elif tensor.dtype == torch.int8:
-                    component = "block matrices: int8 codes"
-                elif name.endswith(".scales"):
-                    component = "block matrices: scales"
-                else:
-                    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[tensor.dtype]
-                    what = "block matrices" if "layers" in name else "embedding and head"
-                    what = "adapters" if "lora" in name else what
-                    component = f"{what}: {kind}" if tensor.dim() == 2 else "norms: fp32"
-                found[component, room] = found.get((component, room), 0) + tensor.nbytes
-    on_gpu = sum(size for (_, room), size in held.items() if room == GPU)
-    if config.memory.engine == "layerwise":
-        for phase in PHASES:
-            found[phase, GPU] = live.phases[phase] - on_gpu
-    return found, live.peak
-
-
-def planned(plan: Plan) -> dict[tuple[str, str], int]:
-    """The plan's components as `measured` names them: those of a phase together, with what is small and
-    always there."""
-    always = ("rotary tables", "projections")
-    found: dict[tuple[str, str], int] = {}
-    for c in plan.components:
-        if c.room != "disk" and c.name not in always:
-            key = (c.phase or c.name, c.room)
-            found[key] = found.get(key, 0) + c.bytes
-    for phase in PHASES:
-        if (phase, GPU) in found:
-            found[phase, GPU] += sum(plan.size(name) for name in always)
-    return found
+    found = held(units, plan.choice.homes, rooms)
+    return found | (phases(live, rooms) if config.memory.engine == "layerwise" else {}), live.peak
 
 
 def agree(one: int, other: int, part: float = 0.05, allowance: int = 16 * MIB) -> bool:

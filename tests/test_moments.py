@@ -218,11 +218,11 @@ def test_adamw_equals_bitsandbytes(spread: float, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["adamw", "adam-mini"])
 def test_every_kind_learns_a_batch(name: str, kind: str) -> None:
-    from lowres.engine import make_engine
+    from lowres.engine import Choice, make_engine
 
     config = make_config(optim={"name": name, "lr": 3e-3}, memory={"moments": kind})
     units = make_units(config.model, "int8")
-    engine = make_engine(config, units, make_optimizer(config, units), 3, ROOMS)
+    engine = make_engine(config, units, make_optimizer(config, units), ROOMS, Choice(3))
     losses = [engine.step(make_batch(), step, 1.0).loss for step in range(30)]
     assert losses[0] > 5.5 and losses[-1] < losses[0] - 1
     dtypes = {t.dtype for t in units["layers.0"].state["model.layers.0.mlp.up_proj.weight"].values()}

@@ -108,7 +108,7 @@ def test_counted_bytes_are_those_that_a_step_copies(
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, room, choice.homes.weights)
     optimizer = make_optimizer(config, units, room, choice.homes.state)
     initialize(units.values(), 0, CPU)
-    engine = make_engine(config, units, optimizer, choice.micro_batch, room, choice.band, choice.homes)
+    engine = make_engine(config, units, optimizer, room, choice)
     moved = {"fetch": 0, "store": 0}
     for direction in moved:
 

@@ -12,7 +12,7 @@ import torch
 from lowres import memory
 from lowres.cli import main
 from lowres.config_file import load_config
-from lowres.engine import make_engine
+from lowres.engine import Choice, make_engine
 from lowres.model import empty_units
 from lowres.runs import initialize_from, open_run
 from tests.helpers import ROOMS, lowres_here, make_batch, make_config, train_and_kill
@@ -91,7 +91,7 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
     config, engine, _ = open_run(run)
     merged = empty_units(config.model, "fp32", "fp32", ROOMS)
     initialize_from(merged.values(), run)
-    plain = make_engine(make_config(model=config.model.model_dump()), merged, None, 4, ROOMS)
+    plain = make_engine(make_config(model=config.model.model_dump()), merged, None, ROOMS, Choice(4))
     tokens = make_batch(3, 16)[:, :-1]
     torch.testing.assert_close(engine.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)
     # and so does another run that starts from it

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lowres.config import ModelConfig
-from lowres.engine import LayerwiseEngine
+from lowres.engine import EngineSettings, LayerwiseEngine
 from lowres.engine.boundaries import GROUP, Boundaries, Grouped, Plain
+from lowres.engine.layout import Layout
 from lowres.meter import LiveTensors
 from lowres.model import Units, empty_units, initialize
 from lowres.rooms import GPU, HOST, Homes, Mover, Rooms
@@ -31,9 +32,8 @@ def trained(homes: Homes, band: int, micro_batch: int, weights: str, name: str, 
     units = empty_units(config.model, weights, config.memory.embeddings_kept_in, rooms, homes.weights)
     optimizer = make_optimizer(config, units, rooms, homes.state)
     initialize(units.values(), 0, CPU)
-    engine = LayerwiseEngine(
-        config.model, units, optimizer, micro_batch, torch.float32, rooms, 50, band, homes
-    )
+    settings = EngineSettings(micro_batch, torch.float32, 50, band, homes)
+    engine = LayerwiseEngine(config.model, units, optimizer, rooms, settings)
     results: list[object] = [engine.step(make_batch(seed=step), step, 1.0) for step in range(3)]
     results.append(engine.evaluate(make_batch(5, seed=9)))
     results.append(engine.logits(make_batch(2)[:, :20]))
@@ -76,7 +76,9 @@ def peak(model: ModelConfig, homes: Homes, sequences: int, band: int = 1) -> tup
     config = make_config()
     optimizer = make_optimizer(config, units, rooms, homes.state)
     initialize(units.values(), 0, CPU)
-    engine = LayerwiseEngine(model, units, optimizer, 1, torch.float32, rooms, 64, band, homes)
+    engine = LayerwiseEngine(
+        model, units, optimizer, rooms, EngineSettings(1, torch.float32, 64, band, homes)
+    )
     batch = make_batch(sequences, 64)
     with LiveTensors(rooms) as live:
         for step in range(2):
@@ -107,9 +109,8 @@ def test_a_band_divides_the_stash() -> None:
     def stash(band: int) -> int:
         rooms = Rooms(CPU)
         units = make_units(SMALL.model_copy(update={"n_layers": 6}))
-        engine = LayerwiseEngine(
-            SMALL, units, Recorder(), 2, torch.float32, rooms, band=band, homes=Homes(stash=99)
-        )
+        settings = EngineSettings(2, torch.float32, band=band, homes=Homes(stash=99))
+        engine = LayerwiseEngine(SMALL, units, Recorder(), rooms, settings)
         engine.reserve(8, 32, training=True)
         return rooms.held()["stash", HOST]
 
@@ -119,7 +120,9 @@ def test_a_band_divides_the_stash() -> None:
 def test_lossless_boundaries_give_back_what_they_got() -> None:
     for homes in (Homes(), Homes(stash=2, carry=True)):
         rooms = Rooms(CPU)
-        kept = Boundaries(rooms, Mover(CPU), homes, Plain(torch.float32), 2, 64, torch.float32, 7, 3, 16)
+        layout = Layout(SMALL, {}, EngineSettings(3, torch.float32))
+        slabs = layout.boundaries(7, 16, 2, homes.stash, homes.carry)
+        kept = Boundaries(rooms, Mover(CPU), slabs, Plain(torch.float32), 64, torch.float32, 7, 3, 16)
         kept.cut(7, 16)
         pieces = list(torch.randn(7, 16, 64).split(3))
         for boundary in (kept.carry, *kept.stash):
@@ -160,16 +163,8 @@ def test_gradients_with_an_int8_stash_point_the_right_way(exact_forward: bool) -
     for stash in ("auto", "bf16", "int8"):
         units: Units = make_units(SMALL)
         recorder = Recorder()
-        engine = LayerwiseEngine(
-            SMALL,
-            units,
-            recorder,
-            3,
-            torch.float32,
-            Rooms(CPU),
-            stash_dtype=stash,
-            exact_forward=exact_forward,
-        )
+        settings = EngineSettings(3, torch.float32, stash_dtype=stash, exact_forward=exact_forward)
+        engine = LayerwiseEngine(SMALL, units, recorder, Rooms(CPU), settings)
         loss = engine.step(make_batch(), 0, 1.0).loss
         found[stash] = (loss, torch.cat([g.double().flatten() for g in recorder.grads.values()]))
     for stash, least in (("bf16", 0.9999), ("int8", 0.999)):
@@ -189,7 +184,7 @@ def test_a_rehearsal_changes_nothing(name: str, master: str) -> None:
     units = empty_units(config.model, "int8", "fp32", rooms)
     optimizer = make_optimizer(config, units, rooms)
     initialize(units.values(), 0, CPU)
-    engine = LayerwiseEngine(config.model, units, optimizer, 2, torch.float32, rooms)
+    engine = LayerwiseEngine(config.model, units, optimizer, rooms, EngineSettings(2, torch.float32))
     for step in range(2):
         before = {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
         report = engine.step(make_batch(seed=3), step, 1.0, rehearsal=True)

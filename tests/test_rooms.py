@@ -70,5 +70,5 @@ def test_copies_are_done_when_they_are_waited_for() -> None:
     mover.wait(mover.fetch([(here, there)]))
     assert torch.equal(here, there)
     mover.store([(there, here + 1)])
-    mover.finish()
+    mover.join()
     assert torch.equal(there, here + 1)

@@ -14,13 +14,21 @@ from torch import Tensor
 
 from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
-from lowres.engine.common import StepReport, Updater
+from lowres.engine.common import Choice, EngineSettings, StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
-from lowres.model import Dropout, Units, is_adapted
-from lowres.rooms import Homes, Rooms
-from lowres.storage import Unit, compute_dtype
+from lowres.model import Units, is_adapted
+from lowres.rooms import Rooms
+from lowres.storage import Unit
 
-__all__ = ["AutogradEngine", "Engine", "LayerwiseEngine", "StepReport", "make_engine"]
+__all__ = [
+    "AutogradEngine",
+    "Choice",
+    "Engine",
+    "EngineSettings",
+    "LayerwiseEngine",
+    "StepReport",
+    "make_engine",
+]
 
 
 class Engine(Protocol):
@@ -48,45 +56,10 @@ class Engine(Protocol):
 
 
 def make_engine(
-    config: Config,
-    units: Units,
-    optimizer: Updater | None,
-    micro_batch: int,
-    rooms: Rooms,
-    band: int = 1,
-    homes: Homes = Homes(),  # noqa: B008 - frozen
+    config: Config, units: Units, optimizer: Updater | None, rooms: Rooms, choice: Choice
 ) -> Engine:
     """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate,
-    and also the layerwise one serves a run of deepspeed. band and homes: see the plan."""
-    kept, relora = config.memory, config.relora
-    dtype = compute_dtype(kept.compute, rooms.device)
-    dropout = Dropout(relora.dropout, config.run.seed)
-    if kept.engine == "autograd":
-        return AutogradEngine(
-            config.model,
-            units,
-            optimizer,
-            micro_batch,
-            dtype,
-            rooms,
-            kept.loss_chunk,
-            config.optim.grad_clip,
-            relora if is_adapted(units) else None,
-            dropout,
-        )
-    return LayerwiseEngine(
-        config.model,
-        units,
-        optimizer,
-        micro_batch,
-        dtype,
-        rooms,
-        kept.loss_chunk,
-        band,
-        homes,
-        kept.stash_dtype,
-        kept.exact_forward,
-        config.optim.grad_clip,
-        relora.scaling,
-        dropout,
-    )
+    and also the layerwise one serves a run of deepspeed. choice: see the plan."""
+    settings = EngineSettings.of(config, choice, rooms.device, is_adapted(units))
+    engine = AutogradEngine if config.memory.engine == "autograd" else LayerwiseEngine
+    return engine(config.model, units, optimizer, rooms, settings)

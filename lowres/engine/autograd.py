@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowres.config import ModelConfig, ReloraConfig
-from lowres.engine.common import StepReport, Updater, split, sum_of_squares
+from lowres.config import ModelConfig
+from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
 from lowres.model import Dropout, Llama, Units
 from lowres.rooms import Rooms
 from lowres.storage import Unit
@@ -26,20 +26,14 @@ class AutogradEngine:
         config: ModelConfig,
         units: Units,
         optimizer: Updater | None,
-        micro_batch: int,
-        compute: torch.dtype,
         rooms: Rooms,
-        loss_chunk: int = 1024,
-        grad_clip: float = 0.0,
-        adapters: ReloraConfig | None = None,
-        dropout: Dropout | None = None,
+        settings: EngineSettings,
     ) -> None:
-        self._units, self.optimizer = units, optimizer
-        self.micro_batch, self.loss_chunk, self.grad_clip = micro_batch, loss_chunk, grad_clip
-        self.rooms, self.device = rooms, rooms.device
+        self._units, self.optimizer, self.settings = units, optimizer, settings
+        self.rooms, self.device, compute = rooms, rooms.device, settings.compute
+        self.dropout = Dropout(settings.dropout, settings.seed)
         with torch.device(self.device):
-            self.model = Llama(config, adapters, dropout)
-        self.dropout = dropout or Dropout(0.0, 0)
+            self.model = Llama(config, settings.adapters, self.dropout)
         for name, parameter in self.model.named_parameters():
             # norms stay fp32, as in every engine
             if parameter.dim() == 2 or compute == torch.float64:
@@ -62,7 +56,7 @@ class AutogradEngine:
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
-        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self.model.named_parameters()
@@ -71,7 +65,7 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
         for tokens, wanted in zip(inputs, targets, strict=True):
-            loss = self.model(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
+            loss = self.model(tokens.to(self.device), wanted.to(self.device), self.settings.loss_chunk)
             (loss / count).backward()
             total += loss.detach()
             for name, grad in grads.items():
@@ -90,8 +84,8 @@ class AutogradEngine:
         assert self.optimizer is not None
         squares = sum_of_squares(grads)
         accepted = loss.isfinite() & squares.isfinite() & (not rehearsal)
-        if self.grad_clip:
-            shrink = (self.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        if self.settings.grad_clip:
+            shrink = (self.settings.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():
                 grad.mul_(shrink)
         for unit in reversed(self._units.values()):
@@ -103,9 +97,9 @@ class AutogradEngine:
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         self._load()
-        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
         losses = [
-            self.model(i.to(self.device), t.to(self.device), self.loss_chunk)
+            self.model(i.to(self.device), t.to(self.device), self.settings.loss_chunk)
             for i, t in zip(inputs, targets, strict=True)
         ]
         return float(torch.stack(losses).sum()), count

@@ -7,10 +7,12 @@ GPU or in host memory; from there it passes through the GPU a micro-batch at a t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lowres.rooms import GPU, HOST, Event, Homes, Mover, Rooms
+from lowres.rooms import Event, Mover, Rooms, Slab, place
 from lowres.storage import DENSE_DTYPES, aligned
 
 GROUP = 32  # values along the width that share a scale in the INT8 stash
@@ -31,7 +33,7 @@ class Plain:
 
     def encode(self, x: Tensor, region: Tensor) -> None:
         kept = region.view(self.dtype).view(x.shape)
-        if kept.data_ptr() != x.data_ptr():
+        if place(kept) != place(x):
             kept.copy_(x)
 
     def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -89,28 +91,26 @@ def make_encoding(kind: str, compute: torch.dtype) -> Encoding:
 class Door:
     """Slots on the GPU through which the pieces of host boundaries pass: two in, two out."""
 
-    def __init__(self, rooms: Rooms, mover: Mover, nbytes: int) -> None:
-        self._mover = mover
-        self._in = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
-        self._out = [rooms.slab("transfer of boundaries", GPU, nbytes) for _ in range(2)]
+    def __init__(self, mover: Mover, slots: list[Tensor]) -> None:
+        self._mover, self._in, self._out = mover, slots[:2], slots[2:]
         self._left: list[Event] = [None, None]  # when the last copy out of a slot is done
-        self._written: dict[int, Event] = {}  # and into the piece at an address
-        self._coming: dict[int, tuple[int, Event]] = {}  # by slot: address of the piece and its arrival
+        self._written: dict[tuple[int, int], Event] = {}  # and into the piece at a place
+        self._coming: dict[int, tuple[tuple[int, int] | None, Event]] = {}  # by slot: its piece and arrival
 
     def fetch(self, piece: Tensor, following: Tensor | None, index: int) -> Tensor:
         """A piece of a host boundary on the GPU, until two more were fetched; starts on the next."""
         slot = index % 2
-        address, event = self._coming.pop(slot, (0, None))
-        if address != piece.data_ptr():
+        coming, event = self._coming.pop(slot, (None, None))
+        if coming != place(piece):
             event = self._start(slot, piece)
         if following is not None:
-            self._coming[1 - slot] = (following.data_ptr(), self._start(1 - slot, following))
+            self._coming[1 - slot] = (place(following), self._start(1 - slot, following))
         self._mover.wait(event)
         return self._in[slot][: piece.numel()]
 
     def _start(self, slot: int, piece: Tensor) -> Event:
         copy = (self._in[slot][: piece.numel()], piece)
-        return self._mover.fetch([copy], [self._written.get(piece.data_ptr())])
+        return self._mover.fetch([copy], [self._written.get(place(piece))])
 
     def leave(self, index: int, nbytes: int) -> Tensor:
         """Where to put a piece that is to leave."""
@@ -120,7 +120,7 @@ class Door:
     def store(self, index: int, piece: Tensor) -> None:
         """Send what was put there to its home."""
         copy = (piece, self._out[index % 2][: piece.numel()])
-        self._left[index % 2] = self._written[piece.data_ptr()] = self._mover.store([copy])
+        self._left[index % 2] = self._written[place(piece)] = self._mover.store([copy])
 
 
 class Boundary:
@@ -168,6 +168,21 @@ def boundary_bytes(encoding: Encoding, dim: int, sequences: int, micro_batch: in
     return size + (aligned(encoding.nbytes(rest * length, dim)) if rest else 0)
 
 
+@dataclass(frozen=True)
+class BoundarySlabs:
+    """The slabs of stash and carry. One of the stash is a band's; those on the host come first. Through the
+    four slots of a door pass all that are on the host, of the carry each through a door of its own."""
+
+    stash: tuple[Slab, Slab]
+    stash_door: Slab
+    carry: Slab
+    carry_door: Slab
+
+    def all(self) -> tuple[Slab, ...]:
+        on_host, on_gpu = self.stash
+        return self.stash_door, self.carry_door, on_gpu, on_host, self.carry
+
+
 class Boundaries:
     """The stash (by band) and the carry of a step."""
 
@@ -175,38 +190,30 @@ class Boundaries:
         self,
         rooms: Rooms,
         mover: Mover,
-        homes: Homes,
-        stash_encoding: Encoding,
-        bands: int,
+        slabs: BoundarySlabs,
+        encoding: Encoding,
         dim: int,
         compute: torch.dtype,
         sequences: int,
         micro_batch: int,
         length: int,
-        keep_output: bool = False,
     ) -> None:
-        """bands: how many boundaries the stash has; 0 for evaluation. keep_output: the output of the last
-        band has a place of its own, so that two backward passes can begin there."""
-        self.capacity = (sequences, length, bands)
+        """slabs: made for these sizes (`Layout.boundaries`). encoding: of the stash."""
+        self.capacity = (sequences, length, sum(slab.count for slab in slabs.stash))
         self._micro_batch = micro_batch
-        carried = Plain(compute)
 
-        def door(encoding: Encoding, needed: bool) -> Door | None:
-            piece = encoding.nbytes(min(micro_batch, sequences) * length, dim)
-            return Door(rooms, mover, piece) if needed else None
+        def made(slab: Slab, encoding: Encoding, door: Door | None) -> list[Boundary]:
+            return [Boundary(memory, encoding, dim, compute, door) for memory in rooms.make(slab)]
 
-        def boundary(name: str, encoding: Encoding, through: Door | None) -> Boundary:
-            size = boundary_bytes(encoding, dim, sequences, micro_batch, length)
-            slab = rooms.slab(name, GPU if through is None else HOST, size)
-            return Boundary(slab, encoding, dim, compute, through)
-
-        stash_door = door(stash_encoding, bands > 0 and homes.stash > 0)
-        self.carry = boundary("carry", carried, door(carried, homes.carry))
-        self.output = boundary("carry", carried, door(carried, homes.carry)) if keep_output else self.carry
-        self.stash = [
-            boundary("stash", stash_encoding, stash_door if band < homes.stash else None)
-            for band in range(bands)
-        ]
+        on_host, on_gpu = slabs.stash
+        door = Door(mover, rooms.make(slabs.stash_door)) if slabs.stash_door.count else None
+        self.stash = made(on_host, encoding, door) + made(on_gpu, encoding, None)
+        slots, carries = rooms.make(slabs.carry_door), []
+        for i, memory in enumerate(rooms.make(slabs.carry)):
+            own = Door(mover, slots[4 * i : 4 * i + 4]) if slots else None
+            carries.append(Boundary(memory, Plain(compute), dim, compute, own))
+        # the output of the last band has a place of its own if two backward passes are to begin there
+        self.carry, self.output = carries[0], carries[-1]
 
     def holds(self, sequences: int, length: int, bands: int) -> bool:
         """Whether a batch fits into what there is."""

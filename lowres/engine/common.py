@@ -1,17 +1,18 @@
-"""What both engines share: the report of a step, and how a batch is cut."""
+"""What the engines share: their settings, the report of a step, and how a batch is cut."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lowres.config import Config, ReloraConfig
 from lowres.data.batches import IGNORED, inputs_and_targets
-from lowres.rooms import HOST, Rooms
-from lowres.storage import Unit
+from lowres.rooms import HOST, Homes, Rooms
+from lowres.storage import Unit, compute_dtype
 
 
 class Updater(Protocol):
@@ -20,6 +21,67 @@ class Updater(Protocol):
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the config may leave to the plan. band: layers that are recomputed and differentiated together.
+    homes: where units, stash and carry live."""
+
+    micro_batch: int
+    band: int = 1
+    homes: Homes = field(default_factory=Homes)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is told beside model, weights and optimizer.
+
+    micro_batch, band, homes: see `Choice`; the units were made accordingly. compute: number format of the
+    activations. loss_chunk: tokens whose logits exist at one time. stash_dtype: see
+    `boundaries.make_encoding`. exact_forward: if the stash is lossy, the forward pass goes on from the exact
+    values instead of the stored ones. grad_clip: largest global gradient norm; if not 0, the layer-major
+    engine finds the norm in a backward pass and updates in a second one. adapters: those that the units
+    have, if any. seed: of the run, names the masks of dropout.
+    """
+
+    micro_batch: int
+    compute: torch.dtype
+    loss_chunk: int = 1024
+    band: int = 1
+    homes: Homes = field(default_factory=Homes)
+    stash_dtype: str = "auto"
+    exact_forward: bool = False
+    grad_clip: float = 0.0
+    adapters: ReloraConfig | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: Config, choice: Choice, device: torch.device, adapted: bool) -> EngineSettings:
+        """Those of a run, with adapters or without."""
+        kept = config.memory
+        return cls(
+            choice.micro_batch,
+            compute_dtype(kept.compute, device),
+            kept.loss_chunk,
+            choice.band,
+            choice.homes,
+            kept.stash_dtype,
+            kept.exact_forward,
+            config.optim.grad_clip,
+            config.relora if adapted else None,
+            config.run.seed,
+        )
+
+    @property
+    def scaling(self) -> float:
+        """Of what adapters add."""
+        return self.adapters.scaling if self.adapters else 1.0
+
+    @property
+    def dropout(self) -> float:
+        """On what goes into adapters."""
+        return self.adapters.dropout if self.adapters else 0.0
 
 
 @dataclass(frozen=True)

@@ -23,121 +23,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
-from lowres.data.batches import IGNORED
-from lowres.engine.boundaries import Boundaries, Boundary, make_encoding
-from lowres.engine.common import StepReport, Updater, split, sum_of_squares
+from lowres.engine.boundaries import Boundaries, Boundary
+from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
+from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.residence import Residence, Visit
-from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, lora, rms_norm, rope_tables
-from lowres.rooms import GPU, Homes, Mover, Rooms
+from lowres.engine.working import AdaptedMatrix, WorkingMatrix, cross_entropy, matmul_wide
+from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, rms_norm, rope_tables
+from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
+from lowres.target import chunks
 
-ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
-# elements of a weight gradient in another precision that exist before they are added to the buffer
-PRODUCT_CHUNK = 1 << 24
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 2-D matrices with the result in fp32 where the inputs are bf16."""
-    if a.dtype != torch.bfloat16:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-
-
-def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad."""
-    if dy.dtype == grad.dtype:
-        grad.addmm_(dy.T, x)
-        return
-    rows = max(1, PRODUCT_CHUNK // grad.shape[1])
-    for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
-        part.add_(matmul_wide(columns.T, x))
-
-
-class WorkingMatrix:
-    """A matrix while its layer is visited: its values in compute precision and its gradient buffer."""
-
-    def __init__(self, value: Tensor, grad: Tensor | None) -> None:
-        """grad: None if there is none, in the forward pass or of a frozen matrix."""
-        self.value, self.grad = value, grad
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return _Multiply.apply(x, self) if torch.is_grad_enabled() else self.product(x)
-
-    @property
-    def rows(self) -> int:
-        return len(self.value)
-
-    def product(self, x: Tensor) -> Tensor:
-        return x @ self.value.T
-
-    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Add dy^T x to the gradient; return dy W."""
-        if self.grad is not None:
-            accumulate(self.grad, dy.flatten(0, -2), x.flatten(0, -2))
-        return dy @ self.value
-
-
-class AdaptedMatrix(WorkingMatrix):
-    """A frozen matrix and its adapter; see `lowres.model.lora`."""
-
-    def __init__(
-        self,
-        frozen: WorkingMatrix,
-        a: WorkingMatrix,
-        b: WorkingMatrix,
-        scaling: float,
-        dropout: Dropout,
-        name: str,
-    ) -> None:
-        """dropout, name: what names the masks."""
-        super().__init__(frozen.value, None)
-        self.a, self.b, self.dropout, self.name = a, b, dropout, name
-        self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
-
-    def product(self, x: Tensor) -> Tensor:
-        return lora.product(x, self.dropout.mask(self.name, x), self.matrices)
-
-    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Add to the gradients of A and B; return that of x."""
-        assert self.a.grad is not None and self.b.grad is not None
-        add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
-        return lora.gradients(dy, x, self.dropout.mask(self.name, x), self.matrices, add_a, add_b)
-
-
-class _Multiply(torch.autograd.Function):
-    """x W^T whose weight gradient goes straight into an fp32 buffer instead of through autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.matrix = matrix
-        return matrix.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return ctx.matrix.backward(dy, x), None
-
-
-class _Last(torch.autograd.Function):
-    """`_Multiply` for the last product of a recomputation, whose value nobody needs: it is not computed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.matrix = matrix
-        return x.new_empty(1).expand(*x.shape[:-1], matrix.rows)
-
-    backward = _Multiply.backward
 
 
 def _settled(
@@ -166,41 +70,24 @@ class LayerwiseEngine:
         config: ModelConfig,
         units: Units,
         optimizer: Updater | None,
-        micro_batch: int,
-        compute: torch.dtype,
         rooms: Rooms,
-        loss_chunk: int = 1024,
-        band: int = 1,
-        homes: Homes = Homes(),  # noqa: B008 - frozen
-        stash_dtype: str = "auto",
-        exact_forward: bool = False,
-        grad_clip: float = 0.0,
-        scaling: float = 1.0,
-        dropout: Dropout | None = None,
+        settings: EngineSettings,
     ) -> None:
-        """band: layers that are recomputed and differentiated together. homes: where units, stash and
-        carry live; the units were made accordingly. exact_forward: if the stash is lossy, the forward
-        pass goes on from the exact values instead of the stored ones. grad_clip: largest global gradient
-        norm; if not 0, a first backward pass finds the norm and a second one updates. scaling: of what
-        adapters add, if the units have some. dropout: on what goes into them."""
-        self.config, self.optimizer = config, optimizer
-        self.micro_batch, self.loss_chunk = micro_batch, loss_chunk
-        self.compute, self.device, self.rooms = compute, rooms.device, rooms
-        self.homes, self.exact_forward, self.grad_clip = homes, exact_forward, grad_clip
-        self.encoding = make_encoding(stash_dtype, compute)
-        self.scaling, self.dropout = scaling, dropout or Dropout(0.0, 0)
+        self.config, self.optimizer, self.settings = config, optimizer, settings
+        self.compute, self.device, self.rooms = settings.compute, rooms.device, rooms
+        self.dropout = Dropout(settings.dropout, settings.seed)
         self._units = units
-        blocks = [name for name in units if name not in ("embed", "head")]
-        self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
+        self.layout = Layout(config, {n: _bytes_of(u, self.compute) for n, u in units.items()}, settings)
+        self.bands = self.layout.bands
         # two, so that a layer on its way does not hold up the pieces of a boundary
         self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
-        self._residence = Residence(
-            units, homes, self._forward_visits() + self._backward_visits(), rooms, self._units_mover
-        )
-        self._copies = self._copy_buffer()
-        # the tied embedding collects its gradient from the head's use until the embedding's own
+        slots = rooms.make(self.layout.slots(self.layout.hosted(settings.homes)))
+        self._residence = Residence(units, settings.homes, slots, self._units_mover)
+        (copies,) = rooms.make(self.layout.copies())
+        self._copies = copies.view(self.compute)
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
+        self._rope: tuple[Tensor, Tensor]  # for the length of what is reserved
 
     def _forward_visits(self) -> list[Visit]:
         return [Visit(("embed",)), *(Visit(band) for band in self.bands)]
@@ -209,63 +96,47 @@ class LayerwiseEngine:
         blocks = [Visit(band, update=True) for band in reversed(self.bands)]
         return [Visit(("head",), update=True), *blocks, Visit(("embed",), update=True)]
 
-    def _groups(self) -> list[tuple[str, ...]]:
-        """Units that are visited together."""
-        return [*self.bands, ("head",), ("embed",)]
-
-    def _copy_buffer(self) -> Tensor:
-        """Room for the matrices of the largest visit in compute precision, where they are kept otherwise."""
-        tied = self.config.tie_embeddings
-        sizes = []
-        for group in self._groups():
-            used = ("embed",) if tied and group == ("head",) else () if group == ("embed",) else group
-            sizes.append(sum(_copied(self._units[name], self.compute) for name in used))
-        slab = self.rooms.slab("layers in compute precision", GPU, max(sizes) * self.compute.itemsize)
-        return slab.view(self.compute)
-
     def _gradient_buffers(self) -> dict[str, dict[str, Tensor]]:
-        """fp32 gradients of every unit as views of one buffer for the largest visit. A tied embedding has
-        one of its own, as its gradient is alive while the layers use the other."""
-        dtype = torch.promote_types(self.compute, torch.float32)
-        sizes = {n: sum(_aligned(s.numel) for s in u.spec.trained) for n, u in self._units.items()}
-        own = ("embed",) if self.config.tie_embeddings else ()
-
-        def buffer(size: int) -> Tensor:
-            return self.rooms.slab("gradient buffer", GPU, size * dtype.itemsize).view(dtype)
-
-        shared = buffer(max(sum(sizes[n] for n in group) for group in self._groups() if group != own))
+        """fp32 gradients of every unit as views of one buffer; a tied embedding has one of its own."""
+        dtype = gradient_dtype(self.compute)
+        shared, own = (self.rooms.make(slab)[0].view(dtype) for slab in self.layout.gradients())
         found = {}
-        for group in self._groups():
-            flat = buffer(sizes["embed"]) if group == own else shared
-            start = 0
+        for group in self.layout.groups:
+            flat, start = own if group == self.layout.own_gradient else shared, 0
             for name in group:
                 views = {}
                 for spec in self._units[name].spec.trained:
                     views[spec.name] = flat[start : start + spec.numel].view(spec.shape)
-                    start += _aligned(spec.numel)
+                    start += aligned_elements(spec.numel)
                 found[name] = views
         return found
 
     def reserve(self, sequences: int, length: int, training: bool) -> Boundaries:
-        """Stash and carry for batches of this size, cut for one of them."""
-        bands = len(self.bands) if training else 0
+        """Stash, carry and rotary tables for batches of this size, cut for one of them."""
+        bands, homes = len(self.bands) if training else 0, self.settings.homes
         if self._boundaries is None or not self._boundaries.holds(sequences, length, bands):
             self._boundaries = None  # before its successor is allocated
+            self._rope = self._rotary_tables(length)
             self._boundaries = Boundaries(
                 self.rooms,
                 self._boundaries_mover,
-                self.homes,
-                self.encoding,
-                bands,
+                self.layout.boundaries(sequences, length, bands, homes.stash, homes.carry),
+                self.layout.encoding,
                 self.config.dim,
                 self.compute,
                 sequences,
-                self.micro_batch,
+                self.settings.micro_batch,
                 length,
-                keep_output=bool(self.grad_clip),
             )
         self._boundaries.cut(sequences, length)
         return self._boundaries
+
+    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        (slab,) = self.rooms.make(self.layout.rotary(length))
+        cos, sin = slab.view(torch.float32).view(2, length, -1).unbind()
+        for kept, table in zip((cos, sin), rope_tables(self.config, length, self.device), strict=True):
+            kept.copy_(table)
+        return cos, sin
 
     # a visit
 
@@ -279,8 +150,8 @@ class LayerwiseEngine:
                 grad = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
                 if len(spec.shape) == 2:
                     value = storage.dense(self.compute, free)
-                    if value.data_ptr() == free.data_ptr():
-                        free = free[_aligned(spec.numel) :]
+                    if value.untyped_storage()._cdata == free.untyped_storage()._cdata:
+                        free = free[aligned_elements(spec.numel) :]
                     working[spec.role] = WorkingMatrix(value, grad)
                     continue
                 norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
@@ -291,7 +162,7 @@ class LayerwiseEngine:
                 if spec.frozen:
                     a, b = (working.pop(spec.role + part) for part in (LORA_A, LORA_B))
                     working[spec.role] = AdaptedMatrix(
-                        working[spec.role], a, b, self.scaling, self.dropout, spec.name
+                        working[spec.role], a, b, self.settings.scaling, self.dropout, spec.name
                     )
             found.append(working)
         return found
@@ -301,10 +172,9 @@ class LayerwiseEngine:
     def _forward(self, inputs: list[Tensor], kept: Boundaries, training: bool) -> None:
         """Run all layers and keep the output of the last. In training, the stash is filled."""
         self.rooms.phase = "forward"
-        rope = rope_tables(self.config, inputs[0].shape[1], self.device)
         stash = kept.stash if training else []
         # the next boundary is the next band's entry in the stash, so that it is written once
-        through_stash = training and not self.exact_forward
+        through_stash = training and not self.settings.exact_forward
         places = [*stash, kept.output] if through_stash else [kept.carry] * len(self.bands) + [kept.output]
         with self._residence.visit() as (embed,):
             table = embed.weights[EMBEDDING_NAME]
@@ -314,11 +184,11 @@ class LayerwiseEngine:
             with self._residence.visit() as units:
                 layers = self._working(units)
                 for i in range(len(inputs)):
-                    x, self.dropout.first = here.get(i), i * self.micro_batch
+                    x, self.dropout.first = here.get(i), i * self.settings.micro_batch
                     if training and not through_stash:
                         stash[band].put(i, x)
                     for w in layers:
-                        x = block(x, w, rope, self.config)
+                        x = block(x, w, self._rope, self.config)
                     there.put(i, x)
 
     # head
@@ -337,7 +207,7 @@ class LayerwiseEngine:
             (w,) = self._working(units)
             head = self._head_matrix(w, None)
             for i, wanted in enumerate(targets):
-                for h, t in self._chunks(output.get(i), wanted):
+                for _, h, t in self._chunks(output.get(i), wanted):
                     normed = rms_norm(h, w["norm"], self.config.norm_eps)
                     total += cross_entropy(matmul_wide(normed, head.value.T), t, None)
         return total
@@ -352,9 +222,8 @@ class LayerwiseEngine:
         for i, wanted in enumerate(targets):
             x = kept.output.get(i)
             dx = x if kept.output is kept.carry else torch.empty_like(x)
-            for (h, t), dh in zip(
-                self._chunks(x, wanted), dx.flatten(0, 1).split(self.loss_chunk), strict=True
-            ):
+            gradient = dx.flatten(0, 1)
+            for part, h, t in self._chunks(x, wanted):
                 leaf = h.detach().requires_grad_()
                 with torch.enable_grad():
                     normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
@@ -366,13 +235,14 @@ class LayerwiseEngine:
                 del d_logits
                 torch.autograd.backward(normed, d_normed)
                 assert leaf.grad is not None
-                dh.copy_(leaf.grad)
+                gradient[part] = leaf.grad
             kept.carry.put(i, dx)
         return total / count
 
-    def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        flat = targets.to(self.device, non_blocking=True).flatten()
-        return zip(x.flatten(0, 1).split(self.loss_chunk), flat.split(self.loss_chunk), strict=True)
+    def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Tokens whose loss is found together: which, their part of x [B, T, D] and their targets."""
+        x, flat = x.flatten(0, 1), targets.to(self.device, non_blocking=True).flatten()
+        return ((part, x[part], flat[part]) for part in chunks(len(x), self.settings.loss_chunk))
 
     # backward
 
@@ -382,26 +252,23 @@ class LayerwiseEngine:
         stash: Boundary,
         carry: Boundary,
         count: int,
-        rope: tuple[Tensor, Tensor],
     ) -> None:
         """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
         for i in range(count):
-            x, self.dropout.first = stash.get(i).detach().requires_grad_(), i * self.micro_batch
-            outputs, dy = self._recompute(x, layers, rope), carry.get(i)
+            x, self.dropout.first = stash.get(i).detach().requires_grad_(), i * self.settings.micro_batch
+            outputs, dy = self._recompute(x, layers), carry.get(i)
             torch.autograd.backward(outputs, (dy, dy))
             assert x.grad is not None
             carry.put(i, x.grad)
             del x, outputs, dy  # before the next micro-batch makes its own
 
-    def _recompute(
-        self, x: Tensor, layers: list[dict[str, Any]], rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _recompute(self, x: Tensor, layers: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """The two terms of a band's output, with their graph; the second is not computed."""
         with torch.enable_grad():
             for w in layers[:-1]:
-                x = block(x, w, rope, self.config)
-            residual, product = block_body(x, layers[-1], rope, self.config)
-            return residual, _Last.apply(product, layers[-1]["down"])
+                x = block(x, w, self._rope, self.config)
+            residual, product = block_body(x, layers[-1], self._rope, self.config)
+            return residual, layers[-1]["down"].last(product)
 
     def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]
@@ -414,13 +281,31 @@ class LayerwiseEngine:
     # the interface
 
     @_settled
-    @torch.no_grad()
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
+        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal)
+        loss, norm, updated = results.tolist()  # the only wait for the device
+        return StepReport(loss, norm, len(self._units) - int(updated))
+
+    @torch.no_grad()
+    def enqueue(
+        self,
+        inputs: list[Tensor],
+        targets: list[Tensor],
+        count: int,
+        step: int,
+        schedule: float,
+        rehearsal: bool,
+    ) -> Tensor:
+        """All work of a step, without waiting for any. inputs, targets, count: see `split`.
+
+        Returns fp64 [3] on the device: loss, norm of the gradient, number of units that were updated. Whoever
+        has read them may look at host slabs too.
+        """
         assert self.optimizer is not None, "this engine was made without an optimizer"
-        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
-        kept = self.reserve(*_shape(batch), training=True)
-        backward = self._backward_visits()
-        norm_only = [Visit(visit.units) for visit in backward] if self.grad_clip else []
+        kept = self.reserve(sum(map(len, inputs)), inputs[0].shape[1], training=True)
+        backward, clip = self._backward_visits(), self.settings.grad_clip
+        norm_only = [Visit(visit.units) for visit in backward] if clip else []
         self._residence.begin(self._forward_visits() + norm_only + backward)
         self.dropout.step = step
         self._forward(inputs, kept, training=True)
@@ -428,10 +313,10 @@ class LayerwiseEngine:
         # filled there: a copy from here would wait
         accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
         shrink = None
-        if self.grad_clip:
+        if clip:
             norm, loss = self._norm(inputs, targets, count, kept)
             accepted = accepted & norm.isfinite() & loss.isfinite()
-            shrink = (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+            shrink = (clip / (norm + 1e-6)).clamp(max=1.0)
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
         for unit, grads, loss in self._gradients(inputs, targets, count, kept):
@@ -445,12 +330,10 @@ class LayerwiseEngine:
             self.optimizer.update(unit, grads, step, schedule, accepted)
             updated += accepted
         self.rooms.phase = ""
-        # the only wait for the device
-        numbers = torch.stack([loss, squares.sqrt(), updated.double()]).tolist()
-        self._units_mover.finish()
-        self._boundaries_mover.finish()
         self.dropout.step = None
-        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
+        for mover in (self._units_mover, self._boundaries_mover):
+            mover.join()
+        return torch.stack([loss, squares.sqrt(), updated.double()])
 
     def _norm(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
@@ -466,7 +349,6 @@ class LayerwiseEngine:
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
     ) -> Iterator[tuple[Unit, dict[str, Tensor], Tensor]]:
         """Every unit from the head down with its gradients, which last until the next, and the mean loss."""
-        rope = rope_tables(self.config, inputs[0].shape[1], self.device)
         stash = list(kept.stash)
         for visit in self._backward_visits():
             with self._residence.visit() as units:
@@ -478,14 +360,14 @@ class LayerwiseEngine:
                     self._backward_embedding(inputs, kept.carry)
                 else:
                     layers = self._working(units, grads=True)
-                    self._backward(layers, stash.pop(), kept.carry, len(inputs), rope)
+                    self._backward(layers, stash.pop(), kept.carry, len(inputs))
                 for unit in reversed(units):
                     yield unit, self._grads[unit.spec.name], loss
 
     @_settled
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        inputs, targets, count = split(batch, self.micro_batch, self.rooms)
+        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
         kept = self.reserve(*_shape(batch), training=False)
         self._residence.begin([*self._forward_visits(), Visit(("head",))])
         self._forward(inputs, kept, training=False)
@@ -513,38 +395,11 @@ class LayerwiseEngine:
         yield from self._units.values()
 
 
+def _bytes_of(unit: Unit, compute: torch.dtype) -> UnitBytes:
+    state = 0 if unit.state_slab is None else unit.state_slab.numel()
+    return UnitBytes.of(unit.spec, unit.kinds, state, compute)
+
+
 def _shape(batch: Tensor) -> tuple[int, int]:
     """Sequences and length of the inputs of a batch."""
     return batch.shape[0], batch.shape[1] - 1
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // ALIGNMENT) * ALIGNMENT
-
-
-def _copied(unit: Unit, compute: torch.dtype) -> int:
-    """Elements of a unit's matrices that exist in compute precision beside what is stored."""
-    stored = unit.weight_tensors()
-    matrices = [spec for spec in unit.spec.tensors if len(spec.shape) == 2]
-    return sum(_aligned(spec.numel) for spec in matrices if stored[spec.name].dtype != compute)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
-
-    With a weight they become the gradient of weight times that sum; all in place, so that a chunk
-    has its logits in memory once.
-    """
-    counts = targets != IGNORED
-    index = targets.clamp_min(0).unsqueeze(1)
-    top = logits.amax(1, keepdim=True)
-    logits.sub_(top)
-    picked = logits.gather(1, index)
-    logits.exp_()
-    total = logits.sum(1, keepdim=True)
-    losses = (total.log() - picked).squeeze(1)
-    if weight is not None:
-        logits.div_(total)
-        logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
-        logits.mul_(weight).masked_fill_(~counts.unsqueeze(1), 0.0)
-    return losses.double().masked_fill(~counts, 0.0).sum()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowres.rooms import GPU, Event, Homes, Mover, Rooms
+from lowres.rooms import Event, Homes, Mover
 from lowres.storage import Unit
 
 
@@ -24,17 +24,6 @@ class Visit:
     update: bool = False
 
 
-def slot_bytes(visits: Sequence[Visit], sizes: Mapping[str, tuple[int, int]], homes: Homes) -> int:
-    """Bytes of one of the two slots. sizes: bytes of weights and state by unit."""
-    return max((_hosted_bytes(visit, sizes, homes) for visit in visits), default=0)
-
-
-def _hosted_bytes(visit: Visit, sizes: Mapping[str, tuple[int, int]], homes: Homes) -> int:
-    weights = sum(sizes[unit][0] for unit in visit.units if unit in homes.weights)
-    state = sum(sizes[unit][1] for unit in visit.units if unit in homes.state)
-    return weights + (state if visit.update else 0)
-
-
 class Residence:
     """Brings the units of every visit to the GPU, in the order that `begin` was told."""
 
@@ -42,18 +31,11 @@ class Residence:
         self,
         units: Mapping[str, Unit],
         homes: Homes,
-        visits: Sequence[Visit],
-        rooms: Rooms,
+        slots: list[Tensor],
         mover: Mover,
     ) -> None:
-        """visits: all that will ever be asked for, to size the slots."""
-        self._units, self._homes, self._mover = units, homes, mover
-        sizes = {
-            name: (u.weights_slab.numel(), 0 if u.state_slab is None else u.state_slab.numel())
-            for name, u in units.items()
-        }
-        size = slot_bytes(visits, sizes, homes)
-        self._slots = [rooms.slab("transfer of layers", GPU, size) for _ in range(2)] if size else []
+        """slots: two that the largest visit's hosted units fit into; none if all are on the GPU."""
+        self._units, self._homes, self._slots, self._mover = units, homes, slots, mover
         # when the last copy out of a slot, and into the home of a unit, is done. A step of the engine ends
         # when all copies have, and updates a unit once: it would do without the second, other visits not
         self._left: list[Event] = [None, None]

@@ -13,8 +13,9 @@ footprint   the arithmetic: bytes of every component
 choice      the search for what fits
 """
 
+from lowres.engine import Choice
 from lowres.memory.choice import ADAPTERS, make_plan, make_plans
-from lowres.memory.plan import DISK, GIB, Choice, Crew, Plan, host_bytes, require_fit, require_machine
+from lowres.memory.plan import DISK, GIB, Crew, Plan, host_bytes, require_fit, require_machine
 
 __all__ = [
     "ADAPTERS",

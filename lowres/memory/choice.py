@@ -6,15 +6,16 @@ Where DeepSpeed does not fit, also the settings with which a run would.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lowres import ranks
 from lowres.config import Config, ReloraConfig
+from lowres.engine import Choice
 from lowres.memory.footprint import Footprint
-from lowres.memory.plan import GIB, Choice, Crew, Plan, device_bytes, host_bytes
+from lowres.memory.plan import GIB, Crew, Plan, device_bytes, host_bytes
 from lowres.rooms import GPU, HOST, Homes
 
 ADAPTERS = "adapters"  # the part of a run that has them
@@ -112,6 +113,21 @@ def _first_that_fits(
     return min(plans, key=lambda plan: plan.excess)
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """How much has its home on the host: of the stash boundaries, of state and weights units, in order."""
+
+    units: tuple[str, ...]
+    stash: int = 0
+    state: int = 0
+    weights: int = 0
+    carry: int = 0
+
+    def homes(self) -> Homes:
+        weights, state = (frozenset(self.units[:count]) for count in (self.weights, self.state))
+        return Homes(weights, state, self.stash, bool(self.carry))
+
+
 class _Planner:
     """The search for a plan within budgets."""
 
@@ -152,47 +168,50 @@ class _Planner:
 
     def place(self, micro_batch: int, band: int) -> Plan:
         """The plan that has least on the host; if nothing fits, the one with all there that may be."""
-        everything = list(self.homes(band))
-        last = self.plan(Choice(micro_batch, band, everything[-1]))
+        *steps, (everything, least) = self.steps(micro_batch, band)
+        last = self.plan(Choice(micro_batch, band, everything.homes()))
         budget = self.budgets[GPU]
-        if len(everything) == 1 or (budget is not None and last.peak(GPU) > budget):
+        if not steps or (budget is not None and last.peak(GPU) > budget):
             return last
-        for homes in everything[:-1]:
-            plan = self.plan(Choice(micro_batch, band, homes))
-            if budget is None or plan.peak(GPU) <= budget:
-                return plan
+        for moved, movable in steps:
+            if budget is None or last.peak(GPU) + movable - least <= budget:
+                return self.plan(Choice(micro_batch, band, moved.homes()))
         return last
 
-    def homes(self, band: int) -> Iterator[Homes]:
-        """From what must be on the host to all that may be: first what is moved least often in a step."""
+    def steps(self, micro_batch: int, band: int) -> Iterator[tuple[_Moved, int]]:
+        """From what must be on the host to all that may be, first what costs least to move in a step; and
+        what of it is on the GPU (`Footprint.movable`)."""
         kept = self.config.memory
         if kept.engine != "layerwise":
-            yield Homes()
+            yield _Moved(()), 0
             return
-        bands = -(-self.config.model.n_layers // band)
+        layout = self.footprint.layout(micro_batch, band)
         # a tied embedding is used at both ends of the model, so it stays
-        movable = [*self.footprint.blocks, "head", *([] if self.config.model.tie_embeddings else ["embed"])]
+        units = (*self.footprint.blocks, "head", *(() if self.config.model.tie_embeddings else ("embed",)))
         limits = {
-            "stash": (kept.stash_on, bands),
-            "state": ("host" if kept.master == "host" else kept.state_on, len(movable)),
-            "weights": (kept.weights_on, len(movable)),
+            "stash": (kept.stash_on, len(layout.bands)),
+            "state": ("host" if kept.master == "host" else kept.state_on, len(units)),
+            "weights": (kept.weights_on, len(units)),
             "carry": (kept.carry_on, 1),
         }
-        counts = {key: most if home == "host" else 0 for key, (home, most) in limits.items()}
+        moved, hosted = _Moved(units), layout.hosted()
 
-        def chosen() -> Homes:
-            return Homes(
-                weights=frozenset(movable[: counts["weights"]]),
-                state=frozenset(movable[: counts["state"]]),
-                stash=counts["stash"],
-                carry=bool(counts["carry"]),
-            )
+        def move(key: str) -> _Moved:
+            if key in ("state", "weights"):
+                hosted.move(units[getattr(moved, key)], key)
+            return replace(moved, **{key: getattr(moved, key) + 1})
 
-        yield chosen()
+        def found() -> tuple[_Moved, int]:
+            return moved, self.footprint.movable(layout, hosted, moved.stash, bool(moved.carry))
+
         for key, (home, most) in limits.items():
-            while home == "auto" and counts[key] < most:
-                counts[key] += 1
-                yield chosen()
+            for _ in range(most if home == "host" else 0):
+                moved = move(key)
+        yield found()
+        for key, (home, most) in limits.items():
+            while home == "auto" and getattr(moved, key) < most:
+                moved = move(key)
+                yield found()
 
     def plan(self, choice: Choice) -> Plan:
         found, batch = self.footprint.components(choice), self.config.train.batch_tokens

@@ -9,20 +9,12 @@ from typing import Any
 
 import torch
 
+from lowres.engine import Choice
 from lowres.errors import DoesNotFit
-from lowres.rooms import GPU, HOST, Component, Homes
+from lowres.rooms import GPU, HOST, Component
 
 GIB = 1 << 30
 DISK = "disk"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the config may leave to the plan."""
-
-    micro_batch: int
-    band: int
-    homes: Homes
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from lowres.storage import (
     field_bytes,
     state_fields,
 )
+from lowres.target import kind_of
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Optimizer:
         for count in counts:
             count.add_(accepted)
         clocks = [Clock(step, count, accepted, self.seed) for count in counts]
-        if accepted.is_cuda or not accepted:  # to ask a GPU would be to wait for it
+        if kind_of(accepted.device) == "cuda" or not accepted:  # to ask a GPU would be to wait for it
             refused = ~accepted
             for grad in grads.values():
                 grad.masked_fill_(refused, 0.0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowres.config import Config, ModelConfig
 from lowres.device import is_out_of_memory
 from lowres.engine.common import sum_of_squares
-from lowres.engine.layerwise import WorkingMatrix, cross_entropy
+from lowres.engine.working import WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit
 from lowres.memory import Plan
 from lowres.model import block, block_shapes, empty_units, initialize, rope_tables

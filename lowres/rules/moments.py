@@ -19,11 +19,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres import rng
 from lowres.errors import UserError
 from lowres.rules.base import Clock, State
 from lowres.storage import Fields, TensorSpec, chunk_elements
+from lowres.target import chunks
 
 KINDS = ("fp32", "bf16", "int8")
 BLOCK = 256  # elements that share a scale in int8
@@ -45,8 +47,7 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
     """Ranges of elements that together cover a tensor, of about the chunk size and starting at a block."""
-    step = max(BLOCK, chunk_elements(device) // BLOCK * BLOCK)
-    return [slice(i, min(i + step, numel)) for i in range(0, numel, step)]
+    return chunks(numel, max(BLOCK, chunk_elements(device) // BLOCK * BLOCK))
 
 
 class Moment:
@@ -104,7 +105,8 @@ def bitsandbytes_functional() -> ModuleType:
 @cache
 def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """fp32 [256], ascending. Kept, because the copy to a device waits for it."""
-    return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
+    with _disable_current_modes():  # it outlives the trace of a plan, whose tensors have no memory
+        return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
 
 
 def _blocks(part: slice) -> slice:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.storage.specs import Fields
+from lowres.target import chunks, kind_of
 
 # elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
 CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
@@ -92,20 +93,19 @@ def register(found: Format) -> None:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format that `memory.compute` means on this device."""
     if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+        name = "bf16" if kind_of(device) == "cuda" else "fp32"
     return DENSE_DTYPES[name]
 
 
 def chunk_elements(device: torch.device) -> int:
     """Elements whose temporaries may exist at one time on a device."""
-    return CHUNK_CUDA if device.type == "cuda" else CHUNK_CPU
+    return CHUNK_CUDA if kind_of(device) == "cuda" else CHUNK_CPU
 
 
 def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Slices of rows that together cover a tensor, none much larger than the chunk size."""
     length = 1 if len(shape) == 1 else shape[1]
-    step = max(1, chunk_elements(device) // length)
-    return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+    return chunks(shape[0], max(1, chunk_elements(device) // length))
 
 
 def factor_of(factor: Tensor, rows: slice) -> Tensor:

@@ -1,0 +1,147 @@
+"""What the layer-major engine allocates before its first step, described before it exists.
+
+The engine makes its slabs from these descriptions and the plan lists the same ones, so there is one
+arithmetic. What lives only between operations is in no slab; the plan traces that (`lowres.memory.trace`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lowres.config import ModelConfig
+from lowres.engine.boundaries import BoundarySlabs, Plain, boundary_bytes, make_encoding
+from lowres.engine.common import EngineSettings
+from lowres.rooms import GPU, HOST, Homes, Slab
+from lowres.storage import UnitSpec, field_bytes, weight_fields
+
+ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
+
+
+def aligned_elements(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class UnitBytes:
+    """Bytes of a unit. weights, state: at rest. copied: of its matrices in compute precision, where they are
+    kept in another. gradients: of what is trained."""
+
+    weights: int
+    state: int
+    copied: int
+    gradients: int
+
+    @classmethod
+    def of(cls, spec: UnitSpec, kinds: Mapping[str, str], state: int, compute: torch.dtype) -> UnitBytes:
+        weights = weight_fields(spec, {s.name: kinds[s.name] for s in spec.tensors})
+        matrices = [s for s in spec.tensors if len(s.shape) == 2 and weights[s.name][0] != compute]
+        return cls(
+            sum(field_bytes(weights).values()),
+            state,
+            sum(aligned_elements(s.numel) for s in matrices) * compute.itemsize,
+            sum(aligned_elements(s.numel) for s in spec.trained) * gradient_dtype(compute).itemsize,
+        )
+
+
+def gradient_dtype(compute: torch.dtype) -> torch.dtype:
+    return torch.promote_types(compute, torch.float32)
+
+
+class Hosted:
+    """Units whose home is the host, moved there one at a time. slot: bytes that the largest visit fetches.
+    total: bytes that left the GPU."""
+
+    def __init__(self, groups: Iterable[tuple[str, ...]], units: Mapping[str, UnitBytes]) -> None:
+        """groups: the units of each visit."""
+        self._units = units
+        self._group = {name: i for i, group in enumerate(groups) for name in group}
+        self._fetched = [0] * len(self._group)
+        self.slot = self.total = 0
+
+    def move(self, name: str, part: str) -> None:
+        """part: weights or state."""
+        size, group = getattr(self._units[name], part), self._group[name]
+        self._fetched[group] += size
+        self.slot = max(self.slot, self._fetched[group])
+        self.total += size
+
+
+class Layout:
+    """The slabs of an engine for a model of some units, by name in the order of the forward pass."""
+
+    def __init__(self, model: ModelConfig, units: Mapping[str, UnitBytes], settings: EngineSettings) -> None:
+        self.model, self.units, self.settings = model, units, settings
+        self.encoding = make_encoding(settings.stash_dtype, settings.compute)
+        blocks, band = [name for name in units if name not in ("embed", "head")], settings.band
+        self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
+        self.groups = [*self.bands, ("head",), ("embed",)]  # units that are visited together
+        # the tied embedding collects its gradient from the head's use until the embedding's own, while the
+        # layers use the shared buffer
+        self.own_gradient = ("embed",) if model.tie_embeddings else ()
+
+    def copies(self) -> Slab:
+        """Room for the matrices of the largest visit in compute precision, where they are kept otherwise."""
+        tied = self.model.tie_embeddings
+        # of the embedding rows are looked up; as the head it is a matrix
+        used = [*self.bands, ("embed",) if tied else ("head",)]
+        size = max(sum(self.units[name].copied for name in group) for group in used)
+        return Slab("layers in compute precision", GPU, size)
+
+    def gradients(self) -> tuple[Slab, Slab]:
+        """The buffer that visits share, and that of a tied embedding."""
+        shared = [group for group in self.groups if group != self.own_gradient]
+        sizes = (
+            max(sum(self.units[name].gradients for name in group) for group in shared),
+            sum(self.units[name].gradients for name in self.own_gradient),
+        )
+        return Slab("gradient buffer", GPU, sizes[0]), Slab("gradient buffer", GPU, sizes[1])
+
+    def hosted(self, homes: Homes = Homes()) -> Hosted:  # noqa: B008 - frozen
+        found = Hosted(self.groups, self.units)
+        for part, names in (("weights", homes.weights), ("state", homes.state)):
+            for name in names:
+                found.move(name, part)
+        return found
+
+    def slots(self, hosted: Hosted) -> Slab:
+        """Two, of the size of the largest visit."""
+        return Slab("transfer of layers", GPU, hosted.slot, 2 if hosted.slot else 0)
+
+    def boundaries(
+        self, sequences: int, length: int, bands: int, stash_on_host: int, carry_on_host: bool
+    ) -> BoundarySlabs:
+        """bands: boundaries that the stash has; 0 for evaluation. With clipping the output of the last band
+        has a place of its own, so that two backward passes can begin there."""
+        settings, dim = self.settings, self.model.dim
+        exact, carries = Plain(settings.compute), 2 if settings.grad_clip else 1
+        tokens = min(settings.micro_batch, sequences) * length
+        stash, carry = (
+            boundary_bytes(encoding, dim, sequences, settings.micro_batch, length)
+            for encoding in (self.encoding, exact)
+        )
+        on_host = min(stash_on_host, bands)
+        door = "transfer of boundaries"
+        return BoundarySlabs(
+            (Slab("stash", HOST, stash, on_host), Slab("stash", GPU, stash, bands - on_host)),
+            Slab(door, GPU, self.encoding.nbytes(tokens, dim), 4 if on_host else 0),
+            Slab("carry", HOST if carry_on_host else GPU, carry, carries),
+            Slab(door, GPU, exact.nbytes(tokens, dim), 4 * carries if carry_on_host else 0),
+        )
+
+    def rotary(self, length: int) -> Slab:
+        """cos and sin."""
+        return Slab("rotary tables", GPU, 2 * 4 * length * self.model.head_dim)
+
+    def fixed(self, length: int) -> tuple[Slab, ...]:
+        """What does not depend on homes."""
+        return self.copies(), *self.gradients(), self.rotary(length)
+
+    def movable(
+        self, hosted: Hosted, sequences: int, length: int, stash_on_host: int, carry_on_host: bool
+    ) -> tuple[Slab, ...]:
+        """What depends on homes, for training on batches of a size."""
+        kept = self.boundaries(sequences, length, len(self.bands), stash_on_host, carry_on_host)
+        return self.slots(hosted), *kept.all()

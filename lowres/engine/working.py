@@ -1,0 +1,144 @@
+"""Matrices while their layer is visited: products whose weight gradients go straight into an fp32 buffer.
+
+A block (`lowres.model.block`) takes these in the place of its weights.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowres.data.batches import IGNORED
+from lowres.model import Dropout, lora
+from lowres.target import kind_of
+
+# elements of a weight gradient in another precision that exist before they are added to the buffer
+PRODUCT_CHUNK = 1 << 24
+# whether this PyTorch adds a bf16 product to an fp32 matrix in place, which it has for CUDA alone
+ADDS_WIDE = "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 2-D matrices with the result in fp32 where the inputs are bf16."""
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if kind_of(a.device) == "cuda" else (a @ b).float()
+
+
+def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
+    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad."""
+    if dy.dtype == grad.dtype:
+        grad.addmm_(dy.T, x)
+        return
+    if ADDS_WIDE and kind_of(grad.device) == "cuda":
+        torch.addmm(grad, dy.T, x, out_dtype=grad.dtype, out=grad)  # the product never exists by itself
+        return
+    rows = max(1, PRODUCT_CHUNK // grad.shape[1])
+    for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
+        part.add_(matmul_wide(columns.T, x))
+
+
+class WorkingMatrix:
+    """A matrix while its layer is visited: its values in compute precision and its gradient buffer."""
+
+    def __init__(self, value: Tensor, grad: Tensor | None) -> None:
+        """grad: None if there is none, in the forward pass or of a frozen matrix."""
+        self.value, self.grad = value, grad
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _Multiply.apply(x, self) if torch.is_grad_enabled() else self.product(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The product, to be differentiated, in the place of one whose value nobody needs."""
+        return _Last.apply(x, self)
+
+    @property
+    def rows(self) -> int:
+        return len(self.value)
+
+    def product(self, x: Tensor) -> Tensor:
+        return x @ self.value.T
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Add dy^T x to the gradient; return dy W."""
+        if self.grad is not None:
+            accumulate(self.grad, dy.flatten(0, -2), x.flatten(0, -2))
+        return dy @ self.value
+
+
+class AdaptedMatrix(WorkingMatrix):
+    """A frozen matrix and its adapter; see `lowres.model.lora`."""
+
+    def __init__(
+        self,
+        frozen: WorkingMatrix,
+        a: WorkingMatrix,
+        b: WorkingMatrix,
+        scaling: float,
+        dropout: Dropout,
+        name: str,
+    ) -> None:
+        """dropout, name: what names the masks."""
+        super().__init__(frozen.value, None)
+        self.a, self.b, self.dropout, self.name = a, b, dropout, name
+        self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
+
+    def product(self, x: Tensor) -> Tensor:
+        return lora.product(x, self.dropout.mask(self.name, x), self.matrices)
+
+    def backward(self, dy: Tensor, x: Tensor) -> Tensor:
+        """Add to the gradients of A and B; return that of x."""
+        assert self.a.grad is not None and self.b.grad is not None
+        add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
+        return lora.gradients(dy, x, self.dropout.mask(self.name, x), self.matrices, add_a, add_b)
+
+
+class _Multiply(torch.autograd.Function):
+    """x W^T whose weight gradient goes straight into an fp32 buffer instead of through autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.matrix = matrix
+        return matrix.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.matrix.backward(dy, x), None
+
+
+class _Last(torch.autograd.Function):
+    """`_Multiply` for the last product of a recomputation, whose value nobody needs: it is not computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.matrix = matrix
+        return x.new_empty(1).expand(*x.shape[:-1], matrix.rows)
+
+    backward = _Multiply.backward
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
+
+    With a weight they become the gradient of weight times that sum; all in place, so that a chunk
+    has its logits in memory once.
+    """
+    counts = targets != IGNORED
+    index = targets.clamp_min(0).unsqueeze(1)
+    top = logits.amax(1, keepdim=True)
+    logits.sub_(top)
+    picked = logits.gather(1, index)
+    logits.exp_()
+    total = logits.sum(1, keepdim=True)
+    losses = (total.log() - picked).squeeze(1)
+    if weight is not None:
+        logits.div_(total)
+        logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
+        logits.mul_(weight).masked_fill_(~counts.unsqueeze(1), 0.0)
+    return losses.double().masked_fill(~counts, 0.0).sum()

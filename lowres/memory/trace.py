@@ -1,0 +1,287 @@
+"""What lives between operations, found by running the code of a step on tensors without memory.
+
+The engine and the optimizer are the real ones; `torch._subclasses.fake_tensor` gives every tensor its shape,
+and `lowres.meter` counts. Widths, vocabulary, micro-batch and length are real too. The model is cut to one
+band of layers, as a step takes one at a time, and to two micro-batches, as the second finds what the first
+has left. Slabs are subtracted: they are described in `lowres.engine.layout`.
+
+Traces are on CPU tensors also for CUDA (`lowres.target`). What a kernel allocates inside itself no trace can
+see; `inside_kernel` adds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowres.config import Config, ModelConfig, ReloraConfig
+from lowres.engine import Choice, EngineSettings, LayerwiseEngine
+from lowres.engine.common import Updater
+from lowres.errors import UserError
+from lowres.meter import LiveTensors
+from lowres.model import Dropout, Llama, empty_units
+from lowres.optim import make_optimizer
+from lowres.relora import Relora
+from lowres.rooms import GPU, HOST, Rooms
+from lowres.rules.moments import bitsandbytes_functional
+from lowres.storage import Unit
+from lowres.target import CUDA, kind_of, planned_for
+
+_CPU = torch.device("cpu")
+_aten = torch.ops.aten
+
+
+class Traced(LiveTensors):
+    """Counts tensors without memory. A question for a number on the device is answered with one or yes, so
+    that all that happens only sometimes (an update, a new projection) does."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return func(*args)
+        if func is _aten._local_scalar_dense.default:
+            return True if args[0].dtype == torch.bool else 1
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if more := inside_kernel(func, args):
+            self.note(GPU, more)
+        return result
+
+
+def inside_kernel(func: Callable[..., Any], args: Any) -> int:
+    """Bytes that the kernel of an operation takes for itself while it runs.
+
+    Backward of flash attention on CUDA (PyTorch's aten/.../flash_attn/flash_api.cpp, `mha_bwd`): an fp32
+    accumulator of dq and one number a row, both of a length rounded up to 128 and heads to 32, and for
+    grouped keys dk and dv of every head. In fp32 the memory-efficient kernel takes the one number a row
+    (`_efficient_attention_backward`). Singular values (BatchLinearAlgebra.cpp, `linalg_svd`): a copy of the
+    matrix, which the solver destroys.
+    """
+    if func is _aten._linalg_svd.default:
+        return int(args[0].nbytes)
+    if func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return 0
+    q, k = args[1], args[2]
+    if kind_of(q.device) != CUDA:
+        return 0
+    b, heads, length, width = q.shape
+    rows = b * heads * _rounded(length, 128)
+    if q.dtype == torch.float32:
+        return 4 * rows
+    grouped = 2 * q.numel() * q.itemsize if k.shape[1] != heads else 0
+    return int(4 * rows * (_rounded(width, 32) + 1) + grouped)
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@contextmanager
+def without_memory(kind: str, rooms: Rooms | None = None, brief: bool = False) -> Iterator[Traced]:
+    """Tensors made in the block have no memory, and are counted; code works as on that kind of device."""
+    live = Traced(rooms)
+    with planned_for(kind, brief), FakeTensorMode(allow_non_fake_inputs=True), live:
+        yield live
+
+
+class _Still:
+    """In the place of an optimizer, where only activations are of interest."""
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None: ...
+
+
+class _Watched:
+    """An optimizer, and the bytes that its updates of each unit left behind."""
+
+    def __init__(self, updater: Updater, live: LiveTensors) -> None:
+        self._updater, self._live = updater, live
+        self.kept: dict[str, int] = {}
+
+    def update(
+        self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
+    ) -> None:
+        before = self._live.current[GPU]
+        self._updater.update(unit, grads, step, schedule, accepted)
+        name = unit.spec.name
+        self.kept[name] = self.kept.get(name, 0) + self._live.current[GPU] - before
+
+
+@dataclass(frozen=True)
+class Updates:
+    """workspace: most bytes beside gradients and state while a unit is updated. kept: bytes that stay from
+    step to step of a block, and of the other units together."""
+
+    workspace: int
+    kept: tuple[int, int]
+
+
+# bands above this one take for each more layer what its last one took: the same is kept of all
+_TRACED_BAND = 3
+
+
+def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
+    """The traces of a run on a kind of device; of runs that differ in nothing they depend on the same ones,
+    as a run is planned more than once."""
+    homes = {f"{what}_on" for what in ("weights", "state", "stash", "carry")}
+    budgets = {"budget_gib", "host_budget_gib", "rehearse"}
+    parts = [
+        config.model.model_dump_json(exclude={"n_layers", "preset"}),
+        config.memory.model_dump_json(exclude=homes | budgets | {"band"}),
+        config.optim.model_dump_json(),
+        config.relora.model_dump_json(),
+    ]
+    key = (*parts, config.data.seq_len, kind, adapters is not None)
+    if key not in tracers:
+        tracers[key] = Tracer(config, kind, adapters)
+    return tracers[key]
+
+
+tracers: dict[tuple[object, ...], Tracer] = {}
+
+
+class Tracer:
+    """Traces of a run on a kind of device, each made when it is asked for first."""
+
+    def __init__(self, config: Config, kind: str, adapters: ReloraConfig | None) -> None:
+        self._config, self._kind, self._adapters = config, kind, adapters
+        self._traced = cache(self._trace)
+        self.updates = cache(self._updates)
+        self.block = cache(self._block)
+        self.loss = cache(self._loss)
+
+    def phases(self, micro_batch: int, band: int, several: bool) -> dict[str, int]:
+        """Most bytes beyond the slabs by phase of a layer-major step, but for the update. several: whether a
+        step has more than one micro-batch."""
+        found = self._traced(micro_batch, min(band, _TRACED_BAND), several)
+        if band <= _TRACED_BAND:
+            return found
+        before = self._traced(micro_batch, _TRACED_BAND - 1, several)
+        return {p: size + (band - _TRACED_BAND) * (size - before[p]) for p, size in found.items()}
+
+    def _trace(self, micro_batch: int, band: int, several: bool) -> dict[str, int]:
+        rooms = Rooms(_CPU)
+        with without_memory(self._kind, rooms, brief=True) as live:
+            engine = self._engine(rooms, Choice(micro_batch, band), _Still())
+            shape = micro_batch, self._config.data.seq_len
+            self._take_step(engine, live, shape, 2 if several else 1, 0)
+            return _beyond_slabs(live, rooms)
+
+    def _updates(self) -> Updates:
+        """Of the first step, one with new projections beside the old ones, and one that merges."""
+        rooms, config = Rooms(_CPU), _installed(self._config)
+        relora = config.relora
+        steps = [0, config.optim.refresh_every or 1]
+        if self._adapters is not None and relora.cycle_steps:
+            steps.append(relora.start_step + relora.cycle_steps - 1)
+        with without_memory(self._kind, rooms, brief=True) as live:
+            optimizer = make_optimizer(self._cut(config, 1))
+            watched = _Watched(Relora(relora, optimizer), live)
+            engine = self._engine(rooms, Choice(1), watched)
+            optimizer.attach(engine.units(), rooms)
+            for step in steps:
+                self._take_step(engine, live, (1, 1), 1, step)
+            most = _beyond_slabs(live, rooms)["update"]
+        block = sum(size for name, size in watched.kept.items() if name not in ("embed", "head"))
+        rest = sum(watched.kept.values()) - block
+        return Updates(most - block - rest, (block, rest))
+
+    def _engine(self, rooms: Rooms, choice: Choice, updater: Updater) -> LayerwiseEngine:
+        config, kept = self._cut(self._config, choice.band), self._config.memory
+        units = empty_units(
+            config.model, kept.weights, kept.embeddings_kept_in, rooms, adapters=self._adapters
+        )
+        settings = EngineSettings.of(config, choice, torch.device(self._kind), self._adapters is not None)
+        return LayerwiseEngine(config.model, units, updater, rooms, settings)
+
+    def _take_step(
+        self, engine: LayerwiseEngine, live: Traced, shape: tuple[int, int], count: int, step: int
+    ) -> None:
+        with engine.rooms.allocate_in(HOST):
+            batch = [torch.zeros(shape, dtype=torch.int64) for _ in range(count)]
+        engine.reserve(count * shape[0], shape[1], training=True)
+        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False)
+
+    @staticmethod
+    def _cut(config: Config, layers: int) -> Config:
+        return config.model_copy(update={"model": config.model.model_copy(update={"n_layers": layers})})
+
+    # the whole model and PyTorch's autograd
+
+    def _block(self, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> int:
+        """Most bytes while a block of `Llama` is recomputed and differentiated, beyond its input and the
+        gradient of its output; with the gradients of its own weights, if they are kept."""
+        model = self._config.model.model_copy(update={"n_layers": 1, "vocab_size": 2})
+        return self._differentiated(model, self._adapters, micro_batch, dtype, keeps_gradients, 2)
+
+    def _loss(self, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> int:
+        """Most bytes from the last block's output, which is not counted, to its gradient; with the gradient
+        of the head."""
+        model = self._config.model.model_copy(update={"n_layers": 0, "tie_embeddings": False})
+        return self._differentiated(model, None, micro_batch, dtype, keeps_gradients, 1)
+
+    def _differentiated(
+        self,
+        model: ModelConfig,
+        adapters: ReloraConfig | None,
+        micro_batch: int,
+        dtype: torch.dtype,
+        keeps_gradients: bool,
+        boundaries: int,
+    ) -> int:
+        """Peak of a micro-batch through a small `Llama`, without its parameters and so many boundaries."""
+        config = self._config
+        dropout = Dropout(adapters.dropout if adapters else 0.0, 0)
+        dropout.step = 0
+        with without_memory(self._kind) as live:
+            llama = Llama(model, adapters, dropout)
+            embedding = llama.get_submodule("model.embed_tokens")
+            for parameter in llama.parameters():
+                if parameter.dim() == 2:
+                    parameter.data = parameter.data.to(dtype)
+                if parameter.requires_grad and not keeps_gradients:
+                    parameter.register_post_accumulate_grad_hook(_drop)
+            # its own gradient comes when all else is gone
+            embedding.requires_grad_(False)
+            embedding.register_forward_hook(lambda *found: found[-1].requires_grad_())
+            tokens = torch.zeros(micro_batch, config.data.seq_len, dtype=torch.int64)
+            live.reset()
+            before = live.current[GPU]
+            llama(tokens, tokens, config.memory.loss_chunk).backward()
+            boundary = tokens.numel() * model.dim * dtype.itemsize
+            return max(0, live.peak[GPU] - before - boundaries * boundary)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _beyond_slabs(live: LiveTensors, rooms: Rooms) -> dict[str, int]:
+    slabs = sum(size for (_, room), size in rooms.held().items() if room == GPU)
+    return {phase: most - slabs for phase, most in live.phases.items()}
+
+
+def _installed(config: Config) -> Config:
+    """The config; or where bitsandbytes is missing, one whose moments take no less to work on. Such a run
+    cannot start here, but it can be planned."""
+    optim, kept = config.optim, config.memory
+    if optim.name == "adamw8bit" or kept.moments == "int8":
+        try:
+            bitsandbytes_functional()
+        except UserError:
+            name = "adamw" if optim.name == "adamw8bit" else optim.name
+            return config.model_copy(
+                update={
+                    "optim": optim.model_copy(update={"name": name}),
+                    "memory": kept.model_copy(update={"moments": "bf16"}),
+                }
+            )
+    return config

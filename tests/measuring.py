@@ -1,0 +1,73 @@
+"""What a step really holds, named as the plan names it."""
+
+from __future__ import annotations
+
+import torch
+
+from lowres.config import Config
+from lowres.engine import Engine, make_engine
+from lowres.memory import Plan
+from lowres.meter import LiveTensors
+from lowres.model import Units, empty_units
+from lowres.relora import Relora
+from lowres.rooms import GPU, HOST, Homes, Rooms
+from lowres.storage import MASTER, aligned
+from tests.helpers import make_optimizer
+
+# components that live in a phase of the step; the rest is held from step to step
+PHASES = ("backward", "loss", "update")
+Bytes = dict[tuple[str, str], int]  # by component or phase, and room
+
+
+def build(config: Config, plan: Plan, rooms: Rooms, adapted: bool) -> tuple[Units, Engine]:
+    """Units and engine of a run as planned."""
+    homes, kept = plan.choice.homes, config.memory
+    adapters = config.relora if adapted else None
+    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, homes.weights, adapters)
+    updater = Relora(config.relora, make_optimizer(config, units, rooms, homes.state))
+    return units, make_engine(config, units, updater, rooms, plan.choice)
+
+
+def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:
+    """Bytes in slabs by component and room."""
+    found = {k: size for k, size in rooms.held().items() if k[0] not in ("weights", "optimizer state")}
+    for unit in units.values():
+        for part, home in (("weights", homes.weights), ("state", homes.state)):
+            room = HOST if unit.spec.name in home else GPU
+            tensors = unit.weight_tensors() if part == "weights" else unit.tensors()
+            for name, tensor in tensors.items():
+                if part == "state" and name in unit.weight_tensors():
+                    continue
+                if part == "state":
+                    component = "master copy" if name.endswith(f".{MASTER}") else "optimizer state"
+                elif tensor.dtype == torch.int8:
+                    component = "block matrices: int8 codes"
+                elif name.endswith(".scales"):
+                    component = "block matrices: scales"
+                else:
+                    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[tensor.dtype]
+                    what = "block matrices" if "layers" in name else "embedding and head"
+                    what = "adapters" if "lora" in name else what
+                    component = f"{what}: {kind}" if tensor.dim() == 2 else "norms: fp32"
+                found[component, room] = found.get((component, room), 0) + aligned(tensor.nbytes)
+    return found
+
+
+def phases(live: LiveTensors, rooms: Rooms) -> Bytes:
+    """Most bytes beyond the slabs in each phase of a step."""
+    on_gpu = sum(size for (_, room), size in rooms.held().items() if room == GPU)
+    return {(phase, GPU): live.phases[phase] - on_gpu for phase in PHASES}
+
+
+def planned(plan: Plan) -> Bytes:
+    """The plan's components by the same names: those of a phase together, with the projections, which are
+    small, always there and in no slab."""
+    found: Bytes = {}
+    for c in plan.components:
+        if c.room != "disk" and c.name != "projections":
+            key = (c.phase or c.name, c.room)
+            found[key] = found.get(key, 0) + c.bytes
+    for phase in PHASES:
+        if (phase, GPU) in found:
+            found[phase, GPU] += plan.size("projections")
+    return found
