@@ -50,8 +50,6 @@ class Relora:
 
     def __init__(self, config: ReloraConfig, optimizer: Optimizer) -> None:
         self.config, self.optimizer = config, optimizer
-        # whether updates are refused ones, that should need as much memory as any other
-        self.rehearsing = False
         # of the last merge: <applied, intended>, and the squared norm of each; effective ranks
         self._sums: Tensor | None = None
         self._ranks: list[Tensor] = []
@@ -63,10 +61,10 @@ class Relora:
         self.optimizer.update(unit, grads, step, schedule, accepted)
         if self.config.merges_at(step + 1) > self.config.merges_at(step):
             self._merge(unit, step + 1)
-        elif self.rehearsing:
-            for state in unit.state.values():
-                if MERGED in state:
-                    effective_rank(state[MERGED])
+        elif self.optimizer.rehearsing:
+            merged = [state[MERGED] for state in unit.state.values() if MERGED in state]
+            for one in {change.shape: change for change in merged}.values():
+                effective_rank(one)
 
     def readings(self, step: int) -> dict[str, Any]:
         """What to log after `step` steps. Waits for the device after a merge only.

@@ -322,7 +322,7 @@ def _rehearse(run: Run) -> None:
     shape = (sequences, config.data.seq_len + 1)
     batch = torch.zeros(shape, dtype=torch.int64)
     place = run.folder / "rehearsal"
-    parts.relora.rehearsing = True
+    parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):
             parts.engine.step(batch, 0, 0.0, rehearsal=True)
@@ -339,7 +339,7 @@ def _rehearse(run: Run) -> None:
             "lower memory.budget_gib or train.micro_batch"
         ) from None
     finally:
-        parts.relora.rehearsing = False
+        parts.relora.optimizer.rehearsing = False
         shutil.rmtree(place, ignore_errors=True)
     peak = parts.meter.readings()["peak_mem_gib"]
     say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")

@@ -98,6 +98,7 @@ class Optimizer:
         followed: the unit in which the sum of merges is kept."""
         assert config.lr is not None and config.limiter is not None
         self.seed, self.master, self.followed = seed, master, followed
+        self.rehearsing = False  # whether updates are refused ones that should need as much memory as any
         known, rule = RULES[config.name], make_rule(config, model, seed, moments)
         growth = 0.0 if known.limits_itself else config.limiter
         if known.for_all:
@@ -173,7 +174,7 @@ class Optimizer:
         counts = [unit.updates, *(own[UPDATES] for key, own in unit.state.items() if key == ADAPTERS)]
         for count in counts:
             count.add_(accepted)
-        clocks = [Clock(step, count, accepted, self.seed) for count in counts]
+        clocks = [Clock(step, count, accepted, self.seed, self.rehearsing) for count in counts]
         if kind_of(accepted.device) == "cuda" or not accepted:  # to ask a GPU would be to wait for it
             refused = ~accepted
             for grad in grads.values():

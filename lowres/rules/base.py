@@ -37,12 +37,14 @@ class Clock:
     accepted: bool scalar on the device. If false the gradients have been set to zero, and the rule
         must leave its state as it is and return factors of zero.
     seed: that of the run; names random numbers.
+    rehearsal: whether only memory matters: what takes long is then done once for each shape.
     """
 
     step: int
     updates: Tensor
     accepted: Tensor
     seed: int
+    rehearsal: bool = False
 
     def moment_weights(self, betas: Betas) -> tuple[Tensor, Tensor]:
         """Weight of the newest value in both moving averages, fp32 scalars; zero if not accepted."""

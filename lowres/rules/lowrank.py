@@ -143,6 +143,7 @@ class SvdProjection:
     def __init__(self, rank: int | None, refresh_every: int) -> None:
         self.rank, self.refresh_every = rank, refresh_every
         self._held: dict[str, _Reading] = {}  # by name: the refresh that the state holds
+        self._rehearsed: set[torch.Size] = set()
 
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
         matrix = torch.float32, projection_shape(self.rank, shape)
@@ -162,6 +163,10 @@ class SvdProjection:
         return state["projection"]
 
     def _refresh(self, grad: Tensor, state: State, clock: Clock, period: int) -> None:
+        if clock.rehearsal:
+            if grad.shape in self._rehearsed:
+                return
+            self._rehearsed.add(grad.shape)
         # a refused gradient is zero by now, so nothing that is not finite gets in
         vectors = singular_vectors(grad, rank_of(self.rank, grad.shape))
         found = clock.accepted & grad.any()
