@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from lowres.config import Config, ModelConfig
-from lowres.engine.boundaries import boundary_bytes, make_encoding
-from lowres.engine.common import sum_of_squares
+from lowres.engine.common import EngineSettings, sum_of_squares
+from lowres.engine.layout import Layout, UnitBytes
 from lowres.engine.working import WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit, UserError
 from lowres.memory import Plan
@@ -38,7 +38,6 @@ from lowres.storage import (
     compute_dtype,
     field_bytes,
     state_fields,
-    weight_fields,
 )
 
 SECONDS_A_DAY = 86400
@@ -77,53 +76,26 @@ def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "
 
 
 def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, int]:
-    """Bytes that a step moves from host memory to the GPU, and back.
-
-    compute: number format of the activations. Weights on the host are fetched in both directions, but
-    those of the head once; state once; both are written back. A boundary of the stash is written once
-    and read in the forward and in the backward. The carry passes once a band in the backward, and
-    around the loss.
-    """
+    """Bytes that a step moves from host memory to the GPU, and back. compute: number format of the
+    activations."""
     if config.memory.engine == "autograd":
         return 0, 0
-    model, homes = config.model, plan.choice.homes
-    fetched = stored = 0
-    for name, (weights, state) in _unit_bytes(config).items():
-        if name in homes.weights:
-            fetched += (1 if name == "head" else 2) * weights
-            stored += weights
-        if name in homes.state:
-            fetched += state
-            stored += state
-
-    def boundary(kind: str) -> int:
-        encoding = make_encoding(kind, compute)
-        return boundary_bytes(
-            encoding, model.dim, config.batch_sequences, plan.micro_batch, config.data.seq_len
-        )
-
-    bands = -(-model.n_layers // plan.choice.band)
-    stash = min(homes.stash, bands) * boundary(config.memory.stash_dtype)
-    carry = boundary("auto") if homes.carry else 0
-    exact = config.memory.exact_forward  # then the forward reads and writes the carry, not the stash
-    fetched += (1 if exact else 2) * stash + (bands + 2 + (bands if exact else 0)) * carry
-    stored += stash + (bands + 2 + (bands if exact else 0)) * carry
-    return fetched, stored
-
-
-def _unit_bytes(config: Config) -> dict[str, tuple[int, int]]:
-    """Bytes of weights and state by unit."""
-    model, kept = config.model, config.memory
-    kinds, optimizer = (
-        storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in),
-        make_optimizer(config),
-    )
-    found = {}
+    model, kept, optimizer = config.model, config.memory, make_optimizer(config)
+    kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
+    units = {}
     for unit in unit_specs(model):
-        weights = weight_fields(unit, {s.name: kinds[s.name] for s in unit.tensors})
-        state = state_fields(optimizer.unit_fields(unit))
-        found[unit.name] = sum(field_bytes(weights).values()), sum(field_bytes(state).values())
-    return found
+        state = sum(field_bytes(state_fields(optimizer.unit_fields(unit))).values())
+        units[unit.name] = UnitBytes.of(unit, kinds, state, compute)
+    choice = plan.choice
+    settings = EngineSettings(
+        choice.micro_batch,
+        compute,
+        band=choice.band,
+        stash_dtype=kept.stash_dtype,
+        exact_forward=kept.exact_forward,
+    )
+    layout = Layout(model, units, settings)
+    return layout.traffic(choice.homes, config.batch_sequences, config.data.seq_len)
 
 
 def dequantised_elements(config: Config, compute: torch.dtype) -> int:
