@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
@@ -18,11 +19,12 @@ from lowres.engine import (
     make_engine,
 )
 from lowres.meter import LiveTensors
-from lowres.model import Units, unit_specs
+from lowres.model import Units, empty_units, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
 from lowres.rules import RULES
 from lowres.storage import Unit
+from lowres.target import planned_for
 from tests.helpers import (
     CPU,
     ROOMS,
@@ -322,3 +324,25 @@ def test_full_logits_never_exist() -> None:
     with LiveTensors() as live:
         engine.evaluate(make_batch(32))
     assert 0 < live.peak["gpu"] < 0.2 * 32 * 32 * 20000 * 4
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini", "galore"])
+def test_a_step_is_enqueued_without_asking_the_device(name: str) -> None:
+    """Tensors without memory can answer no question, so each would raise. GaLore asks whether a gradient is
+    good enough to find a projection from, in the first step of a period."""
+    config = make_config(
+        optim={"name": name, "grad_clip": 1.0, "weight_decay": 0.1}, memory={"weights": "int8", "band": 2}
+    )
+    homes = Homes(frozenset(("layers.1",)), frozenset(("layers.0", "head")), 1, True)
+    with planned_for("cuda"), FakeTensorMode():
+        rooms = Rooms(CPU)
+        units = empty_units(config.model, "int8", "bf16", rooms, homes.weights)
+        optimizer = make_optimizer(config, units, rooms, homes.state)
+        engine = make_engine(config, units, optimizer, rooms, Choice(2, 2, homes))
+        assert isinstance(engine, LayerwiseEngine)
+        batch = [torch.zeros(2, 32, dtype=torch.int64) for _ in range(2)]
+        if name == "galore":
+            with pytest.raises(DataDependentOutputException):
+                engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False)
+        else:
+            assert engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False).shape == (3,)

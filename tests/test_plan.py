@@ -5,6 +5,7 @@ takes seconds. The plan's own traces cut the model to a band and loops to a few 
 but the number of micro-batches, of which there are two; and in brief steps those loops.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.config_file import load_config
-from lowres.engine import LayerwiseEngine, layerwise
-from lowres.memory import ADAPTERS, Choice, Crew, Plan, make_plans, trace
+from lowres.config_file import load_config, parse_config
+from lowres.engine import LayerwiseEngine, layerwise, working
+from lowres.errors import UserError
+from lowres.memory import ADAPTERS, GIB, Choice, Crew, Plan, choice, make_plan, make_plans, trace
 from lowres.memory.choice import _Planner
 from lowres.memory.trace import Tracer, without_memory
 from lowres.model import block
 from lowres.rng import round_to_integer
-from lowres.rooms import GPU, HOST, Rooms
+from lowres.rooms import GPU, HOST, Homes, Rooms
 from lowres.storage import formats
 from tests.helpers import CPU, make_config
 from tests.measuring import PHASES, Bytes, build, held, phases, planned
@@ -148,3 +150,64 @@ def test_the_search_finds_what_trying_everything_would() -> None:
             planner.budgets[GPU] = budget
             fitting = [p for p in every if p.peak(GPU) <= budget] if peaks[-1] <= budget else every[-1:]
             assert planner.place(3, band).choice == fitting[0].choice
+
+
+@pytest.mark.parametrize("name, first", [("adamw", "state"), ("apollo-mini", "stash")])
+def test_what_frees_a_byte_for_the_least_traffic_moves_first(name: str, first: str) -> None:
+    """A 7B's moments are cheaper to move than the stash, but not where all of them fit the slots."""
+    sections: dict[str, dict[str, object]] = {
+        "model": {"preset": "7b"},
+        "optim": {"name": name},
+        "memory": {"moments": "bf16"},
+    }
+    sections |= {"data": {"seq_len": 2048}, "train": {"batch_tokens": 131072, "micro_batch": 4}}
+    config, _ = parse_config(sections)
+    planner = _Planner(config, CUDA, {GPU: None, HOST: None}, None, Crew())
+    (start, _), (moved, _) = itertools.islice(planner.steps(4, 1), 2)
+    assert start.homes() == Homes() and getattr(moved, first) == 1
+    layout, footprint = planner.footprint.layout(4, 1), planner.footprint
+    costs = {}
+    for key, homes in (("stash", Homes(stash=32)), ("state", Homes(state=frozenset(footprint.units)))):
+        plans = [planner.plan(Choice(4, 1, place)) for place in (Homes(), homes)]
+        freed = plans[0].peak(GPU) - plans[1].peak(GPU)
+        costs[key] = sum(layout.traffic(homes, 64, 2048)) / freed
+    assert costs["stash"] == pytest.approx(3, rel=0.02)
+    assert (costs["state"] < 2.2) if first == "state" else (costs["state"] > 3.5)
+
+
+def test_a_weight_gradient_on_cuda_needs_no_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bf16 product is added to the fp32 buffer where PyTorch can; else it exists in fp32 first."""
+    config = make_config(
+        model={"vocab_size": 20000, "dim": 256}, memory={"weights": "int8", "loss_chunk": 64}
+    )
+    product, logits = 4 * 20000 * 256, 64 * 20000 * (4 + 2)
+    found = {}
+    for able in (True, False):
+        monkeypatch.setattr(working, "adds_wide", lambda able=able: able)
+        found[able] = Tracer(config, "cuda", None).phases(4, 1, True)["loss"]
+    assert 0 <= found[True] - logits < 1 << 20
+    assert found[False] > product > 2 * found[True]
+
+
+def test_a_gpu_keeps_a_gib_for_what_no_plan_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "device_bytes", lambda device: 24 * GIB)
+    open_, asked = make_config(), make_config(memory={"budget_gib": 24.0})
+    assert make_plan(open_, CUDA, on_this_machine=True).budgets[GPU] == 23 * GIB
+    assert make_plan(asked, CUDA, on_this_machine=True).budgets[GPU] == 24 * GIB
+    assert make_plan(open_, CPU, on_this_machine=True).budgets[GPU] == 24 * GIB
+    monkeypatch.setattr(choice, "device_bytes", lambda device: GIB // 2)  # nothing fits, rather than all
+    assert make_plan(open_, CUDA, on_this_machine=True).problems
+
+
+def test_it_can_be_planned_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise UserError("int8 moments need the package bitsandbytes")
+
+    config = make_config(optim={"name": "adamw8bit"})
+    wanted = make_plan(config, CUDA)
+    monkeypatch.setattr(trace, "bitsandbytes_functional", missing)
+    trace.tracers.clear()
+    found = make_plan(config, CUDA)
+    trace.tracers.clear()
+    assert found.size("optimizer state") == wanted.size("optimizer state")
+    assert found.size("update workspace") >= wanted.size("update workspace")

@@ -29,6 +29,51 @@ def test_memory_that_cannot_be_had_is_one_line() -> None:
     assert "\n" not in message and "memory.host_budget_gib" in message
 
 
+class FaultError(RuntimeError):
+    """As the error of an accelerator."""
+
+
+def test_what_is_no_lack_of_memory_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any call may report the fault of an earlier kernel; that is a bug, and no budget would help."""
+
+    def fails_with(error: Exception) -> None:
+        def failing(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(torch, "zeros", failing)
+
+    for fault in (RuntimeError("CUDA error: misaligned address"), FaultError("CUDA error: an assert failed")):
+        fails_with(fault)
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            Rooms(CPU).slab("stash", GPU, 10)
+    for lack in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError("cudaHostRegister: error 2")):
+        fails_with(lack)
+        with pytest.raises(DoesNotFit, match=r"lower memory\.budget_gib"):
+            Rooms(CPU).slab("stash", GPU, 10)
+
+
+class Stream:
+    """In the place of a CUDA stream: remembers whom it was told to wait for."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait_stream(self, other: object) -> None:
+        self.waited.append(other)
+
+
+def test_joining_waits_for_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device: the one wait of a step is for its results, and these come after all copies."""
+    computing, mover = Stream(), Mover(CPU)
+    mover.join()  # on a CPU every copy is done when the call returns
+    coming, going = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    monkeypatch.setattr(mover, "_in", coming)
+    monkeypatch.setattr(mover, "_out", going)
+    mover.join()
+    assert computing.waited == [coming, going]
+
+
 def test_live_tensors_by_room_and_phase() -> None:
     rooms = Rooms(CPU)
     before = rooms.slab("weights", HOST, 1000)

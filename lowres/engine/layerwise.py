@@ -331,9 +331,14 @@ class LayerwiseEngine:
             updated += accepted
         self.rooms.phase = ""
         self.dropout.step = None
+        self._join()
+        return torch.stack([loss, squares.sqrt(), updated.double()])
+
+    def _join(self) -> None:
+        """What is enqueued now waits for the copies that are on their way, so that who waits for it finds
+        host slabs complete."""
         for mover in (self._units_mover, self._boundaries_mover):
             mover.join()
-        return torch.stack([loss, squares.sqrt(), updated.double()])
 
     def _norm(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
@@ -371,7 +376,9 @@ class LayerwiseEngine:
         kept = self.reserve(*_shape(batch), training=False)
         self._residence.begin([*self._forward_visits(), Visit(("head",))])
         self._forward(inputs, kept, training=False)
-        total = float(self._loss(kept.output, targets))
+        loss = self._loss(kept.output, targets)
+        self._join()
+        total = float(loss)
         self.rooms.phase = ""
         return total, count
 

@@ -145,3 +145,26 @@ class Layout:
         """What depends on homes, for training on batches of a size."""
         kept = self.boundaries(sequences, length, len(self.bands), stash_on_host, carry_on_host)
         return self.slots(hosted), *kept.all()
+
+    def traffic(self, homes: Homes, sequences: int, length: int) -> tuple[int, int]:
+        """Bytes that a step moves from the host to the GPU, and back.
+
+        Weights on the host are fetched in both directions, but those of the head once; state once; both are
+        written back. A boundary of the stash is written once and read in the forward and in the backward. The
+        carry passes once a band in the backward, and around the loss; with exact_forward the forward reads
+        and writes it instead of the stash.
+        """
+        fetched = stored = 0
+        for name in homes.weights:
+            fetched += (1 if name == "head" else 2) * self.units[name].weights
+            stored += self.units[name].weights
+        for name in homes.state:
+            fetched += self.units[name].state
+            stored += self.units[name].state
+        bands, exact = len(self.bands), self.settings.exact_forward
+        kept = self.boundaries(sequences, length, bands, homes.stash, homes.carry)
+        stash, carry = kept.stash[0].total, kept.carry.bytes if homes.carry else 0
+        passes = bands + 2 + (bands if exact else 0)
+        fetched += (1 if exact else 2) * stash + passes * carry
+        stored += stash + passes * carry
+        return fetched, stored

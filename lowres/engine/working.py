@@ -5,11 +5,12 @@ A block (`lowres.model.block`) takes these in the place of its weights.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres.data.batches import IGNORED
 from lowres.model import Dropout, lora
@@ -17,8 +18,6 @@ from lowres.target import kind_of
 
 # elements of a weight gradient in another precision that exist before they are added to the buffer
 PRODUCT_CHUNK = 1 << 24
-# whether this PyTorch adds a bf16 product to an fp32 matrix in place, which it has for CUDA alone
-ADDS_WIDE = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
@@ -28,12 +27,32 @@ def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if kind_of(a.device) == "cuda" else (a @ b).float()
 
 
+@cache
+def adds_wide() -> bool:
+    """Whether this PyTorch adds a bf16 product to an fp32 matrix in place. It does on CUDA alone, and its
+    first versions have the overload but want a bf16 matrix, so it is tried where there is a GPU."""
+    if "dtype_out" not in torch.ops.aten.addmm.overloads():
+        return False
+    if not torch.cuda.is_available():  # a plan for one takes it to be so
+        return True
+    with _disable_current_modes():  # the answer outlives a trace
+        a = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
+        total = torch.zeros(16, 16, device="cuda")
+        try:
+            torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        except RuntimeError as error:
+            if "dtype" not in str(error):
+                raise
+            return False
+    return True
+
+
 def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
     """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad."""
     if dy.dtype == grad.dtype:
         grad.addmm_(dy.T, x)
         return
-    if ADDS_WIDE and kind_of(grad.device) == "cuda":
+    if dy.dtype == torch.bfloat16 and kind_of(grad.device) == "cuda" and adds_wide():
         torch.addmm(grad, dy.T, x, out_dtype=grad.dtype, out=grad)  # the product never exists by itself
         return
     rows = max(1, PRODUCT_CHUNK // grad.shape[1])

@@ -5,6 +5,7 @@ Where DeepSpeed does not fit, also the settings with which a run would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from lowres import ranks
 from lowres.config import Config, ReloraConfig
 from lowres.engine import Choice
+from lowres.engine.layout import Layout
 from lowres.memory.footprint import Footprint
 from lowres.memory.plan import GIB, Crew, Plan, device_bytes, host_bytes
 from lowres.rooms import GPU, HOST, Homes
@@ -22,6 +24,9 @@ ADAPTERS = "adapters"  # the part of a run that has them
 # tokens in a micro-batch beyond which a matrix product is no faster
 USEFUL_TOKENS = {"cuda": 8192, "cpu": 2048}
 BANDS = (1, 2, 4, 8)
+# what no plan lists and a GPU needs: kernels that are loaded when they are first used, the cuBLAS workspace
+# of the thread that runs autograd, and memory between the allocator's blocks
+LEFT_TO_CUDA = GIB
 # for the deepspeed engine: what may fit where a config does not, from the least change to the largest
 _STAGE_3 = {"deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
 _BF16 = {"memory.weights": "bf16", "memory.moments": "bf16"}
@@ -63,7 +68,7 @@ def make_plan(
     crew = crew or Crew(ranks.size(), ranks.size_here())
     found: dict[str, int | None] = {GPU: None, HOST: None}
     if on_this_machine:
-        least = ranks.least(device_bytes(device) or 0, host_bytes() or 0)
+        least = ranks.least(_free_on(device), host_bytes() or 0)
         found = {room: int(size) or None for room, size in zip(found, least, strict=True)}
     asked = {GPU: config.memory.budget_gib, HOST: config.memory.host_budget_gib}
     budgets = {room: found[room] if gib is None else int(gib * GIB) for room, gib in asked.items()}
@@ -78,6 +83,12 @@ def make_plan(
         if other not in (None, config) and (crew.ranks == 1 or other.memory.engine == "deepspeed"):
             others.append((_named(config, keys), _first_that_fits(other, device, budgets, adapted, crew)))
     return replace(plan, alternatives=tuple(others))
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes that a plan may use where the config says nothing; 0 if that is not known."""
+    free = device_bytes(device) or 0
+    return max(1, free - LEFT_TO_CUDA) if free and device.type == "cuda" else free
 
 
 def _named(config: Config, keys: dict[str, Any]) -> str:
@@ -179,8 +190,8 @@ class _Planner:
         return last
 
     def steps(self, micro_batch: int, band: int) -> Iterator[tuple[_Moved, int]]:
-        """From what must be on the host to all that may be, first what costs least to move in a step; and
-        what of it is on the GPU (`Footprint.movable`)."""
+        """From what must be on the host to all that may be, in the order of `_cheapest_first`; and what of it
+        is on the GPU (`Footprint.movable`)."""
         kept = self.config.memory
         if kept.engine != "layerwise":
             yield _Moved(()), 0
@@ -208,10 +219,36 @@ class _Planner:
             for _ in range(most if home == "host" else 0):
                 moved = move(key)
         yield found()
-        for key, (home, most) in limits.items():
-            while home == "auto" and getattr(moved, key) < most:
+        movable = {key: most for key, (home, most) in limits.items() if home == "auto"}
+        for key in self._cheapest_first(layout, moved, movable):
+            while getattr(moved, key) < movable[key]:
                 moved = move(key)
                 yield found()
+
+    def _cheapest_first(self, layout: Layout, start: _Moved, limits: dict[str, int]) -> list[str]:
+        """What may move, from what costs least traffic in a step for each byte that it frees. By that the
+        carry comes last and state before weights. State costs less than the stash too, unless its slots take
+        what leaves, as those of an embedding do where the blocks have little."""
+        sequences, length = self.config.batch_sequences, self.config.data.seq_len
+
+        def measured(moved: _Moved) -> tuple[int, int]:
+            homes = moved.homes()
+            hosted = layout.hosted(homes)
+            on_gpu = self.footprint.movable(layout, hosted, homes.stash, homes.carry)
+            return on_gpu, sum(layout.traffic(homes, sequences, length))
+
+        before, base = measured(start)
+
+        def cost(moved: _Moved) -> float:
+            after, traffic = measured(moved)
+            return (traffic - base) / (before - after) if after < before else math.inf
+
+        keys = list(limits)
+        if keys[:2] == ["stash", "state"]:
+            stash, state = replace(start, stash=limits["stash"]), replace(start, state=limits["state"])
+            if cost(state) < cost(stash):
+                keys[:2] = ["state", "stash"]
+        return keys
 
     def plan(self, choice: Choice) -> Plan:
         found, batch = self.footprint.components(choice), self.config.train.batch_tokens

@@ -7,11 +7,12 @@ from __future__ import annotations
 import torch
 
 from lowres.config import Config, ModelConfig
-from lowres.engine.boundaries import boundary_bytes, make_encoding
+from lowres.engine import EngineSettings
+from lowres.engine.layout import Layout, UnitBytes
 from lowres.memory import Plan
 from lowres.model import block_shapes, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
-from lowres.storage import DENSE_DTYPES, field_bytes, state_fields, weight_fields
+from lowres.storage import DENSE_DTYPES, field_bytes, state_fields
 
 # causal attention: its backward computes the scores once more, so 5 products where the forward has 2
 ATTENTION_BACKWARD = 2.5
@@ -39,53 +40,26 @@ def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "
 
 
 def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, int]:
-    """Bytes that a step moves from host memory to the GPU, and back.
-
-    compute: number format of the activations. Weights on the host are fetched in both directions, but
-    those of the head once; state once; both are written back. A boundary of the stash is written once
-    and read in the forward and in the backward. The carry passes once a band in the backward, and
-    around the loss.
-    """
+    """Bytes that a step moves from host memory to the GPU, and back. compute: number format of the
+    activations."""
     if config.memory.engine == "autograd":
         return 0, 0
-    model, homes = config.model, plan.choice.homes
-    fetched = stored = 0
-    for name, (weights, state) in _unit_bytes(config).items():
-        if name in homes.weights:
-            fetched += (1 if name == "head" else 2) * weights
-            stored += weights
-        if name in homes.state:
-            fetched += state
-            stored += state
-
-    def boundary(kind: str) -> int:
-        encoding = make_encoding(kind, compute)
-        return boundary_bytes(
-            encoding, model.dim, config.batch_sequences, plan.micro_batch, config.data.seq_len
-        )
-
-    bands = -(-model.n_layers // plan.choice.band)
-    stash = min(homes.stash, bands) * boundary(config.memory.stash_dtype)
-    carry = boundary("auto") if homes.carry else 0
-    exact = config.memory.exact_forward  # then the forward reads and writes the carry, not the stash
-    fetched += (1 if exact else 2) * stash + (bands + 2 + (bands if exact else 0)) * carry
-    stored += stash + (bands + 2 + (bands if exact else 0)) * carry
-    return fetched, stored
-
-
-def _unit_bytes(config: Config) -> dict[str, tuple[int, int]]:
-    """Bytes of weights and state by unit."""
-    model, kept = config.model, config.memory
-    kinds, optimizer = (
-        storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in),
-        make_optimizer(config),
-    )
-    found = {}
+    model, kept, optimizer = config.model, config.memory, make_optimizer(config)
+    kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
+    units = {}
     for unit in unit_specs(model):
-        weights = weight_fields(unit, {s.name: kinds[s.name] for s in unit.tensors})
-        state = state_fields(optimizer.unit_fields(unit))
-        found[unit.name] = sum(field_bytes(weights).values()), sum(field_bytes(state).values())
-    return found
+        state = sum(field_bytes(state_fields(optimizer.unit_fields(unit))).values())
+        units[unit.name] = UnitBytes.of(unit, kinds, state, compute)
+    choice = plan.choice
+    settings = EngineSettings(
+        choice.micro_batch,
+        compute,
+        band=choice.band,
+        stash_dtype=kept.stash_dtype,
+        exact_forward=kept.exact_forward,
+    )
+    layout = Layout(model, units, settings)
+    return layout.traffic(choice.homes, config.batch_sequences, config.data.seq_len)
 
 
 def dequantised_elements(config: Config, compute: torch.dtype) -> int:

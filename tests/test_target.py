@@ -1,0 +1,29 @@
+"""What code does differs by the kind of device, also for a plan of another one."""
+
+import pytest
+import torch
+
+from lowres import target
+from lowres.storage import compute_dtype, formats, row_chunks
+from lowres.target import chunks, kind_of, planned_for
+from tests.helpers import CPU
+
+
+def test_a_plan_works_as_on_its_device() -> None:
+    assert kind_of(CPU) == "cpu" and kind_of(torch.device("cuda")) == "cuda"
+    with pytest.raises(ZeroDivisionError), planned_for("cuda"):
+        assert kind_of(CPU) == "cuda" and compute_dtype("auto", CPU) == torch.bfloat16
+        assert row_chunks((1 << 13, 1 << 10), CPU)[0] == slice(0, formats.CHUNK_CUDA >> 10)
+        with planned_for("cpu"):
+            assert kind_of(torch.device("cuda")) == "cpu"
+        assert kind_of(CPU) == "cuda"
+        raise ZeroDivisionError
+    assert kind_of(CPU) == "cpu" and compute_dtype("auto", CPU) == torch.float32
+
+
+def test_chunks_cover_everything_but_in_a_brief_trace() -> None:
+    for numel, size in ((10, 3), (9, 3), (2, 3), (0, 3)):
+        found = chunks(numel, size)
+        assert [i for part in found for i in range(part.start, part.stop)] == list(range(numel))
+        with planned_for("cpu", brief=True):
+            assert chunks(numel, size) == found[: target.ENOUGH_CHUNKS]
