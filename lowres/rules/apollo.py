@@ -27,7 +27,7 @@ from lowres.storage import Fields, TensorSpec
 
 
 class ApolloRule(LowRankRule):
-    """State of a matrix [m, n]: 2 * rank * max(m, n) + 1 numbers, and the projection if it comes from an SVD."""
+    """State of a matrix [m, n]: 2 * rank * max(m, n) + 1 numbers; with an SVD, the projection too."""
 
     overwrites = False
 
