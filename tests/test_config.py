@@ -324,7 +324,7 @@ def test_defaults_of_deepspeed(tmp_path: Path) -> None:
         ("memory", {"moments": "int8"}, "memory.moments: DeepSpeed keeps moments in the format of the weig"),
         ("memory", {"embeddings": "bf16"}, "memory.embeddings: DeepSpeed keeps all weights in one format; "),
         ("memory", {"weights": "bf16", "moments": "bf16", "compute": "fp32"}, "memory.compute: bf16 weights"),
-        ("memory", {"master": "host"}, "memory.master: only the layerwise engine has one"),
+        ("memory", {"master": "host"}, "memory.master: only for the layerwise engine"),
         (
             "memory",
             {"state_on": "host"},

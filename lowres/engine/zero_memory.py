@@ -75,7 +75,7 @@ def components(config: Config, device: torch.device, ranks: int, micro_batch: in
         group = min(size.part, most)
         yield Component("gradients of the update", GPU, size.kept * group, "update")
     # weights and state are saved unit by unit, and one still exists while the next is assembled
-    yield Component("units put together", HOST, 2 * 3 * size.kept * size.unit, "saving")
+    yield Component("assembled units", HOST, 2 * 3 * size.kept * size.unit, "saving")
 
 
 def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) -> Iterator[Component]:
@@ -100,7 +100,7 @@ def _stage_1_2(config: Config, zero: dict[str, Any], size: _Sizes, locked: Any) 
     pieces = size.width * bucket if wide or size.part < size.whole else 0
     yield Component("reduction of gradients", GPU, weight + pieces, "backward")
     if offloaded:
-        yield Component("weights on their way back", HOST, locked(flat))
+        yield Component("copy of updated weights", HOST, locked(flat))
         yield Component("staging of gradients", GPU, weight)
         yield Component("staging of gradients", HOST, locked(weight))
     # at the start, before these buffers exist: a second copy of this rank's part of the model
