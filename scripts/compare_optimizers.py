@@ -151,7 +151,7 @@ def main() -> None:
         "table": table.splitlines(),
     }
     picture = comparison.draw_curves(
-        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens per run"
     )
     records.write(parsed.out, record)
     print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)

@@ -39,7 +39,7 @@ def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:
         rows = 1
     else:
         raise ValueError(f"{spec.name}: adam-mini has no blocks for the role {spec.role!r}")
-    assert spec.shape[0] % rows == 0, f"{spec.name}: {spec.shape[0]} rows are no multiple of {rows}"
+    assert spec.shape[0] % rows == 0, f"{spec.name}: {spec.shape[0]} rows are not a multiple of {rows}"
     return spec.shape[0] // rows, rows
 
 
