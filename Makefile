@@ -1,4 +1,4 @@
-# Targets for people. `make pretrain-tiny` and `make test` need only Python >= 3.11 and make.
+# Targets for users. `make pretrain-tiny` and `make test` need only Python >= 3.11 and make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,12 +14,12 @@ RELORA := tiny 7b-24gb
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
 	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
-	@echo "                        likewise $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
-	@echo "make pretrain-7b-24gb-deepspeed   with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
-	@echo "make pretrain-relora-7b-24gb   likewise with ReLoRA; pretrain-relora-tiny is the small one"
+	@echo "                        also $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
+	@echo "make pretrain-7b-24gb-deepspeed   the same with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
+	@echo "make pretrain-relora-7b-24gb   the same with ReLoRA; pretrain-relora-tiny is a small example"
 	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, half an hour)"
 	@echo "make test               run the tests"
-	@echo "make lint               ruff and mypy over everything"
+	@echo "make lint               run ruff and mypy on everything"
 
 setup: $(STAMP)
 
@@ -33,7 +33,7 @@ $(STAMP): requirements.txt pyproject.toml
 pretrain-tiny: $(STAMP)
 	$(BIN)/lowres train configs/tiny.toml --run $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
 
-# A finished run says so; an interrupted one goes on. DATA=path trains on local text instead of C4.
+# A finished run only says so; an interrupted run continues. DATA=path trains on local text instead of C4.
 $(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
 	$(BIN)/lowres train configs/llama_$(subst -,_,$*).toml --run runs/llama-$* \
 		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/llama-$*/config.toml),--resume)
@@ -42,7 +42,7 @@ $(RELORA:%=pretrain-relora-%): pretrain-relora-%: $(STAMP)
 	$(BIN)/lowres train configs/relora_$(subst -,_,$*).toml --run runs/relora-$* \
 		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/relora-$*/config.toml),--resume)
 
-# The real model and the real config, with batches that two cores can do.
+# The real model and the real config, with batches that two cores can process.
 SMOKE := configs/llama_7b_12gb.toml --run runs/smoke-7b --set run.device=cpu --set data.source=stdlib \
 	--set data.seq_len=128 --set train.batch_tokens=512 --set train.micro_batch=1 --set train.eval_every=0 \
 	--set optim.lr=0.0001
@@ -51,7 +51,7 @@ smoke-7b-cpu: $(STAMP)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=2 $(if $(wildcard runs/smoke-7b/config.toml),--resume)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=3 --resume
 
-# two processes of one thread each: small tensors gain nothing from threads
+# two processes with one thread each: threads do not speed up small tensors
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
 

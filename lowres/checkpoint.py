@@ -1,16 +1,16 @@
-"""Checkpoints: a folder of safetensors and JSON, written beside and renamed, and verified.
+"""Checkpoints: a folder of safetensors and JSON files, written under a temporary name, renamed, and verified.
 
     checkpoints/step_00001000/
         embed.safetensors, layers.0.safetensors, ..., head.safetensors    weights and optimizer state
         state.json                                                        step, tokens, fingerprints
         manifest.json                                                     size and BLAKE2b of each file
 
-A file a unit of the model. Tensors in host memory are written from where they are and read into where
-they are: no mapped pages, no second copy, so neither a save nor a resume peaks above training. Tensors
-of another device pass through PIECE_BYTES of host memory. The safetensors library is not used because
-it first gathers what it saves, in older releases as a copy of the whole file; its format is small: 8
-bytes length of the header (little-endian), the header in JSON, and the data without gaps. A folder
-without a manifest that agrees with its files is not a checkpoint.
+One file per unit of the model. Tensors in host memory are written and read in place, without mapped pages or
+a second copy, so saving and resuming need no more memory than training. Tensors on another device pass
+through a buffer of PIECE_BYTES in host memory. The safetensors library is not used because it first collects
+everything that it saves, in older releases as a copy of the whole file. Its format is simple: 8 bytes for
+the length of the header (little-endian), the header in JSON, and the data without gaps. A folder is a
+checkpoint only if its manifest agrees with its files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowres.errors import DoesNotFit, UserError
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 PREFIX, UNFINISHED = "step_", ".unfinished"
-# what is hashed, written or moved between devices at a time
+# size of the pieces that are hashed, written or moved between devices
 PIECE_BYTES = 8 << 20
 DTYPES = {
     torch.float64: "F64",
@@ -49,12 +49,12 @@ DTYPES = {
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
+    """The folder for the checkpoint of a step."""
     return checkpoints / f"{PREFIX}{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """The step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix(PREFIX))
 
 
@@ -67,28 +67,28 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step, then delete all but the newest `keep` (0 = keep all).
 
-    units: name and tensors of each unit, taken one at a time. Raises UserError if the disk fails; what
-    was there before is then untouched.
+    units: name and tensors of each unit, consumed one at a time. Raises UserError if writing fails; older
+    checkpoints are then unchanged.
     """
     target = step_folder(checkpoints, step)
-    beside = target.with_name(target.name + UNFINISHED)
+    temporary = target.with_name(target.name + UNFINISHED)
     try:
         for left in _unfinished(checkpoints):
             shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         bounce = _bounce()
         files = {}
         for name, tensors in units:
-            path = beside / f"{name}.safetensors"
+            path = temporary / f"{name}.safetensors"
             files[path.name] = _write(path, _safetensors(tensors, bounce))
-        files[STATE] = _write(beside / STATE, [_json(state | {"step": step})])
-        _write(beside / MANIFEST, [_json({"format": FORMAT, "files": files})])
-        _sync(beside)
+        files[STATE] = _write(temporary / STATE, [_json(state | {"step": step})])
+        _write(temporary / MANIFEST, [_json({"format": FORMAT, "files": files})])
+        _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
-        beside.rename(target)
+        temporary.rename(target)
         _sync(checkpoints)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"checkpoint {target}: cannot be written ({error.strerror or error}); "
             "make room on the disk and continue with --resume"
@@ -100,21 +100,22 @@ def save(
 def require_disk(checkpoints: Path, bytes_per_checkpoint: int, keep: int) -> None:
     """Raise DoesNotFit if the disk of a folder, which need not exist yet, cannot hold the checkpoints.
 
-    A run that keeps K needs room for K + 1, as the new one is whole before the oldest goes; what is there
-    already is not needed again. keep = 0 (never delete) asks for the next one only.
+    A run that keeps K checkpoints needs room for K + 1, because the new one is complete before the oldest is
+    deleted. Checkpoints that exist already are subtracted. With keep = 0 (never delete) only the next one is
+    checked.
     """
     place = checkpoints.absolute()
     while not place.exists():
         place = place.parent
-    # the next save deletes first what an interrupted one left
+    # the next save first deletes the remains of an interrupted one
     free = shutil.disk_usage(place).free + _bytes_in(_unfinished(checkpoints))
     all_kept = (keep + 1) * bytes_per_checkpoint - _bytes_in(find(checkpoints)) if keep else 0
     needed = max(bytes_per_checkpoint, all_kept)
     if free < needed:
-        # not from 1, as 0 keeps all
+        # not for keep = 1: the next lower value, 0, keeps all
         fewer = f" or lower train.keep_checkpoints = {keep}" if keep > 1 and all_kept == needed else ""
         raise DoesNotFit(
-            f"checkpoints {checkpoints}: {free / 2**30:.2f} GiB of the disk are free and "
+            f"checkpoints {checkpoints}: the disk has {free / 2**30:.2f} GiB free, but "
             f"{needed / 2**30:.2f} GiB are needed; make room, choose another --run DIR{fewer}"
         )
 
@@ -124,14 +125,14 @@ def _bytes_in(folders: Iterable[Path]) -> int:
 
 
 def _unfinished(checkpoints: Path) -> list[Path]:
-    """What a kill during a save left."""
+    """Folders of saves that were interrupted."""
     return list(checkpoints.glob(f"{PREFIX}*{UNFINISHED}"))
 
 
 def _delete_old(checkpoints: Path, keep: int) -> None:
     if keep:
         for old in find(checkpoints)[:-keep]:
-            # without its manifest a half-deleted folder is no checkpoint
+            # delete the manifest first: without it, a half-deleted folder is not a checkpoint
             (old / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -143,7 +144,7 @@ def find(checkpoints: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty if every file is as it was written."""
+    """Problems of a checkpoint, one line each; empty if every file is as it was written."""
     try:
         files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
     except FileNotFoundError:
@@ -163,7 +164,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a note for each newer one that does not."""
+    """The newest valid checkpoint, and a note for each newer one that is damaged."""
     notes: list[str] = []
     for folder in reversed(find(checkpoints)):
         problems = verify(folder)
@@ -182,15 +183,15 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: bool = True) -> None:
     """Read a unit's tensors from a checkpoint into `tensors`, in place.
 
-    all_used: every tensor of the file must be asked for. Raises UserError, with nothing overwritten, on a
-    file that is cut short and on a tensor that is missing or has another shape or type.
+    all_used: require that `tensors` names every tensor of the file. If the file is truncated, or a tensor is
+    missing or has another shape or type, raises UserError and overwrites nothing.
     """
     path = folder / f"{unit}.safetensors"
     with path.open("rb") as file:
         start, header = _read_header(file, path)
         if all_used and header.keys() != tensors.keys():
             odd = sorted(header.keys() ^ tensors.keys())
-            raise UserError(f"checkpoint {path}: holds other tensors than the run needs, such as {odd[0]}")
+            raise UserError(f"checkpoint {path}: its tensors differ from those of the run, such as {odd[0]}")
         for name, tensor in tensors.items():
             entry = header.get(name)
             if (
@@ -198,7 +199,7 @@ def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: boo
                 or entry["shape"] != list(tensor.shape)
                 or entry["dtype"] != DTYPES[tensor.dtype]
             ):
-                raise UserError(f"checkpoint {path}: {name} is missing or of another shape or type")
+                raise UserError(f"checkpoint {path}: {name} is missing or has another shape or type")
         bounce = _bounce()
         for name, tensor in tensors.items():
             file.seek(start + header[name]["data_offsets"][0])
@@ -206,7 +207,7 @@ def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: boo
 
 
 def _read_header(file: BufferedReader, path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file starts, and the entry of each tensor; all data is there."""
+    """The offset of the data in a safetensors file, and the entry of each tensor. Checks the file's size."""
     size = path.stat().st_size
     start = 8 + int.from_bytes(file.read(8), "little")
     if start <= size:
@@ -215,12 +216,12 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[int, dict[str, Any]]
         if start + max((entry["data_offsets"][1] for entry in header.values()), default=0) <= size:
             return start, header
     raise UserError(
-        f"checkpoint {path}: is cut short at {size} bytes; delete its folder and use an older one"
+        f"checkpoint {path}: is truncated at {size} bytes; delete its folder and use an older one"
     )
 
 
 def _read_into(file: BufferedReader, tensor: Tensor, bounce: Tensor) -> None:
-    """Fill a tensor from the file's position; only one that is not contiguous needs a copy."""
+    """Fill a tensor from the file's position. A tensor that is not contiguous needs a copy."""
     whole = tensor.detach().contiguous()
     for piece in whole.view(-1).view(torch.uint8).split(PIECE_BYTES):
         host = piece if _on_host(piece) else bounce[: len(piece)]
@@ -233,8 +234,8 @@ def _read_into(file: BufferedReader, tensor: Tensor, bounce: Tensor) -> None:
 
 
 def _safetensors(tensors: dict[str, Tensor], bounce: Tensor) -> Iterator[bytes | memoryview]:
-    """A safetensors file of the tensors, piece by piece; a piece is valid until the next is asked for."""
-    # widest elements first, so that every tensor is aligned, as some readers need
+    """A safetensors file of the tensors, piece by piece; a piece is valid until the next is requested."""
+    # widest elements first, so that every tensor is aligned, which some readers need
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -255,8 +256,8 @@ def _safetensors(tensors: dict[str, Tensor], bounce: Tensor) -> Iterator[bytes |
 
 
 def _bounce() -> Tensor:
-    """Host memory for pieces of another device's tensors."""
-    # its pages come with its first use and go with it, where malloc would keep them
+    """Host memory for pieces of tensors on another device."""
+    # mmap allocates pages at first use and frees them afterwards; malloc would keep them
     return torch.frombuffer(mmap.mmap(-1, PIECE_BYTES), dtype=torch.uint8)
 
 
@@ -269,7 +270,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a file through to the disk; returns its size and BLAKE2b for the manifest."""
+    """Write a file and sync it to the disk; returns its size and BLAKE2b for the manifest."""
     size, digest = 0, hashlib.blake2b()
     with path.open("wb") as file:
         for piece in pieces:

@@ -1,7 +1,7 @@
-"""How a config is read and written: a TOML file with the sections of `lowres.config`, and `--set` overrides.
+"""Reading, writing and comparing configs: TOML files with the sections of `lowres.config`, and `--set`
+overrides.
 
-What is wrong is one line that names the key; what is odd is a note for the user. The rest is what else is
-done with a config as a whole: write it, compare two.
+An error is one line that names the key. Unusual but valid settings become notes for the user.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"config {path}: no such file; the ones that come with lowres are in configs/"
+            f"config {path}: no such file; lowres comes with configs in the folder configs/"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read as text ({error})") from None
@@ -48,7 +48,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
             raise UserError(f"config {path}: {section} must be a section, written [{section}]")
     keys = {override.partition("=")[0].strip() for override in overrides or []}
     if "data.source" in keys and isinstance(values.get("data"), dict):
-        values["data"].pop("val_source", None)  # it belongs to the source in the file
+        values["data"].pop("val_source", None)  # it belongs to the file's source, which is replaced
     file = copy.deepcopy(values)
     for override in overrides or []:
         _apply_override(values, override)
@@ -71,10 +71,11 @@ def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config
 
 
 def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The config of a resumed run, whose rates follow a batch that is not the one it started with.
+    """The config of a resumed run, with learning rates that follow a batch different from the first one.
 
-    saved: as the run was last. start: batch_tokens, lr and embed_lr as it was started. Raises UserError if
-    the config asks for rates that are neither those of the start nor what follows. Returns notes too.
+    saved: the config of the run so far. start: batch_tokens and the rates with which the run was started.
+    Returns the config and notes. Raises UserError if the config has rates that are neither those of the
+    start nor those that follow from the batch.
     """
     optim, sequences = config.optim, config.batch_sequences
     policy = optim.batch_policy or "fixed"
@@ -89,7 +90,7 @@ def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[
 
 
 def toml_value(text: str) -> Any:
-    """A TOML value, or what is none as a bare string."""
+    """The text as a TOML value, or as a string if it is not one."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -114,7 +115,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first thing that is wrong, as `section.key: what and how to mend it`."""
+    """The first error, as `section.key: what is wrong and how to correct it`."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"][:2]]
     key = ".".join(location)
@@ -139,8 +140,7 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
     asked = config.schedule.warmup_steps
     if asked is not None and asked > config.warmup_steps:
         notes.append(
-            f"schedule.warmup_steps {asked} is longer than a tenth of the run; "
-            f"shortened to {config.warmup_steps}"
+            f"schedule.warmup_steps {asked} is more than a tenth of the run; reduced to {config.warmup_steps}"
         )
     rule = RULES[config.optim.name]
     used = {*rule.reads, *(key.name for key in rule.keys)}
@@ -150,14 +150,14 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
     for key in ("adamw_betas", "adamw_eps"):
         if key in values.get("optim", {}) and rule.for_all:
             notes.append(
-                f"optim.{key} is not used, as {rule.name} updates every tensor; its own is optim.{key[6:]}"
+                f"optim.{key} is not used, because {rule.name} updates every tensor; use optim.{key[6:]}"
             )
     if values.get("memory", {}).get("moments", config.memory.moments) != config.memory.moments:
         notes.append(f"memory.moments is int8 with {config.optim.name}")
     for key in ("cycle_steps", "rewarmup_steps"):
         given = values.get("schedule", {}).get(key)
         if config.relora.enabled and given not in (None, getattr(config.schedule, key)):
-            notes.append(f"schedule.{key} follows relora.{key}")
+            notes.append(f"schedule.{key} is not used; relora.{key} replaces it")
     if config.relora.enabled:
         notes += _notes_on_relora(config)
     for name, keys in SCHEDULE_KEYS.items():
@@ -173,22 +173,22 @@ def _notes_on_relora(config: Config) -> list[str]:
     if relora.start_step >= steps:
         return [
             f"relora.start_step {relora.start_step} is not before the end of the run; "
-            "it trains without adapters"
+            "the run trains without adapters"
         ]
     if relora.cycle_steps and not relora.merges_at(steps):
         notes.append(f"relora.cycle_steps {relora.cycle_steps}: the run ends before the first merge")
     if relora.rank > narrowest:
         notes.append(
-            f"relora.rank {relora.rank} is more than matrices with a side of {narrowest} can have; theirs is "
-            "that side"
+            f"relora.rank {relora.rank} is larger than the smaller side of some matrices; their rank is "
+            f"{narrowest}"
         )
     if relora.cycle_steps and config.schedule.name != "sawtooth":
-        notes.append(f"schedule.name {config.schedule.name} does not re-warm the rate after a merge")
+        notes.append(f"schedule.name {config.schedule.name} has no warm-up after a merge")
     return notes
 
 
 def to_toml(config: Config) -> str:
-    """The resolved config as TOML, as it is written into the run directory."""
+    """The resolved config as TOML, for the run directory."""
     lines = []
     for section, keys in config.model_dump().items():
         lines.append(f"[{section}]")

@@ -1,10 +1,10 @@
-"""metrics.jsonl: one JSON object a line, written whole and flushed.
+"""metrics.jsonl: one JSON object per line, written as a whole and flushed.
 
 A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, host_mem_gib,
-peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr
-is the rate of the update that led to `step`, lr_over_batch that by the sequences in a batch; skipped
-counts the units (embedding, blocks, head) that a step left as they were because its loss or a gradient
-was not finite. A number that is not finite is null.
+peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr is
+the learning rate of the update that led to `step`; lr_over_batch is lr divided by the sequences in a batch;
+skipped is the number of units (embedding, blocks, head) that a step did not update because its loss or a
+gradient was not finite. A number that is not finite is null.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from lowres import ranks
 
 
 class MetricsLog:
-    """Appends to a run's metrics, on the first rank. Opening it cuts the file back to `step` (-1: to
-    nothing), so that a resumed run has no step missing or twice."""
+    """Appends to a run's metrics, on the first rank only. Opening it removes records after `step` (-1: all
+    records), so a resumed run has every step exactly once."""
 
     def __init__(self, path: Path, step: int) -> None:
         self._file: TextIO | None = None
         if not ranks.is_first():
             return
         kept = [record for record in read(path) if record["step"] <= step]
-        beside = path.with_suffix(".unfinished")
-        beside.write_text("".join(_line(record) for record in kept))
-        os.replace(beside, path)
+        temporary = path.with_suffix(".unfinished")
+        temporary.write_text("".join(_line(record) for record in kept))
+        os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a metrics file; a last line that was cut off is left out."""
+    """All complete records of a metrics file; an incomplete last line is ignored."""
     if not path.exists():
         return []
     records = []

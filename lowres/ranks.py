@@ -1,9 +1,8 @@
-"""The processes of a run. A launcher starts one for every GPU, each a rank, and says so in the environment;
-without one a run is rank 0 of 1.
+"""The processes of a run. A launcher starts one process (a rank) per GPU and sets environment variables;
+without a launcher, a run is rank 0 of 1.
 
-What is decided or written once is done by the first rank. A rank that fails ends its process, and the
-launcher ends the others, which may be waiting for it. Launchers are those of PyTorch and, over a list of
-hosts, of DeepSpeed; `launch` calls them.
+Rank 0 makes decisions and writes files for all. If a rank fails, its process ends, and the launcher ends the
+others, which may be waiting for it. `launch` uses PyTorch's launcher or, for several hosts, DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from tqdm import tqdm
 
 from lowres.errors import CheckFailed, UserError
 
-# a rank may wait while the first one tokenises a corpus; the launcher sees the dead
+# a rank may wait long while the first one tokenises a corpus; the launcher notices ranks that died
 PATIENCE = timedelta(days=7)
-# seconds in which a launcher ends the other ranks after one has failed
+# a launcher needs at most this many seconds to end the other ranks after one has failed
 GRACE = 5.0
 
 
@@ -39,7 +38,7 @@ def size() -> int:
 
 
 def size_here() -> int:
-    """Ranks on this machine, as the launcher of PyTorch or of DeepSpeed says."""
+    """Number of ranks on this machine, from the launcher of PyTorch or DeepSpeed."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
@@ -48,7 +47,7 @@ def is_first() -> bool:
 
 
 def rank_here() -> int:
-    """The number of this rank on its machine, and of its GPU."""
+    """The index of this rank on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -58,27 +57,27 @@ def is_first_here() -> bool:
 
 
 def say(line: str) -> None:
-    """A line for people, of the first rank: on stderr, above a progress bar."""
+    """Print a line for the user, on the first rank only: to stderr, above a progress bar."""
     if is_first():
         tqdm.write(line, file=sys.stderr)
 
 
 def join(device: torch.device) -> None:
-    """Meet the other ranks, on this rank's own GPU. Tensors in host memory go over gloo on any device."""
+    """Connect to the other ranks and select this rank's GPU. Tensors in host memory always use gloo."""
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(rank_here())
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size() == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def wait() -> None:
-    """Return when every rank has come here."""
+    """Return when every rank has called this (a barrier)."""
     total(0)
 
 
@@ -89,7 +88,7 @@ def total(*numbers: float) -> list[float]:
 
 
 def least(*numbers: float) -> list[float]:
-    """The least of each number over all ranks, the same on every rank."""
+    """The minimum of each number over all ranks, the same on every rank."""
     found = torch.tensor(numbers, dtype=torch.float64)
     if size() > 1:
         dist.all_reduce(found, op=dist.ReduceOp.MIN)
@@ -104,22 +103,23 @@ def add(tensor: Tensor) -> Tensor:
 
 
 def share(rows: Tensor, filler: int) -> Tensor:
-    """This rank's part of rows [n, ...] that all ranks have: every size()-th, after as many rows of filler
-    as it takes for all parts to have the same length."""
+    """This rank's part of rows [n, ...] that all ranks have: every size()-th row. Rows of filler are added at
+    the end, so that all parts have the same length."""
     missing = -len(rows) % size()
     whole = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), filler)]) if missing else rows
     return whole[rank() :: size()]
 
 
 def let_the_first_speak() -> None:
-    """Before a failure is told: time for the launcher to end this rank, if another failed before it."""
+    """Call this before reporting a failure: if another rank failed earlier, the launcher now has time to end
+    this one, so only the first failure is reported."""
     if size() > 1:
         time.sleep(GRACE)
 
 
 def launch(arguments: list[str], gpus: int | None, hostfile: Path | None) -> int:
-    """Run `lowres` with arguments once for each of some GPUs (default: all), on this machine or on those of
-    a hostfile in DeepSpeed's form; returns the exit code of the rank that failed first, or 0."""
+    """Run `lowres` with arguments once per GPU (default: all GPUs), on this machine or on the machines of a
+    hostfile in DeepSpeed's format. Returns the exit code of the rank that failed first, or 0."""
     found = torch.cuda.device_count()
     if hostfile is None and gpus and 0 < found < gpus:
         raise UserError(f"--gpus: this machine has {found}, not {gpus}")
@@ -133,8 +133,8 @@ def _launch_here(arguments: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it in one line
-    # an optimizer on the CPU uses all cores, but each rank its own
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks report it in one line
+    # an optimizer on the CPU may use all cores, divided among the ranks
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -154,7 +154,7 @@ def _launch_here(arguments: list[str], processes: int) -> int:
         failed, failure = error.get_first_failure()
         if failure.exitcode < 0:
             raise CheckFailed(
-                f"rank {failed} was ended by signal {-failure.exitcode}; the run continues with --resume"
+                f"rank {failed} was ended by signal {-failure.exitcode}; continue the run with --resume"
             ) from None
         return failure.exitcode
     return 0
@@ -163,7 +163,7 @@ def _launch_here(arguments: list[str], processes: int) -> int:
 def _launch_over_hosts(arguments: list[str], gpus: int | None, hostfile: Path) -> int:
     if not hostfile.is_file():
         raise UserError(
-            f"--hostfile: {hostfile} is no file; it has a line `host slots=GPUs` for each machine"
+            f"--hostfile: {hostfile} does not exist; it needs a line `host slots=GPUs` for each machine"
         )
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError("--hostfile: needs DeepSpeed's launcher; pip install deepspeed ninja")

@@ -1,10 +1,9 @@
-"""The tie of learning rate, batch and their ratio: two of `optim.lr`, `train.batch_tokens` and
+"""The relation of learning rate, batch and their ratio: two of `optim.lr`, `train.batch_tokens` and
 `optim.lr_over_batch` determine the third.
 
 It applies when a config is read (`tied`), when `--set` changes it (`retie`) and when a resumed run has
-another batch (`follow`). `lowres.config` and `lowres.config_file` call them, so they work on values below
-those: nested dicts of sections that are not checked yet. What cannot be is a ValueError whose text names
-the key.
+another batch (`follow`). `lowres.config` and `lowres.config_file` call these functions with nested dicts of
+sections that are not checked yet. Impossible values raise ValueError that names the key.
 """
 
 from __future__ import annotations
@@ -13,15 +12,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-# how the learning rate follows a batch that is r times as large: by r to this power
+# for a batch r times as large, the learning rate is multiplied by r to this power
 BATCH_POLICIES = {"fixed": 0.0, "sqrt": 0.5, "linear": 1.0}
-# the rates that follow the batch
+# the learning rates that follow the batch
 RATES = ("lr", "embed_lr", "norm_lr")
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where the values have no such key. lr: by the name of the optimizer."""
+    """Values of keys that are missing. lr: by the name of the optimizer."""
 
     optimizer: str
     lr: dict[str, float]
@@ -32,7 +31,7 @@ class Defaults:
 def tied(values: dict[str, Any], defaults: Defaults) -> tuple[float | None, float, float | None]:
     """lr, batch_tokens and lr_over_batch.
 
-    An unknown optimizer without a rate leaves None; the checks that follow refuse its name.
+    lr and lr_over_batch are None for an unknown optimizer without a rate; later checks refuse its name.
     """
     lr, ratio = _number(values, "optim", "lr"), _number(values, "optim", "lr_over_batch")
     batch, seq_len = _number(values, "train", "batch_tokens"), _seq_len(values, defaults)
@@ -41,7 +40,7 @@ def tied(values: dict[str, Any], defaults: Defaults) -> tuple[float | None, floa
         whole = max(1, round(wanted))
         if not math.isclose(wanted, whole, rel_tol=1e-6):
             raise ValueError(
-                f"train.batch_tokens: optim.lr {lr} / optim.lr_over_batch {ratio} is a batch of {wanted:.6g} "
+                f"train.batch_tokens: optim.lr {lr} / optim.lr_over_batch {ratio} gives {wanted:.6g} "
                 f"sequences, not a whole number; the nearest is {whole}, with optim.lr_over_batch = "
                 f"{lr / whole:.6g}"
             )
@@ -55,23 +54,24 @@ def tied(values: dict[str, Any], defaults: Defaults) -> tuple[float | None, floa
     wanted = ratio * sequences
     if lr and not math.isclose(lr, wanted, rel_tol=1e-6):
         raise ValueError(
-            f"optim.lr: {lr} over train.batch_tokens {batch} ({sequences:g} sequences) is "
+            f"optim.lr: {lr} divided by train.batch_tokens {batch} ({sequences:g} sequences) is "
             f"{lr / sequences:.6g}, but optim.lr_over_batch is {ratio}; leave one of the three out"
         )
     return lr or wanted, batch, ratio
 
 
 def default_policy(values: dict[str, Any]) -> str:
-    """What `optim.batch_policy` is where the values do not say: what is written stays."""
+    """The default of `optim.batch_policy`: whichever of lr and lr_over_batch is given stays the same."""
     optim = values.get("optim", {})
     return "linear" if "lr_over_batch" in optim and "lr" not in optim else "fixed"
 
 
 def retie(file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults: Defaults) -> list[str]:
-    """Settle lr, batch_tokens and lr_over_batch after `--set` of `keys` made `values` of the `file`.
+    """Determine lr, batch_tokens and lr_over_batch after `--set` of `keys` changed `file` into `values`.
 
-    Two that were set replace the third of the file. lr or lr_over_batch alone replaces the other. A batch
-    that differs from the file's is followed by lr as optim.batch_policy says. Returns notes for the user.
+    If two of them were set, they replace the file's third. If lr or lr_over_batch alone was set, it replaces
+    the other. If the batch differs from the file's, lr follows it as optim.batch_policy says. Changes
+    `values` in place; returns notes for the user.
     """
     if not all(isinstance(values.get(section, {}), dict) for section in ("optim", "train", "data")):
         return []
@@ -82,7 +82,7 @@ def retie(file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults
         train.pop("batch_tokens", None)
     elif rates & keys:
         if pair and "batch_tokens" not in train:
-            train["batch_tokens"] = tied(file, defaults)[1]  # as the pair in the file had it
+            train["batch_tokens"] = tied(file, defaults)[1]  # the batch that the file's pair determined
         for key in rates - keys:
             optim.pop(key.removeprefix("optim."), None)
     elif _number(file, "train", "batch_tokens") or ("train.batch_tokens" in keys and pair):
@@ -93,7 +93,7 @@ def retie(file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults
 def _follow_file(
     file: dict[str, Any], values: dict[str, Any], keys: set[str], defaults: Defaults
 ) -> list[str]:
-    """Let the rates in `values` follow a batch that is not the one in the file."""
+    """Adapt the rates in `values` to a batch that differs from the file's."""
     optim, train = values["optim"], values["train"]
     file = file | {"optim": file.get("optim", {}) | {"name": optim.get("name", defaults.optimizer)}}
     lr, file_batch, _ = tied(file, defaults)
@@ -113,13 +113,13 @@ def _follow_file(
 
 
 def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, policy: str) -> dict[str, Any]:
-    """The rates of a resumed run (`RATES`), start * (batch / batch at the start) ** power.
+    """The rates of a resumed run (`RATES`): start * (batch / batch at the start) ** power.
 
-    start: batch_tokens and the rates as the run was started. asked: the rates as the config has them, either
-    those of the start or those of now; raises ValueError if it is another rate.
+    start: batch_tokens and the rates with which the run was started. asked: the rates in the config. They
+    must equal those of the start or those that follow from the batch; otherwise raises ValueError.
     """
     factor = (batch_tokens / start["batch_tokens"]) ** BATCH_POLICIES[policy]
-    start = dict.fromkeys(RATES) | start  # one that is younger than the run was not given
+    start = dict.fromkeys(RATES) | start  # a run from before a key existed has no value for it
     rates = {key: start[key] and start[key] * factor for key in RATES}
     for key, rate in rates.items():
         wanted = asked[key]
@@ -133,7 +133,7 @@ def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, poli
 
 
 def batch_note(policy: str, old: tuple[float, float], new: tuple[float, float]) -> str:
-    """What became of (batch in sequences, lr), for the user."""
+    """A note for the user about the change of (batch in sequences, lr)."""
     rate = f"stays {old[1]:.6g}" if old[1] == new[1] else f"{old[1]:.6g} -> {new[1]:.6g}"
     return (
         f"the batch goes from {old[0]:g} to {new[0]:g} sequences; optim.batch_policy is {policy}: "
@@ -142,7 +142,7 @@ def batch_note(policy: str, old: tuple[float, float], new: tuple[float, float]) 
 
 
 def _number(values: dict[str, Any], section: str, key: str) -> float | None:
-    """A positive number of a config that is not checked yet; None where there is none."""
+    """A positive number from a config that is not checked yet; None if there is none."""
     value = values.get(section, {}).get(key)
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     return value if usable and 0 < value < math.inf else None

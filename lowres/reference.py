@@ -1,6 +1,6 @@
-"""What a config can say, from the code: text for `lowres config --help`, Markdown for the docs.
+"""The reference of all config keys, from the code: text for `lowres config --help`, Markdown for the docs.
 
-`python scripts/write_docs.py` writes docs/reference.md; a test says when that file is stale.
+`python scripts/write_docs.py` writes docs/reference.md; a test fails when that file is out of date.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def describe() -> str:
 
 
 def markdown() -> str:
-    """The same as tables, with one of the optimizers, of the number formats and of the presets."""
+    """The same as tables, plus tables of the optimizers, the number formats and the presets."""
     lines = ["# Reference", "", "Written by `python scripts/write_docs.py` from the code; do not edit.", ""]
     lines += ["- [Optimizers](#optimizers), [number formats](#number-formats), [presets](#presets)"]
     lines += [f"- [`[{name}]`](#{name})" for name, _ in _sections()]
@@ -58,7 +58,7 @@ def _about(model: type[Section]) -> str:
 
 
 def _keys(section: str, model: type[Section]) -> Iterator[tuple[str, str, list[str], str]]:
-    """Each key of a section: its name, default ("" if there is none), choices and documentation."""
+    """For each key of a section: name, default ("" if there is none), choices and documentation."""
     defaults = getattr(Config(), section)
     for key, info in model.model_fields.items():
         extra = info.json_schema_extra
@@ -69,13 +69,13 @@ def _keys(section: str, model: type[Section]) -> Iterator[tuple[str, str, list[s
 
 
 def choices(info: FieldInfo) -> list[str]:
-    """The values that a key can have, if they are few enough to have names."""
+    """The values that a key can have, if they are a fixed list of names."""
     named = [m for m in info.metadata if isinstance(m, OneOf)]
     return list(named[0].names) if named else list(dict.fromkeys(_named(info.annotation)))
 
 
 def _named(annotation: Any) -> Iterator[str]:
-    """The names in a type: those of a Literal, also inside unions and lists."""
+    """The names in a type: the values of a Literal, also inside unions and lists."""
     if get_origin(annotation) is Literal:
         yield from (str(value) for value in get_args(annotation))
     elif annotation is bool:

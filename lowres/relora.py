@@ -1,16 +1,16 @@
-"""ReLoRA (Lialin et al., arXiv 2307.05695): many low-rank changes that add up to one of high rank.
+"""ReLoRA (Lialin et al., arXiv 2307.05695): many low-rank changes that add up to a high-rank change.
 
-While its adapter trains, a matrix W of a block is frozen and stands for W + (alpha / rank) B A. Every
-cycle ends with a merge, in the visit in which the last update of the cycle leaves the layer, so that it
-costs no pass of its own:
+While its adapter trains, a matrix W of a block is frozen, and the model uses W + (alpha / rank) B A. Every
+cycle ends with a merge. It happens right after the last update of the cycle, while the layer is in use, so
+it needs no separate pass over the model:
 
-    W <- W + (alpha / rank) B A      through the storage of W: into INT8 with stochastic rounding, as rounding
-                                     to nearest would lose nearly all of a change this small
-    A <- uniform (Kaiming), B <- 0   so the model computes what it did, and the next change is another
-    moments <- mostly forgotten      both with the same mask: a first moment without its second would make
+    W <- W + (alpha / rank) B A      written by the storage of W: INT8 rounds stochastically, because
+                                     rounding to nearest would lose nearly all of a change this small
+    A <- uniform (Kaiming), B <- 0   so the model computes the same as before, and the next change differs
+    moments <- mostly reset          both with the same mask: a first moment without its second would make
                                      the next update thousands of times too large
 
-What was merged is compared with what was meant to be: cosine, and ratio of the norms.
+The applied change is compared with the intended one: cosine, and ratio of the norms.
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ from lowres.storage import (
 )
 from lowres.target import chunks
 
-# rows of a weight that are merged at a time; a constant, as the random bits are named by it
+# rows of a weight that are merged at a time; must not change, because random bits are named by it
 MERGE_ROWS = 256
 
 
 class Relora:
-    """An optimizer that merges adapters at the end of every cycle; for the engine, an `Updater`."""
+    """An optimizer that merges adapters at the end of every cycle; the engine sees it as an `Updater`."""
 
     def __init__(self, config: ReloraConfig, optimizer: Optimizer) -> None:
         self.config, self.optimizer = config, optimizer
-        # of the last merge: <applied, intended>, and the squared norm of each; effective ranks
+        # from the last merge: <applied, intended>, and the squared norm of each; effective ranks
         self._sums: Tensor | None = None
         self._ranks: list[Tensor] = []
 
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
-        """Update a unit (`Optimizer.update`), and merge its adapters if that ends a cycle."""
+        """Update a unit (`Optimizer.update`), and merge its adapters if this step ends a cycle."""
         self.optimizer.update(unit, grads, step, schedule, accepted)
         if self.config.merges_at(step + 1) > self.config.merges_at(step):
             self._merge(unit, step + 1)
@@ -67,11 +67,12 @@ class Relora:
                 effective_rank(one)
 
     def readings(self, step: int) -> dict[str, Any]:
-        """What to log after `step` steps. Waits for the device after a merge only.
+        """What to log after `step` steps. Waits for the device only after a merge.
 
-        cycle: 0 in the warm start, then counted from 1. merges: so far. After a merge also merge_cosine and
-        merge_norm (applied against intended change, all matrices together; 1 is all of it) and, if it is
-        asked for, effective_rank (mean over the matrices that are followed).
+        cycle: 0 in the warm start, then counted from 1. merges: number so far. After a merge also
+        merge_cosine and merge_norm, which compare the applied with the intended change of all matrices
+        together (1 means equal), and with relora.log_rank effective_rank (mean over the matrices of the
+        middle layer).
         """
         merges = self.config.merges_at(step)
         found: dict[str, Any] = {
@@ -111,13 +112,13 @@ def adapters_of(unit: Unit, spec: TensorSpec) -> tuple[Tensor, Tensor]:
 
 
 def start_adapters(unit: Unit, seed: int, step: int) -> None:
-    """Give the adapters of a unit the values they start with after `step` steps."""
+    """Set the adapters of a unit to their initial values for a start after `step` steps."""
     for spec in unit.spec.adapters.values():
         unit.fill(spec.name, iter([(0, fresh_adapter(spec, seed, step, unit.weights_slab.device))]))
 
 
 def tensors_before(unit: Unit) -> dict[str, Tensor]:
-    """The tensors of a unit with adapters (`Unit.tensors`) that it had in the warm start too."""
+    """The tensors of a unit with adapters (`Unit.tensors`) that also exist in the warm start."""
     new = (*(spec.name for spec in unit.spec.adapters.values()), f"{ADAPTERS}.")
     return {
         name: tensor
@@ -129,7 +130,7 @@ def tensors_before(unit: Unit) -> dict[str, Tensor]:
 def merge(unit: Unit, spec: TensorSpec, scaling: float, seed: int, step: int) -> Tensor:
     """W <- W + scaling B A for a frozen matrix of the unit, through its master copy if it has one.
 
-    Returns fp64 [3]: <applied, intended> change and the squared norms of the applied and the intended one.
+    Returns fp64 [3]: <applied, intended>, and the squared norms of the applied and the intended change.
     """
     a, b = adapters_of(unit, spec)
     stored, state = unit.weights[spec.name].tensors(), unit.state.get(spec.name, {})
@@ -159,12 +160,12 @@ def forget(
     seed: int,
     step: int,
 ) -> None:
-    """Forget the moments of an adapter, all or (`reset_keep`) most, and what its limiter remembers.
+    """Reset the moments of an adapter, all or most of them (`reset_keep`), and the norm of its limiter.
 
-    signed: its moments, as `Rule.moments` has them.
+    signed: its moments, as in `Rule.moments`.
 
-    Both moments lose the same elements. Where the second has another shape (Adam-mini's blocks), it stays
-    if the first is kept in part: an update can only be too small then.
+    Both moments lose the same elements. If the second has another shape (Adam-mini's blocks), it is kept when
+    part of the first is kept: this can only make an update too small.
     """
     state = unit.state[spec.name]
     moments = [key for key in signed if key in state]
@@ -185,13 +186,13 @@ def forget(
     mask = kept(values[0], config, rng.make_key(seed, "reset", spec.name, step))
     pairs = [pair for pair in zip(opened, values, strict=True) if pair[1].numel() == mask.numel()]
     for _, value in pairs:
-        mask &= value != 0  # in 8 bits a second moment may be lost where the first is not
+        mask &= value != 0  # in 8 bits a second moment may be 0 where the first is not
     for moment, value in pairs:
         moment.write(value.mul_(mask), slice(0, value.numel()))
 
 
 def kept(first: Tensor, config: ReloraConfig, key: rng.Key) -> Tensor:
-    """Which elements of the moments are kept, bool of the shape of the first moment (flat)."""
+    """Which elements of the moments are kept: bool, with the shape of the flat first moment."""
     if config.reset == "random":
         return rng.uniform(key, 0, first.numel(), first.device) < config.reset_keep
     count = round(config.reset_keep * first.numel())
@@ -201,8 +202,8 @@ def kept(first: Tensor, config: ReloraConfig, key: rng.Key) -> Tensor:
 
 
 def effective_rank(change: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), fp32 scalar; 0 for a
-    change of zero."""
+    """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007), fp32 scalar; 0 if the
+    change is zero."""
     values = torch.linalg.svdvals(change)
     total = values.sum()
     p = values / total.clamp(min=torch.finfo(values.dtype).tiny)

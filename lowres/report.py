@@ -1,4 +1,4 @@
-"""Pictures: the loss curve of a run, and two of a sweep."""
+"""Plots: the loss curve of a run, and two plots of a sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowres import metrics
 
 
 def draw_loss(run: Path) -> Path | None:
-    """Draw training and validation loss over tokens into the run's folder; None without matplotlib."""
+    """Plot training and validation loss against tokens into the run's folder; None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -29,7 +29,7 @@ def draw_loss(run: Path) -> Path | None:
         ms=3,
         label="validation",
     )
-    axes.set(xlabel="tokens", ylabel="loss (nats a token)", title=run.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
     axes.legend()
     target = run / "loss.png"
@@ -38,10 +38,10 @@ def draw_loss(run: Path) -> Path | None:
 
 
 def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, Any]]) -> list[Path] | None:
-    """Draw the final validation loss of a sweep: loss.png over the grid, if it has one or two numeric axes
-    and no others, and lr_over_batch.png. Returns what was drawn; None without matplotlib.
+    """Plot the final validation loss of a sweep: loss.png over the grid, if the grid has only one or two
+    numeric axes, and lr_over_batch.png. Returns the files; None without matplotlib.
 
-    points: see lowres.sweep; those without a loss are left out.
+    points: see lowres.sweep; points without a loss are left out.
     """
     try:
         from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
         drawn.append(folder / "loss.png")
         figure.savefig(drawn[-1], dpi=130)
 
-    # ---- against lr over batch: a curve for every value of the axes but the first numeric one
+    # ---- against lr over batch: one curve for each combination of values, except of the first numeric axis
     curves: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         others = [key for key in axes if key not in numeric[:1] and len(axes[key]) > 1]
@@ -83,19 +83,19 @@ def _is_number(value: Any) -> bool:
 
 
 def _top(losses: list[float]) -> float:
-    """Where to end an axis of losses: one run that went wrong must not flatten all others."""
+    """Upper end of a loss axis: one bad run must not make the other curves look flat."""
     least = min(losses)
     return min(max(losses), least + 4 * (statistics.median(losses) - least))
 
 
 def _loss_axis(plot: Any, losses: list[float]) -> None:
-    """Name the axis of losses and end it where most of them are."""
+    """Label the loss axis and limit it to the range of most losses."""
     margin = 0.05 * (_top(losses) - min(losses))
     beyond = ""
     if max(losses) > _top(losses) + margin > min(losses):
         plot.set_ylim(min(losses) - margin, _top(losses) + margin)
-        beyond = f"; up to {max(losses):.3g} beyond the frame"
-    plot.set_ylabel(f"validation loss (nats a token{beyond})")
+        beyond = f"; up to {max(losses):.3g} outside the plot"
+    plot.set_ylabel(f"validation loss (nats per token{beyond})")
     plot.grid(alpha=0.3, which="both")
 
 
@@ -130,7 +130,7 @@ def _contours(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> Non
             cmap="viridis_r",
             extend="max" if top < most else "neither",
         )
-        figure.colorbar(filled, format="%.3f", label="validation loss (nats a token)")
+        figure.colorbar(filled, format="%.3f", label="validation loss (nats per token)")
     for (x, y), loss in loss_at.items():
         mark = "*" if loss == least else "o"
         plot.plot(x, y, mark, color="black", ms=10 if loss == least else 4, clip_on=False)
@@ -150,6 +150,6 @@ def _contours(figure: Any, axes: list[str], points: list[dict[str, Any]]) -> Non
         scaled(_scale(values))
         ticked(values, [f"{value:g}" for value in values])
     plot.minorticks_off()
-    plot.use_sticky_edges = False  # so that there is a margin around the outer points and their numbers
+    plot.use_sticky_edges = False  # for a margin around the outer points and their numbers
     plot.margins(0.08)
     plot.set(xlabel=axes[0], ylabel=axes[1], title="validation loss; the star is the lowest")

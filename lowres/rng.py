@@ -1,15 +1,15 @@
-"""Named randomness: every random number is a pure function of what it is for.
+"""Named randomness: every random number is a pure function of its purpose.
 
-A `Key` is derived from (seed, purpose, name, step) and an element's bits from (key, element index).
-Nothing depends on call order, chunk size or device, so a resumed run is the same run, recomputation
-repeats itself, and a fused kernel can draw the same bits. Only integer arithmetic modulo 2^32 is
+A `Key` is derived from (seed, purpose, name, step), and the bits of an element from (key, element index).
+Nothing depends on call order, chunk size or device. So a resumed run gives the same results, recomputation
+gives the same values, and a fused kernel can draw the same bits. Only integer arithmetic modulo 2^32 is
 used, which is exact everywhere.
 
-The generator is the 32-bit finaliser `triple32` of C. Wellons ("Prospecting for Hash Functions",
-2018) over the element's counter, with one word of the key added before and one word inside it. (Its
-faster sibling `lowbias32`, with two multiplications, fails a chi-squared test on sequential counters
-by 8 standard deviations at 4 M draws.) It is no cryptography; the tests check the uniformity and
-independence that rounding and initialisation need.
+The generator is the 32-bit finaliser `triple32` of C. Wellons ("Prospecting for Hash Functions", 2018),
+applied to the index of the element, with one word of the key added before and one word inside it. (The
+faster `lowbias32`, with two multiplications, fails a chi-squared test on sequential counters by 8 standard
+deviations at 4 M draws.) It is not cryptographic; the tests check the uniformity and independence that
+rounding and initialisation need.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TO_UNIT = 2.0**-24
 
 
 def make_key(seed: int, purpose: str, name: str = "", step: int = 0) -> Key:
-    """Two 32-bit words from everything that names a random quantity."""
+    """Two 32-bit words from all that names a random quantity."""
     digest = hashlib.blake2b(f"{seed}|{purpose}|{name}|{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
@@ -60,7 +60,7 @@ def uniform(key: Key, start: int, count: int, device: torch.device | str = "cpu"
 
 
 def normal(key: Key, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """float32 [count], standard normal (Box and Muller, 1958); at most 5.9 in size."""
+    """float32 [count], standard normal (Box and Muller, 1958); magnitude at most 5.9."""
     radius = uniform(key, start, count, device).log_().mul_(-2).sqrt_()
     angle = uniform((key[1], key[0] ^ 0x9E3779B9), start, count, device).mul_(2 * math.pi)
     return radius.mul_(angle.cos_())
@@ -74,8 +74,8 @@ def permutation(key: Key, count: int) -> Tensor:
 def round_to_integer(x: Tensor, key: Key, start: int) -> Tensor:
     """Round float32 `x` to integers stochastically and without bias; returns float32.
 
-    The magnitude is rounded, so 0 stays 0 and a tiny value keeps all of its precision: the chance
-    of rounding up is right to 2^-25 for either sign. Element i of `x` takes the bits of start + i.
+    The magnitude is rounded, so 0 stays 0 and a tiny value keeps its precision: the probability of rounding
+    up is exact to 2^-25 for either sign. Element i of `x` uses the bits of start + i.
     """
     size = x.abs()
     whole = size.floor()
@@ -86,10 +86,10 @@ def round_to_integer(x: Tensor, key: Key, start: int) -> Tensor:
 def round_to_bf16(x: Tensor, key: Key, start: int) -> Tensor:
     """Round float32 `x` to bfloat16 stochastically and without bias.
 
-    bfloat16 is the upper half of float32: add 16 random bits below and cut. A value that bfloat16
-    can hold is never changed. Element i of `x` takes the bits of start + i.
+    bfloat16 is the upper half of float32: add 16 random bits to the lower half, then cut it off. A value that
+    bfloat16 can hold never changes. Element i of `x` uses the bits of start + i.
     """
     noise = random_bits(key, start, x.numel(), x.device).view_as(x).bitwise_and_(0xFFFF)
     rounded = noise.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
-    # inf and nan must not be carried into another exponent
+    # inf and nan must stay as they are: the addition could change their exponent
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

@@ -1,7 +1,7 @@
-"""A grid of runs at equal tokens: one folder each, a table, sweep.json and two plots.
+"""A grid of runs with equal numbers of tokens: one folder per run, a table, sweep.json and two plots.
 
-Each point is trained by `lowres train` in a process of its own, so that one that fails or runs out of
-memory does not end the others. What is finished is skipped, what was interrupted is resumed.
+Each point is trained by `lowres train` in a separate process, so that a failure or lack of memory does not
+end the other points. Finished points are skipped, interrupted points are resumed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
 
 SWEEP, LOG = "sweep.json", "train.log"
-# keys that may change when a run is resumed, but not if its loss is to be compared with others
+# keys that may change when a run is resumed, but not if its loss is compared with other runs
 COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps")
 
 
 def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
-    """`section.key=a,b,c` as {key: values}. Values are TOML, else bare strings."""
+    """`section.key=a,b,c` as {key: values}. Values are TOML, or otherwise plain strings."""
     axes: dict[str, list[Any]] = {}
     for grid in grids:
         key, equals, text = grid.partition("=")
@@ -38,7 +38,7 @@ def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
         if not (equals and re.fullmatch(r"\w+\.\w+", key) and text.strip()):
             raise UserError(f"--grid {grid}: write it as section.key=value,value")
         if key in axes:
-            raise UserError(f"--grid {grid}: {key} is there twice; give all its values in one --grid")
+            raise UserError(f"--grid {grid}: {key} is given twice; give all its values in one --grid")
         if key in ("train.steps", "train.tokens"):
             raise UserError(f"--grid {grid}: every point trains for --tokens; leave {key} out")
         values = toml_value(f"[{text}]")  # so that a value may be a list
@@ -53,8 +53,8 @@ def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
 def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overrides: list[str]) -> None:
     """Train the config at every point of the grid for the same number of tokens, and compare.
 
-    Raises UserError before anything is trained if a point is no valid config, and CheckFailed at the
-    end if one failed.
+    Raises UserError before any training if a point is not a valid config, and CheckFailed at the end if a
+    point failed.
     """
     axes = parse_grid(grids)
     folder = folder or Path("runs") / f"sweep-{load_config(path, overrides)[0].run.name}"
@@ -69,7 +69,9 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--run {folder}: cannot be made ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"--run {folder}: cannot be created ({error.strerror}); choose another folder"
+        ) from None
     records: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
         _say(f"{number} of {len(points)}: {point.folder}")
@@ -80,13 +82,13 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
     print(table(axes, records))
     pictures = draw_sweep(folder, axes, records)
     if pictures is None:
-        _say("note: no plots, as matplotlib is not installed (pip install matplotlib)")
+        _say("note: no plots, because matplotlib is not installed (pip install matplotlib)")
     print(f"sweep: {', '.join(map(str, [folder / SWEEP, *(pictures or [])]))}")
     failed = sum(record["error"] is not None for record in records)
     if failed:
         raise CheckFailed(
-            f"{failed} of {len(points)} points failed; {LOG} in their folders says why, and the same command "
-            "tries them again"
+            f"{failed} of {len(points)} points failed; see {LOG} in their folders, then repeat the command "
+            "to try them again"
         )
 
 
@@ -116,15 +118,15 @@ class _Point:
         self.folder = folder / re.sub(r"[^\w.+-]+", "-", named)
 
     def check(self, tokens: int) -> None:
-        """Refuse what cannot be compared."""
+        """Raise UserError if the point cannot be compared with others."""
         batch = self.config.train.batch_tokens
         if tokens < batch:
             raise UserError(
                 f"--tokens: {tokens} is less than one step of {batch} tokens (train.batch_tokens)"
             )
         if not self.config.train.eval_every:
-            raise UserError("train.eval_every: 0 leaves no validation loss to compare; use a higher one")
-        if not self._begun():
+            raise UserError("train.eval_every: 0 gives no validation loss to compare; use a higher value")
+        if not self._started():
             return
         saved, _ = load_config(self.folder / "config.toml")
         vocab = self.config.model.vocab_size or saved.model.vocab_size
@@ -136,14 +138,14 @@ class _Point:
                 differs.append(key)
         if differs:
             raise UserError(
-                f"{self.folder} was begun with another {differs[0]}; set it back or choose another --run DIR"
+                f"{self.folder} was started with another {differs[0]}; set it back or use another --run DIR"
             )
 
-    def _begun(self) -> bool:
+    def _started(self) -> bool:
         return (self.folder / "config.toml").exists()
 
     def _summary(self) -> dict[str, Any] | None:
-        """That of a finished run."""
+        """The summary of a finished run, or None."""
         try:
             summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text("utf-8"))
         except (OSError, ValueError):
@@ -151,7 +153,7 @@ class _Point:
         return summary
 
     def train(self) -> dict[str, Any]:
-        """Train, if that is still to be done; what came out."""
+        """Train unless the run is finished; returns its record for sweep.json."""
         error = None
         if self._summary() is None:
             for note in self.notes:
@@ -162,7 +164,10 @@ class _Point:
                 command += ["--set", override]
             with (self.folder / LOG).open("w", encoding="utf-8") as log:
                 done = subprocess.run(
-                    command + ["--resume"] * self._begun(), stdout=log, stderr=subprocess.STDOUT, check=False
+                    command + ["--resume"] * self._started(),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    check=False,
                 )
             if done.returncode:
                 error = self._error(done.returncode)
@@ -190,7 +195,7 @@ class _Point:
         return record
 
     def _error(self, code: int) -> str:
-        """The line that says why a process ended: ours, else the last it wrote."""
+        """The line that says why a process ended: the last from lowres, otherwise the last of its output."""
         if code < 0:
             return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
         lines = [
@@ -201,7 +206,7 @@ class _Point:
 
 
 def _short(axes: dict[str, list[Any]]) -> dict[str, str]:
-    """Keys without their section, where that leaves them different."""
+    """Keys without their section, if they stay unique."""
     last = [key.split(".")[1] for key in axes]
     return {key: name if last.count(name) == 1 else key for key, name in zip(axes, last, strict=True)}
 
@@ -211,7 +216,7 @@ def _text(value: Any) -> str:
 
 
 def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
-    """The points in the order of the grid, the best marked."""
+    """A table of the points in the order of the grid, with the best one marked."""
     short = _short(axes)
     head = [*short.values(), "lr", "batch", "lr/batch", "val loss", "perplexity", "tokens/s", ""]
     losses = [record["val_loss"] for record in records if record["val_loss"] is not None]
@@ -244,6 +249,6 @@ def _say(line: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)

@@ -1,13 +1,14 @@
-"""The layer-major engine with its state in host memory against DeepSpeed's offload: speed and memory.
+"""Compare the layer-major engine with its state in host memory and DeepSpeed's offload: speed and memory.
 
     python scripts/compare_deepspeed.py [--preset 20m] [--batch-tokens 8192] [--rounds 3] [--set k=v ...]
 
-The same model, AdamW and tokens for all: layerwise with optimizer state on the host, deepspeed with ZeRO-2
-and with ZeRO-3 and offloaded weights. Each measurement has a process of its own; rounds alternate. Number
-formats are those of DeepSpeed's default (fp32 state), or what --set memory.weights and memory.moments say.
-tokens/s is the median over all timed steps. Memory is what a process takes beyond what it takes after a step
-of a tiny model, when everything is imported and compiled: on a GPU what PyTorch allocates there, and resident
-host memory; on a CPU resident memory is both. Prints a table, writes benchmarks/results/deepspeed.json.
+All use the same model, AdamW and tokens: layerwise with optimizer state on the host, deepspeed with ZeRO-2,
+and deepspeed with ZeRO-3 and offloaded weights. Each measurement runs in a separate process, and the order
+alternates between rounds. Number formats are DeepSpeed's default (fp32 state), or as set with --set
+memory.weights and memory.moments. tokens/s is the median over all timed steps. Memory is the increase over
+the memory after a step of a tiny model, when everything is imported and compiled. On a GPU: the memory that
+PyTorch allocates there, and resident host memory; on a CPU resident memory includes both. Prints a table and
+writes benchmarks/results/deepspeed.json.
 """
 
 from __future__ import annotations
@@ -46,20 +47,22 @@ ARMS = {
         "deepspeed.offload_param=cpu",
     ],
 }
-# what runs first, to import and compile: the same in everything but size
+# the tiny model that runs first, to import and compile: the same except for its size
 TINY = ["model.preset=9m", "model.n_layers=1", "model.dim=64", "model.n_heads=2", "model.ffn_dim=128"]
 TINY += ["model.vocab_size=300", "data.seq_len=64", "train.batch_tokens=128", "train.micro_batch=1"]
 
 
 def main() -> None:
     prepare_cuda()
-    parser = argparse.ArgumentParser(description="layerwise with host state against DeepSpeed's offload.")
+    parser = argparse.ArgumentParser(
+        description="Compare layerwise with state on the host and DeepSpeed's offload."
+    )
     parser.add_argument("--preset", default="20m")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--micro-batch", default="auto", help="sequences; default: what each plan chooses")
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps of a process, after one that is not"
+        "--steps", type=int, default=3, help="timed steps per process, after one untimed step"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -71,7 +74,9 @@ def main() -> None:
     if parsed.measure:
         print(json.dumps(measure(parsed, device)))
         return
-    zero.require(config_of(parsed, ARMS["deepspeed, stage 2"]), device)  # compiles, which takes minutes once
+    zero.require(
+        config_of(parsed, ARMS["deepspeed, stage 2"]), device
+    )  # the first time, compiles for minutes
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     for i in range(parsed.rounds):
         for name in list(ARMS)[:: 1 if i % 2 == 0 else -1]:
@@ -87,7 +92,7 @@ def main() -> None:
 
 
 def config_of(parsed: argparse.Namespace, overrides: list[str]) -> Config:
-    """AdamW in the formats of DeepSpeed's default; --set comes after that, what an arm is comes last."""
+    """AdamW in DeepSpeed's default number formats; --set overrides these, and the arm's keys both."""
     common = [
         f"run.device={parsed.device}",
         f"model.preset={parsed.preset}",
@@ -103,12 +108,12 @@ def config_of(parsed: argparse.Namespace, overrides: list[str]) -> Config:
 
 
 def measure(parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Steps of one arm in this process: seconds of each, and memory beyond that of the tiny model."""
+    """Run steps of one arm in this process: seconds per step, and memory beyond that of the tiny model."""
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     steps(config_of(parsed, [*ARMS[parsed.measure], *TINY]), device, 1)
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of resident memory
     on_gpu = 0
     if device.type == "cuda":
         on_gpu = torch.cuda.memory_allocated(device)
@@ -121,7 +126,7 @@ def measure(parsed: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def steps(config: Config, device: torch.device, count: int) -> dict[str, Any]:
-    """Build the engine as a run does and take steps on random tokens; the first is not timed."""
+    """Build the engine like a run and do steps on random tokens; the first is not timed."""
     plan = make_plan(config, device, on_this_machine=True)
     require_fit(plan)
     require_machine(plan, device)
@@ -134,7 +139,7 @@ def steps(config: Config, device: torch.device, count: int) -> dict[str, Any]:
         shape = (config.batch_sequences, config.data.seq_len + 1)
         batch = torch.randint(config.model.vocab, shape, generator=generator)
         began = time.perf_counter()
-        report = engine.step(batch, step, 1.0)  # ends when the device is done
+        report = engine.step(batch, step, 1.0)  # returns when the device has finished
         seconds.append(round(time.perf_counter() - began, 4))
     return {
         "parameters": plan.parameters,
@@ -147,8 +152,8 @@ def steps(config: Config, device: torch.device, count: int) -> dict[str, Any]:
 
 
 def in_a_process(name: str) -> dict[str, Any]:
-    """This script again, for one arm. What is freed goes back to the system, so that peaks are of what is
-    held."""
+    """Run this script again for one arm. malloc returns freed memory to the system, so peaks show memory that
+    is in use."""
     command = [sys.executable, *sys.argv, "--measure", name]
     done = subprocess.run(
         command,
@@ -184,7 +189,7 @@ def summary(found: list[dict[str, Any]], batch_tokens: int) -> dict[str, Any]:
 
 
 def rows(arms: dict[str, dict[str, Any]], device: torch.device) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table; ratios are layerwise over the row."""
+    """Header and rows of the table; ratios are layerwise divided by the row."""
     columns = {"resident": "resident_bytes", "plan, GPU": "gpu_plan_bytes", "plan, host": "host_plan_bytes"}
     if device.type == "cuda":
         columns = {"GPU": "gpu_bytes", "host": "resident_bytes"} | dict(list(columns.items())[1:])

@@ -1,11 +1,11 @@
-"""Does what saves memory learn as well as what does not?
+"""Do memory-saving number formats train as well as full precision?
 
     python scripts/compare_memory.py weights|stash [CONFIG] [--seeds 0 1 2] [--set section.key=value ...]
 
-weights: INT8 against fp32 weights. stash: the inputs of the layers kept in INT8 instead of the format
-of the computation, with the forward pass going on from the stored or from the exact values. Trains the
-config once a seed with each, prints a table and writes benchmarks/results/int8_SUBJECT.json. Runs are kept
-in runs/compare_memory and are not repeated.
+weights: INT8 against fp32 weights. stash: the inputs of the layers stored in INT8 instead of the format of
+the computation; the forward pass continues from the stored or from the exact values. Trains the config once
+per seed with each variant, prints a table and writes benchmarks/results/int8_SUBJECT.json. Runs are kept in
+runs/compare_memory and are not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from lowres.config_file import load_config
 
-# subject -> overrides by name; the first is what the others are compared to
+# subject -> overrides by name; the others are compared with the first
 SUBJECTS = {
     "weights": {"fp32": ["memory.weights=fp32"], "int8": ["memory.weights=int8"]},
     "stash": {
@@ -32,7 +32,7 @@ SUBJECTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Does what saves memory learn as well?")
+    parser = argparse.ArgumentParser(description="Do memory-saving number formats train as well?")
     parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tiny.toml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,17 +1,16 @@
-"""Every optimizer, and INT8 weights beside fp32 ones, on the same text at equal tokens.
+"""Compare all optimizers, and INT8 with fp32 weights, on the same text with equal numbers of tokens.
 
     python scripts/compare_optimizers.py [SOURCE] [--only NAME ...] [--jobs 2] [--set section.key=value ...]
 
-SOURCE is that of `lowres train`, default stdlib. Each optimizer's learning rate comes from a sweep on the
-first seed (or from an earlier one: `--lr NAME=RATE`): factors of two around a guess, and on from there while
-the best is at an end. Where something is claimed the sweep is over all tokens (a quarter of them took half of
-APOLLO-Mini's best rate), and its best run is that of the first seed; else over a quarter. Beside an optimizer
-that projects, embedding, head and norms take AdamW, embedding and head at the rate that is best for AdamW
-alone. An arm in another memory format takes the rate of its fp32 form. All arms are then trained on the same
-seeds (those of which nothing is claimed, on the first), and take timed steps in turn.
-Prints a table and writes
-benchmarks/results/optimizers.json and .png. Runs are kept in runs/compare_optimizers; what is finished is
-not repeated, what was interrupted goes on.
+SOURCE: as for `lowres train`, default stdlib. Each optimizer's learning rate comes from a sweep on the first
+seed, or is given with `--lr NAME=RATE`. A sweep tries factors of two around a guess, and continues while the
+best rate is at the edge. For arms with a published claim the sweep uses all tokens, because a sweep over a
+quarter of the tokens chose half of APOLLO-Mini's best rate; its best run is reused for the first seed. For
+other arms it uses a quarter of the tokens. With an optimizer that projects, AdamW updates embedding, head and
+norms; embedding and head get the rate that is best for AdamW alone. An arm in another memory format uses the
+rate of its fp32 arm. Then all arms are trained on the same seeds (arms without a claim only on the first),
+and do timed steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are
+kept in runs/compare_optimizers; finished runs are not repeated, interrupted runs continue.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from lowres.storage import Unit
 
 @dataclass(frozen=True)
 class Arm:
-    """lr: the middle of its sweep, or the arm whose rate it takes. against: what it is compared to.
-    claimed: False takes the first seed only, and a quarter of the tokens to find the rate."""
+    """lr: the middle of its sweep, or the arm whose rate it uses. against: the arm that it is compared with.
+    claimed: if False, train only on the first seed, and use a quarter of the tokens to find the rate."""
 
     optimizer: str
     lr: float | str
@@ -52,7 +51,7 @@ class Arm:
     claimed: bool = True
 
 
-# embedding and head as they come beside INT8 weights: in bf16
+# with INT8 weights, embedding and head are bf16 by default
 INT8 = ("memory.weights=int8", "memory.embeddings=auto")
 ARMS = {
     "adamw": Arm("adamw", 0.002, None),
@@ -70,12 +69,11 @@ ARMS = {
         "apollo-mini", "apollo-mini", "apollo-mini", (*INT8, "memory.master=host")
     ),
 }
-# the embedding's rate is AdamW's own
-MOST_EXTENSIONS = 3  # of a sweep beyond its first three rates
+MOST_EXTENSIONS = 3  # how often a sweep may be extended beyond its first three rates
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every optimizer on the same text at equal tokens.")
+    parser = argparse.ArgumentParser(description="Compare all optimizers on the same text with equal tokens.")
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
@@ -93,7 +91,7 @@ def main() -> None:
     common = [f"data.source={parsed.source}", *parsed.overrides]
     arms = {name: arm for name, arm in ARMS.items() if parsed.only is None or name in parsed.only}
 
-    # ---- learning rates: AdamW's first, as others use it
+    # ---- learning rates: AdamW's first, because other arms use it
     rates: dict[str, float] = dict(parsed.lr)
 
     def tune(name: str) -> dict[str, Any]:
@@ -140,7 +138,7 @@ def main() -> None:
     table = comparison.markdown(head, rows)
     print(table)
     config, _ = load_config(parsed.config, common)
-    # before the picture, which git may know
+    # before the plot, which git may track: it would mark the commit as dirty
     record = records.provenance(torch.device("cpu")) | {
         "source": parsed.source,
         "model": config.model.model_dump(),
@@ -153,17 +151,17 @@ def main() -> None:
         "table": table.splitlines(),
     }
     picture = comparison.draw_curves(
-        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens per run"
     )
     records.write(parsed.out, record)
     print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
 
 
 def given_rate(text: str) -> tuple[str, float]:
-    """`adamw=0.002` of the command line."""
+    """Parse `adamw=0.002` from the command line."""
     name, _, rate = text.partition("=")
     if name not in ARMS or isinstance(ARMS[name].lr, str):
-        raise argparse.ArgumentTypeError(f"{name!r} has no rate of its own")
+        raise argparse.ArgumentTypeError(f"{name!r} has no learning rate to set")
     try:
         return name, float(rate)
     except ValueError:
@@ -175,8 +173,8 @@ def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
 
 
 def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> dict[str, Any]:
-    """The best point of three rates, or of those beyond while the best is at an end. Its `rates` are the
-    validation losses of all, by rate."""
+    """The best point of three rates, extended while the best rate is at the edge. Its key `rates` has all
+    validation losses by rate."""
     lr = ARMS[name].lr
     assert isinstance(lr, float)
     grid = [lr / 2, lr, lr * 2]
@@ -195,7 +193,7 @@ def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> d
 
 
 class TimedOptimizer:
-    """An optimizer that keeps the time its updates take."""
+    """An optimizer that measures the time of its updates."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.seconds = optimizer, 0.0
@@ -209,8 +207,8 @@ class TimedOptimizer:
 
 
 def measure(settings: Mapping[str, list[str]], parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What a step costs, by arm: state in bytes a parameter, as allocated; seconds a step and in updates,
-    medians of steps that the arms take in turn on one CPU thread."""
+    """The cost of a step for each arm: allocated state in bytes per parameter, seconds per step, and the
+    update's share of it. Medians over steps that the arms do in turn, on one CPU thread."""
     device = torch.device("cpu")
     engines, timers, found = {}, {}, {}
     for name, overrides in settings.items():

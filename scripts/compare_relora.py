@@ -1,12 +1,12 @@
-"""ReLoRA beside full training and LoRA, on the same text at equal tokens.
+"""Compare ReLoRA with full training and LoRA, on the same text with equal numbers of tokens.
 
     python scripts/compare_relora.py [SOURCE] [--factors 2 4] [--jobs 2] [--set section.key=value ...]
 
-SOURCE is that of `lowres train`, default stdlib. LoRA has its adapters from step 0; the other arms with
-adapters have the same warm start in full. The adapters' learning rate (relora.lr_factor) comes from a sweep
-on the first seed, for every arm of its own, and the best run is that of the first seed; variants of ReLoRA
-take its factor. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
-runs/compare_relora; what is finished is not repeated, what was interrupted goes on.
+SOURCE: as for `lowres train`, default stdlib. LoRA trains adapters from step 0; the other arms with adapters
+share the same full-rank warm start. The adapters' learning rate (relora.lr_factor) comes from a separate
+sweep per arm on the first seed, and the best run is reused for that seed; variants of ReLoRA use the factor
+of ReLoRA. Prints a table and writes benchmarks/results/relora.json and .png. Runs are kept in
+runs/compare_relora; finished runs are not repeated, interrupted runs continue.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     settings[KEPT] = [*settings[RELORA], "relora.reset=magnitude", "relora.reset_keep=0.1"]
 
     def tune(name: str) -> list[dict[str, Any]]:
-        """A run on the first seed for every factor."""
+        """One run on the first seed for every factor."""
         overrides = [*common, *settings[name], *parsed.overrides, f"run.seed={parsed.seeds[0]}"]
         grid = f"relora.lr_factor={','.join(f'{factor:g}' for factor in parsed.factors)}"
         folder = parsed.runs / "rates" / comparison.folder_of(name)
@@ -92,7 +92,7 @@ def main() -> None:
     ]
     table = comparison.markdown(head, [row(name, found) for name, found in summaries.items()])
     print(table)
-    # before the picture, which git may know
+    # before the plot, which git may track: it would mark the commit as dirty
     record = records.provenance(torch.device("cpu")) | {
         "source": parsed.source,
         "model": config.model.model_dump(),
@@ -108,20 +108,20 @@ def main() -> None:
         "table": table.splitlines(),
     }
     picture = comparison.draw_curves(
-        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens a run"
+        parsed.out.with_suffix(".png"), runs, f"{parsed.tokens / 1e6:.1f} M tokens per run"
     )
     records.write(parsed.out, record)
     print(f"compare_relora: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="ReLoRA, LoRA and full training at equal tokens.")
+    parser = argparse.ArgumentParser(description="Compare ReLoRA, LoRA and full training with equal tokens.")
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare_relora.toml"))
     parser.add_argument("--tokens", type=int, default=5 << 19, help="of a run")
     parser.add_argument("--lr", type=float, default=0.004, help="of full training and the warm start")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    # 4 of 96, as 128 of the 4,096 of a 7B; with three cycles what the merges add up to may have rank 12
+    # 4 of 96 is about the ratio of 128 to the 4,096 of a 7B; three cycles can add up to a change of rank 12
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, help="default: the rank")
     parser.add_argument(
@@ -138,13 +138,13 @@ def arguments() -> argparse.Namespace:
 
 
 def recovered(summaries: Mapping[str, dict[str, Any]], lora: str, name: str) -> float:
-    """Part of what an arm with LoRA loses against full training that another does not lose."""
+    """How much of the gap between an arm with LoRA and full training another arm recovers, as a fraction."""
     loss = {arm: found["mean_val_loss"] for arm, found in summaries.items()}
     return float((loss[lora] - loss[name]) / (loss[lora] - loss[FULL]))
 
 
 def survival(runs: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Means over all merges of all seeds of what was applied against what was intended."""
+    """Applied against intended change: means over all merges of all seeds."""
     logs = (metrics.read(Path(run["run"]) / "metrics.jsonl") for run in runs)
     merges = [record for log in logs for record in log if "merge_cosine" in record]
     return {

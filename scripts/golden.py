@@ -1,11 +1,11 @@
-"""Does a change leave every result as it was? Small runs before and after it, compared bit for bit.
+"""Does a change keep every result the same? Compares small runs before and after it, bit for bit.
 
     python scripts/golden.py REV [--runs NAME ...]
 
-Trains each of the small runs below twice, with the code of a commit (in a temporary worktree) and with that
-of the working tree, on this machine and one thread, and compares every loss and every tensor file of the
-last checkpoint. Bits depend on the processor and the version of torch, so both sides run here.
-Exit codes: 0 equal, 1 something differs. `--keep DIR` keeps the runs; runs that are there are not made again.
+Trains each of the small runs below twice: with the code of a commit (in a temporary worktree) and with the
+code of the working tree, on this machine and one thread. Compares every loss and every tensor file of the
+last checkpoint. Bits depend on the processor and the version of torch, so both sides run on this machine.
+Exit codes: 0 equal, 1 something differs. `--keep DIR` keeps the runs; existing runs of REV are not repeated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BASE = [
 RELORA = ["relora.enabled=true", "relora.rank=4", "relora.start_step=6", "relora.cycle_steps=5"]
 RELORA += ["relora.rewarmup_steps=2", "relora.dropout=0.1", "schedule.warmup_steps=2"]
 ON_HOST = [f"memory.{what}_on=host" for what in ("weights", "state", "stash", "carry")]
-# the first eight: engines x storages x ReLoRA
+# the first eight: engines x number formats x ReLoRA
 RUNS = {
     "layerwise int8": ["optim.name=apollo-mini", "optim.lr=0.01"],
     "layerwise fp32": [
@@ -60,7 +60,7 @@ RUNS = {
     "layerwise fp32 relora": [*RELORA, "memory.weights=fp32", "optim.name=adamw", "optim.lr=0.003"],
     "autograd int8 relora": [*RELORA, "memory.engine=autograd", "optim.name=adam-mini"],
     "autograd fp32 relora": [*RELORA, "memory.engine=autograd", "memory.weights=fp32", "optim.name=sgd"],
-    # what else has arithmetic of its own
+    # other code paths with different arithmetic
     "bf16, clipped": [
         "memory.weights=bf16",
         "memory.compute=bf16",
@@ -78,7 +78,7 @@ RUNS = {
 
 
 def train(code: Path, folder: Path, text: Path, name: str) -> None:
-    """Make one run with the code in a folder, if it is not there yet."""
+    """Train one run with the code in a folder, unless the run exists."""
     run = folder / name.replace(" ", "-").replace(",", "")
     if (run / "summary.json").exists():
         return
@@ -120,7 +120,7 @@ def main() -> int:
     parser.add_argument("rev", metavar="REV", help="commit to compare the working tree with")
     parser.add_argument("--runs", nargs="*", metavar="NAME", default=list(RUNS), help=f"of {', '.join(RUNS)}")
     parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep the runs there, those of REV under its hash"
+        "--keep", type=Path, metavar="DIR", help="keep the text and the runs of REV in this folder"
     )
     parsed = parser.parse_args()
     commit = subprocess.run(
@@ -131,13 +131,13 @@ def main() -> int:
         check=False,
     )
     if commit.returncode:
-        sys.exit(f"golden: {parsed.rev} is no commit of this repository")
+        sys.exit(f"golden: {parsed.rev} is not a commit of this repository")
     rev = commit.stdout.strip()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (parsed.keep or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         tree, text = Path(temporary) / "before", folder / "text"
-        if not text.exists():  # the same text for both, whatever becomes of the repository's own files
+        if not text.exists():  # the same text for both, even if files of the repository change
             text.mkdir()
             for module in ("argparse", "ast", "calendar", "configparser", "difflib"):
                 (text / f"{module}.py").write_text(Path(__import__(module).__file__ or "").read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""What every file in benchmarks/results says about itself: command, commit, machine, versions."""
+"""The origin of every file in benchmarks/results: command, commit, machine, versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """How and where a record is made. commit: default what git says."""
+    """How and where a record was made. commit: default from git."""
     return {
         "command": shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit or output("git", "describe", "--always", "--dirty"),
@@ -25,7 +25,7 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
 
 
 def machine(device: torch.device) -> str:
-    """The name of the GPU, or of the CPU and the threads that are used."""
+    """The name of the GPU, or the name of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str | None]:
 
 
 def output(*command: str) -> str | None:
-    """What a command prints, or None if it cannot be run."""
+    """The output of a command, or None if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

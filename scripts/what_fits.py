@@ -1,9 +1,9 @@
-"""Prints the README's table of what fits where: planned GPU and host memory of every preset and card.
+"""Prints the README's table "What fits where": planned GPU and host memory for every preset and card.
 
     python scripts/what_fits.py [--batch-tokens 131072] [--seq-len 2048] [--host-gib 28]
 
-The layer-major engine with INT8 weights, APOLLO-Mini, 8-bit moments of embedding and head, bf16
-compute; micro-batch, band and homes as the plan chooses them.
+The layer-major engine with INT8 weights, APOLLO-Mini, 8-bit moments of embedding and head, bf16 compute. The
+plan chooses micro-batch, band and what is on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowres.config import PRESETS
 from lowres.config_file import parse_config
 from lowres.memory import GIB, Plan, make_plan
 
-# GB that a card is called -> GiB that a run may take, less what CUDA itself and a desktop do
+# nominal GB of a card -> GiB that a run may use, without what CUDA itself and a desktop use
 CARDS = {6: 4.8, 8: 6.5, 12: 10.5, 16: 14.0, 24: 20.0}
 
 

@@ -195,7 +195,7 @@ def test_a_short_file_is_named_and_overwrites_nothing(tmp_path: Path, left: int)
     victim = save(tmp_path, 1) / "embed.safetensors"
     victim.write_bytes(victim.read_bytes()[:left])
     into = {k: torch.zeros_like(t) for k, t in tensors().items()}
-    with pytest.raises(UserError, match=f"{victim}: is cut short"):
+    with pytest.raises(UserError, match=f"{victim}: is truncated"):
         checkpoint.load_unit(victim.parent, "embed", into)
     assert not any(t.any() for t in into.values())
 
@@ -242,5 +242,5 @@ def test_every_tensor_must_be_used_and_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="other tensors"):
         checkpoint.load_unit(saved, "embed", fewer)
     checkpoint.load_unit(saved, "embed", fewer, all_used=False)
-    with pytest.raises(UserError, match="norm is missing or of another shape or type"):
+    with pytest.raises(UserError, match="norm is missing or has another shape or type"):
         checkpoint.load_unit(saved, "embed", tensors() | {"norm": torch.zeros(2)})

@@ -279,7 +279,7 @@ BAD_CONFIGS = {
     "a bare beta": ("optim.betas=0.9,0.95", "optim.betas: must be two numbers"),
     "a beta of one": ("optim.betas=[0.9,1.0]", "optim.betas: Input should be less than 1"),
     "negative decay": ("optim.weight_decay=-0.1", "optim.weight_decay: Input should be greater than or"),
-    "no growth": ("optim.limiter=0.5", "optim.limiter: 0.5 is no growth"),
+    "no growth": ("optim.limiter=0.5", "optim.limiter: 0.5 is too small"),
     "negative clip": ("optim.grad_clip=-1", "optim.grad_clip: Input should be greater than or equal to 0"),
     "no rank": ("optim.rank=0", "optim.rank: Input should be greater than or equal to 1"),
     "no projection": ("optim.projection=gauss", "optim.projection: Input should be 'random' or 'svd'"),
@@ -291,7 +291,7 @@ BAD_CONFIGS = {
     "negative warm-up": ("schedule.warmup_steps=-1", "schedule.warmup_steps: Input should be greater than"),
     "nothing of a cycle": (
         "schedule.name=sawtooth schedule.cycle_steps=10 schedule.rewarmup_steps=10",
-        "schedule.rewarmup_steps: 10 leave nothing of a cycle of 10 steps; lower it or raise",
+        "schedule.rewarmup_steps: 10 steps fill the whole cycle of 10 steps; lower it or raise",
     ),
     "not built": ("memory.compute=int8", "memory.compute: 'int8' is not built yet"),
     "no host in autograd": (

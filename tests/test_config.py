@@ -190,13 +190,13 @@ def test_two_of_lr_batch_and_their_ratio_determine_the_third(
         (
             {"lr": 0.004, "lr_over_batch": 0.0005},
             {"batch_tokens": 4096},
-            "config: optim.lr: 0.004 over train.batch_tokens 4096 (16 sequences) is 0.00025, but "
+            "config: optim.lr: 0.004 divided by train.batch_tokens 4096 (16 sequences) is 0.00025, but "
             "optim.lr_over_batch is 0.0005; leave one of the three out",
         ),
         (
             {"lr": 0.0041, "lr_over_batch": 0.0005},
             {},
-            "config: train.batch_tokens: optim.lr 0.0041 / optim.lr_over_batch 0.0005 is a batch of 8.2 "
+            "config: train.batch_tokens: optim.lr 0.0041 / optim.lr_over_batch 0.0005 gives 8.2 "
             "sequences, not a whole number; the nearest is 8, with optim.lr_over_batch = 0.0005125",
         ),
         ({"lr_over_batch": 0.0}, {}, "config: optim.lr_over_batch: Input should be greater than 0 (got 0.0)"),
@@ -324,7 +324,7 @@ def test_defaults_of_deepspeed(tmp_path: Path) -> None:
         ("memory", {"moments": "int8"}, "memory.moments: DeepSpeed keeps moments in the format of the weig"),
         ("memory", {"embeddings": "bf16"}, "memory.embeddings: DeepSpeed keeps all weights in one format; "),
         ("memory", {"weights": "bf16", "moments": "bf16", "compute": "fp32"}, "memory.compute: bf16 weights"),
-        ("memory", {"master": "host"}, "memory.master: only the layerwise engine has one"),
+        ("memory", {"master": "host"}, "memory.master: only for the layerwise engine"),
         (
             "memory",
             {"state_on": "host"},
@@ -338,7 +338,7 @@ def test_defaults_of_deepspeed(tmp_path: Path) -> None:
         ("optim", {"name": "galore"}, "optim.name: galore does not work with DeepSpeed"),
         ("optim", {"name": "adam-mini"}, "use adamw, or memory.engine=layerwise"),
         ("optim", {"name": "adamw8bit"}, "optim.name: adamw8bit does not work with DeepSpeed"),
-        ("optim", {"limiter": 1.01}, "optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip"),
+        ("optim", {"limiter": 1.01}, "optim.limiter: DeepSpeed has no limiter; use 0 with optim.grad_clip"),
         ("relora", {"enabled": True}, "relora.enabled: DeepSpeed cannot merge adapters"),
         ("deepspeed", {"offload_param": "cpu"}, "deepspeed.offload_param: stage 2 keeps whole weights on th"),
         (

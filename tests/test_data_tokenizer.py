@@ -121,7 +121,7 @@ def test_small_vocabularies_work(tmp_path: Path, vocab_size: int) -> None:
 
 
 def test_impossible_vocabulary_names_the_possible_one() -> None:
-    with pytest.raises(UserError, match="the least that works is 260"):
+    with pytest.raises(UserError, match="the smallest that works is 260"):
         train([PROSE], 259)
     _, largest = train([PROSE], 100_000, exact=False)
     with pytest.raises(UserError, match=f"the largest that works is {largest}"):

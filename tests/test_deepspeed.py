@@ -199,14 +199,17 @@ def test_a_json_of_ones_own(tmp_path: Path) -> None:
     assert found["zero_optimization"]["reduce_bucket_size"] == 1000 and found["wall_clock_breakdown"]
     assert found["zero_optimization"]["stage"] == 2
     for values, message in (
-        ({"train_batch_size": 8}, "sets train_batch_size, which is train.batch_tokens here; remove it there"),
-        ({"optimizer": {"type": "Muon"}}, "sets optimizer, which is the section [optim] here"),
-        ({"zero_optimization": {"stage": 3}}, "sets zero_optimization.stage, which is deepspeed.stage here"),
+        ({"train_batch_size": 8}, "sets train_batch_size; remove it and use train.batch_tokens"),
+        ({"optimizer": {"type": "Muon"}}, "sets optimizer; remove it and use the section [optim]"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "sets zero_optimization.stage; remove it and use deepspeed.stage",
+        ),
         (
             {"zero_optimization": {"offload_param": {"device": "cpu"}}},
-            "which is deepspeed.offload_param here",
+            "remove it and use deepspeed.offload_param",
         ),
-        ([], "holds no JSON object"),
+        ([], "does not contain a JSON object"),
         ("{", "cannot be read as JSON"),
     ):
         with pytest.raises(UserError, match=r"deepspeed.config_file: ") as error:

@@ -417,7 +417,7 @@ def test_adamw_for_the_rest_has_settings_of_its_own() -> None:
     _, notes = parse_config({"optim": {"name": "sgd", "adamw_eps": 1e-3, "eps": 1e-3}})
     assert notes == [
         "optim.eps is not used by sgd",
-        "optim.adamw_eps is not used, as sgd updates every tensor; its own is optim.eps",
+        "optim.adamw_eps is not used, because sgd updates every tensor; use optim.eps",
     ]
 
 

@@ -142,7 +142,7 @@ def test_what_does_not_fit_another_run_is_refused_before_anything_is_written(
     "key, text",
     [
         ("relora.rank=0", "relora.rank: Input should be"),
-        ("relora.rewarmup_steps=2000", "relora.rewarmup_steps: 2000 leave nothing of a cycle of 3"),
+        ("relora.rewarmup_steps=2000", "relora.rewarmup_steps: 2000 steps fill the whole cycle of 3"),
         ("relora.rewarmup_steps=0", "relora.rewarmup_steps: Input should be"),
         ("relora.cycle_steps=-1", "relora.cycle_steps: Input should be"),
         ("relora.start_step=-1", "relora.start_step: Input should be"),
@@ -169,9 +169,9 @@ def test_bad_settings_are_one_line(
     [
         ("relora.start_step=9", "relora.start_step 9 is not before the end of the run"),
         ("relora.cycle_steps=8", "the run ends before the first merge"),
-        ("relora.rank=64", "relora.rank 64 is more than matrices with a side of 32 can have"),
-        ("schedule.name=cosine", "schedule.name cosine does not re-warm the rate after a merge"),
-        ("schedule.cycle_steps=5", "schedule.cycle_steps follows relora.cycle_steps"),
+        ("relora.rank=64", "relora.rank 64 is larger than the smaller side of some matrices; their rank is"),
+        ("schedule.name=cosine", "schedule.name cosine has no warm-up after a merge"),
+        ("schedule.cycle_steps=5", "schedule.cycle_steps is not used; relora.cycle_steps replaces it"),
     ],
 )
 def test_doubtful_settings_are_noted(

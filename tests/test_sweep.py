@@ -31,7 +31,7 @@ BAD = {
     "no values": (["optim.lr="], "2048", "--grid optim.lr=: write it as section.key=value,value"),
     "no section": (["lr=1"], "2048", "--grid lr=1: write it as section.key=value,value"),
     "a hole": (["optim.lr=1,,2"], "2048", "--grid optim.lr=1,,2: a value is missing"),
-    "twice": (["optim.lr=1", "optim.lr=2"], "2048", "optim.lr is there twice"),
+    "twice": (["optim.lr=1", "optim.lr=2"], "2048", "optim.lr is given twice"),
     "same value": (["optim.lr=1,1"], "2048", "2 points are called lr-1"),
     "length": (["train.steps=1,2"], "2048", "every point trains for --tokens; leave train.steps out"),
     "unknown key": (["optim.lrr=1,2"], "2048", "optim.lrr: unknown key; did you mean lr?"),
@@ -39,7 +39,7 @@ BAD = {
     "bad batch": (
         ["optim.lr_over_batch=0.001,0.003", "optim.lr=0.01"],
         "2048",
-        "train.batch_tokens: optim.lr 0.01 / optim.lr_over_batch 0.003 is a batch of 3.33333 sequences",
+        "train.batch_tokens: optim.lr 0.01 / optim.lr_over_batch 0.003 gives 3.33333 sequences",
     ),
     "too short": (
         ["train.batch_tokens=1024,4096"],
@@ -63,7 +63,7 @@ def test_bad_grids(case: str, config: Path, tmp_path: Path, capfd: pytest.Captur
 def test_a_file_in_the_place_of_the_folder(config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     grid = ["--grid", "optim.lr=0.1", "--tokens", "2048", "--run", str(config)]
     assert main(["sweep", str(config), *grid]) == 2
-    assert f"--run {config}: cannot be made (File exists); choose another folder" in capfd.readouterr().err
+    assert f"--run {config}: cannot be created (File exists); choose another folder" in capfd.readouterr().err
 
 
 def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
     # what is there was made with other settings
     for change in (["--tokens", 8192], ["--set", "run.seed=3"], ["--set", "schedule.cooldown_steps=1"]):
         refused = lowres_here(*arguments, *change, code=2)
-        assert "was begun with another" in refused.stderr and len(refused.stderr.splitlines()) == 1
+        assert "was started with another" in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 def points_of(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -217,8 +217,8 @@ def test_the_state_of_another_optimizer_is_refused_and_changes_nothing() -> None
     wrong["param_groups"][0]["rank"] = 4
     before = copy.deepcopy(optimizer.state_dict())
     for state, message in (
-        (saved.state_dict(), r"param group 0: has no limiter, .*rank.* so it is not one of Apollo"),
-        (wrong, "weight: the saved state is that of another rule, rank or shape"),
+        (saved.state_dict(), r"param group 0: has no limiter, .*rank.* so it is not from Apollo"),
+        (wrong, "weight: the saved state is from another rule, rank or shape"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state)

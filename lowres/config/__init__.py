@@ -1,13 +1,13 @@
 """The configuration of a run.
 
-base       what sections are made of
+base       the base class of sections, and shared types
 sections   every key: type, limits, documentation
-memory     likewise, of [memory] and [deepspeed]
+memory     the same for [memory] and [deepspeed]
 fill       defaults that follow from other keys
-checks     what sections must agree on
+checks     checks across sections
 
-A config is read in one pass: nested dicts of sections -> `fill` -> types and limits -> `checks`. How it comes
-out of a file and `--set` is in `lowres.config_file`.
+A config is read in one pass: nested dicts of sections -> `fill` -> types and limits -> `checks`. Reading a
+file and `--set` is in `lowres.config_file`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole run."""
+    """The whole configuration of a run."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
@@ -85,5 +85,5 @@ class Config(Section):
         return tenth if asked is None else min(asked, tenth)
 
     def with_vocab(self, vocab_size: int) -> Config:
-        """The same config with the vocabulary that the data has."""
+        """The same config with the vocabulary size of the data."""
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": vocab_size})})

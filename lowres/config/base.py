@@ -1,4 +1,4 @@
-"""What every section of the config is made of."""
+"""The base class of config sections, and the types that they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Rate = Annotated[float, Field(gt=0)]
 
 
 def resumable(default: Any, **limits: Any) -> Any:
-    """A field that may change when a run is resumed, because it changes no mathematics of a step."""
+    """A field that may change when a run is resumed, because it does not change the mathematics of a step."""
     return Field(default, json_schema_extra={"resumable": True}, **limits)
 
 
@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class OneOf:
-    """One of some names that are only known when the program runs, as they are registered elsewhere."""
+    """A choice between names that are known only at run time, because they are registered elsewhere."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)

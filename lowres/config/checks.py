@@ -1,4 +1,4 @@
-"""What sections must agree on. Each check raises ValueError with one line that names the key and a remedy."""
+"""Checks across sections. Each raises ValueError with one line that names the key and a remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def check(config: Config) -> None:
-    """All of them, in this order."""
+    """Run all checks, in this order."""
     for one in (_batch, _cycle, _stash, _deepspeed):
         one(config)
 
@@ -25,10 +25,10 @@ def _batch(config: Config) -> None:
 
 def _cycle(config: Config) -> None:
     schedule = config.schedule
-    notched = schedule.name == "sawtooth" and not config.relora.enabled  # which checks its own
+    notched = schedule.name == "sawtooth" and not config.relora.enabled  # [relora] checks its own keys
     if notched and schedule.rewarmup_steps >= schedule.cycle_steps:
         raise ValueError(
-            f"schedule.rewarmup_steps: {schedule.rewarmup_steps} leave nothing of a cycle of "
+            f"schedule.rewarmup_steps: {schedule.rewarmup_steps} steps fill the whole cycle of "
             f"{schedule.cycle_steps} steps; lower it or raise schedule.cycle_steps"
         )
 
@@ -36,8 +36,8 @@ def _cycle(config: Config) -> None:
 def _stash(config: Config) -> None:
     if config.memory.stash_dtype == "int8" and config.model.dim % 32:
         raise ValueError(
-            f"memory.stash_dtype: int8 groups 32 neighbours, but model.dim {config.model.dim} is not a "
-            "multiple of 32; use auto or bf16"
+            f"memory.stash_dtype: int8 needs groups of 32 numbers, but model.dim {config.model.dim} is not "
+            "a multiple of 32; use auto or bf16"
         )
 
 
@@ -51,6 +51,6 @@ def _deepspeed(config: Config) -> None:
             f"and hides their shapes; use adamw, {instead}"
         )
     if config.optim.limiter:
-        raise ValueError(f"optim.limiter: DeepSpeed has none; use 0 with optim.grad_clip, {instead}")
+        raise ValueError(f"optim.limiter: DeepSpeed has no limiter; use 0 with optim.grad_clip, {instead}")
     if config.relora.enabled:
         raise ValueError(f"relora.enabled: DeepSpeed cannot merge adapters; use false, {instead}")

@@ -1,14 +1,14 @@
 """Defaults that follow from other keys, filled in before types and limits are checked.
 
-`fill` reads top to bottom: each step may use what the steps before it settled.
+`fill` runs these steps from top to bottom; each step may use the results of the steps before it.
 
     engine     -> number format of the weights, and the optimizer
-    optimizer  -> betas, eps, limiter, the keys of its own, format of the moments
+    optimizer  -> betas, eps, limiter, its own keys, format of the moments
     relora     -> cycles of the schedule
     rates      -> lr, batch and lr over batch: two determine the third
 
-What a config gives stays as it is. Values are nested dicts of sections that nothing has checked yet, so
-each step leaves alone what has another type than it should; the checks that follow name it.
+Values that the config gives are kept. The input is nested dicts of sections that nothing has checked yet.
+So a step ignores values of a wrong type; the checks that follow report them.
 """
 
 from __future__ import annotations
@@ -35,21 +35,20 @@ RATE_DEFAULTS = rates.Defaults(
 
 
 def fill(values: Values) -> Values:
-    """The values with all defaults that follow from other keys. Raises ValueError whose text names the
-    key."""
+    """The values with all defaults that follow from other keys. Raises ValueError that names the key."""
     for step in (engine_defaults, _optimizer, _schedule_of_relora, _rates):
         values = step(values)
     return values
 
 
 def _section(values: Values, name: str) -> Values | None:
-    """A section, empty where there is none; None if it is no section at all."""
+    """A section, empty if it is missing; None if the value is not a section."""
     found = values.get(name, {})
     return found if isinstance(found, dict) else None
 
 
 def engine_defaults(values: Values) -> Values:
-    """With the defaults of the deepspeed engine, if that is the engine: it has AdamW and no INT8."""
+    """The values with the defaults of the deepspeed engine, if it is chosen: it has AdamW and no INT8."""
     memory, optim = _section(values, "memory"), _section(values, "optim")
     if memory is None or optim is None or memory.get("engine") != "deepspeed":
         return values
@@ -73,20 +72,20 @@ def _optimizer(values: Values) -> Values:
     optim = rule.defaults | {"name": name} | optim
     if not rule.for_all:
         optim = {"adamw_betas": optim["betas"], "adamw_eps": optim["eps"]} | optim
-    # DeepSpeed refuses an optimizer with a format of its own by its name
+    # with DeepSpeed, `checks` refuses such an optimizer by its name
     if rule.moments is not None and memory.get("engine") != "deepspeed":
         values = values | {"memory": memory | {"moments": rule.moments}}
     return values | {"optim": optim}
 
 
 def _schedule_of_relora(values: Values) -> Values:
-    """Notches of the learning rate fall on the merges."""
+    """With ReLoRA the learning rate restarts at the merges: the schedule takes its cycles from [relora]."""
     relora, schedule = _section(values, "relora"), _section(values, "schedule")
     if relora is None or schedule is None or relora.get("enabled") is not True:
         return values
     default = ReloraConfig()
     own = {key: relora.get(key, getattr(default, key)) for key in ("cycle_steps", "rewarmup_steps")}
-    # without cycles it is LoRA, and what is wrong is for [relora] to say
+    # 0 cycle steps is LoRA, which needs no cycles in the schedule; the checks of [relora] report wrong values
     own = {key: steps for key, steps in own.items() if isinstance(steps, int) and steps > 0}
     kept = {key: value for key, value in schedule.items() if key not in ("cycle_steps", "rewarmup_steps")}
     return values | {"schedule": {"name": "sawtooth"} | kept | own}

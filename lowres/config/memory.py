@@ -14,51 +14,54 @@ class MemoryConfig(Section):
     """What is kept where, and in which number format."""
 
     engine: Literal["layerwise", "autograd", "deepspeed"] = "layerwise"
-    """layerwise: all micro-batches pass one layer before the next. autograd: the reference, whole model.
-    deepspeed: AdamW with ZeRO and offload, on one or many GPUs; see [deepspeed]."""
+    """layerwise: all micro-batches pass one layer before the next layer starts. autograd: the reference,
+    which differentiates the whole model. deepspeed: AdamW with ZeRO and offload, on one or many GPUs; see
+    [deepspeed]."""
     weights: Annotated[str, OneOf(FORMATS)] = Field(
         default="int8",
         description="Number format of the matrices in the blocks; norms and biases are fp32. "
         + " ".join(f"{found.name}: {found.about}." for found in FORMATS.values())
-        + " Default with deepspeed fp32: master weights, with which compute may be bf16; bf16 there (with "
-        "moments = bf16) has none and rounds to nearest.",
+        + " The default with deepspeed is fp32: these are master weights, and compute may be bf16. bf16 with "
+        "deepspeed (needs moments = bf16) has no master weights and rounds to nearest.",
     )
     embeddings: Annotated[str, OneOf(["auto", *(f.name for f in FORMATS.values() if f.any_shape)])] = "auto"
-    """Number format of embedding and head; auto: fp32 with fp32 weights, else bf16."""
+    """Number format of embedding and head; auto: fp32 with fp32 weights, otherwise bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
-    """Number format of activations and products; auto: bf16 on CUDA, fp32 on CPU."""
+    """Number format of activations and matrix products; auto: bf16 on CUDA, fp32 on CPU."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Optimizer moments with a number for every element of a matrix (AdamW's two, Adam-mini's first; also
-    of embedding and head beside apollo). int8: in blocks of 256, with bitsandbytes."""
+    """Number format of optimizer moments that have one number per element of a matrix: both of AdamW, the
+    first of Adam-mini, and those of embedding and head with apollo. int8: in blocks of 256, with
+    bitsandbytes."""
     master: Literal["none", "host"] = "none"
-    """host: a more precise copy of the block matrices there takes the updates, so that the weights on the
-    GPU are rounded to nearest from it and no update is lost."""
+    """host: keep a more precise copy of the block matrices in host memory. Updates change this copy, and the
+    weights on the GPU are rounded from it to nearest, so no update is lost."""
     master_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the master copy; bf16 is rounded stochastically."""
     weights_on: Literal["gpu", "host", "auto"] = resumable("auto")
-    """Where weights live between visits; auto: as many units on the host as memory.budget_gib asks."""
+    """Where weights are kept between uses; auto: as many units on the host as memory.budget_gib requires."""
     state_on: Literal["gpu", "host", "auto"] = resumable("auto")
-    """Where optimizer state lives between visits; with a master copy, host."""
+    """Where optimizer state is kept between uses; with a master copy, on the host."""
     stash_on: Literal["gpu", "host", "auto"] = resumable("auto")
-    """Where the inputs of the layers wait for the backward pass."""
+    """Where the stash is kept: the inputs of the layers, until the backward pass."""
     carry_on: Literal["gpu", "host", "auto"] = resumable("auto")
-    """Where the boundary that moves lives: the last layer's output, then the gradient on its way down."""
+    """Where the carry is kept: the last layer's output, then the gradient that moves down the layers."""
     stash_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto"
-    """Number format of the stash; auto: that of compute, without loss. int8: groups of 32 with a scale."""
+    """Number format of the stash; auto: the format of compute, lossless. int8: one scale per 32 numbers."""
     exact_forward: bool = False
-    """With a lossy stash, go on from the exact values in the forward pass instead of the stored ones: the
-    carry makes a round trip more for every band, and the recomputation sees other values than the forward."""
+    """With a lossy stash, continue the forward pass from the exact values instead of the stored ones. This
+    costs one more round trip of the carry per band, and the recomputation sees other values than the forward
+    pass."""
     band: Positive | Literal["auto"] = resumable("auto")
-    """Layers that are recomputed together: the stash is divided by it, gradient buffer and activations are
-    multiplied. auto: 1 if that fits, else 2, 4 or 8."""
+    """Layers that are recomputed together. The stash is divided by this number; gradient buffer and
+    activations are multiplied by it. auto: 1 if that fits, otherwise 2, 4 or 8."""
     loss_chunk: Positive = resumable(1024)
     """Tokens whose logits exist at one time."""
     budget_gib: Rate | None = resumable(None)
-    """GPU memory that the run may take; default: what the device has."""
+    """GPU memory that the run may use; default: all that the device has."""
     host_budget_gib: Rate | None = resumable(None)
-    """Host memory that the run may take; default: what the machine has."""
+    """Host memory that the run may use; default: all that the machine has."""
     rehearse: bool | Literal["auto"] = resumable("auto")
-    """Rehearse the largest training, evaluation and saving step before the first; auto: on CUDA."""
+    """Rehearse the largest training, evaluation and saving step before the first step; auto: on CUDA."""
 
     @model_validator(mode="after")
     def _built(self) -> MemoryConfig:
@@ -75,16 +78,16 @@ class MemoryConfig(Section):
                     raise ValueError(f"{key}: the {self.engine} engine does not move units; {instead}")
             if self.master != "none" or self.stash_dtype != "auto":
                 key = "master" if self.master != "none" else "stash_dtype"
-                raise ValueError(f"{key}: only the layerwise engine has one; leave it out or change engine")
+                raise ValueError(f"{key}: only for the layerwise engine; leave it out or change engine")
         if self.master != "none" and self.state_on == "gpu":
-            raise ValueError("state_on: a master copy lives in host memory; use host or auto, or master=none")
+            raise ValueError("state_on: a master copy is in host memory; use host or auto, or master=none")
         if self.master != "none" and FORMATS[self.weights].exact:
             inexact = " or ".join(found.name for found in FORMATS.values() if not found.exact)
             raise ValueError(f"master: {self.weights} weights need no master copy; use weights={inexact}")
         return self
 
     def _check_formats_of_deepspeed(self) -> None:
-        """DeepSpeed has one format for all weights, and either fp32 or bf16 for what its optimizer keeps."""
+        """DeepSpeed has one format for all weights and for the state of its optimizer: fp32 or bf16."""
         if not FORMATS[self.weights].any_shape:
             unknown = self.weights.upper()
             raise ValueError(
@@ -110,26 +113,26 @@ class MemoryConfig(Section):
 
 
 class DeepspeedConfig(Section):
-    """memory.engine = "deepspeed": AdamW with ZeRO (arXiv 1910.02054). Optimizer state (stage 1), gradients
-    (2) and weights (3) are divided over the GPUs of the run, and may live in host memory or on a disk.
-    `lowres launch CONFIG --gpus N` uses several GPUs."""
+    """For memory.engine = "deepspeed": AdamW with ZeRO (arXiv 1910.02054). Optimizer state (from stage 1),
+    gradients (from stage 2) and weights (stage 3) are divided among the GPUs of the run. State and weights
+    can be offloaded to host memory. `lowres launch CONFIG --gpus N` uses several GPUs."""
 
     stage: Literal[1, 2, 3] = resumable(2)
-    """What is divided: 1 optimizer state, 2 gradients too, 3 weights too."""
+    """What is divided among GPUs: 1 optimizer state; 2 also gradients; 3 also weights."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = resumable("cpu")
-    """Where master weights and moments live, and are updated by the CPU; none: on the GPU."""
+    """cpu: master weights and moments are in host memory, and the CPU updates them. none: on the GPU."""
     offload_param: Literal["none", "cpu", "nvme"] = resumable("none")
-    """Where weights live between uses, with stage 3 and an offloaded optimizer; none: on the GPU."""
+    """cpu: weights are in host memory between uses; needs stage 3 and offload_optimizer. none: on the GPU."""
     nvme_path: str | None = resumable(None)
-    """Folder on a fast local disk for what is offloaded to nvme, once that is built."""
+    """Folder on a fast local disk for offload to nvme, which is not built yet."""
     pin_memory: bool | Literal["auto"] = resumable("auto")
-    """Page-lock what is offloaded to the CPU, for copies beside the computation; auto: on CUDA."""
+    """Use page-locked (pinned) host memory for offload, so copies run during computation; auto: on CUDA."""
     overlap: bool = resumable(True)
-    """Communicate gradients while the backward pass goes on."""
+    """Communicate gradients during the backward pass."""
     config_file: str | None = resumable(None)
-    """DeepSpeed configuration (JSON) of one's own, for keys that nothing here decides; it goes before our
-    choices of sizes. Batch sizes, optimizer, scheduler, number formats, clipping, stage and offload are
-    refused there."""
+    """Your own DeepSpeed configuration (JSON), for keys that lowres does not set. Its sizes (buffers,
+    buckets) replace those that lowres chooses. Refused in it: batch sizes, optimizer, scheduler, number
+    formats, clipping, stage and offload."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> DeepspeedConfig:

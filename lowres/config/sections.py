@@ -1,8 +1,8 @@
-"""Every key of a run's configuration: its type, its limits and its documentation, at one place.
+"""Every key of a run's configuration: its type, its limits and its documentation, in one place.
 
-A string under a field is that key's documentation; `lowres config --help` prints it. Keys marked
-`resumable` may differ when a run is resumed; any other difference is refused. What is checked here concerns
-one section; defaults that follow from other keys are in `fill`, checks across sections in `checks`.
+The string under a field is the key's documentation; `lowres config --help` prints it. Keys marked
+`resumable` may differ when a run is resumed; any other difference is refused. Checks here concern one
+section. Defaults that follow from other keys are in `fill`, checks across sections in `checks`.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
     "13b": (5120, 13824, 40, 40),
 }
 PRESET_VOCAB = 32000
-# what `--set model.preset=...` takes out of the file
+# keys of the file that `--set model.preset=...` removes
 SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings")
 
 
 class RunConfig(Section):
-    """The run itself."""
+    """General keys of the run."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = resumable("run")
     """Name of the run; its folder is runs/<name> unless --run says otherwise."""
     seed: Count = 0
     """Seed of everything random: initial weights, data order, rounding, projections."""
     init_from: str | None = resumable(None)
-    """Run whose newest checkpoint gives the first weights (`--init-from RUN`); its tokenizer is used too."""
+    """Run whose newest checkpoint gives the initial weights and the tokenizer (`--init-from RUN`)."""
     device: Literal["auto", "cpu", "cuda"] = resumable("auto")
-    """Where to compute; auto takes CUDA if there is one."""
+    """Where to compute; auto uses CUDA if available."""
 
 
 class ModelConfig(Section):
     """The shape of the LLaMA model. A preset gives all of it; explicit keys override the preset."""
 
     preset: Annotated[str, OneOf(PRESETS)] | None = None
-    """A shape by its name, that of the GaLore, ReLoRA and APOLLO papers."""
+    """Name of a shape from the GaLore, ReLoRA and APOLLO papers."""
     dim: Positive = 128
     """Width of the residual stream."""
     n_layers: Positive = 4
@@ -58,7 +58,7 @@ class ModelConfig(Section):
     n_heads: Positive = 4
     """Number of query heads; must divide dim, and dim / n_heads must be even (RoPE)."""
     n_kv_heads: Positive | None = None
-    """Number of key and value heads (grouped-query attention); default n_heads, which it must divide."""
+    """Number of key and value heads (grouped-query attention); must divide n_heads, which is the default."""
     ffn_dim: Positive = 352
     """Hidden width of the SwiGLU feed-forward layer."""
     vocab_size: Annotated[int, Field(ge=2)] | None = None
@@ -70,9 +70,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
     qkv_bias: bool = False
-    """Biases on query, key and value, as Qwen2 has them."""
+    """Biases on query, key and value, as in Qwen2."""
     qk_norm: bool = False
-    """Normalise the queries and keys of each head, as Qwen3 does."""
+    """Normalise the queries and keys of each head, as in Qwen3."""
 
     @model_validator(mode="before")
     @classmethod
@@ -111,27 +111,28 @@ class ModelConfig(Section):
 
     @property
     def vocab(self) -> int:
-        """Rows of the embedding; PRESET_VOCAB until the data has said how many pieces there are."""
+        """Rows of the embedding; PRESET_VOCAB until the vocabulary of the data is known."""
         return self.vocab_size or PRESET_VOCAB
 
 
 class DataConfig(Section):
-    """What to train on. A source is stdlib, a folder made by `lowres data prepare`, a path (file,
-    folder or glob of .txt, .md, .py, .jsonl, .parquet, also .gz, .xz, .zst) or
+    """What to train on. A source is one of: stdlib; a folder made by `lowres data prepare`; a path (file,
+    folder or glob of .txt, .md, .py, .jsonl, .parquet, also .gz, .xz, .zst); or
     hf:<dataset>[:<config>[:<split>]]."""
 
     source: Annotated[str, Field(min_length=1)] = "stdlib"
     """Training text. stdlib is the source code of the running Python's standard library."""
     val_source: str | None = None
-    """Validation text; default (and if empty): documents held out from the source."""
+    """Validation text; default (also if empty): documents held out from the source."""
     tokenizer: str | None = None
     """Path of a SentencePiece model; default: one is trained on the source."""
     vocab_size: Annotated[int, Field(ge=260)] | None = None
-    """Pieces of a tokenizer that is trained; default model.vocab_size, else by the size of the text."""
+    """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
+    size of the text."""
     seq_len: Annotated[int, Field(ge=2)] = 256
     """Tokens in a sequence."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
-    """Folder that keeps the tokenised form of sources that are not yet a prepared folder."""
+    """Folder for the tokenised form of sources that are not a prepared folder."""
 
     @field_validator("val_source")
     @classmethod
@@ -144,21 +145,22 @@ Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
 class GeneralOptim(Section):
-    """The optimizer. Defaults that depend on it are filled in when the config is read."""
+    """The optimizer. Defaults that depend on its name are filled in when the config is read."""
 
     name: Annotated[str, OneOf(RULES)] = "apollo-mini"
-    """Updates the matrices of the blocks, and with adamw, adamw8bit, adam-mini and sgd every other tensor
-    too; with the others embedding, head, norms and biases take AdamW."""
+    """Optimizer of the matrices of the blocks. adamw, adamw8bit, adam-mini and sgd also update every other
+    tensor; with the other optimizers, AdamW updates embedding, head, norms and biases."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; default lr_over_batch times the batch, else that of the optimizer."""
+    """Peak learning rate; default lr_over_batch times the batch if that is given, otherwise the optimizer's
+    default."""
     lr_over_batch: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate over the batch in sequences, train.batch_tokens / data.seq_len (arXiv 2412.08347).
-    Two of lr, train.batch_tokens and lr_over_batch determine the third."""
+    """Peak learning rate divided by the batch in sequences, train.batch_tokens / data.seq_len (arXiv
+    2412.08347). Two of lr, train.batch_tokens and lr_over_batch determine the third."""
     batch_policy: Literal["fixed", "linear", "sqrt"] | None = resumable(None)
-    """How lr, embed_lr and norm_lr follow when --set changes the batch of the file, or a resumed run has
-    another batch than it was started with. fixed: not. linear: in proportion to the batch in sequences, so
-    that lr_over_batch stays. sqrt: with its square root. Default linear where lr_over_batch is given
-    instead of lr, else fixed."""
+    """What happens to lr, embed_lr and norm_lr when --set changes the batch of the file, or a resumed run has
+    another batch than at its start. fixed: nothing. linear: they change in proportion to the batch in
+    sequences, so lr_over_batch stays the same. sqrt: in proportion to its square root. Default linear if
+    lr_over_batch is given instead of lr, otherwise fixed."""
     embed_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of embedding and head; default lr."""
     norm_lr: Annotated[float, Field(gt=0)] | None = None
@@ -166,36 +168,36 @@ class GeneralOptim(Section):
     betas: Betas | None = None
     """Decay of the first and second moment; default (0.9, 0.999)."""
     eps: Rate | None = None
-    """Added to the denominator; default that of the optimizer."""
+    """Added to the denominator; the default depends on the optimizer."""
     adamw_betas: Betas | None = None
-    """Decay of the moments in the AdamW of embedding, head, norms and biases, where the optimizer does not
-    serve them; default betas."""
+    """betas of the AdamW that updates embedding, head, norms and biases if the optimizer does not; default
+    betas."""
     adamw_eps: Rate | None = None
-    """Added to the denominator of that AdamW; default eps."""
+    """Added to the denominator in that AdamW; default eps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the matrices (norms and biases have none)."""
     decay_embeddings: bool = True
-    """Whether weight_decay holds for embedding and head too."""
+    """Whether weight_decay also applies to embedding and head."""
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
-    """Clip the global gradient norm to this; 0 = off. The layerwise engine takes a second backward pass for
-    it, as it has no global norm before its first update."""
+    """Clip the global gradient norm to this; 0 = off. The layerwise engine needs a second backward pass for
+    it, because it does not know the global norm before its first update."""
     limiter: float | None = None
-    """Most that the norm of a tensor's update may grow by, as a factor on that of the last step (Fira's
-    norm-growth limiter; the learning rate does not count); 0 = off. It holds for every tensor that the
-    optimizer of that name updates, so not for what takes AdamW instead; with fira for what its projection
-    leaves over. Default 1.01 for apollo, apollo-mini and fira, else 0."""
+    """Fira's norm-growth limiter: the largest factor by which the norm of a tensor's update may grow from one
+    step to the next (without the learning rate); 0 = off. It applies to every tensor that the named optimizer
+    updates, not to those that AdamW updates instead; with fira, to the part of the gradient outside the
+    projection. Default 1.01 for apollo, apollo-mini and fira, otherwise 0."""
 
     @model_validator(mode="after")
     def _check_limiter(self) -> GeneralOptim:
         if self.limiter and self.limiter < 1:
             raise ValueError(
-                f"limiter: {self.limiter:g} is no growth; use a factor of at least 1, or 0 for no limiter"
+                f"limiter: {self.limiter:g} is too small; use a factor of at least 1, or 0 for no limiter"
             )
         return self
 
 
 def describe_key(name: str) -> str:
-    """Documentation of a key of [optim] that only some rules read: which do, and with which default."""
+    """Documentation of a key of [optim] that only some rules read, with the rules and their defaults."""
     defaults: dict[str, list[str]] = {}
     for rule in RULES.values():
         for key, value in rule.keys.items():
@@ -211,7 +213,7 @@ if TYPE_CHECKING:
     class OptimConfig(GeneralOptim):
         def __getattr__(self, key: str) -> Any: ...
 
-else:  # with the keys that the rules declare
+else:  # add the keys that the rules declare
     OptimConfig = create_model(
         "OptimConfig",
         __base__=GeneralOptim,
@@ -223,7 +225,7 @@ else:  # with the keys that the rules declare
     )
 
 
-# schedule -> the keys that only it reads
+# schedule -> the keys that only this schedule reads
 SCHEDULE_KEYS = {
     "cosine": (),
     "constant": (),
@@ -233,46 +235,48 @@ SCHEDULE_KEYS = {
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the run, as a factor on the peak rates."""
+    """The learning rate during the run, as a factor on the peak rates."""
 
     name: Literal["cosine", "sawtooth", "wsd", "constant"] = "cosine"
-    """cosine: to min_ratio. sawtooth: that, re-warmed in every cycle. wsd: constant, then linear cooldown."""
+    """cosine: decays to min_ratio. sawtooth: the same, but every cycle starts with a new warm-up. wsd:
+    constant, then a linear cooldown."""
     warmup_steps: Count | None = None
-    """Linear warm-up; default, and at most, a tenth of the run."""
+    """Steps of linear learning-rate warm-up; at most a tenth of the run, which is the default."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Floor of the decay, as a part of the peak."""
+    """Lowest learning rate of the decay, as a fraction of the peak."""
     cycle_steps: Positive = 1000
-    """sawtooth: steps between two notches."""
+    """sawtooth: steps in a cycle."""
     rewarmup_steps: Positive = 50
-    """sawtooth: steps of warm-up after a notch."""
+    """sawtooth: steps of warm-up at the start of a cycle."""
     cooldown_steps: Count | None = resumable(None)
     """wsd: steps of the final cooldown; default a fifth of the run."""
 
 
 class ReloraConfig(Section):
-    """ReLoRA (arXiv 2307.05695): after a warm start the matrices of the blocks are frozen and low-rank
-    adapters train, W + (alpha / rank) B A; every cycle they are merged and begin anew, with most of their
-    optimizer state forgotten and the learning rate re-warmed. Embedding, head and norms train in full."""
+    """ReLoRA (arXiv 2307.05695): after a warm start, the matrices of the blocks are frozen and low-rank
+    adapters are trained, W + (alpha / rank) B A. At the end of every cycle the adapters are merged into the
+    matrices and start again; most of their optimizer state is reset, and the learning rate warms up again.
+    Embedding, head and norms are trained at full rank."""
 
     enabled: bool = False
-    """Train so."""
+    """Train with ReLoRA."""
     rank: Positive = 128
-    """Rank of the adapters, at most the smaller dimension of a matrix."""
+    """Rank of the adapters, limited to the smaller dimension of each matrix."""
     alpha: Rate = 32.0
-    """What an adapter adds is multiplied by alpha / rank."""
+    """The product B A of an adapter is multiplied by alpha / rank."""
     start_step: Count = 0
-    """Steps of full-rank training before the adapters: the warm start, which supplies most of the quality."""
+    """Steps of full-rank training before the adapters: the warm start, which gives most of the quality."""
     cycle_steps: Count = 1000
     """Steps from one merge to the next, counted from start_step; 0 = never merge, which is LoRA."""
     rewarmup_steps: Positive = 50
-    """Steps of warm-up after a merge, and after the warm start."""
+    """Steps of learning-rate warm-up after a merge, and after the warm start."""
     lr_factor: Rate = 1.0
-    """Peak learning rate of the adapters over optim.lr; the paper takes about 2."""
+    """Peak learning rate of the adapters divided by optim.lr; the paper uses about 2."""
     reset: Literal["zero", "magnitude", "random"] = "zero"
-    """What a merge does to the adapters' optimizer state. zero: forget all, and count updates anew.
-    magnitude: keep the moments whose first is largest. random: keep some by chance."""
+    """What a merge does to the adapters' optimizer state. zero: reset all of it, and count updates from 0
+    again. magnitude: keep the moments with the largest first moment. random: keep a random part."""
     reset_keep: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """reset = magnitude, random: part of the moments that is kept."""
+    """reset = magnitude, random: fraction of the moments that is kept."""
     targets: Annotated[tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...], Field(strict=False)] = (
         "q",
         "k",
@@ -282,12 +286,12 @@ class ReloraConfig(Section):
         "up",
         "down",
     )
-    """Matrices with an adapter; the others go on training in full."""
+    """Matrices with an adapter; the others are trained at full rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Chance that an input of an adapter is dropped in training."""
+    """Probability that an input of an adapter is dropped in training."""
     log_rank: bool = False
-    """Log the effective rank of what the merges have changed so far, of the matrices of the middle layer.
-    Takes an fp32 copy of them, with the optimizer state, and a singular value decomposition a merge."""
+    """Log the effective rank of the sum of all merges, for the matrices of the middle layer. This needs an
+    fp32 copy of these matrices (in the optimizer state) and a singular value decomposition per merge."""
 
     @model_validator(mode="after")
     def _check(self) -> ReloraConfig:
@@ -295,7 +299,7 @@ class ReloraConfig(Section):
             raise ValueError("targets: name at least one matrix, and none twice")
         if self.cycle_steps and self.rewarmup_steps >= self.cycle_steps:
             raise ValueError(
-                f"rewarmup_steps: {self.rewarmup_steps} leave nothing of a cycle of {self.cycle_steps} "
+                f"rewarmup_steps: {self.rewarmup_steps} steps fill the whole cycle of {self.cycle_steps} "
                 "steps; lower it or raise cycle_steps"
             )
         return self
@@ -305,11 +309,12 @@ class ReloraConfig(Section):
         return self.alpha / self.rank
 
     def adapted_at(self, step: int) -> bool:
-        """Whether the update after `step` completed ones is one of adapters."""
+        """Whether the update after `step` completed ones updates adapters."""
         return self.enabled and step >= self.start_step
 
     def stored_at(self, step: int) -> bool:
-        """Whether a checkpoint after `step` steps has adapters. One from where they start has not yet."""
+        """Whether a checkpoint after `step` steps has adapters. A checkpoint at start_step has none yet,
+        unless that is 0."""
         return self.enabled and (step > self.start_step or self.start_step == 0)
 
     def merges_at(self, step: int) -> int:
@@ -318,30 +323,31 @@ class ReloraConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long, in which portions, and what happens on the way."""
+    """Length of the run, batch sizes, and how often to evaluate and save."""
 
     steps: Positive | None = resumable(None)
     """Optimizer steps of the run; default 1000 (give steps or tokens, not both)."""
     tokens: Positive | None = resumable(None)
     """Length of the run in tokens instead of steps; rounded up to whole steps."""
     batch_tokens: Positive = resumable(8192)
-    """Tokens an optimizer step; a multiple of data.seq_len. When it changes, optim.batch_policy decides what
-    the learning rate does."""
+    """Tokens per optimizer step; a multiple of data.seq_len. When it changes, optim.batch_policy decides how
+    the learning rate changes."""
     micro_batch: Positive | Literal["auto"] = resumable("auto")
-    """Sequences that pass a layer together; auto takes the largest useful one within memory.budget_gib."""
+    """Sequences in a micro-batch, which pass a layer together; auto: the largest useful number within
+    memory.budget_gib."""
     eval_every: Count = resumable(200)
     """Steps between evaluations (also before the first and after the last step); 0 = never."""
     eval_tokens: Count = resumable(131072)
-    """Tokens of the validation data that an evaluation reads; 0 = all of them."""
+    """Validation tokens per evaluation; 0 = all of them."""
     checkpoint_every: Count = resumable(500)
-    """Steps between checkpoints; 0 = only the last."""
+    """Steps between checkpoints; 0 = only one at the end."""
     keep_checkpoints: Count = resumable(2)
-    """How many checkpoints to keep; 0 = never delete one."""
+    """How many of the newest checkpoints to keep; 0 = keep all."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if self.steps is not None and self.tokens is not None:
-            raise ValueError("tokens: steps and tokens both say how long the run is; give one of them")
+            raise ValueError("tokens: steps and tokens both set the length of the run; give one of them")
         return self
 
     @property
@@ -357,6 +363,6 @@ class LogConfig(Section):
     progress: bool = resumable(True)
     """Show a progress bar."""
     sample_prompt: str = resumable("")
-    """Prompt of the sample that is printed after the last step; none if sample_tokens is 0."""
+    """Prompt of the sample that is printed after the last step."""
     sample_tokens: Count = resumable(0)
-    """Tokens of that sample."""
+    """Tokens of this sample; 0 = no sample."""

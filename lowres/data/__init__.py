@@ -1,13 +1,14 @@
-"""Data, in the way of a token:
+"""Data, in the order in which a token passes through it:
 
-sources     a library, files, folders or a stream as a sequence of documents
+sources     standard library, files, folders or a stream as a sequence of documents
 survey      the first pass: a sample for the tokenizer, documents held out for validation
-tokenizer   text <-> ids, without ever losing a byte
+tokenizer   text <-> ids, lossless
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
-shards      files of token ids, read through a memory map
+shards      files of token ids, memory-mapped
 stream      the same shards, written while training reads them
-batches     step -> [sequences, seq_len + 1], a pure function of the seed
-opening     all of it, from the configuration
+batches     step -> [sequences, seq_len + 1], a pure function of seed and step
+folder      the folder of prepared data and its manifest
+opening     prepares and opens the data of a configuration
 """
 
 from lowres.data.batches import TokenData

@@ -1,9 +1,9 @@
-"""Batches: a pure function of (seed, step) over prepared shards, so that a run has nothing to save or
-restore to see each sequence exactly once an epoch.
+"""Batches: a pure function of (seed, step) over prepared shards. So a run sees each sequence exactly once per
+epoch, and has no data position to save or restore.
 
-Training data are windows of seq_len + 1 tokens at a stride of seq_len inside each shard: the last
-token of a window, only a target there, is the first input of the next. The batch of a step has the
-sequences g = step * sequences + i, moved by an offset if a run has changed its batch on the way.
+Training data are windows of seq_len + 1 tokens at a stride of seq_len inside each shard: the last token of a
+window, which is only a target there, is the first input of the next window. The batch of a step has the
+sequences g = step * sequences + i, plus an offset if the batch size of the run has changed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from lowres.errors import UserError
 from lowres.rng import make_key, permutation
 
 IGNORED = -100  # the default ignore_index of cross entropy in torch
-# to read more than this before the first step would keep the user waiting
+# data larger than this is not checked before the first step, as the user would wait too long
 VERIFY_AT_ONCE_BYTES = 4 << 30
 
 
 class TokenData:
     """Training and validation tokens of a prepared folder, or of a stream.
 
-    `tokenizer` and `vocab_size` (its pieces); `notes` for the user; `fingerprint`, which differs
-    whenever the batches might; `train_tokens`, None as long as a stream has not ended.
-    `validation_folder` is a prepared folder, all of whose tokens replace the held-out ones.
+    `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
+    changes whenever the batches may change; `train_tokens`, None until a stream has ended.
+    `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TokenData:
         self._train = _Shards(folder, manifest["train"])
         self._order: _GlobalOrder | _BlockOrder
         if stream:
-            # the blocks to come are unknown, but they follow from the arguments
+            # later blocks are unknown, but the arguments determine them
             self.fingerprint = hash_of(manifest["arguments"] | {"source": None}, manifest["tokenizer"])
             first = [len(self._train.tokens(0))] if stream.has(0) else []
             self._check_length(first)
@@ -78,7 +78,7 @@ class TokenData:
     def _check_length(self, shards: list[int]) -> None:
         longest = max(shards, default=0)
         if longest < 3:
-            raise UserError(f"data.source: its {longest} training tokens are too little; give it more text")
+            raise UserError(f"data.source: {longest} training tokens are not enough; give it more text")
         if not _windows(longest, self.seq_len):
             raise UserError(
                 f"data.seq_len: {self.seq_len} is longer than the data; "
@@ -95,7 +95,7 @@ class TokenData:
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].
 
-        offset: sequences that earlier steps had more than `sequences` each, or less (then it is negative).
+        offset: how many more sequences the earlier steps had than `sequences` each; negative if fewer.
         """
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
         for i in range(sequences):
@@ -107,15 +107,14 @@ class TokenData:
     def validation(self, max_tokens: int) -> Tensor:
         """int64 [windows, seq_len + 1]: the first `max_tokens` validation targets (0: all of them).
 
-        The windows follow each other at a stride of seq_len, so that each token but the very first
-        is a target once. The last window is filled up with IGNORED; `inputs_and_targets` makes valid
-        inputs of that.
+        The windows have a stride of seq_len, so every token except the very first is a target once. The last
+        window is padded with IGNORED; `inputs_and_targets` turns this into valid inputs.
         """
         tokens = torch.from_numpy(self._validation.head(max_tokens + 1 if max_tokens else None))
         return consecutive_windows(tokens, self.seq_len)
 
     def close(self) -> None:
-        """Stop the thread of a stream; a run that ends need not wait for that."""
+        """Stop the thread of a stream. Not needed when the process ends."""
         if self._stream:
             self._stream.close()
 
@@ -131,10 +130,10 @@ def consecutive_windows(tokens: Tensor, seq_len: int) -> Tensor:
 
 
 def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [n, seq_len] twice, of int64 [n, seq_len + 1].
+    """int64 [n, seq_len] twice, from int64 [n, seq_len + 1].
 
-    Where a target is IGNORED the input may be padding too. It becomes 0, which is a valid id, and no
-    counted target sees it, as padding is only at the end.
+    Where a target is IGNORED, the input may be padding too. It becomes 0, which is a valid id. No counted
+    target depends on it, because padding is only at the end.
     """
     return windows[:, :-1].clamp(min=0), windows[:, 1:]
 
@@ -144,9 +143,9 @@ def _windows(tokens: int, seq_len: int) -> int:
 
 
 class _Shards:
-    """The shards of one kind, each opened and verified when it is first touched.
+    """The shards of one kind, each opened and verified when it is first used.
 
-    `entries` are those of the manifest; a stream has further ones, written since.
+    `entries`: from the manifest; a stream may have written more shards since.
     """
 
     def __init__(self, folder: Path, entries: list[dict[str, Any]]) -> None:
@@ -171,7 +170,7 @@ class _Shards:
         return self._open[i]
 
     def head(self, count: int | None) -> np.ndarray:
-        """int64: the first `count` tokens of all shards together (None: all)."""
+        """int64: the first `count` tokens of the shards in order (None: all)."""
         parts: list[np.ndarray] = [np.empty(0, np.int64)]
         for i in range(len(self._entries)):
             left = None if count is None else count - sum(map(len, parts))
@@ -204,14 +203,14 @@ class _GlobalOrder:
 
 
 class _BlockOrder:
-    """A stream: block after block, permuted within each. When the stream has ended, its blocks are
-    repeated, each in a new order."""
+    """A stream: block after block, with a random order inside each block. When the stream has ended, its
+    blocks are repeated, each in a new order."""
 
     def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int) -> None:
         self._stream = stream
         self._blocks = blocks
         self._seq_len = seq_len
-        # of every block but the last, which may be shorter
+        # windows in every block except the last, which may be shorter
         self._block_windows = _windows(stream.block_tokens, seq_len)
 
         @lru_cache(maxsize=2)
@@ -229,7 +228,7 @@ class _BlockOrder:
         epoch = 0
         block, place = divmod(sequence, self._block_windows)
         if not (self._stream.has(block) and place < self._windows_of(block)):
-            # beyond the end of the stream: wait until that is known
+            # beyond the end of the stream: wait until its length is known
             assert not self._stream.has(block + 1)
             last = (self._stream.length() or 0) - 1
             epoch, sequence = divmod(sequence, last * self._block_windows + self._windows_of(last))

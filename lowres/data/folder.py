@@ -1,10 +1,10 @@
-"""The folder of prepared data: what it was made from, what is in it, and who may write there.
+"""The folder of prepared data: what it was made from, what is in it, and which process may write to it.
 
     tokenizer.model      the tokenizer, trained or copied
     val_00000.bin        the held-out documents
     train_00000.bin ...  all other documents in the order of the source, cut into shards
-    data.json            everything about them, written last: the folder is complete if it is there
-    progress.json        in its place until then: what is done and where to go on
+    data.json            everything about them; written last, so the folder is complete if it exists
+    progress.json        exists until then: what is done and where to continue
 
 A *manifest* is the content of data.json or progress.json.
 """
@@ -35,9 +35,9 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """All that determines the content of a prepared folder.
+    """Everything that determines the content of a prepared folder.
 
-    `exact_vocab`: an impossible vocab_size is an error; otherwise it is lowered, with a note.
+    `exact_vocab`: if true, an impossible vocab_size is an error; if false, it is lowered, with a note.
     """
 
     source: str
@@ -54,7 +54,7 @@ class Job:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        """As recorded in the folder, to recognise the same job when it is run again."""
+        """The arguments as recorded in the folder, to recognise the same job when it runs again."""
         return {
             "source": self.source,
             "source_fingerprint": fingerprint(self.source),
@@ -66,7 +66,7 @@ class Job:
         }
 
     def content_hash(self) -> str:
-        """8 hex digits that differ whenever the prepared data would."""
+        """8 hex digits that differ whenever the prepared data differ."""
         arguments = {key: value for key, value in self.arguments.items() if key != "source"}
         return hash_of(FORMAT, arguments)[:8]
 
@@ -91,7 +91,7 @@ def write_manifest(folder: Path, name: str, content: Manifest) -> None:
 
 
 def find_manifest(job: Job, out: Path) -> Manifest | None:
-    """What is recorded in the folder about this very job; None if there is nothing.
+    """The manifest of this job in the folder; None if there is none.
 
     Raises UserError if the folder holds anything else.
     """
@@ -111,7 +111,7 @@ def find_manifest(job: Job, out: Path) -> Manifest | None:
         recorded["source"] = asked["source"]  # the same files by another path
     elif recorded["source"] == asked["source"]:
         raise UserError(
-            f"{out}: the files of {job.source} have changed since; give another folder or remove it"
+            f"{out}: the files of {job.source} have changed since then; give another folder or remove it"
         )
     for key, value in asked.items():
         if value != recorded[key]:
@@ -120,7 +120,7 @@ def find_manifest(job: Job, out: Path) -> Manifest | None:
                 "give another folder or remove it"
             )
     if asked["vocab_size"] and job.exact_vocab:
-        # a job that is not exact may have filled the folder with less
+        # an earlier job with exact_vocab=False may have used fewer pieces
         check_enough_pieces(state.get("vocab_size", asked["vocab_size"]), asked["vocab_size"])
     return state
 
@@ -135,7 +135,7 @@ def is_complete(state: Manifest) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The lock ends with the process, however that ends."""
+    """Keep other processes out of the folder. The lock ends when the process ends, even if it is killed."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -157,7 +157,7 @@ def locked(folder: Path) -> Iterator[None]:
 def store_shard(out: Path, name: str, tokens: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
     """Write a shard; returns its entry in the manifest."""
     checksum = write_shard(out / name, tokens, tokenizer.vocab_size)
-    # in parts, because bincount makes a copy of eight bytes a token
+    # in parts, because bincount makes a copy of eight bytes per token
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for start in range(0, len(tokens), 1 << 20):
         counts += np.bincount(tokens[start : start + (1 << 20)], minlength=tokenizer.vocab_size)

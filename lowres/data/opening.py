@@ -1,4 +1,4 @@
-"""From the configuration to the data of a run: prepare what is not prepared yet, and open it."""
+"""From the configuration to the data of a run: prepare it if needed, and open it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenizer import Tokenizer
 from lowres.errors import UserError
 
-# tokens of a val_source that is a stream
+# how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
 
 
 def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
-    """The data that the config asks for, prepared first if they are not.
+    """The data that the config names, prepared first if needed.
 
-    `vocab_size` is model.vocab_size, None if the config leaves it open: a tokenizer that is trained
-    has at most that many pieces, and one with more is a UserError.
+    `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
+    most this many pieces; an existing tokenizer with more raises UserError.
     """
     if config.tokenizer:
         _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
@@ -38,7 +38,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         data = TokenData(folder, config.seq_len, seed, _validation_folder(config, folder, progress))
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
-                f"data.vocab_size is not used: {folder} has a tokenizer, of {data.vocab_size} pieces"
+                f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
             )
         return data
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
@@ -52,8 +52,8 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
-    """The prepared folder of the config's source: the source itself if it is one, else a folder in
-    config.cache, named after everything that determines its content and filled if need be."""
+    """The prepared folder for the config's source: the source itself if it is a prepared folder, otherwise a
+    folder in config.cache, which is filled if needed. Its name depends on all that determines its content."""
     folder = _as_prepared(config.source)
     if folder is None:
         job = _training_job(config, vocab_size, SHARD_TOKENS)
@@ -67,8 +67,8 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
 
 
 def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
-    """All of a source as windows, as `TokenData.validation` has them; of a prepared folder its
-    validation tokens, which must be those of this tokenizer."""
+    """All text of a source as windows, in the form of `TokenData.validation`. For a prepared folder: its
+    validation tokens, which must come from this tokenizer."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_manifest(folder, "data.json")["tokenizer"] != tokenizer.fingerprint:
@@ -93,7 +93,7 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
 
 
 def _validation_folder(config: DataConfig, training: Path, progress: bool) -> Path | None:
-    """The prepared folder of config.val_source, in the tokens of the training data."""
+    """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
     tokenizer = Tokenizer(training / "tokenizer.model")
@@ -112,7 +112,7 @@ def _validation_folder(config: DataConfig, training: Path, progress: bool) -> Pa
 
 
 def _as_prepared(source: str) -> Path | None:
-    """The source as a prepared folder, None if it is text still to be prepared."""
+    """The source as a prepared folder; None if it is text that is not prepared yet."""
     folder = Path(source).expanduser()
     if source == "stdlib" or is_stream(source):
         return None

@@ -1,9 +1,9 @@
 """From a source to a folder of token shards, in two passes over the text.
 
-The first pass (survey.py) decides on the tokenizer and the validation data, the second writes the
-training shards. Every document is stored as bos, its tokens, eos. Files are written beside and
-renamed, and everything is a pure function of the source and the arguments, so a preparation that was
-killed at any moment goes on after its last shard and ends with the same bytes.
+The first pass (survey.py) decides on the tokenizer and the validation data; the second pass writes the
+training shards. Every document is stored as bos, its tokens, eos. Files are written under a temporary name
+and then renamed, and everything is a pure function of the source and the arguments. So a preparation that
+was killed at any moment continues after its last shard and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def prepare(
 ) -> Manifest:
     """Tokenise a source into the folder `out`; returns the content of its data.json.
 
-    `tokenizer` is the path of a SentencePiece model; without it one of `vocab_size` pieces is
-    trained (default by the size of the text). `max_tokens` bounds the training tokens. The key
-    `notes` of the result lists what the user should know. Raises UserError if the folder holds
-    something else, and leaves nothing behind if the source cannot be used.
+    `tokenizer`: path of a SentencePiece model; without it, one with `vocab_size` pieces is trained (the
+    default depends on the size of the text). `max_tokens`: limit on the training tokens. The key `notes` of
+    the result lists notes for the user. Raises UserError if the folder holds something else; if the source
+    cannot be used, nothing is written.
     """
     job = Job(source, tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
     return run(job, Path(out), progress)
@@ -67,7 +67,7 @@ def run(job: Job, out: Path, progress: bool) -> Manifest:
         if is_complete(state):
             found = [f"{out} is already prepared; nothing was done"]
         elif state["train"]:
-            found = [f"{out}: went on after shard {len(state['train'])} of an interrupted preparation"]
+            found = [f"{out}: continued after shard {len(state['train'])} of an interrupted preparation"]
         for _ in write_shards(job, out, state, progress):
             pass
         finished = read_manifest(out, "data.json")
@@ -76,27 +76,27 @@ def run(job: Job, out: Path, progress: bool) -> Manifest:
 
 @contextmanager
 def started(job: Job, out: Path, progress: bool) -> Iterator[Manifest]:
-    """The manifest of a job that has its tokenizer and validation data at least.
+    """The manifest of a job that has at least its tokenizer and validation data.
 
-    Unless the job is complete, no other process can write into the folder meanwhile.
+    Unless the job is complete, the folder is locked against other processes in the meantime.
     """
     state = find_manifest(job, out)
     if state is not None and is_complete(state):
         (out / "progress.json").unlink(missing_ok=True)
         yield state
         return
-    # the long part comes before anything is written: it meets every error of a local source
+    # the long part comes before anything is written: it finds every error of a local source
     plan = None if _is_planned(state) else _plan(job, progress)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be created ({error.strerror})") from None
     with locked(out):
-        # another process may have been here meanwhile
+        # another process may have worked here in the meantime
         state = find_manifest(job, out)
         if plan is not None and not _is_planned(state):
             state = _write_plan(job, out, plan)
-        assert state is not None, "a plan does not vanish"
+        assert state is not None, "the plan was written, but its manifest is missing"
         yield state
 
 
@@ -109,7 +109,7 @@ def _is_planned(state: Manifest | None) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the first pass decided; `model` is the file of the tokenizer."""
+    """The result of the first pass; `model`: the content of the tokenizer's file."""
 
     survey: Survey
     model: bytes
@@ -122,14 +122,12 @@ def _plan(job: Job, progress: bool) -> _Plan:
         return _Plan(seen, Path(job.tokenizer).read_bytes(), seen.notes)
     asked = job.vocab_size or _default_vocab(seen)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
-    notes = (
-        [] if pieces == asked else [f"vocab_size: the text has no more than {pieces} pieces, so not {asked}"]
-    )
+    notes = [] if pieces == asked else [f"vocab_size: the text gives only {pieces} pieces instead of {asked}"]
     return _Plan(seen, model, seen.notes + notes)
 
 
 def _default_vocab(seen: Survey) -> int:
-    """About what suits a model that suits the amount of text."""
+    """A vocabulary size for a model of a size that fits the amount of text."""
     if not seen.complete or seen.characters >= 200_000_000:
         return 32000
     return 4096 if seen.characters < 20_000_000 else 8192
@@ -138,7 +136,7 @@ def _default_vocab(seen: Survey) -> int:
 def _write_plan(job: Job, out: Path, plan: _Plan) -> Manifest:
     """Write tokenizer, validation data and progress.json."""
     state: Manifest = {"format": FORMAT, "arguments": job.arguments}
-    # says whose the folder is, should the next lines be interrupted
+    # marks the folder as this job's, in case the next lines are interrupted
     write_manifest(out, "progress.json", state)
     write_atomically(out / "tokenizer.model", plan.model)
     tokenizer = Tokenizer(out / "tokenizer.model")
@@ -166,16 +164,16 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Manifest:
 
 @dataclass(frozen=True)
 class _Position:
-    """The first token that is not stored yet: token `offset` of the document in row `row`."""
+    """The first token that is not stored yet: token `offset` of the document at row `row`."""
 
     row: int
     offset: int
 
 
 def write_shards(job: Job, out: Path, state: Manifest, progress: bool) -> Iterator[int]:
-    """Write what is missing of the training shards, and data.json at the end.
+    """Write the missing training shards, and data.json at the end.
 
-    Yields the number of shards that are there after each one. `state` comes from `started`.
+    Yields the number of shards so far after each one. `state` comes from `started`.
     """
     if is_complete(state):
         return
@@ -200,7 +198,7 @@ def write_shards(job: Job, out: Path, state: Manifest, progress: bool) -> Iterat
 def _encoded(
     source: str, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, tokens) of every training document from row `start` on."""
+    """(row, tokens) of every training document, beginning with row `start`."""
     batch: list[tuple[int, str]] = []
     size = 0
 
@@ -228,8 +226,8 @@ def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 def _cut(
     documents: Iterator[tuple[int, np.ndarray]], position: _Position, size: int, left: int, vocab_size: int
 ) -> Iterator[tuple[np.ndarray, _Position]]:
-    """The documents' tokens from `position` on, at most `left`, in parts of `size` tokens (the last
-    may be shorter), each with the position after it. A part is valid until the next one is asked for."""
+    """At most `left` tokens of the documents, beginning at `position`, in parts of `size` tokens (the last
+    may be shorter), each with the position after it. A part is valid until the next one is requested."""
     buffer = np.empty(min(size, left), token_dtype(vocab_size))
     filled = 0
     following = position

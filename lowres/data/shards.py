@@ -1,9 +1,9 @@
-"""Shards: files of token ids that are read through a memory map.
+"""Shards: memory-mapped files of token ids.
 
 offset  size  little-endian
 0       8     magic "lowres\\0\\0"
 8       4     version of the format
-12      4     bytes of a token: 2, or 4 where the vocabulary has more than 65,536 pieces
+12      4     bytes per token: 2, or 4 if the vocabulary has more than 65,536 pieces
 16      8     number of tokens
 24      8     vocabulary size
 32      4     CRC-32 of the tokens
@@ -38,18 +38,18 @@ def shard_name(part: str, number: int) -> str:
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that after a crash at any moment it is there whole or not at all."""
-    beside = path.with_name(path.name + ".tmp")
+    """Write a file so that it is complete or absent after a crash at any moment."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error.strerror}); see to its disk and try again"
+            f"{path}: cannot be written ({error.strerror}); check its disk and try again"
         ) from None
 
 
@@ -65,9 +65,9 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> int:
 def open_shard(path: Path, verify: bool = True, recorded: int | None = None) -> np.ndarray:
     """uint16 or uint32 [tokens], read-only and memory-mapped.
 
-    `verify` reads the tokens once to compare their checksum; `recorded` is the checksum that the
-    file should have. Raises UserError, which names the file and the remedy, if it is missing, of
-    another format, cut short, changed or another one than recorded.
+    `verify`: read all tokens once to compare their checksum. `recorded`: the checksum that the file should
+    have. Raises UserError, which names the file and the remedy, if the file is missing, truncated, changed,
+    in another format or not the recorded one.
     """
     try:
         with path.open("rb") as file:
@@ -76,16 +76,16 @@ def open_shard(path: Path, verify: bool = True, recorded: int | None = None) -> 
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {_AGAIN}") from None
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-        raise UserError(f"{path}: not a file of tokens; {_AGAIN}")
+        raise UserError(f"{path}: not a token file; {_AGAIN}")
     _, version, token_bytes, count, _, checksum = _HEADER.unpack(header)
     if version != VERSION:
         raise UserError(
             f"{path}: format version {version}, but this lowres reads version {VERSION}; {_AGAIN}"
         )
     if token_bytes not in (2, 4) or size != HEADER_BYTES + count * token_bytes:
-        raise UserError(f"{path}: damaged: its size is not that of {count} tokens; {_AGAIN}")
+        raise UserError(f"{path}: damaged: its size does not match its {count} tokens; {_AGAIN}")
     if recorded not in (None, checksum):
-        raise UserError(f"{path}: not the file that data.json lists; {_AGAIN}")
+        raise UserError(f"{path}: not the file listed in data.json; {_AGAIN}")
     dtype = np.dtype(f"<u{token_bytes}")
     # an empty file cannot be mapped
     tokens = np.memmap(path, dtype, "r", HEADER_BYTES, (count,)) if count else np.empty(0, dtype)

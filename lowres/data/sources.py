@@ -1,13 +1,13 @@
 """Where text comes from: every kind of source as one deterministic sequence of documents.
 
     stdlib                              the .py files of the running Python's standard library
-    a file, a folder or a glob          .txt .md .py (a document a file), .jsonl .parquet (a document
-                                        a row, column "text"); each also as .gz, .xz or .zst
+    a file, a folder or a glob          .txt .md .py (one document per file), .jsonl .parquet (one document
+                                        per row, column "text"); each also as .gz, .xz or .zst
     hf:<dataset>[:<config>[:<split>]]   streamed by the `datasets` library; <dataset> is a name on the
                                         Hugging Face hub or a local folder; default split: train
 
-A document is named by its *row*: its number in the source, counting blank rows and unreadable files
-of the library too, so that reading can go on from any row.
+A document is identified by its *row*: its number in the source. Blank rows and unreadable files of the
+library count too, so reading can continue from any row.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_stream(source: str) -> bool:
-    """Whether the source is read from a data set of unknown length that cannot be read twice cheaply."""
+    """Whether the source is a data set of unknown length that is expensive to read twice."""
     return source.startswith("hf:")
 
 
 def documents(source: str) -> Iterator[str]:
-    """Every document of the source in a fixed order, none of them blank, without lone surrogates.
+    """Every document of the source that is not blank, in a fixed order, without lone surrogates.
 
-    Raises UserError, with one line that names the file, for whatever cannot be read, and at the end
-    if there was no text at all.
+    Raises UserError, with one line that names the file, for anything that cannot be read, and at the end if
+    there was no text at all.
     """
     for _, text in numbered_documents(source):
         yield text
 
 
 def numbered_documents(source: str, start: int = 0) -> Iterator[tuple[int, str]]:
-    """(row, document) from row `start` on; see `documents`."""
+    """(row, document), beginning with row `start`; see `documents`."""
     empty = True
     first = start if is_stream(source) else 0
     rows = _stream_rows(source, start) if is_stream(source) else _rows(source)
@@ -66,14 +66,14 @@ def numbered_documents(source: str, start: int = 0) -> Iterator[tuple[int, str]]
             empty = False
             yield row, without_surrogates(text)
     if empty and start == 0:
-        raise UserError(f"{source}: there is no text in it; point data.source at files with text")
+        raise UserError(f"{source}: contains no text; set data.source to files with text")
 
 
 def fingerprint(source: str) -> str:
-    """A string that differs whenever the documents of the source might.
+    """A string that changes whenever the documents of the source may have changed.
 
-    Of local files it covers names, sizes and times of modification, not the content: a source of
-    any size is compared in no time.
+    For local files it covers names, sizes and modification times, not the content, so it is fast for any
+    size.
     """
     if is_stream(source):
         return source
@@ -107,17 +107,17 @@ def _files(source: str) -> list[tuple[str, Path]]:
         where = "in this folder"
     elif path.exists():
         files = [(path.name, path)] if _kind(path) else []
-        where = "this file is not one"
+        where = "this file has another type"
     elif glob.has_magic(source):
         matches = sorted(glob.glob(str(path), recursive=True))
         files = [(name, Path(name)) for name in matches if _kind(Path(name)) and Path(name).is_file()]
-        where = "among what it matches"
+        where = "among the files that it matches"
     else:
         raise UserError(
             f"{source}: no such file or folder; data.source is stdlib, a path, a glob or hf:<dataset>"
         )
     if not files:
-        raise UserError(f"{source}: no file that can be read ({where}); known are {KNOWN}")
+        raise UserError(f"{source}: no file of a known type ({where}); known are {KNOWN}")
     return files
 
 
@@ -134,7 +134,7 @@ def _walk(root: Path, leave_out: set[str]) -> list[tuple[str, Path]]:
 
 
 def _kind(file: Path) -> str:
-    """The suffix that says how to read the file, "" if none does."""
+    """The suffix that says how to read the file; "" if it is unknown."""
     suffix = file.with_suffix("").suffix if file.suffix in COMPRESSIONS else file.suffix
     return suffix if suffix in TEXT_SUFFIXES + ROW_SUFFIXES else ""
 
@@ -152,12 +152,12 @@ def _rows(source: str) -> Iterator[str]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed; whatever goes wrong while they are read names the file."""
+    """The file's bytes, decompressed; an error while reading raises UserError that names the file."""
     try:
         with _decompressed(file) as stream:
             yield stream
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file}: damaged or cut short ({_first_line(error)}); get the file again") from None
+        raise UserError(f"{file}: damaged or truncated ({_first_line(error)}); get the file again") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({_first_line(error)})") from None
 
@@ -173,8 +173,8 @@ def _decompressed(file: Path) -> IO[bytes]:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Bytes of a .zst file of any number of frames. The reader that comes with `zstandard` takes the
-    end of a truncated file for the end of the text."""
+    """Bytes of a .zst file with any number of frames. The reader in `zstandard` treats the end of a truncated
+    file as the end of the text."""
 
     def __init__(self, file: Path) -> None:
         try:
@@ -221,7 +221,7 @@ def _whole_text(file: Path, stream: IO[bytes], skip_other_encodings: bool) -> st
         if skip_other_encodings:
             return ""
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it or leave it out") from None
-    # UTF-16 and most binary formats are full of NUL, text has none
+    # UTF-16 and most binary formats contain many NUL bytes; text has none
     if "\0" in text:
         raise UserError(f"{file}: not UTF-8 text (it holds NUL bytes); convert it or leave it out")
     return text
@@ -238,7 +238,7 @@ def _json_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
             raise UserError(f"{file}:{number}: not UTF-8 text; convert the file") from None
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{file}:{number}: not valid JSON ({_first_line(error)}); mend that line"
+                f"{file}:{number}: not valid JSON ({_first_line(error)}); correct that line"
             ) from None
         if not isinstance(row, dict):
             raise UserError(f'{file}:{number}: a line must be a JSON object with a "text" column')
@@ -251,7 +251,7 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file}: .parquet files need the package pyarrow: pip install pyarrow") from None
-    # the format is read from its end, and seeking in compressed data would decompress it many times
+    # parquet is read from its end, and seeking in compressed data would decompress it many times
     seekable = io.BytesIO(stream.read()) if file.suffix in COMPRESSIONS else stream
     try:
         table = pyarrow.parquet.ParquetFile(seekable)
@@ -262,7 +262,7 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
                 yield _text_of(row, str(file))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: not a whole parquet file ({_first_line(error)}); get the file again"
+            f"{file}: not a complete parquet file ({_first_line(error)}); get the file again"
         ) from None
 
 
@@ -277,19 +277,19 @@ def _stream_rows(source: str, start: int) -> Iterator[str]:
         import datasets
     except ImportError:
         raise UserError(f"{source}: hf: sources need the package datasets: pip install datasets") from None
-    # of a hub that is out of reach the error below says all there is to say, in one line
+    # if the hub cannot be reached, the error below already says so in one line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for row in dataset.skip(start):
             yield _text_of(row, source)
-    # whatever `datasets` and the libraries below it raise is about the data set or the connection
+    # all errors of `datasets` and its libraries are about the data set or the connection
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"{source}: {_first_line(error)} ({type(error).__name__}); "
-            "without the hub, train on local text: --set data.source=PATH, or make ... DATA=PATH"
+            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
         ) from None
 
 

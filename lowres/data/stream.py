@@ -1,8 +1,8 @@
 """Training from a stream while it is still being tokenised.
 
-The folder and the files are those of `prepare`, with shards of BLOCK_TOKENS called blocks. A thread
-writes them, at most one block ahead of training, and they stay: a resumed run reads again what it
-has read before, and when the stream has ended the blocks are a finite data set.
+The folder and the files are the same as in `prepare`; the shards have BLOCK_TOKENS tokens and are called
+blocks. A thread writes them, at most one block ahead of training. They are kept, so a resumed run reads the
+same blocks again, and after the end of the stream the blocks are a finite data set.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ BLOCK_TOKENS = 1 << 23
 
 
 class BlockStream:
-    """The blocks of a job, each written when it or the one before it is asked for.
+    """The blocks of a job. Each is written when it, or the block before it, is requested.
 
-    `state`: the content of progress.json at the beginning, or of data.json if the stream was already
-    tokenised to its end. Raises UserError as `prepare` does.
+    `state`: the content of progress.json at the start, or of data.json if the stream was already tokenised
+    completely. Raises UserError like `prepare`.
     """
 
     def __init__(self, job: Job, folder: Path, progress: bool) -> None:
@@ -38,12 +38,12 @@ class BlockStream:
         self._closed = False
         self._error: BaseException | None = None
         writer = write_shards(job, folder, self.state, progress=False)
-        # a daemon, because a run that ends must not wait for a block that nobody will read
+        # a daemon, because a run that ends must not wait for a block that it does not need
         self._thread = threading.Thread(target=self._write, args=(writer,), daemon=True, name="blocks")
         self._thread.start()
 
     def has(self, block: int) -> bool:
-        """Wait for the block; False if the stream ends before it. Raises what stopped the thread."""
+        """Wait for the block; False if the stream ends before it. Raises the error of the thread, if any."""
         with self._changed:
             self._wanted = max(self._wanted, block)
             self._changed.notify_all()
@@ -56,12 +56,12 @@ class BlockStream:
             return self._written > block
 
     def length(self) -> int | None:
-        """Number of blocks; None as long as the stream has not ended."""
+        """Number of blocks; None until the stream has ended."""
         with self._changed:
             return self._written if self._ended else None
 
     def close(self) -> None:
-        """Stop after the block that is being written, and wait for that."""
+        """Stop the thread after the block that it is writing, and wait for it."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -84,7 +84,7 @@ class BlockStream:
             self._folder_is_ours.close()
 
     def _one_more(self) -> bool:
-        """Wait until another block is wanted; False if none will be."""
+        """Wait until another block is wanted; False if the stream is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._written < self._wanted + 2)
             return not self._closed

@@ -1,12 +1,13 @@
-"""The first pass over a source: what to train the tokenizer on and what to hold out for validation.
+"""The first pass over a source: choose text to train the tokenizer on, and documents to hold out for
+validation.
 
-Local files are read to their end, a stream only as far as LOOKAHEAD_CHARS. Memory stays bounded for
-any amount of text.
+Local files are read completely, a stream only up to LOOKAHEAD_CHARS. Memory is bounded for any amount of
+text.
 
-Held out are whole documents: of local files those with the lowest content hashes, which is a random
-choice that stays the same when documents are added, moved or prepared again; of a stream the leading
-ones. Together they have at most 5 % of the text and VAL_CHARS characters. If no document is that
-small, the end of the largest one is held out.
+Whole documents are held out. From local files these are the documents with the lowest content hashes: a
+random choice that stays the same when documents are added, moved or prepared again. From a stream these are
+the first documents. Together they have at most 5 % of the text and at most VAL_CHARS characters. If no
+document is that small, the end of the largest one is held out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VAL_CHARS = 4_000_000
 VAL_PART = 0.05
 LOOKAHEAD_CHARS = 20_000_000
 SAMPLE_CHARS = 10_000_000
-# with more text than this the limit on validation text is VAL_CHARS, so more candidates are no use
+# with more text than this, VAL_CHARS limits the validation text, so more candidates are not needed
 _CANDIDATE_CHARS = int(VAL_CHARS / VAL_PART)
 _SAMPLE_BLOCK = 4096
 
@@ -42,7 +43,7 @@ class HeldOut:
     tail_start: int = 0
 
     def training_part(self, row: int, text: str) -> str:
-        """The part of a document to train on: all, none, or (of one) the beginning. Copies of a
+        """The part of a document to train on: all, nothing, or (for one document) the beginning. Copies of a
         document that is held out, even in part, are left out."""
         if row == self.tail_row:
             return text[: self.tail_start]
@@ -51,7 +52,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Survey:
-    """`complete`: the whole source was read; `characters`: as far as it was read."""
+    """`complete`: the whole source was read. `characters`: how many were read."""
 
     characters: int
     complete: bool
@@ -62,12 +63,12 @@ class Survey:
 
 
 def quiet_bar(progress: bool) -> dict[str, Any]:
-    """Options of a progress bar that goes when it is done, and shows on terminals only."""
+    """Options of a progress bar that disappears at the end and is shown only on terminals."""
     return {"disable": None if progress else True, "leave": False}
 
 
 class EvenSample:
-    """Blocks of text, at most `limit` characters, spread evenly over everything that is added."""
+    """Blocks of text, at most `limit` characters, spread evenly over all added text."""
 
     def __init__(self, limit: int) -> None:
         self.blocks: list[str] = []
@@ -89,7 +90,7 @@ class EvenSample:
 
 
 class _Candidates:
-    """Documents that may become validation data, those with the lowest keys of all."""
+    """Documents that may become validation data: those with the lowest keys."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, str, str]] = []  # (-key, hash, text): the highest key on top
@@ -108,7 +109,7 @@ class _Candidates:
             self._size -= len(text)
 
     def choose(self, room: int) -> dict[str, str]:
-        """hash -> text: in the order of the keys, each that still has room."""
+        """hash -> text: in the order of the keys, every document that still fits into `room` characters."""
         chosen = {}
         for _, digest, text in sorted(self._heap, reverse=True):
             if len(text) <= room:
@@ -118,7 +119,7 @@ class _Candidates:
 
 
 def survey(source: str, hold_out: bool, progress: bool) -> Survey:
-    """Read the source; `hold_out` False leaves all of it to training."""
+    """Read the source. With `hold_out` False, all text is for training."""
     stream = is_stream(source)
     sample, candidates = EvenSample(SAMPLE_CHARS), _Candidates()
     characters, complete = 0, True
@@ -145,13 +146,13 @@ def survey(source: str, hold_out: bool, progress: bool) -> Survey:
             held_out = HeldOut(frozenset([content_hash(largest)]), largest_row, start)
             validation = [largest[start:]]
             notes.append(
-                f"no document is small enough to be held out whole (5 % of the text): the last "
+                f"no document is small enough to hold out as a whole (5 % of the text): the last "
                 f"{len(largest) - start:,} characters of the largest one are the validation data"
             )
     return Survey(characters, complete, sample.blocks, held_out, validation, notes)
 
 
 def _tail_start(text: str) -> int:
-    """Where the held-out end of a document begins: after a newline if there is one close by."""
+    """Where the held-out end of a document begins: after a newline if one is near."""
     start = max(int((1 - VAL_PART) * len(text)), len(text) - VAL_CHARS)
     return text.rfind("\n", start - len(text) // 20, start) + 1 or start

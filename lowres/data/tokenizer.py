@@ -1,15 +1,15 @@
-"""The tokenizer: a SentencePiece BPE model with byte fallback, used so that no text is ever changed.
+"""The tokenizer: a SentencePiece BPE model with byte fallback, used in a way that never changes a text.
 
     decode(encode(text)) == text        for every text without lone surrogates
 
-SentencePiece by itself is not lossless: it can normalise, strip or add spaces, and it writes a space
-as U+2581, so that a text with that character comes back with a space. Hence here
-- a model is opened with normalisation off, whatever its file says;
+SentencePiece alone is not lossless: it can normalise text, remove or add spaces, and it stores a space as
+U+2581, so this character becomes a space after decoding. Therefore:
+- a model is opened with normalisation off, even if its file turns it on;
 - U+2581 in a text is encoded as its three bytes;
-- decoding is our own table from id to bytes.
+- decoding uses a table from id to bytes.
 
-Pieces never contain a newline, which is its own byte piece. So a text may be cut after any newline
-without changing its tokens, and long documents are encoded in pieces by all threads.
+Pieces never contain a newline, which has its own byte piece. So a text can be cut after any newline without
+changing its tokens, and several threads encode the parts of long documents.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ LEAST_VOCAB = BYTES_AND_SPECIALS + 1
 CHUNK_CHARS = 1 << 16
 GROUP_CHARS = 1 << 22
 
-# Serialized protobuf messages may be concatenated and the last value of a field wins. This is a
-# `normalizer_spec` without character map, dummy prefix and removal of spaces, but with escaping.
+# Serialised protobuf messages can be concatenated, and the last value of a field counts. This is a
+# `normalizer_spec` without character map, dummy prefix and removal of spaces, but with escaping of spaces.
 _NO_NORMALISATION = bytes([0x1A, 8, 0x12, 0, 0x18, 0, 0x20, 0, 0x28, 1])
 
 
 class Tokenizer:
     """A SentencePiece model with byte fallback.
 
-    `vocab_size` pieces; `bos_id` and `eos_id` are never produced by `encode`; `fingerprint` is a
-    hash of the file. Raises UserError if the file is not such a model.
+    `vocab_size`: number of pieces. `encode` never produces `bos_id` and `eos_id`. `fingerprint`: hash of the
+    file. Raises UserError if the file is not such a model.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -56,7 +56,7 @@ class Tokenizer:
             raise UserError(f"tokenizer {path}: cannot be read ({error.strerror})") from None
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            # SentencePiece takes nothing at all for a model without pieces
+            # SentencePiece accepts an empty file as a model without pieces
             if not model or not self._processor.LoadFromSerializedProto(model + _NO_NORMALISATION):
                 raise RuntimeError
         except RuntimeError:
@@ -79,7 +79,7 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer {path}: it has no piece for the space and would lose it; train it on text"
             )
-        # only a foreign model has pieces across newlines; its documents are then encoded in one go
+        # only models from elsewhere have pieces across newlines; then each document is encoded as a whole
         crosses = any(b"\n" in piece and piece != b"\n" for piece in self._bytes_of)
         self._chunk_chars = None if crosses else CHUNK_CHARS
 
@@ -89,7 +89,7 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 [tokens] of each text, computed by as many threads as there are cores."""
+        """int32 [tokens] for each text, computed by one thread per core."""
         parts: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(texts, self._chunk_chars):
             encoded = self._processor.encode([chunk for _, chunk in group], num_threads=os.cpu_count() or 1)
@@ -98,13 +98,13 @@ class Tokenizer:
         return [np.concatenate(of_text) for of_text in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Control pieces and ids beyond the vocabulary stand for nothing, and
-        bytes that are no UTF-8, as a model may produce, for U+FFFD."""
+        """The text of the ids. Control pieces and ids outside the vocabulary give no text; bytes that are not
+        UTF-8, which a model may produce, give U+FFFD."""
         table = self._bytes_of
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode("utf-8", "replace")
 
     def token_bytes(self) -> Tensor:
-        """int64 [vocab_size]: UTF-8 bytes that each token stands for (bos and eos: 0)."""
+        """int64 [vocab_size]: number of UTF-8 bytes that each token stands for (bos and eos: 0)."""
         return torch.tensor([len(piece) for piece in self._bytes_of])
 
     def _piece_bytes(self, i: int) -> bytes:
@@ -118,7 +118,7 @@ class Tokenizer:
 
 
 def _groups(texts: list[str], size: int | None) -> Iterator[list[tuple[int, str]]]:
-    """(number of its text, chunk) in groups that bound the memory for ids in Python's lists."""
+    """(index of the text, chunk), in groups that limit the memory for Python lists of ids."""
     group: list[tuple[int, str]] = []
     characters = 0
     for i, text in enumerate(texts):
@@ -126,7 +126,7 @@ def _groups(texts: list[str], size: int | None) -> Iterator[list[tuple[int, str]
             head, *rest = chunk.split(SPACE)
             group.append((i, head))
             for part in rest:
-                # a chunk that is U+2581 alone stands for that character itself
+                # a chunk that is only U+2581 stands for this character itself
                 group += [(i, SPACE), (i, part)]
             characters += len(chunk)
             if characters >= GROUP_CHARS:
@@ -149,16 +149,16 @@ def _chunks(text: str, size: int | None) -> Iterator[str]:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise UserError if no text at all could give a tokenizer that small."""
+    """Raise UserError if this size is too small for a tokenizer of any text."""
     if vocab_size < LEAST_VOCAB:
         raise UserError(
-            f"vocab_size: {vocab_size} is too small; {BYTES_AND_SPECIALS} pieces are bytes and special ones, "
-            f"so the least that works is {LEAST_VOCAB}"
+            f"vocab_size: {vocab_size} is too small; {BYTES_AND_SPECIALS} pieces are for bytes and special "
+            f"tokens, so the smallest that works is {LEAST_VOCAB}"
         )
 
 
 def check_enough_pieces(pieces: int, vocab_size: int) -> None:
-    """Raise UserError if a text that gave that many pieces cannot give `vocab_size`."""
+    """Raise UserError if a text that gives `pieces` pieces cannot give `vocab_size`."""
     if pieces < vocab_size:
         raise UserError(
             f"vocab_size: {vocab_size} is too large for this text; the largest that works is {pieces}"
@@ -166,10 +166,10 @@ def check_enough_pieces(pieces: int, vocab_size: int) -> None:
 
 
 def train(texts: Iterable[str], vocab_size: int, exact: bool = True) -> tuple[bytes, int]:
-    """Train a tokenizer on the texts; returns (model file, how many pieces it has).
+    """Train a tokenizer on the texts; returns (content of the model file, number of pieces).
 
-    The same texts give the same file. Raises UserError if `vocab_size` is too small for any text or,
-    if `exact`, too large for these; otherwise a tokenizer with fewer pieces comes out.
+    The same texts give the same file. Raises UserError if `vocab_size` is too small for any text or, with
+    `exact`, too large for these texts. Without `exact`, the result may have fewer pieces.
     """
     check_vocab_size(vocab_size)
     texts = list(texts)
@@ -181,8 +181,8 @@ def train(texts: Iterable[str], vocab_size: int, exact: bool = True) -> tuple[by
         model_type="bpe",
         vocab_size=vocab_size,
         hard_vocab_limit=False,
-        character_coverage=1.0,  # of what is left of the texts, see _alphabet
-        # as LLaMA's
+        character_coverage=1.0,  # of the characters that remain, see _alphabet
+        # as in LLaMA
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -190,11 +190,11 @@ def train(texts: Iterable[str], vocab_size: int, exact: bool = True) -> tuple[by
         split_digits=True,
         byte_fallback=True,
         allow_whitespace_only_pieces=True,
-        # nothing of the text may change
+        # the text must not change
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        # the number is written into the file, so it must not depend on the machine
+        # the number is stored in the file, so it must not depend on the machine
         num_threads=2,
         minloglevel=2,
     )
@@ -205,19 +205,19 @@ def train(texts: Iterable[str], vocab_size: int, exact: bool = True) -> tuple[by
 
 
 def _alphabet(texts: list[str], room: int) -> set[str]:
-    """The characters that get pieces of their own; all others are spelled in bytes.
+    """The characters that get their own pieces; all others are written as bytes.
 
-    They make up 0.9995 of the text, as is usual, but take no more than half of the room for pieces,
-    so that there are always words too.
+    They cover 0.9995 of the text, the usual value, but use at most half of the room for pieces, so that there
+    are always pieces for words too.
     """
     counts = Counter[str]()
     for text in texts:
         counts.update(text)
-    # the trainer keeps U+2585 for itself and drops lines that hold it
+    # the trainer reserves U+2585 and drops lines that contain it
     for never_in_a_piece in ("\n", "\0", "\t", SPACE, "\u2585"):
         del counts[never_in_a_piece]
     wanted = 0.9995 * counts.total()
-    # an unknown space would be spelled in the bytes of U+2581
+    # an unknown space would be written as the bytes of U+2581
     alphabet = {" "}
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         if wanted <= 0 or len(alphabet) >= room // 2:
@@ -228,7 +228,7 @@ def _alphabet(texts: list[str], room: int) -> set[str]:
 
 
 def _training_lines(texts: list[str], alphabet: set[str]) -> Iterator[str]:
-    """Runs of the alphabet's characters, of at most 1000 (the trainer drops lines over 4192 bytes)."""
+    """Sequences of the alphabet's characters, at most 1000 long (the trainer drops lines over 4192 bytes)."""
     yield " "
     run = re.compile(f"[{''.join(map(re.escape, sorted(alphabet)))}]{{1,1000}}")
     for text in texts:

@@ -1,13 +1,13 @@
-"""The step of the autograd engine under DeepSpeed: AdamW whose state, gradients and weights are divided over
-the ranks (ZeRO, arXiv 1910.02054) and may live in host memory or on a disk.
+"""The step of the autograd engine with DeepSpeed: AdamW with state, gradients and weights divided among the
+ranks (ZeRO, arXiv 1910.02054), optionally offloaded to host memory.
 
-The batch of a step is the same on every rank; each takes its share of the sequences, so N ranks do what one
-does. Weights and state at rest are DeepSpeed's flat partitions. `units` is the one door to them: a unit at a
-time is put together, or taken apart again, in host memory, so what goes in and out are the tensors that the
-other engines have, whatever the number of ranks.
+All ranks get the same batch, and each processes its share of the sequences, so N ranks compute the same step
+as one. Between steps, weights and state are DeepSpeed's flat partitions. Only `units` reads and writes them:
+it assembles one unit at a time in host memory, or divides it again. So callers see the same tensors as with
+the other engines, for any number of ranks.
 
-Not used: DeepSpeed's checkpoints (pickles, a layout for each number of ranks), its schedules and its
-counting of micro-batches.
+Not used from DeepSpeed: its checkpoints (pickles, with a layout that depends on the number of ranks), its
+schedules and its counting of micro-batches.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from lowres.storage import (
     weight_fields,
 )
 
-# elements that are communicated at a time; DeepSpeed's own choice of 500 M takes 2 GB of a small card
+# elements that are communicated at a time; DeepSpeed's default of 500 M takes 2 GB of a small card
 BUCKET = 100_000_000
-# what DeepSpeed compiles here, and the age in seconds of a lock that nobody can hold beside ours: of what is
-# compiled already, it is held for a moment
+# the operators that DeepSpeed compiles here, and the age in seconds after which their lock files are stale:
+# while we hold our own lock, another process holds such a lock only for a moment
 OPERATORS = ("cpu_adam", "deepspeed_shm_comm")
 LEFT_OVER = 60.0
-# keys of a DeepSpeed JSON that the run's config decides, and the key to use instead
+# keys of a DeepSpeed JSON that the run's config sets, and the key to use instead
 DECIDED = {
     "train_batch_size": "train.batch_tokens",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -80,12 +80,12 @@ DECIDED = {
 
 
 def require(config: Config, device: torch.device) -> None:
-    """Raise UserError if DeepSpeed, or a compiler that it needs, is missing, if the file of its own keys
-    cannot be used, or if the batch cannot be divided over the ranks."""
+    """Raise UserError if DeepSpeed or a compiler that it needs is missing, if deepspeed.config_file cannot be
+    used, or if the batch cannot be divided among the ranks."""
     if config.batch_sequences % ranks.size():
         near = max(1, round(config.batch_sequences / ranks.size())) * ranks.size() * config.data.seq_len
         raise UserError(
-            f"train.batch_tokens: {config.batch_sequences} sequences cannot be divided over {ranks.size()} "
+            f"train.batch_tokens: {config.batch_sequences} sequences cannot be divided among {ranks.size()} "
             f"ranks; {near} tokens can"
         )
     own_keys(config)
@@ -94,7 +94,7 @@ def require(config: Config, device: torch.device) -> None:
 
 
 def own_keys(config: Config) -> dict[str, Any]:
-    """The content of deepspeed.config_file. Raises UserError at a key that the run's config decides."""
+    """The content of deepspeed.config_file. Raises UserError for a key that the run's config sets."""
     path = config.deepspeed.config_file
     if path is None:
         return {}
@@ -103,21 +103,19 @@ def own_keys(config: Config) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config_file: {path} cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):
-        raise UserError(f"deepspeed.config_file: {path} holds no JSON object")
+        raise UserError(f"deepspeed.config_file: {path} does not contain a JSON object")
     for key, instead in DECIDED.items():
         found: Any = values
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if found is not None:
-            raise UserError(
-                f"deepspeed.config_file: {path} sets {key}, which is {instead} here; remove it there"
-            )
+            raise UserError(f"deepspeed.config_file: {path} sets {key}; remove it and use {instead}")
     return values
 
 
 def deepspeed(device: torch.device) -> ModuleType:
-    """The module, told of the device and quiet."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU that is there
+    """The DeepSpeed module, set up for the device and with less output."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # by default it uses a GPU if there is one
     try:
         import deepspeed as found
     except ImportError:
@@ -128,7 +126,7 @@ def deepspeed(device: torch.device) -> ModuleType:
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
         if type(handler) is logging.StreamHandler:
-            handler.setStream(sys.stderr)  # what is printed is a run's results
+            handler.setStream(sys.stderr)  # stdout is for a run's results
     logger.addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return found
@@ -139,24 +137,24 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:
-    """Without DeepSpeed's prints of what it has compiled."""
+    """Suppress DeepSpeed's messages about compiled operators."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def compile_operators(offloaded: bool) -> None:
-    """Have what DeepSpeed compiles on its first use: sums over shared memory where it computes on a CPU, and
-    for an offloaded optimizer its AdamW. Raises UserError where that fails."""
+    """Compile now what DeepSpeed would compile at first use: reductions through shared memory on a CPU, and
+    AdamW for an offloaded optimizer. Raises UserError if this fails."""
     from deepspeed.comm.torch import build_shm_op
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
-    # where pip puts ninja, which an environment that is not activated does not look for
+    # pip installs ninja here, and an environment that is not activated does not search this folder
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
         with _silence(), _alone():
             build_shm_op()
             if offloaded:
                 CPUAdamBuilder().load(verbose=False)
-    except Exception as error:  # of the compiler, ninja, or what they cannot find
+    except Exception as error:  # from the compiler or ninja, or because something is missing
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"memory.engine: DeepSpeed could not compile its operators ({reason}); install a C++ compiler "
@@ -166,8 +164,8 @@ def compile_operators(offloaded: bool) -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """One process of this machine at a time, which finds no lock of PyTorch's that nobody holds: a
-    compilation that is killed leaves its lock file, and all that come later would wait for it for ever."""
+    """Let only one process of this machine compile at a time, and remove PyTorch's stale lock files first: a
+    compilation that is killed leaves its lock file, and all later ones would wait for it forever."""
     import fcntl
 
     from torch.utils.cpp_extension import get_default_build_root
@@ -177,7 +175,7 @@ def _alone() -> Iterator[None]:
     with (root / "lowres.lock").open("w") as ours:
         fcntl.flock(ours, fcntl.LOCK_EX)
         for theirs in (lock for name in OPERATORS for lock in root.rglob(f"{name}/lock")):
-            with contextlib.suppress(FileNotFoundError):  # it was held, and is let go
+            with contextlib.suppress(FileNotFoundError):  # its holder has released it
                 while time.time() - theirs.stat().st_mtime < LEFT_OVER:
                     time.sleep(0.1)
                 theirs.unlink()
@@ -185,7 +183,7 @@ def _alone() -> Iterator[None]:
 
 
 def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run; own_keys go before what only these lines choose."""
+    """The DeepSpeed configuration of a run; `own_keys` override values that only this function chooses."""
     asked, kept, cuda = config.deepspeed, config.memory, device.type == "cuda"
     lean = kept.weights == "bf16"
     share = config.batch_sequences // ranks.size()
@@ -230,8 +228,8 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Fragment:
-    """The part of a flattened weight that this rank keeps: where it starts, and views of its master weight
-    and moments, by "" and key."""
+    """The part of a flattened weight that this rank stores: its start, and views of the master weight (key
+    "") and of the moments (by their keys)."""
 
     start: int
     views: dict[str, Tensor]
@@ -241,7 +239,7 @@ class ZeroEngine:
     """Engine interface: see `lowres.engine.Engine`."""
 
     def __init__(self, config: Config, optimizer: Optimizer, micro_batch: int, rooms: Rooms) -> None:
-        """optimizer: has the rates and weight decays of the tensors; DeepSpeed updates them."""
+        """optimizer: gives the learning rates and weight decays; DeepSpeed does the updates."""
         self.config, self.rooms, self.device = config, rooms, rooms.device
         self.micro_batch = min(micro_batch, config.batch_sequences // ranks.size())
         self.loss_chunk = config.memory.loss_chunk
@@ -251,7 +249,7 @@ class ZeroEngine:
         ranks.join(self.device)
         keys = settings(config, self.micro_batch, self.device)
         dtype = torch.bfloat16 if keys["bf16"]["enabled"] else torch.float32
-        if config.deepspeed.stage == 3:  # divided as it is built
+        if config.deepspeed.stage == 3:  # each weight is divided when it is created
             with _silence(), module.zero.Init(config_dict_or_path=keys):
                 model = Llama(config.model)
         else:
@@ -266,7 +264,7 @@ class ZeroEngine:
         self._start_state()
 
     def _adamw(self, model: nn.Module) -> torch.optim.Optimizer:
-        """With a group for each of the groups that have a rate and a weight decay of their own."""
+        """AdamW with one param group for each of the optimizer's groups (learning rate and weight decay)."""
         optim, groups = self.config.optim, []
         for group in self._groups:
             names = [s.name for u in self.specs for s in u.tensors if group.has(s)]
@@ -282,7 +280,7 @@ class ZeroEngine:
         return DeepSpeedCPUAdam(groups, **more, fp32_optimizer_states=wide)
 
     def reserve(self, sequences: int, length: int, training: bool) -> None:
-        """Nothing: DeepSpeed allocates its buffers at the start, and activations as they come."""
+        """Does nothing: DeepSpeed allocates its buffers at the start, and activations when needed."""
 
     # the step
 
@@ -303,7 +301,7 @@ class ZeroEngine:
             if last:
                 (mean,) = ranks.total(float(total) / count)
                 refused = rehearsal or not torch.tensor(mean).isfinite()
-                # gradients that are not finite are what it skips a step for, on all ranks
+                # DeepSpeed skips a step, on all ranks, if gradients are not finite
                 weight = float("nan") if refused else weight
             self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._engine.step()
@@ -326,7 +324,7 @@ class ZeroEngine:
         self._engine.eval()
         return self._engine(tokens.to(self.device))[:, -1].float()
 
-    # weights and state at rest
+    # weights and state between steps
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         for spec in self.specs:
@@ -335,7 +333,7 @@ class ZeroEngine:
                 self._read(unit)
                 for slab in (unit.weights_slab, unit.state_slab):
                     assert slab is not None
-                    ranks.add(slab)  # bytes that no other rank has touched: exact for any number format
+                    ranks.add(slab)  # each byte is nonzero on one rank only: exact for any number format
             yield unit
             if write:
                 self._write(unit)
@@ -354,7 +352,7 @@ class ZeroEngine:
         return unit
 
     def _read(self, unit: Unit) -> None:
-        """Put what this rank keeps of a unit into its place."""
+        """Copy this rank's parts of the weights and moments into the unit."""
         for spec in unit.spec.tensors:
             for whole, fragment in self._pairs(unit, spec.name):
                 whole.copy_(fragment)
@@ -363,7 +361,7 @@ class ZeroEngine:
             unit.updates.fill_(self._updates())
 
     def _write(self, unit: Unit) -> None:
-        """Take from a unit what this rank keeps of it."""
+        """Copy this rank's parts of the weights and moments from the unit."""
         for spec in unit.spec.tensors:
             for whole, fragment in self._pairs(unit, spec.name):
                 fragment.copy_(whole)
@@ -371,7 +369,7 @@ class ZeroEngine:
         self._set_updates(int(unit.updates))
 
     def _pairs(self, unit: Unit, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The part of a weight, and of each of its moments, that this rank keeps: in the unit and here."""
+        """This rank's part of a weight and of each of its moments: (view in the unit, view in DeepSpeed)."""
         fragment = self._fragment(name)
         if fragment is not None:
             wholes = {"": unit.weight_tensors()[name]} | unit.state[name]
@@ -387,11 +385,11 @@ class ZeroEngine:
         return self._zero.single_partition_of_fp32_groups
 
     def _state(self, flat: Tensor) -> dict[str, Any]:
-        """What its AdamW keeps beside flat master weights."""
+        """The state of DeepSpeed's AdamW for flat master weights."""
         return self._zero.optimizer.state[flat]
 
     def _start_state(self) -> None:
-        """Moments before the first step, so that they can be loaded and what does not fit fails now."""
+        """Create the moments before the first step, so they can be loaded, and lack of memory shows now."""
         offloaded = self.config.deepspeed.offload_optimizer != "none"
         dtype = DENSE_DTYPES[self.config.memory.moments]
         for flat in self._flats():
@@ -412,12 +410,12 @@ class ZeroEngine:
                 state["step"] = count
 
     def _fragment(self, name: str) -> Fragment | None:
-        """What this rank keeps of a weight; None if that is nothing."""
+        """This rank's part of a weight; None if it has none."""
         parameter = self._parameters[name]
         if self.config.deepspeed.stage == 3:
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
             flat, start = self._zero.fp32_partitioned_groups_flat[group], ranks.rank() * length
-            length = min(length, parameter.ds_numel - start)  # the last parts are filled up
+            length = min(length, parameter.ds_numel - start)  # the last parts are padded
         else:
             mapping = parameter._hp_mapping
             if mapping is None:
@@ -432,7 +430,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Compute with the master weights that were written."""
+        """Copy the new master weights to the weights that the model computes with."""
         if self.config.deepspeed.stage < 3:
             self._zero.update_lp_params()
             return

@@ -1,9 +1,9 @@
-"""The model: LLaMA, with the options of its relatives.
+"""The model: LLaMA, with options of related models.
 
 block    one block: the table of its tensors, and the arithmetic
 lora     low-rank adapters of its matrices
-tensors  every tensor of a whole model: specification, first values, memory
-llama    an ordinary module of all that, the reference
+tensors  every tensor of a whole model: specification, initial values, memory
+llama    the whole model as an ordinary `nn.Module`, used as the reference
 """
 
 from lowres.model.block import (

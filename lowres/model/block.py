@@ -1,13 +1,14 @@
-"""A block of LLaMA at one place: the table of its tensors, and what is done with them.
+"""A LLaMA block in one place: the table of its tensors, and its arithmetic.
 
-The functions take weights as arguments, by role. The layer-major engine calls them with one layer's weights
-at a time; `lowres.model.llama`, the ordinary module, with its submodules. An option of the model is a row
-of the table with a condition, and a line of the arithmetic that looks whether that role is there.
+The functions take weights as arguments, by role. The layer-major engine passes the weights of one layer at a
+time; `lowres.model.llama`, the ordinary module, passes its submodules. An option of the model is a row of the
+table with a condition, and a line of arithmetic that checks whether that role exists.
 
 Source: Touvron et al., "LLaMA" (arXiv 2302.13971). RMSNorm: arXiv 1910.07467. RoPE: arXiv 2104.09864, in
 the rotate-half form. SwiGLU: arXiv 2002.05202. Grouped-query attention: arXiv 2305.13245. Biases of query,
-key and value: Qwen2 (arXiv 2407.10671). Normalised query and key: Qwen3 (arXiv 2505.09388). Tensor names
-are those of Hugging Face checkpoints of these models, so weights go in and out without a translation.
+key and value: Qwen2 (arXiv 2407.10671). Normalised query and key: Qwen3 (arXiv 2505.09388). Tensors have the
+same names as in Hugging Face checkpoints of these models, so weights are imported and exported without
+renaming.
 
 Shape letters: B sequences, T positions, D dim, H query heads, K key/value heads, E head_dim, F ffn_dim.
 """
@@ -30,8 +31,8 @@ Shape = Callable[[ModelConfig], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of every block. path: its name in the layer. kind: decides format, optimizer group and first
-    values (`lowres.model.tensors`). wanted: whether a model of a config has it."""
+    """A tensor of every block. path: its name in the layer. kind: decides format, optimizer group and initial
+    values (`lowres.model.tensors`). wanted: whether the model of a config has it."""
 
     role: str
     path: str
@@ -84,25 +85,25 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {row.role: row.shape(config) for row in block_table(config)}
 
 
-# A weight in use: a tensor, or anything that applies it and knows how to collect its gradient.
+# A weight in use: a tensor, or a callable that applies the weight and collects its gradient.
 Weight = Tensor | Callable[[Tensor], Tensor]
 Weights = Mapping[str, Any]  # by role
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x [..., in] times the transpose of a matrix [out, in]."""
+    """x [..., in] times the transposed matrix [out, in]."""
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
 def biased(x: Tensor, w: Weights, role: str) -> Tensor:
-    """`linear`, and its bias [out] where there is one that the weight does not add itself."""
+    """`linear` plus the bias [out], if the model has one and the weight does not add it itself."""
     y = linear(x, w[role])
     bias = w.get(f"{role}_bias")
     return y if bias is None else _AddBias.apply(y, bias)
 
 
 class _AddBias(torch.autograd.Function):
-    """y + bias in y's memory. The gradient of the bias is summed in fp32 or better."""
+    """y + bias, in place. The gradient of the bias is summed in fp32 or better."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row for the backward; autograd would keep fp32 copies of x beside bf16."""
+    """Saves x and one number per row for the backward; autograd would also save fp32 copies of a bf16 x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -151,7 +152,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary embedding, fp32 [length, head_dim]. They are computed, never saved."""
+    """cos and sin of the rotary embedding, fp32 [length, head_dim]. Not part of a checkpoint."""
     even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     frequency = 1.0 / config.rope_theta ** (even / config.head_dim)
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
@@ -190,10 +191,10 @@ def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelC
 def block_body(
     x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
-    """A block up to its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F].
+    """A block without its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F].
 
-    The block's output is `residual + down(product)`. Its backward needs both, but not the output:
-    recomputation stops here.
+    The block's output is `residual + down(product)`. The backward pass needs these two but not the output,
+    so recomputation stops here.
     """
     x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
     h = norm(x, w["mlp_norm"], config)

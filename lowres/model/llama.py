@@ -1,5 +1,5 @@
-"""LLaMA as an ordinary module: the reference for the engine, and the form for wrappers that want an
-`nn.Module`.
+"""LLaMA as an ordinary `nn.Module`: the reference for the engine, and the model for wrappers that need a
+module.
 
 It calls the functions of `lowres.model.block` with its submodules as weights."""
 
@@ -19,7 +19,7 @@ from lowres.storage import BIAS, TensorSpec
 
 
 class Norm(nn.Module):
-    """RMSNorm and its weight [D]."""
+    """RMSNorm with its weight [D]."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -30,8 +30,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A matrix [out, in]; with `lora_A` and `lora_B` added to it, a frozen one and its adapter. `bias`
-    [out] is set by those who have one."""
+    """A matrix [out, in]. `bias` [out] is None until the model sets one."""
 
     bias: nn.Parameter | None
 
@@ -41,12 +40,12 @@ class Linear(nn.Module):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        # a bias is kept in fp32, as norms are
+        # a bias is kept in fp32, like norms
         return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 class AdaptedLinear(Linear):
-    """A frozen matrix and its adapter; see `lowres.model.lora`."""
+    """A frozen matrix and its adapter, `lora_A` and `lora_B`; see `lowres.model.lora`."""
 
     lora_A: Linear  # noqa: N815 - the names of PEFT
     lora_B: Linear  # noqa: N815
@@ -63,7 +62,7 @@ class AdaptedLinear(Linear):
 
 
 class Embedding(Linear):
-    """Rows of a matrix [V, D] for tokens; for anything else the products with it, as a tied head needs."""
+    """Rows of a matrix [V, D] for tokens; for a float input the product with it, as a tied head needs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.is_floating_point() else F.embedding(x, self.weight)
@@ -71,10 +70,10 @@ class Embedding(Linear):
 
 class Llama(nn.Module):
     """The whole model as an ordinary module, for reference, tests and wrappers. Every weight belongs to a
-    module that uses it in its `forward`, so that wrappers can fetch weights just before (ZeRO-3 does).
+    module that uses it in its `forward`, so wrappers such as ZeRO-3 can fetch weights just before use.
 
-    Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`; with adapters, also those
-    of PEFT's LoRA.
+    Its `state_dict` has the names and shapes of `transformers.LlamaForCausalLM`; adapters have the names of
+    PEFT's LoRA.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class Llama(nn.Module):
                     parent.get_submodule(last).bias = nn.Parameter(torch.empty(spec.shape))
                 else:
                     parent.add_module(last, self._module(spec))
-        # a layer's modules by the role of their weight; they add their biases themselves
+        # a layer's modules, by the role of their weight; modules add their own biases
         table = [row for row in block_table(config) if row.kind != BIAS]
         self._modules_by_role = {row.role: row.path.removesuffix(".weight") for row in table}
         head = EMBEDDING_NAME if config.tie_embeddings else HEAD_NAME
@@ -108,7 +107,8 @@ class Llama(nn.Module):
         return AdaptedLinear(spec, self.scaling, self.dropout) if spec.frozen else Linear(spec.shape)
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Normalised output of the last block [B, T, D] for tokens [B, T]; checkpoints every block."""
+        """Normalised output of the last block [B, T, D] for tokens [B, T]; uses gradient checkpointing for
+        every block."""
         rope = rope_tables(self.config, tokens.shape[1], tokens.device)
         x = self.get_submodule("model.embed_tokens")(tokens)
         for i in range(self.config.n_layers):
@@ -118,8 +118,8 @@ class Llama(nn.Module):
         return self.get_submodule("model.norm")(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, chunk: int = 1024) -> Tensor:
-        """Logits [B, T, V] for tokens [B, T]; or the sum of the cross-entropy (nats) over targets [B, T]
-        other than -100, in chunks of tokens."""
+        """Logits [B, T, V] for tokens [B, T]; with targets [B, T], the sum of the cross-entropy (nats) over
+        those other than -100, computed in chunks of tokens."""
         x, head = self.hidden(tokens), self.get_submodule(self._head)
         if targets is None:
             return head(x)

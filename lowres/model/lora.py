@@ -1,9 +1,9 @@
-"""Low-rank adapters (Hu et al., LoRA, arXiv 2106.09685): their tensors, first values and arithmetic.
+"""Low-rank adapters (Hu et al., LoRA, arXiv 2106.09685): their tensors, initial values and arithmetic.
 
     y = x W^T + scaling * dropout(x) A^T B^T       W [m, n] frozen, A [rank, n], B [m, rank]
 
-`plain_product` is the definition, which autograd differentiates. `product` and `gradients` are the same in
-less memory, for the layer-major engine; a test holds them together.
+`plain_product` is the definition, and autograd differentiates it. `product` and `gradients` compute the same
+in less memory, for the layer-major engine; a test compares them.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ from lowres.storage import ADAPTER, LORA_A, LORA_B, TensorSpec
 
 
 def adapted(spec: TensorSpec, adapters: ReloraConfig) -> Iterator[TensorSpec]:
-    """A tensor of a block when there are adapters: a target is frozen, and its A and B follow it."""
+    """The tensors that replace a tensor of a block when there are adapters: a target matrix is frozen, and
+    its A and B follow."""
     if spec.role not in adapters.targets:
         yield spec
         return
     (rows, columns), rank = spec.shape, min(adapters.rank, *spec.shape)
-    path = spec.name.removesuffix(".weight")  # the names of the adapters are those of PEFT
+    path = spec.name.removesuffix(".weight")  # adapters have the names of PEFT
     yield replace(spec, frozen=True)
     yield TensorSpec(f"{path}.lora_A.weight", (rank, columns), spec.role + LORA_A, ADAPTER)
     yield TensorSpec(f"{path}.lora_B.weight", (rows, rank), spec.role + LORA_B, ADAPTER)
 
 
 def fresh_adapter(spec: TensorSpec, seed: int, step: int, device: torch.device) -> Tensor:
-    """fp32 values of an adapter's A or B that starts after `step` steps: A is uniform in +- 1 / sqrt(n) for
-    n columns (Kaiming with a = sqrt(5), as in LoRA), B zero, so that the model's function is unchanged."""
+    """Initial fp32 values of an adapter's A or B that starts after `step` steps. A is uniform in
+    +- 1 / sqrt(n) for n columns (Kaiming with a = sqrt(5), as in LoRA). B is zero, so the model computes the
+    same as before."""
     if spec.role.endswith(LORA_B):
         return torch.zeros(spec.shape, device=device)
     key = rng.make_key(seed, "adapter", spec.name, step)
@@ -44,11 +46,11 @@ def fresh_adapter(spec: TensorSpec, seed: int, step: int, device: torch.device) 
 
 
 class Dropout:
-    """Dropout on the inputs of adapters. A mask is named by weight, step and sequence, so that the
-    recomputation of a layer has the mask of its forward, whatever the micro-batches are.
+    """Dropout on the inputs of adapters. A mask is named by weight, step and sequence. So the recomputation
+    of a layer uses the same mask as its forward pass, for any micro-batch size.
 
-    Whoever runs the model says what is running: `step` (None is evaluation: no dropout), and `first`, the
-    index in the batch of the first sequence that passes a layer.
+    The caller of the model sets `step` (None is evaluation, without dropout), and `first`, the index in the
+    batch of the first sequence of the current micro-batch.
     """
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -79,7 +81,7 @@ Add = Callable[[Tensor, Tensor], None]  # adds dy^T x to a gradient, for dy [tok
 
 
 def plain_product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
-    """y [..., m] for x [..., n]. mask: that of the dropout, or None."""
+    """y [..., m] for x [..., n]. mask: the dropout mask, or None."""
     dropped = x if mask is None else x * mask
     return F.linear(x, w.frozen) + w.scaling * F.linear(F.linear(dropped, w.a), w.b)
 
@@ -93,9 +95,9 @@ def product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
 
 
 def gradients(dy: Tensor, x: Tensor, mask: Tensor | None, w: Matrices, add_a: Add, add_b: Add) -> Tensor:
-    """The gradient of x, from that of y; those of A and B go to `add_a` and `add_b`."""
+    """The gradient of x from dy, the gradient of y; the gradients of A and B go to `add_a` and `add_b`."""
     dropped = x if mask is None else x * mask
-    # scaled where there are least numbers
+    # the scaling is applied to the smallest tensors
     add_b(dy.flatten(0, -2), (dropped @ w.a.T).mul_(w.scaling).flatten(0, -2))
     inner = (dy @ w.b).mul_(w.scaling)
     dx = dy @ w.frozen

@@ -1,4 +1,4 @@
-"""The tensors of the whole model: their specifications, number formats, first values and memory."""
+"""The tensors of the whole model: their specifications, number formats, initial values and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Units = dict[str, Unit]  # by name, in the order of the forward pass
 
 
 def unit_specs(config: ModelConfig, adapters: ReloraConfig | None = None) -> list[UnitSpec]:
-    """Every tensor of the model, in the order of the forward pass; with adapters, those too."""
+    """Every tensor of the model, including adapters if given, in the order of the forward pass."""
     vocab = (config.vocab, config.dim)
     found = [UnitSpec("embed", (TensorSpec(EMBEDDING_NAME, vocab, "embedding", EMBEDDING),))]
     table = [(row, row.shape(config)) for row in block_table(config)]
@@ -53,13 +53,12 @@ def unit_specs(config: ModelConfig, adapters: ReloraConfig | None = None) -> lis
 
 
 def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
-    """Number format a tensor is kept in: its own for matrices and embeddings; fp32 for norms, biases and
-    adapters."""
+    """Number format of a tensor: as given for matrices and embeddings, fp32 for norms, biases, adapters."""
     return {MATRIX: matrices, EMBEDDING: embeddings}.get(spec.kind, "fp32")
 
 
 def storage_kinds(units: Iterable[UnitSpec], matrices: str, embeddings: str) -> dict[str, str]:
-    """Number format of every tensor of some units by name."""
+    """Number format of every tensor of the units, by name."""
     specs = (spec for unit in units for spec in unit.tensors)
     return {spec.name: storage_kind(spec, matrices, embeddings) for spec in specs}
 
@@ -78,7 +77,7 @@ def empty_units(
     adapters: ReloraConfig | None = None,
 ) -> Units:
     """Storage for the whole model; matrices and embeddings are int8, bf16 or fp32. The units named in
-    `on_host` have their home there."""
+    `on_host` keep their weights on the host."""
     found = {}
     for unit in unit_specs(config, adapters):
         own = storage_kinds([unit], matrices, embeddings)
@@ -89,15 +88,15 @@ def empty_units(
 
 
 def initialize(units: Iterable[Unit], seed: int, device: torch.device) -> None:
-    """First values, by the kind of a tensor: norms 1, biases 0, A of an adapter Kaiming-uniform and B zero,
-    everything else normal with standard deviation INIT_STD."""
+    """Set initial values by the kind of tensor: norms 1, biases 0, A of an adapter Kaiming-uniform and B
+    zero, everything else normal with standard deviation INIT_STD."""
     for unit in units:
         for spec in unit.spec.tensors:
             unit.fill(spec.name, _initial_rows(spec, seed, device))
 
 
 def _initial_rows(spec: TensorSpec, seed: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 rows) of the first values of a tensor."""
+    """(first row, fp32 rows): the initial values of a tensor, in pieces."""
     if spec.kind in (NORM, BIAS):
         yield 0, torch.full(spec.shape, float(spec.kind == NORM), device=device)
         return

@@ -1,8 +1,8 @@
 """Optimizers: `Optimizer` for the engines of lowres, and the same rules as `torch.optim.Optimizer` classes.
 
-optimizer    which rule updates which tensor of a run, and the state they keep
-schedule     the learning rate over the run
-overview     what every tensor gets, for people
+optimizer    which rule updates which tensor of a run, and the optimizer state
+schedule     the learning rate during the run
+overview     rule, learning rate and state of every tensor, as a table
 torch_optim  AdamMini, Apollo, ApolloMini, Fira, GaLore, ..., for any model and training loop
 """
 
@@ -18,7 +18,7 @@ __all__ += list(torch_optim.CLASSES)
 
 
 def __getattr__(name: str) -> Any:
-    """The classes that rules register."""
+    """The `torch.optim` classes of the registered rules."""
     if name in torch_optim.CLASSES:
         return torch_optim.CLASSES[name]
     raise AttributeError(f"module {__name__} has no attribute {name}")

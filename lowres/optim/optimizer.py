@@ -1,7 +1,7 @@
-"""The optimizer of a run: which rule updates which tensor, at which rate, and the state they keep.
+"""The optimizer of a run: which rule updates which tensor at which learning rate, and the optimizer state.
 
-Matrices of the blocks take the rule the config names. Embedding, head, norms and biases take it too if it
-works element by element or by blocks (`Definition.for_all`); with any other rule they take AdamW.
+The rule that the config names updates the matrices of the blocks. It also updates embedding, head, norms and
+biases if it works per element or per block (`Definition.for_all`); otherwise AdamW updates them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from lowres.target import kind_of
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that share a rule, a learning rate and a weight decay. kinds: which ones. name: of the rule,
-    as `optim.name` has it. growth: most that the norm of an update may grow by, where the rule does not see
-    to it; 0 is no limit.
+    """Tensors that share a rule, a learning rate and a weight decay. kinds: which kinds of tensors. name: of
+    the rule, as in `optim.name`. growth: the limiter's factor, if the rule does not limit its updates itself;
+    0 = no limit.
     """
 
     kinds: tuple[str, ...]
@@ -58,10 +58,10 @@ class Group:
 
 
 def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str = "fp32") -> Rule:
-    """The rule that `optim.name` asks for, for the matrices of the blocks.
+    """The rule that `optim.name` names, for the matrices of the blocks.
 
-    moments: fp32, bf16 or int8, what element-wise moments are kept in. Those of blocks and of projected
-    gradients are few, and always fp32.
+    moments: fp32, bf16 or int8, the number format of element-wise moments. Moments of blocks and of projected
+    gradients are small and always fp32.
     """
     assert config.betas is not None and config.eps is not None and config.limiter is not None
     keys = {key: getattr(config, key) for key in KEYS}
@@ -72,7 +72,7 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
 
 
 def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> Rule:
-    """What updates the tensors that the rule of the matrices is not for."""
+    """The AdamW for the tensors that the rule of the matrices does not update."""
     assert config.adamw_betas is not None and config.adamw_eps is not None
     settings = Settings(
         config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_dim, {}
@@ -81,7 +81,8 @@ def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> 
 
 
 class Optimizer:
-    """All update rules of a run. State lives in the units; an engine calls `update` once a unit and step."""
+    """All update rules of a run. The state is stored in the units; an engine calls `update` once per unit and
+    step."""
 
     def __init__(
         self,
@@ -93,9 +94,9 @@ class Optimizer:
         adapter_lr: float | None = None,
         followed: str | None = None,
     ) -> None:
-        """moments, master: number formats of element-wise moments and of the master copy of the block
-        matrices, if there is one. adapter_lr: peak learning rate of adapters; default that of matrices.
-        followed: the unit in which the sum of merges is kept."""
+        """moments: number format of element-wise moments. master: number format of the master copy of the
+        block matrices, or None. adapter_lr: peak learning rate of adapters; default as for matrices.
+        followed: the unit that keeps the sum of its merges."""
         assert config.lr is not None and config.limiter is not None
         self.seed, self.master, self.followed = seed, master, followed
         self.rehearsing = False  # whether updates are refused ones that should need as much memory as any
@@ -128,8 +129,8 @@ class Optimizer:
         return fields
 
     def unit_fields(self, unit: UnitSpec) -> dict[str, Fields]:
-        """The state of a unit, by weight name and key. Adapters count their updates apart, as a merge may
-        forget them."""
+        """The state of a unit, by weight name and key. Adapters have their own update count, because a merge
+        may reset it."""
         fields = {spec.name: self.state_fields(spec) for spec in unit.tensors}
         if unit.adapters:
             fields[ADAPTERS] = {UPDATES: (torch.int64, ())}
@@ -140,21 +141,21 @@ class Optimizer:
         return fields
 
     def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
-        """Bytes that rules keep between steps beside the state, such as random projections."""
+        """Bytes that rules keep between steps in addition to the state, such as random projections."""
         return sum(self.group_of(spec).rule.kept_bytes(spec) for spec in specs if not spec.frozen)
 
     def workspace_bytes(self, unit: UnitSpec) -> int:
-        """Most bytes beside gradients and state while the directions of a unit are found."""
+        """Peak bytes needed in addition to gradients and state while a unit's directions are computed."""
         parts = ((group.rule, [s for s in unit.trained if group.has(s)]) for group in self.groups)
         return max((rule.workspace_bytes(specs) for rule, specs in parts if specs), default=0)
 
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
-        """Give every unit its state before the first update, all zero. The states of the units named in
-        `on_host` have their home there."""
+        """Give every unit its state before the first update, all zero. The units named in `on_host` keep
+        their state on the host."""
         for unit in units:
             fields = self.unit_fields(unit.spec)
             if any(dtype == torch.uint8 for own in fields.values() for dtype, _ in own.values()):
-                bitsandbytes_functional()  # say that it is missing now, not at the first update
+                bitsandbytes_functional()  # if it is missing, fail now, not at the first update
             size = sum(field_bytes(state_fields(fields)).values())
             home = HOST if unit.spec.name in on_host else GPU
             unit.give_state(fields, rooms.slab("optimizer state", home, size))
@@ -162,11 +163,11 @@ class Optimizer:
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
-        """Update the weights of a unit in place from the fp32 gradients of those that are not frozen, which
-        are overwritten.
+        """Update the weights of a unit in place. grads: fp32, of all tensors that are not frozen; they are
+        overwritten.
 
         step: completed steps before this one. schedule: factor on the peak learning rates.
-        accepted: bool scalar on the device; if false neither weights nor state change.
+        accepted: bool scalar on the device; if false, neither weights nor state change.
         """
         trained = unit.spec.trained
         assert grads.keys() == {s.name for s in trained}, f"{unit.spec.name}: gradients and weights differ"
@@ -175,7 +176,7 @@ class Optimizer:
         for count in counts:
             count.add_(accepted)
         clocks = [Clock(step, count, accepted, self.seed, self.rehearsing) for count in counts]
-        if kind_of(accepted.device) == "cuda" or not accepted:  # to ask a GPU would be to wait for it
+        if kind_of(accepted.device) == "cuda" or not accepted:  # reading the value on a GPU would wait for it
             refused = ~accepted
             for grad in grads.values():
                 grad.masked_fill_(refused, 0.0)
@@ -198,7 +199,8 @@ class Optimizer:
         directions = [grads[spec.name] for spec in specs]
         states = [unit.state[spec.name] for spec in specs]
         if group.growth:
-            # norms are those at a rate of 1, so that a warm-up is no growth and a rate of 0 no update of 0
+            # limit norms at a learning rate of 1, so warm-up does not count as growth, and a learning rate
+            # of 0 does not give norms of 0
             factors = group.rule.directions(specs, directions, states, 1.0, clock)
             factors = limited(directions, factors, states, clock.accepted, group.growth)
             factors = [factor * lr for factor in factors]

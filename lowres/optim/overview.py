@@ -1,4 +1,4 @@
-"""What every tensor of a model gets from its optimizer, for `lowres plan --optimizer`."""
+"""A table of how the optimizer treats every tensor of a model, for `lowres plan --optimizer`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
 
 
 def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
-    """A row for each role of a model's tensors, in their order.
+    """One row per role of a model's tensors, in their order.
 
-    lr: the peak rate; 0 of what is frozen. state_bytes: of one tensor, as it lies in a slab.
+    lr: the peak learning rate; 0 for frozen tensors. state_bytes: of one tensor, with alignment in the slab.
     """
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for spec in specs:
@@ -36,7 +36,7 @@ def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows for people."""
+    """The rows as a text table."""
     head = ["role", "tensors", "shape", "optimizer", "peak lr", "decay", "bytes each", "state"]
     cells = [
         [
@@ -63,8 +63,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
-    """The state of a tensor: the number format of what has the tensor's shape, any other shape, or what its
-    rule says of it."""
+    """A tensor's state in words: a number format for state of the tensor's shape, otherwise the state's shape
+    or the rule's own description."""
     words = {} if spec.frozen else optimizer.group_of(spec).rule.describe(spec)
     parts = []
     for key, (dtype, shape) in optimizer.state_fields(spec).items():
@@ -72,6 +72,6 @@ def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
             parts.append(words[key])
         elif shape == spec.shape:
             parts.append(f"{key} {KIND[dtype]}")
-        elif not key.endswith(".absmax"):  # which belongs to an int8 moment
+        elif not key.endswith(".absmax"):  # these are part of an int8 moment
             parts.append(f"{key} {list(shape)}" if shape else key)
     return ", ".join([*parts, *([words[""]] if "" in words else [])]) or "none"

@@ -1,6 +1,6 @@
-"""The learning rate over the run, as a factor on the peak rate.
+"""The learning rate during the run, as a factor on the peak rate.
 
-`factor(s)` is the rate of the update that follows s completed ones. With a warm-up, factor(0) is 0.
+`factor(s)` is for the update that follows s completed updates. With a warm-up, factor(0) is 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def factor(config: Config, step: int) -> float:
     schedule, total, warmup = config.schedule, config.train.total_steps, config.warmup_steps
     if schedule.name == "sawtooth":
         relora = config.relora
-        # without merges there is the one notch where the adapters start
+        # without merges there is one cycle, which begins where the adapters start
         cycle = schedule.cycle_steps if relora.cycle_steps or not relora.enabled else total
         start = relora.start_step if relora.enabled else 0
         return sawtooth(step, total, warmup, cycle, schedule.rewarmup_steps, schedule.min_ratio, start)
@@ -44,8 +44,8 @@ def wsd(step: int, total: int, cooldown: int, floor: float) -> float:
 def sawtooth(
     step: int, total: int, warmup: int, cycle: int, rewarmup: int, floor: float, start: int = 0
 ) -> float:
-    """ReLoRA's jagged cosine (arXiv 2307.05695): one cosine, re-warmed from 0 after every cycle, the first
-    of which starts at `start`; if that is after some other training, it is re-warmed too."""
+    """ReLoRA's jagged cosine (arXiv 2307.05695): one cosine, with a new warm-up from 0 after every cycle. The
+    first cycle starts at `start`; if that is not 0, it also begins with a warm-up."""
     if step < warmup:
         return step / warmup
     since = step - start

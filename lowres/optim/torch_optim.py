@@ -2,18 +2,18 @@
 
     optimizer = Apollo(model.named_parameters(), lr=1e-2, rank=256)
 
-Names decide which tensors take the rule: with Apollo, ApolloMini, GaLore and Fira all matrices but
-embeddings and heads, with AdamMini all whose place in a LLaMA model is known. The rest (1-D tensors
-too) takes AdamW. The group key `role` overrides that: {"params": ..., "role": "adamw"} or "matrix", and
-for AdamMini one of its roles. A group without names takes the rule for all of its matrices.
+Parameter names decide which tensors the rule updates. With Apollo, ApolloMini, GaLore and Fira: all matrices
+except embeddings and heads. With AdamMini: all tensors whose role in a LLaMA model is known. AdamW updates
+the rest, including 1-D tensors. The group key `role` overrides this: {"params": ..., "role": "adamw"} or
+"matrix", and for AdamMini one of its roles. In a group without names, the rule updates all matrices.
 
-Unlike the optimizers of torch:
-- bf16 parameters are written with stochastic rounding, from fp32 arithmetic and fp32 state, and that
-  state is not cast to the parameter's dtype when it is loaded.
-- A step whose gradients are not all finite changes nothing. Asking for that is the one time in a step
-  that the device is waited for.
-- 1-D tensors have no weight decay; that of the others is decoupled.
-- All random numbers are named by `seed`, the parameter and the step, so a resumed run is the same run.
+Differences from the optimizers of torch:
+- bf16 parameters are written with stochastic rounding, from fp32 arithmetic and fp32 state. Loading does not
+  cast this state to the parameter's dtype.
+- A step whose gradients are not all finite changes nothing. This check is the only point in a step that
+  waits for the device.
+- 1-D tensors have no weight decay; for all others it is decoupled.
+- All random numbers are named by `seed`, the parameter and the step, so a resumed run gives the same result.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ LLAMA_ROLES = {
 
 @dataclass
 class Part:
-    """What is derived from a param group: the spec and the rule of each of its parameters."""
+    """Derived from a param group: the spec and the rule of each of its parameters."""
 
     specs: list[TensorSpec]
     rules: list[Rule]
 
 
 class RuleOptimizer(torch.optim.Optimizer):
-    """A registered rule for the parameters of any model. State of a parameter: its count of steps and the
-    rule's tensors. Every keyword may also stand in a param group, with a value of its own."""
+    """A registered rule for the parameters of any model. The state of a parameter is its step count and the
+    rule's tensors. A param group may set its own value for every keyword."""
 
     definition: ClassVar[Definition]
-    own: ClassVar[dict[str, Any]]  # keywords that not all classes have, and their defaults
+    own: ClassVar[dict[str, Any]]  # keywords of this class that other classes may lack, and their defaults
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **keys: Any,
     ) -> None:
-        """moments: fp32, bf16 or int8, what element-wise moments are kept in. keys: those of the rule; see
-        the signature of each class."""
+        """moments: fp32, bf16 or int8, the number format of element-wise moments. keys: the keywords of the
+        rule; see the signature of each class."""
         found, own = self.definition, self.own
         unknown = sorted(keys.keys() - own.keys())
         if unknown:
             known = ", ".join(own)
-            raise TypeError(f"{type(self).__name__}: there is no keyword {unknown[0]!r}; it has {known}")
+            raise TypeError(f"{type(self).__name__}: unknown keyword {unknown[0]!r}; known are {known}")
         self._parts: list[Part] = []
         values = {
             "lr": found.lr if lr is None else lr,
@@ -100,7 +100,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         }
         super().__init__(params, values | own | keys)
 
-    # which parameter takes which rule
+    # which rule updates which parameter
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule of a group, from its hyper-parameters."""
@@ -135,8 +135,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         if "param_names" not in group:
             if any(matrices):
                 warnings.warn(
-                    f"{type(self).__name__}: parameters without names, so all matrices take its rule, "
-                    "embedding and head too; pass model.named_parameters(), or a role in each group",
+                    f"{type(self).__name__}: parameters without names, so its rule updates all matrices, "
+                    "also embedding and head; pass model.named_parameters(), or a role in each group",
                     stacklevel=6,
                 )
             return [MATRIX if matrix else ADAMW for matrix in matrices]
@@ -147,10 +147,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _part(self, index: int) -> Part:
         group = self.param_groups[index]
-        missing = sorted(self.defaults.keys() - group.keys() - {"differentiable"})  # which torch adds
+        missing = sorted(self.defaults.keys() - group.keys() - {"differentiable"})  # torch adds this one
         if missing:
             raise ValueError(
-                f"param group {index}: has no {', '.join(missing)}, so it is not one of {type(self).__name__}"
+                f"param group {index}: has no {', '.join(missing)}, so it is not from {type(self).__name__}"
             )
         _check(group)
         params: list[Tensor] = group["params"]
@@ -160,7 +160,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
         own, adamw = self._rule(group), RULES["adamw"].make(self._settings(group))
         roles = self._roles(group, names)
-        # a scalar is a tensor of one element
+        # a scalar is treated as a 1-D tensor with one element
         specs = [
             TensorSpec(name, tuple(p.shape) or (1,), role, NORM_KIND if role == NORM else MATRIX_KIND)
             for name, p, role in zip(names, params, roles, strict=True)
@@ -183,7 +183,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update from the gradients, which are left as they are. Returns what `closure` does."""
+        """One update from the gradients, which do not change. Returns the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -192,22 +192,22 @@ class RuleOptimizer(torch.optim.Optimizer):
         for group, part in zip(self.param_groups, self._parts, strict=True):
             if [tuple(p.shape) or (1,) for p in group["params"]] != [spec.shape for spec in part.specs]:
                 raise ValueError(
-                    f"{type(self).__name__}: parameters have other shapes than at the start; it cannot work "
-                    "below what flattens or shards them, such as ZeRO"
+                    f"{type(self).__name__}: parameters have other shapes than at the start; wrappers that "
+                    "flatten or shard parameters, such as ZeRO, do not work with it"
                 )
             for p, spec in zip(group["params"], part.specs, strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise ValueError(f"{spec.name}: its gradient is sparse; use nn.Embedding(sparse=False)")
                 grads += [] if p.grad is None else [p.grad]
         if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
-            warnings.warn("gradients are not finite: nothing is updated in such a step", stacklevel=4)
+            warnings.warn("gradients are not finite: this step updates nothing", stacklevel=4)
             return loss
         for group, part in zip(self.param_groups, self._parts, strict=True):
             self._update_group(group, part)
         return loss
 
     def _update_group(self, group: dict[str, Any], part: Part) -> None:
-        # parameters can have joined late, and live on several devices
+        # parameters may have been added later, and may be on several devices
         together: dict[tuple[bool, torch.device, int], list[int]] = {}
         for i, (p, spec, rule) in enumerate(zip(group["params"], part.specs, part.rules, strict=True)):
             rule.betas, rule.eps = group["betas"], group["eps"]  # some schedulers change them
@@ -220,13 +220,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                     self.state[p][key] = torch.zeros(shape, dtype=dtype, device=p.device)
             together.setdefault((spec.role == ADAMW, p.device, self.state[p]["step"]), []).append(i)
         for members in together.values():
-            # a rule that writes to gradients is given copies, one at a time
+            # a rule that overwrites gradients gets copies, one at a time
             one_by_one = part.rules[members[0]].overwrites
             for run in [[i] for i in members] if one_by_one else [members]:
                 self._update(group, part, run)
 
     def _update(self, group: dict[str, Any], part: Part, members: list[int]) -> None:
-        """Update parameters of one rule, device and age."""
+        """Update parameters with the same rule, device and step count."""
         params = [group["params"][i] for i in members]
         specs, rule = [part.specs[i] for i in members], part.rules[members[0]]
         states = [self.state[p] for p in params]
@@ -250,7 +250,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked. Raises
-        ValueError, and changes nothing, if the state is that of another optimizer."""
+        ValueError, and changes nothing, if the state is from another optimizer."""
         before = self.__dict__.copy()
         try:
             self._load(state_dict)
@@ -259,7 +259,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({**state_dict, "state": {}})  # it would cast them
+        super().load_state_dict({**state_dict, "state": {}})  # with the state, torch would cast its tensors
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         specs = [spec for part in self._parts for spec in part.specs]
@@ -272,7 +272,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if {"step", *fields} != state.keys() or any(
                 state[key].shape != shape for key, (_, shape) in fields.items()
             ):
-                raise ValueError(f"{spec.name}: the saved state is that of another rule, rank or shape")
+                raise ValueError(f"{spec.name}: the saved state is from another rule, rank or shape")
             self.state[p] = {
                 key: state[key].to(p.device, dtype, copy=True) for key, (dtype, _) in fields.items()
             }
@@ -280,11 +280,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 class AdamMini(RuleOptimizer):
-    """Adam-mini (Zhang et al., arXiv 2406.16793): one second moment a head, row or norm.
+    """Adam-mini (Zhang et al., arXiv 2406.16793): one second moment per head, row or norm.
 
-    dim, n_heads, n_kv_heads, head_dim: of the LLaMA model; default as many KV heads as heads, and dim /
-    n_heads. Biases take AdamW. Raises ValueError for tensors without a known place, such as a fused QKV,
-    adapters or 3-D experts; `role` in a group says what they are: q, k, v, o, gate, up, down, embedding,
+    dim, n_heads, n_kv_heads, head_dim: of the LLaMA model; defaults: n_kv_heads = n_heads, head_dim = dim /
+    n_heads. AdamW updates biases. Raises ValueError for tensors of unknown role, such as a fused QKV,
+    adapters or 3-D experts; for these, set `role` in their group: q, k, v, o, gate, up, down, embedding,
     head, norm or adamw.
     """
 
@@ -318,7 +318,7 @@ class AdamMini(RuleOptimizer):
         super().__init__(named_parameters, lr, betas, eps, weight_decay, moments=moments, seed=seed, **shape)
 
     def describe_partition(self) -> str:
-        """The blocks of the parameters, a line for each role."""
+        """The blocks of the parameters, one line per role."""
         specs = [spec for part in self._parts for spec in part.specs if spec.role != ADAMW]
         return describe_partition(specs, self.defaults["head_dim"])
 
@@ -337,14 +337,14 @@ class AdamMini(RuleOptimizer):
             raise ValueError(
                 f"AdamMini cannot place {', '.join(odd)} in a LLaMA model with dim {group['dim']}, "
                 f"{group['n_heads']} heads and {group['n_kv_heads']} KV heads of {group['head_dim']}; pass "
-                "names from model.named_parameters(), or put such tensors in a group of their own with "
+                "names from model.named_parameters(), or put such tensors in a separate group with "
                 f"role='{ADAMW}' or one of {', '.join(known)}"
             )
         return roles
 
     @staticmethod
     def _fits(role: str, shape: tuple[int, ...], group: dict[str, Any], exact: bool) -> bool:
-        """Whether a role can have that shape; exact: in this model, else at all."""
+        """Whether a tensor of a role can have this shape; exact: in this model, otherwise in any model."""
         if role == ADAMW:
             return True
         if role == NORM:
@@ -382,14 +382,14 @@ def _require(holds: bool, key: str, value: object, wanted: str) -> None:
 
 
 def _growth(limiter: bool | float) -> float:
-    """The factor that `limiter` means; 0 is no limiter."""
+    """The factor for a value of `limiter`; 0 is no limiter."""
     growth = GROWTH if limiter is True else float(limiter)
     _require(growth == 0 or growth >= 1, "limiter", limiter, "True, False or at least 1")
     return growth
 
 
 def _check(group: dict[str, Any]) -> None:
-    """The keys that every optimizer has; a group may have values of its own."""
+    """Check the keys that every optimizer has; a group may have its own values."""
     lr, betas, moments = group["lr"], group["betas"], group["moments"]
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     _require(lr >= 0, "lr", lr, "at least 0")
@@ -400,9 +400,9 @@ def _check(group: dict[str, Any]) -> None:
 
 
 def _torch_class(found: Definition) -> type[RuleOptimizer]:
-    """The class of an optimizer that a rule registered, with its signature and documentation."""
+    """The class for a registered optimizer, with its signature and documentation."""
     assert found.class_name is not None
-    # a rank of None is a quarter of the smaller dimension of each matrix
+    # a rank of None means a quarter of the smaller dimension of each matrix
     own = {key.name: value for key, value in found.keys.items()}
     own |= {"limiter": True} if found.limits_itself else {}
     values = {"lr": found.lr, "betas": found.betas, "eps": found.eps, "weight_decay": 0.0}
@@ -413,7 +413,8 @@ def _torch_class(found: Definition) -> type[RuleOptimizer]:
     texts = [f"{key.name}: {key.about}" for key in found.keys]
     if found.limits_itself:
         texts.append(
-            f"limiter: most that the norm of an update may grow by a step; True is {GROWTH}, False is none."
+            f"limiter: the largest growth of an update's norm per step, as a factor; True is {GROWTH}, False "
+            "is no limiter."
         )
     members = {
         "definition": found,
@@ -425,6 +426,6 @@ def _torch_class(found: Definition) -> type[RuleOptimizer]:
     return type(found.class_name, (RuleOptimizer,), members)
 
 
-# by name; in the module too, so that they can be pickled
+# by name; also added to the module, so that they can be pickled
 CLASSES = {found.class_name: _torch_class(found) for found in RULES.values() if found.class_name}
 globals().update(CLASSES)

@@ -1,12 +1,12 @@
-"""Update rules: how a gradient becomes the change of a weight, one file a rule.
+"""Update rules: how a gradient becomes the change of a weight. One file per rule.
 
 base       the interface
-registry   what a rule's file says of it to config, optimizer and docs
+registry   what each rule tells the config, the optimizer and the docs about itself
 moments    element-wise moments in fp32, bf16 or int8
 limiter    the norm-growth limiter
 lowrank    projections that APOLLO, GaLore and Fira share
 
-Every other file is a rule, and registers its optimizers when it is imported, which is here.
+Every other file is a rule. It registers its optimizers when it is imported, which happens here.
 """
 
 import importlib

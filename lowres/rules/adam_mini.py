@@ -1,13 +1,13 @@
-"""Adam-mini (Zhang et al., arXiv 2406.16793): AdamW with one second moment for a block of a weight.
+"""Adam-mini (Zhang et al., arXiv 2406.16793): AdamW with one second moment per block of a weight.
 
     v <- beta2 v + (1 - beta2) mean over the block of g^2
     m <- beta1 m + (1 - beta1) g
     W <- W - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-Blocks are the paper's, found by the role of a tensor in the model: a head of query or key, and a row
-of every other matrix; a norm is one block. Of an adapter, B has the blocks of the matrix it adds to, and A
-its rows. All are whole rows, so the denominator is a factor per row and no matrix is divided. Written from
-the paper.
+The blocks are those of the paper and follow from a tensor's role in the model: one per head for query and
+key, one per row for every other matrix, one for a whole norm. For an adapter, B has the blocks of the matrix
+that it adds to, and A has one per row. A block is always whole rows, so the denominator is a factor per row
+and no matrix is divided. Written from the paper.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:
         rows = 1
     else:
         raise ValueError(f"{spec.name}: adam-mini has no blocks for the role {spec.role!r}")
-    assert spec.shape[0] % rows == 0, f"{spec.name}: {spec.shape[0]} rows are no multiple of {rows}"
+    assert spec.shape[0] % rows == 0, f"{spec.name}: {spec.shape[0]} rows are not a multiple of {rows}"
     return spec.shape[0] // rows, rows
 
 
 def describe_partition(specs: Iterable[TensorSpec], head_dim: int) -> str:
-    """The blocks of a model's weights, a line for each role."""
+    """The blocks of a model's weights, one line per role."""
     tensors: dict[tuple[str, int, int], int] = {}
     for spec in specs:
         key = (spec.role, *partition(spec, head_dim))
@@ -56,7 +56,7 @@ def describe_partition(specs: Iterable[TensorSpec], head_dim: int) -> str:
 
 
 class AdamMiniRule(Rule):
-    """First moment element by element, one fp32 second moment a block: 4, 2 or about 1 byte a parameter."""
+    """First moment per element, one fp32 second moment per block: 4, 2 or about 1 byte per parameter."""
 
     moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
 
@@ -82,7 +82,7 @@ class AdamMiniRule(Rule):
             for part in flat_chunks(spec.numel, grad.device):
                 m = first.read(part).lerp_(flat[part], weight1)
                 first.write(m, part)
-                flat[part] = m  # a copy, as the direction must not be the state itself
+                flat[part] = m  # a copy, because the direction must not be the state itself
             denominator = (v / correction2).sqrt_().add_(self.eps)
             factor = rate / denominator
             one_each = factor.unsqueeze(1).expand(blocks, rows).reshape(-1, 1)
@@ -90,7 +90,7 @@ class AdamMiniRule(Rule):
                 factors.append(one_each)
             elif blocks == 1:
                 factors.append(factor[0])
-            else:  # one for each element, where a factor is a scalar
+            else:  # 1-D with a denominator per element, but its factor must be a scalar
                 grad.div_(denominator)
                 factors.append(rate)
         return factors
@@ -101,7 +101,7 @@ class AdamMiniRule(Rule):
 
 
 def _mean_square(grad: Tensor, blocks: int) -> Tensor:
-    """Mean of the squares in each block of rows: [blocks]. By rows first, which needs no second matrix
+    """Mean of the squares in each block of rows: [blocks]. Sums each row first: this needs no second matrix
     and keeps the fp32 sums short."""
     rows = grad.view(grad.shape[0], -1)
     squares = torch.linalg.vector_norm(rows, dim=1).square_()

@@ -14,7 +14,7 @@ from lowres.storage import Fields, TensorSpec
 
 
 class AdamWRule(Rule):
-    """Both moments element by element: 8, 4 or about 2 bytes of state a parameter."""
+    """Both moments per element: 8, 4 or about 2 bytes of state per parameter."""
 
     moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
 

@@ -1,12 +1,13 @@
 """APOLLO and APOLLO-Mini (Zhu et al., arXiv 2412.05270).
 
-The gradient is multiplied by a factor that Adam would have found for a low-rank projection of it: one
-factor per channel (APOLLO), or with rank 1 one for the whole matrix (APOLLO-Mini). State is two
-projected moments and a norm; the direction is the gradient itself, so no memory of its size is needed.
-Written from the paper.
+The gradient is multiplied by the factor by which Adam would scale a low-rank projection of it: one factor
+per channel (APOLLO), or one for the whole matrix with rank 1 (APOLLO-Mini). The state is two projected
+moments and a norm. The direction is the gradient itself, so no memory of its size is needed. Written from
+the paper.
 
-Beyond the paper: each weight has a projection of its own, named by the weight, where the reference
-seeds all alike, and the norm-growth limiter is safe from zero, tiny and refused gradients (`limiter`).
+Two differences from the paper: each weight has its own projection, seeded with the weight's name (the
+reference uses one seed for all), and the norm-growth limiter is safe against zero, tiny and refused
+gradients (`limiter`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lowres.storage import Fields, TensorSpec
 
 
 class ApolloRule(LowRankRule):
-    """State of a matrix [m, n]: 2 * rank * max(m, n) + 1 numbers; with an SVD also the projection."""
+    """State of a matrix [m, n]: 2 * rank * max(m, n) + 1 numbers; with an SVD, the projection too."""
 
     overwrites = False
 
@@ -41,7 +42,7 @@ class ApolloRule(LowRankRule):
         limiter: float = GROWTH,
     ) -> None:
         """scale: the update is multiplied by its square root, before the limiter if scale_front.
-        limiter: most that the norm of an update may grow by, or 0 for no limiter."""
+        limiter: the largest growth of an update's norm, as a factor; 0 for no limiter."""
         self.betas, self.eps, self.projection, self.scale = betas, eps, projection, scale
         self.per_channel, self.scale_front, self.limiter = per_channel, scale_front, limiter
 
@@ -97,8 +98,8 @@ PROJECTION = Key(
     "projection",
     Literal["random", "svd"],
     "random or svd",
-    "random: random numbers, which are no state. svd: the first singular vectors of the gradient, as galore "
-    "and fira have them.",
+    "random: random numbers, which are not stored. svd: the first singular vectors of the gradient, as in "
+    "galore and fira.",
 )
 
 
@@ -138,7 +139,7 @@ register(
 register(
     Definition(
         name="apollo-mini",
-        about="APOLLO with rank 1 and one factor for the whole matrix: two vectors and a norm of state",
+        about="APOLLO with rank 1 and one factor for the whole matrix; its state is two vectors and a norm",
         make=lambda s: _make(s, per_channel=False),
         lr=1e-2,
         eps=1e-6,

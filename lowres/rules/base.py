@@ -1,13 +1,13 @@
 """The interface of an update rule.
 
-An update has two phases. In the first a rule looks at the gradients of one unit of the model (a
-layer, say), brings its state up to date and turns each gradient *in place* into a direction, with a
-factor for it. In the second the storage of each weight applies `W <- (1 - decay) W - factor *
-direction` in its own number format (`lowres.storage`). So a rule knows nothing of INT8, a storage
-nothing of Adam, and the second phase can become one fused kernel for all of them.
+An update has two phases. In the first, a rule reads the gradients of one unit of the model (a layer, for
+example), updates its state, and turns each gradient *in place* into a direction with a factor. In the
+second, the storage of each weight applies `W <- (1 - decay) W - factor * direction` in its own number
+format (`lowres.storage`). So a rule knows nothing about INT8, a storage knows nothing about Adam, and the
+second phase can become one fused kernel for all rules.
 
-Nothing here waits for the device: step-dependent numbers that depend on data (how many updates were
-accepted, whether this one is) are scalars on the device.
+Nothing here waits for the device: numbers of a step that depend on data (how many updates were accepted,
+whether this one is) are scalars on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowres.storage import Fields, TensorSpec
 State = dict[str, Tensor]
 Betas = tuple[float, float]
 
-# names of state: element-wise moments, and the norm of the last update that a limiter compares with
+# names of state tensors: element-wise moments, and the norm of the last update, which a limiter reads
 EXP_AVG, EXP_AVG_SQ, MOMENTUM, NORM = "exp_avg", "exp_avg_sq", "momentum", "norm"
 
 
@@ -34,9 +34,9 @@ class Clock:
 
     step: completed steps of the run before this one; names random numbers and projections.
     updates: int64 scalar on the device, accepted updates of this unit including this one.
-    accepted: bool scalar on the device. If false the gradients have been set to zero, and the rule
+    accepted: bool scalar on the device. If false, the gradients have been set to zero, and the rule
         must leave its state as it is and return factors of zero.
-    seed: that of the run; names random numbers.
+    seed: the run's seed; names random numbers.
     rehearsal: whether only memory matters: what takes long is then done once for each shape.
     """
 
@@ -51,7 +51,7 @@ class Clock:
         return (1 - betas[0]) * self.accepted.float(), (1 - betas[1]) * self.accepted.float()
 
     def bias_corrections(self, betas: Betas) -> tuple[Tensor, Tensor]:
-        """1 - beta^updates for both moments, fp32 scalars; fp64 inside, as 1 - 0.999 would lose digits."""
+        """1 - beta^updates for both moments, fp32 scalars; computed in fp64, as 1 - 0.999 loses digits."""
         updates = self.updates.double().clamp(min=1)
         one, two = (1 - beta**updates for beta in betas)
         return one.float(), two.float()
@@ -61,9 +61,9 @@ class Rule(ABC):
     """One update rule, shared by all tensors of a group."""
 
     overwrites: ClassVar[bool] = True
-    """Whether the directions are put where the gradients were; if not, they are the gradients."""
+    """Whether the directions overwrite the gradients; if not, the gradients are the directions."""
     moments: ClassVar[Mapping[str, bool]] = {}
-    """Its moments of the gradient by key of state, the first one first, and whether each can be negative."""
+    """Its moments of the gradient: state key (first moment first) -> whether it can be negative."""
 
     betas: Betas
     eps: float
@@ -76,22 +76,22 @@ class Rule(ABC):
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
-        """Phase one for some tensors of a unit.
+        """The first phase for some tensors of a unit.
 
-        grads are fp32 and become the directions. Returns a factor for each, with the learning rate in it
-        as a factor and nowhere else: fp32, scalar or one per row [m, 1] or column [1, n].
+        grads are fp32 and become the directions. Returns one factor for each: fp32, a scalar or one number
+        per row [m, 1] or column [1, n]. The learning rate is a multiplier in this factor and nowhere else.
         """
 
     def kept_bytes(self, spec: TensorSpec) -> int:
-        """Bytes that the rule keeps between steps for a weight, beside its state."""
+        """Bytes that the rule keeps between steps for a weight, in addition to its state."""
         return 0
 
     def workspace_bytes(self, specs: Sequence[TensorSpec]) -> int:
-        """Most bytes beside gradients and state while the directions of these tensors are found; 0 for a
-        rule that works in small chunks."""
+        """Peak bytes needed in addition to gradients and state while `directions` runs on these tensors; 0
+        for a rule that works in small chunks."""
         return 0
 
     def describe(self, spec: TensorSpec) -> dict[str, str]:
-        """What `lowres plan --optimizer` says of the state of a weight instead of its shape, by key; and of
-        what is no state, under the key ""."""
+        """What `lowres plan --optimizer` prints for a weight's state instead of its shape, by state key;
+        under the key "", what it prints about things that are not state."""
         return {}

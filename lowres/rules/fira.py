@@ -1,13 +1,13 @@
-"""Fira (Chen et al., arXiv 2410.01623): GaLore, and the rest of the gradient scaled as APOLLO does.
+"""Fira (Chen et al., arXiv 2410.01623): GaLore, plus the rest of the gradient scaled as in APOLLO.
 
     R = project(G),  N = Adam(R),  f = ||N|| / ||R|| per channel
     W <- W - lr * (scale * back(N) + (G - scale * back(R)) * f / limiter)
 
-The rest is what the authors' code takes: G less the *scaled* back-projection, where the paper has
+The rest is computed as in the authors' code: G minus the *scaled* back-projection. The paper has
 G - back(R). Only the rest passes the norm-growth limiter. Written from the paper.
 
-Two identities save a second matrix of the gradient's size. f is a factor per channel, so it passes
-through `back`: the direction is G * f/L + back(scale * (N - R * f/L)). And as the vectors of P are
+Two identities save a second matrix of the gradient's size. f is a factor per channel, so it commutes
+with `back`: the direction is G * f/L + back(scale * (N - R * f/L)). And because the vectors of P are
 orthonormal, a channel of the rest has the squared norm ||g||^2 - scale (2 - scale) ||r||^2.
 """
 
@@ -35,7 +35,7 @@ class FiraRule(LowRankRule):
         scale: float,
         limiter: float = GROWTH,
     ) -> None:
-        """limiter: most that the norm of the rest may grow by, or 0 for no limiter."""
+        """limiter: the largest growth of the rest's norm, as a factor; 0 for no limiter."""
         self.betas, self.eps, self.projection = betas, eps, projection
         self.scale, self.limiter = scale, limiter
 
@@ -91,7 +91,7 @@ def _make(settings: Settings) -> FiraRule:
 register(
     Definition(
         name="fira",
-        about="GaLore, and the rest of the gradient scaled as APOLLO does (arXiv 2410.01623)",
+        about="GaLore, plus the rest of the gradient scaled as in APOLLO (arXiv 2410.01623)",
         make=_make,
         lr=1e-2,
         eps=1e-6,

@@ -39,7 +39,7 @@ class GaLoreRule(LowRankRule):
             projected = [lowrank.project(g, p) for g, p in zip(grads[part], matrices, strict=True)]
             adam = lowrank.adam(projected, states[part], clock, self.betas, self.eps)
             for grad, p, n in zip(grads[part], matrices, adam, strict=True):
-                # the gradient is not needed any more: its memory takes the direction
+                # the gradient is no longer needed: the direction takes its memory
                 torch.mm(*((n, p) if lowrank.is_tall(grad.shape) else (p, n)), out=grad)
         return [lowrank.rate(lr, clock, self.betas) * self.scale] * len(grads)
 

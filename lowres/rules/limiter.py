@@ -1,10 +1,10 @@
-"""The norm-growth limiter (Chen et al., arXiv 2410.01623): an update may grow in norm by a factor at most.
+"""The norm-growth limiter (Chen et al., arXiv 2410.01623): it bounds how fast the norm of updates may grow.
 
     U <- U / max(1, ||U|| / (growth * ||last U that was accepted||))
 
-So a spike in the gradient passes as an ordinary update, without the global norm that a layer-major step
-does not have. APOLLO and Fira limit inside what the papers limit; every other rule is limited as a whole
-(`lowres.optim.Optimizer`). Memory is one norm a tensor.
+So a spike in the gradient becomes an update of ordinary size, without the global norm that a layer-major
+step does not have. APOLLO and Fira limit the part that their papers limit; for every other rule the whole
+update is limited (`lowres.optim.Optimizer`). It stores one norm per tensor.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lowres.rules.base import NORM, State
 from lowres.storage import Fields
 
 GROWTH = 1.01  # the published gamma
-# how fast the limiter's memory may fall: one tiny gradient would else hold the updates down for a
-# thousand steps, as growth is limited to 1 % a step
+# how fast the remembered norm may fall per step: otherwise one tiny gradient would keep the updates small
+# for a thousand steps, because growth is limited to 1 % per step
 SLOWEST_FALL = 0.5
 NORM_FIELDS: Fields = {NORM: (torch.float32, ())}
 
 
 def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -> Tensor:
-    """What to divide updates of these norms [k] by; remembers what is left. growth: at least 1.
+    """By what to divide updates of these norms [k]; stores the norms after division. growth: at least 1.
 
-    Only accepted norms enter its memory, `state["norm"]`. A gradient of zero leaves it alone. The first
-    norm is only remembered.
+    Only accepted norms are stored, in `state["norm"]`. A gradient of zero does not change it. The first
+    norm is stored and not limited.
     """
     kept = [state[NORM] for state in states]
     last = torch.stack(kept)
@@ -40,7 +40,7 @@ def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -
 def limited(
     directions: list[Tensor], factors: list[Tensor], states: list[State], accepted: Tensor, growth: float
 ) -> list[Tensor]:
-    """Factors that keep factor * direction within `growth`; shapes as a rule returns them (`base.Rule`)."""
+    """Factors with which factor * direction stays within `growth`; shapes as in `base.Rule.directions`."""
     norms = torch.stack([_update_norm(d, f) for d, f in zip(directions, factors, strict=True)])
     excess = limit(norms, states, accepted, growth)
     return [factor / e for factor, e in zip(factors, excess.unbind(), strict=True)]

@@ -1,11 +1,11 @@
-"""What APOLLO, GaLore and Fira share: projections of a gradient, and Adam on what is projected.
+"""What APOLLO, GaLore and Fira share: projections of a gradient, and Adam on the projected gradient.
 
-For a gradient G [m, n] the smaller dimension is compressed to the rank r:
+For a gradient G [m, n], the smaller dimension is compressed to the rank r:
 
     m >= n ("tall"):  P [r, n],  R = G P^T [m, r],  back(R) = R P
     m <  n ("wide"):  P [m, r],  R = P^T G [r, n],  back(R) = P R
 
-Lists of small tensors are worked on with `torch._foreach_*`, one kernel for all tensors of a batch.
+Lists of small tensors are processed with `torch._foreach_*`: one kernel for all tensors of a batch.
 """
 
 from __future__ import annotations
@@ -25,30 +25,31 @@ from lowres.rules.registry import Key, Settings
 from lowres.storage import Fields, TensorSpec, chunk_elements
 from lowres.target import kind_of
 
-# a random projection of more numbers is drawn again in every step instead of being kept
+# a random projection with more numbers than this is drawn again in every step instead of being kept
 KEPT_PROJECTION = 1 << 14
-# projected numbers in a batch of tensors; above it a launch is cheap beside its work, and memory is not
+# projected numbers in a batch of tensors; above this a launch costs little compared with its work, and
+# memory matters more
 BATCH = 1 << 20
 
 RANK = Key(
     "rank",
     Annotated[int, Field(ge=1)],
     "at least 1",
-    "Rank of the projected gradient, at most the smaller dimension of a matrix; where there is no default, "
-    "a quarter of model.dim.",
+    "Rank of the projected gradient, limited to the smaller dimension of each matrix; without a default, a "
+    "quarter of model.dim.",
 )
 SCALE = Key(
     "scale",
     Annotated[float, Field(gt=0)],
     "above 0",
-    "apollo: the update is multiplied by its square root. galore, fira: factor on what comes back from the "
-    "projection.",
+    "apollo: the update is multiplied by the square root of this. galore, fira: factor on the update that is "
+    "projected back.",
 )
 REFRESH_EVERY = Key(
     "refresh_every",
     Annotated[int, Field(ge=1)],
     "at least 1",
-    "Steps between two choices of the projection.",
+    "Steps until a new projection is chosen.",
 )
 
 
@@ -75,14 +76,14 @@ class Projection(Protocol):
         """What must be kept of P."""
 
     def kept_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that P takes between steps beside the state."""
+        """Bytes that P takes between steps in addition to the state."""
 
     def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
         """P [r, n] or [m, r] for this step, in the dtype of the gradient."""
 
 
 def rank_of(rank: int | None, shape: tuple[int, ...]) -> int:
-    """No rank is larger than the smaller dimension: there is nothing left to project."""
+    """The rank for a matrix: at most its smaller dimension, where nothing is left to compress."""
     return min(rank or max(1, min(shape) // 4), *shape)
 
 
@@ -97,8 +98,8 @@ def projected_shape(rank: int | None, shape: tuple[int, ...]) -> tuple[int, int]
 
 
 class RandomProjection:
-    """Entries N(0, 1 / r), drawn anew every `refresh_every` steps. A function of the seed, the name of
-    the weight and the step alone, so it is no state; it is kept only to save drawing it again."""
+    """Entries N(0, 1 / r), drawn again every `refresh_every` steps. It depends only on the seed, the name of
+    the weight and the step, so it is not part of the state; it is kept only to save drawing it again."""
 
     def __init__(self, rank: int | None, refresh_every: int, seed: int = 0) -> None:
         self.rank, self.refresh_every, self.seed = rank, refresh_every, seed
@@ -129,20 +130,20 @@ class RandomProjection:
 
 
 class SvdProjection:
-    """The first r singular vectors of the gradient, found anew every `refresh_every` steps.
+    """The first r singular vectors of the gradient, computed again every `refresh_every` steps.
 
-    They depend on the gradient of that step, so they are state, with the number of the refresh beside
-    them. A gradient that is refused or zero has none; the next one is asked then.
+    They depend on the gradient of that step, so they are part of the state, together with the number of the
+    refresh. A gradient that is refused or zero has none; then the next gradient is used.
 
-    Whether to look for them is decided by the number of the step and by what earlier steps found; whether to
-    keep them, on the device. What waits for a GPU is `torch.linalg.svd` itself, which reads there whether it
-    converged, whatever the driver: in the first step of a period, for each matrix. And if the first step of a
-    process, a rehearsal included, is not the first of a period, it reads which refresh the state holds.
+    Whether to compute them depends on the step number and on what earlier steps found; whether to keep them
+    is decided on the device. Two things wait for the GPU: `torch.linalg.svd` itself, which reads whether it
+    converged with every driver (for each matrix, in the first step of a period); and reading which refresh
+    the state holds, if the first step of a process (or a rehearsal) is not the first of a period.
     """
 
     def __init__(self, rank: int | None, refresh_every: int) -> None:
         self.rank, self.refresh_every = rank, refresh_every
-        self._held: dict[str, _Reading] = {}  # by name: the refresh that the state holds
+        self._held: dict[str, _Reading] = {}  # weight name -> the refresh that the state holds
         self._rehearsed: set[torch.Size] = set()
 
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
@@ -156,7 +157,7 @@ class SvdProjection:
         period, name = clock.step // self.refresh_every + 1, spec.name
         if name not in self._held:
             self._held[name] = _Reading(state["refreshes"])
-        # a step that starts a period asks again, as a rule may be used for a second run
+        # the first step of a period always refreshes, because a rule may be used for a second run
         if clock.step % self.refresh_every == 0 or self._held[name].value != period:
             self._refresh(grad, state, clock, period)
             self._held[name] = _Reading(state["refreshes"])
@@ -167,7 +168,7 @@ class SvdProjection:
             if grad.shape in self._rehearsed:
                 return
             self._rehearsed.add(grad.shape)
-        # a refused gradient is zero by now, so nothing that is not finite gets in
+        # a refused gradient has been set to zero, so every number here is finite
         vectors = singular_vectors(grad, rank_of(self.rank, grad.shape))
         found = clock.accepted & grad.any()
         kept, refreshes = state["projection"], state["refreshes"]
@@ -176,8 +177,8 @@ class SvdProjection:
 
 
 class _Reading:
-    """An integer of the device for the host, which asks for it in a later step: it is copied now, so that
-    asking waits for the step of now at most, and that is over by then."""
+    """An integer on the device that the host reads in a later step. The copy starts now, so a later read
+    waits at most for the current step, which is finished by then."""
 
     def __init__(self, number: Tensor) -> None:
         self._copied: Event = None
@@ -199,15 +200,16 @@ class _Reading:
 def singular_vectors(grad: Tensor, rank: int) -> Tensor:
     """The first `rank` singular vectors of the smaller side, as P: [r, n] or [m, r].
 
-    A decomposition in fp32, as in the references: signs are free, but moments outlive a refresh, so they
-    matter. It needs about twice the gradient's memory for a moment.
+    The decomposition is in fp32, as in the references. The signs are arbitrary, but they matter, because
+    moments are kept across a refresh. For a short time it needs about twice the gradient's memory.
     """
     u, _, vh = torch.linalg.svd(grad, full_matrices=False)
     return vh[:rank] if is_tall(grad.shape) else u[:, :rank]
 
 
 def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
-    """Runs of tensors whose projected gradients have BATCH numbers together, or that are alone."""
+    """Groups of neighbouring tensors whose projected gradients have at most BATCH numbers together, or
+    single larger tensors."""
     start = total = 0
     for i, spec in enumerate(specs):
         numel = math.prod(projected_shape(rank, spec.shape))
@@ -219,14 +221,14 @@ def batches(specs: list[TensorSpec], rank: int | None) -> Iterator[slice]:
 
 
 def rank_for(settings: Settings) -> int | None:
-    """The rank that settings ask for: a quarter of the model's width by default, or None, which is a
-    quarter of each matrix, where that is not known."""
+    """The rank from the settings. The default is a quarter of the model's width or, if that is unknown, None:
+    a quarter of each matrix's smaller dimension."""
     asked: int | None = settings.keys["rank"]
     return asked or (max(1, settings.width // 4) if settings.width else None)
 
 
 class LowRankRule(Rule):
-    """What rules that project have in common: their memory, and the words for it."""
+    """What the rules that project have in common: their memory use, and its description."""
 
     moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
     projection: Projection
@@ -235,7 +237,8 @@ class LowRankRule(Rule):
         return self.projection.kept_bytes(spec.shape)
 
     def workspace_bytes(self, specs: Sequence[TensorSpec]) -> int:
-        """Of one of the `batches` the projections, the projected gradients, and two more of their size."""
+        """For the largest of the `batches`: the projections, the projected gradients, and two more tensors
+        of the projected gradients' size."""
         rank, numbers = self.projection.rank, []
         for run in batches(list(specs), rank):
             shapes = [spec.shape for spec in specs[run]]
@@ -260,9 +263,9 @@ def moment_fields(rank: int | None, shape: tuple[int, ...]) -> Fields:
 def adam(
     projected: list[Tensor], states: list[State], clock: Clock, betas: tuple[float, float], eps: float
 ) -> list[Tensor]:
-    """Brings the moments M and V of the projected gradients up to date; returns N = M / (sqrt(V) + eps).
+    """Update the moments M and V of the projected gradients; returns N = M / (sqrt(V) + eps).
 
-    The bias corrections are the caller's (`rate`): eps is added before them, as in the references.
+    The caller applies the bias corrections (`rate`): eps is added before them, as in the references.
     """
     weight1, weight2 = clock.moment_weights(betas)
     first, second = ([state[key] for state in states] for key in (EXP_AVG, EXP_AVG_SQ))
@@ -274,7 +277,7 @@ def adam(
 
 
 def _move(values: list[Tensor], ends: list[Tensor] | tuple[Tensor, ...], weight: Tensor) -> None:
-    """values <- values + weight (ends - values): `lerp_` with a weight that is on the device."""
+    """values <- values + weight (ends - values): `lerp_` with a weight on the device."""
     steps = torch._foreach_sub(ends, values)
     torch._foreach_mul_(steps, weight)
     torch._foreach_add_(values, steps)
@@ -287,13 +290,13 @@ def rate(lr: float, clock: Clock, betas: tuple[float, float]) -> Tensor:
 
 
 def channel_norms(tensors: list[Tensor], axes: list[int]) -> list[Tensor]:
-    """Norms over one dimension of each tensor, which is kept with the size 1."""
+    """Norms over one dimension of each tensor; the dimension is kept with size 1."""
     return [torch.linalg.vector_norm(t, dim=d, keepdim=True) for t, d in zip(tensors, axes, strict=True)]
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
     """Frobenius norms: [k]."""
     if kind_of(tensors[0].device) == "cpu" and tensors[0].numel() > chunk_elements(tensors[0].device):
-        # a dot product takes half the time of a norm, and for 45 M elements errs by 5e-5 instead of 3e-3
+        # a dot product takes half the time of a norm; with 45 M elements its error is 5e-5 instead of 3e-3
         return torch.stack([torch.dot(t.reshape(-1), t.reshape(-1)) for t in tensors]).sqrt_()
     return torch.stack(torch._foreach_norm(tensors))

@@ -1,14 +1,14 @@
-"""Element-wise moments (one number for each of the weight's) kept in 4, 2 or about 1 byte each.
+"""Element-wise moments (one number per element of the weight), kept in 4, 2 or about 1 byte each.
 
     fp32  the number itself
-    bf16  rounded stochastically: with nearest rounding a second moment of beta2 = 0.999 never decays,
-          as 0.1 % is less than half a bf16 step
+    bf16  rounded stochastically: with rounding to nearest, a second moment with beta2 = 0.999 never decays,
+          because 0.1 % is less than half a bf16 step
     int8  bitsandbytes' blockwise dynamic quantisation (Dettmers et al., arXiv 2110.02861): an index into
           a map of 256 values, times the largest magnitude of its block of 256 elements
 
-A rule works on flat ranges of elements: read a moment as fp32, update it, use it, write it. Only the
-kept value is rounded, not the one in use. Ranges start at a block, and the random bits are named by
-element, so their length changes no result.
+A rule works on flat ranges of elements: it reads a moment as fp32, updates it, uses it and writes it. Only
+the stored value is rounded, not the value in use. A range starts at the start of a block, and random bits
+are named by element, so the length of the ranges does not change any result.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ BLOCK = 256  # elements that share a scale in int8
 
 
 def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
-    """The tensors that keep the moment `key` of a weight; zero bytes are a moment of zero.
+    """The tensors that store the moment `key` of a weight; all bytes zero means a moment of zero.
 
-    A 1-D weight (a norm) always has fp32 moments: they are small, and it is sensitive.
+    A 1-D weight (a norm) always has fp32 moments: they are small, and the weight is sensitive.
     """
     assert kind in KINDS, kind
     if kind == "fp32" or len(shape) == 1:
@@ -46,7 +46,7 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
 
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
-    """Ranges of elements that together cover a tensor, of about the chunk size and starting at a block."""
+    """Ranges that together cover a tensor, about one chunk long, each starting at the start of a block."""
     return chunks(numel, max(BLOCK, chunk_elements(device) // BLOCK * BLOCK))
 
 
@@ -54,7 +54,7 @@ class Moment:
     """Reads and writes one moment of a weight during one update, by flat ranges from `flat_chunks`."""
 
     def __init__(self, spec: TensorSpec, key: str, state: State, clock: Clock, signed: bool) -> None:
-        """signed: whether it can be negative, as the first moment can and the second cannot."""
+        """signed: whether the moment can be negative (the first moment can, the second cannot)."""
         self.value = state[key].view(-1)
         self.accepted = clock.accepted
         self.dtype = self.value.dtype
@@ -66,7 +66,7 @@ class Moment:
             self.map = _dynamic_map(signed, self.value.device)
 
     def read(self, part: slice) -> Tensor:
-        """fp32 [elements]; the kept numbers themselves where they are fp32 (or fp64, in tests)."""
+        """fp32 [elements]; a view of the stored numbers if they are fp32 (or fp64, in tests)."""
         if self.dtype == torch.bfloat16:
             return self.value[part].float()
         if self.dtype == torch.uint8:
@@ -76,21 +76,21 @@ class Moment:
         return self.value[part]
 
     def write(self, values: Tensor, part: slice) -> None:
-        """Keep `values`: what `read` returned, updated in place."""
+        """Store `values`, which are the result of `read`, updated in place."""
         if self.dtype == torch.bfloat16:
             self.value[part] = rng.round_to_bf16(values, self.rounding, part.start)
         elif self.dtype == torch.uint8:
             codes, scale = self.functional.quantize_blockwise(values, code=self.map, blocksize=BLOCK)
-            # the signed map ends at -0.993 and 1, so a negative absmax would shrink with every refusal
+            # the signed map ends at -0.993 and 1, so a negative absmax would shrink with every refused update
             for kept, new in ((self.value[part], codes), (self.absmax[_blocks(part)], scale.absmax)):
                 torch.where(self.accepted, new, kept, out=kept)
 
 
 def bitsandbytes_functional() -> ModuleType:
-    """The module `bitsandbytes.functional`, of which only public functions are used."""
+    """The module `bitsandbytes.functional`. Only its public functions are used."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # on some CPUs it warns of a 4-bit kernel that nothing here needs
+    logger.setLevel(logging.ERROR)  # on some CPUs it warns about a 4-bit kernel that nothing here needs
     try:
         import bitsandbytes.functional
     except ImportError:
@@ -104,11 +104,11 @@ def bitsandbytes_functional() -> ModuleType:
 
 @cache
 def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """fp32 [256], ascending. Kept, because the copy to a device waits for it."""
+    """fp32 [256], ascending. Cached, because the copy to a device waits for the device."""
     with _disable_current_modes():  # it outlives the trace of a plan, whose tensors have no memory
         return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
 
 
 def _blocks(part: slice) -> slice:
-    """The blocks of a range of elements; the last one may be short."""
+    """The blocks of a range of elements; the last block may be short."""
     return slice(part.start // BLOCK, -(-part.stop // BLOCK))

@@ -1,8 +1,8 @@
-"""What is known of an update rule without building it: one record, which its file registers.
+"""What is known about an update rule without building it: one record, registered by the rule's file.
 
-The config takes names, keys and defaults from here, the optimizer what a rule serves, `lowres.optim` the
-`torch.optim` classes, help and docs the texts. So an optimizer is one file of this package, its test, and the
-docs that `scripts/write_docs.py` writes.
+The records hold names, keys and defaults (for the config), which tensors a rule updates (for the optimizer),
+the `torch.optim` classes (for `lowres.optim`), and texts (for help and docs). So a new optimizer takes one
+file in this package, a test for it, and a run of `scripts/write_docs.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lowres.rules.base import Betas, Rule
 
 @dataclass(frozen=True)
 class Key:
-    """A key of [optim] that only some rules read. type: as pydantic takes it, with limits. wanted: those
-    limits in words, for a message."""
+    """A key of [optim] that only some rules read. type: for pydantic, with limits. wanted: these limits in
+    words, for a message."""
 
     name: str
     type: Any
@@ -29,9 +29,9 @@ class Key:
 class Settings:
     """What a rule is built from.
 
-    eps: added to the denominator. moments: number format of element-wise moments. limiter: most that the
-    norm of an update may grow by, for rules that see to it themselves; 0 is no limit. width, head_dim: of
-    the model, where they are known. keys: the values of its own keys.
+    eps: added to the denominator. moments: number format of element-wise moments. limiter: the largest
+    growth of an update's norm, for rules that limit it themselves; 0 = no limit. width, head_dim: of the
+    model, if known. keys: the values of the rule's own keys.
     """
 
     betas: Betas
@@ -46,13 +46,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Definition:
-    """An optimizer by its name.
+    """An optimizer that the config can name.
 
     about: a phrase for help and docs, with the source. make: builds the rule for matrices. lr, eps, betas,
-    limiter, keys: defaults. reads: the general keys that mean something to it. for_all: embedding, head,
-    norms and biases take it too; otherwise they take AdamW. limits_itself: the rule limits what its paper
-    limits; any other is limited as a whole by the optimizer. moments: the only number format of its
-    element-wise moments, if there is just one. class_name: of its `torch.optim` class in `lowres.optim`, if
+    limiter, keys: defaults. reads: the general keys that the rule uses. for_all: it also updates embedding,
+    head, norms and biases; otherwise AdamW updates them. limits_itself: the rule limits the part that its
+    paper limits; for other rules the optimizer limits the whole update. moments: the number format of its
+    element-wise moments, if only one is possible. class_name: its `torch.optim` class in `lowres.optim`, if
     it has one.
     """
 
@@ -72,8 +72,8 @@ class Definition:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The values of [optim] that depend on the optimizer, where the config gives none; but for the rate,
-        which may follow from the batch."""
+        """Defaults of the [optim] keys that depend on the optimizer, except the learning rate, which may
+        follow from the batch."""
         own = {key.name: value for key, value in self.keys.items()}
         return {"eps": self.eps, "betas": self.betas, "limiter": self.limiter} | own
 

@@ -2,7 +2,7 @@
 
     m <- beta1 m + g,  W <- W - lr m
 
-With beta1 = 0 it is plain SGD without any state. Weight decay is decoupled, as in every rule here.
+With beta1 = 0 it is plain SGD without state. Weight decay is decoupled, as in every rule here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lowres.storage import Fields, TensorSpec
 
 
 class SgdRule(Rule):
-    """4, 2 or about 1 byte of state a parameter; none without momentum."""
+    """4, 2 or about 1 byte of state per parameter; none without momentum."""
 
     moments: ClassVar = {MOMENTUM: True}
 
@@ -39,14 +39,14 @@ class SgdRule(Rule):
                 for part in flat_chunks(spec.numel, grad.device):
                     m = moment.read(part).mul_(keep).add_(flat[part])
                     moment.write(m, part)
-                    flat[part] = m  # a copy, as the direction must not be the state itself
+                    flat[part] = m  # a copy, because the direction must not be the state itself
         return [lr * clock.accepted.float()] * len(grads)
 
 
 register(
     Definition(
         name="sgd",
-        about="SGD with momentum betas[0]; 0 is none, and no state (Polyak, 1964)",
+        about="SGD with momentum betas[0]; with 0 it has no momentum and no state (Polyak, 1964)",
         make=lambda s: SgdRule(s.betas[0], s.moments),
         lr=0.1,
         reads=("betas",),

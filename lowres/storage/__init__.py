@@ -1,6 +1,6 @@
-"""How weights are kept: what a tensor is, the number formats, and units of tensors in slabs.
+"""How weights are stored: what a tensor is, the number formats, and units of tensors in slabs.
 
-specs     a tensor and a unit, before they exist
+specs     descriptions of a tensor and of a unit
 formats   the interface of a storage, and the registry of number formats
 dense     fp32 and bf16
 int8      codes and scales

@@ -1,5 +1,5 @@
-"""Weights in a floating-point format. fp32 (and fp64, in tests) takes an update exactly; bf16 rounds it once,
-stochastically."""
+"""Weights in a floating-point format. In fp32 (and fp64, in tests) an update is exact; in bf16 it is rounded
+once, stochastically."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Dense:
 
 
 ABOUT = {
-    "fp32": "4 bytes a parameter, updates exact",
-    "bf16": "2 bytes, updates in fp32 and rounded stochastically",
+    "fp32": "4 bytes per parameter, exact updates",
+    "bf16": "2 bytes, updates computed in fp32 and rounded stochastically",
 }
 for name, dtype in DENSE_DTYPES.items():
     register(

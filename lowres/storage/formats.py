@@ -1,17 +1,17 @@
-"""How a weight can be kept between its visits: the interface of a storage, and the registry of formats.
+"""How a weight can be stored between uses: the interface of a storage, and the registry of formats.
 
 Training reads a weight with `dense` (or `rows`, for an embedding) and writes it with `apply`, the second
-phase of every optimizer:
+phase of every update:
 
     W <- (1 - decay) * W - factor * direction
 
-The arithmetic is fp32 whatever the format is; low precision costs exactly one stochastic rounding a write
-(bf16 arithmetic would lose 70 % of an update of 3e-5 before it is rounded). All work goes by chunks of
-rows, so a write needs little memory beyond the weight, and the random bits are named by element
-(`lowres.rng`), so the chunk size changes no result.
+The arithmetic is fp32 in every format; low precision costs exactly one stochastic rounding per write (bf16
+arithmetic would lose 70 % of an update of 3e-5 before it is rounded). All work is done in chunks of rows, so
+a write needs little memory beyond the weight. Random bits are named by element (`lowres.rng`), so the chunk
+size does not change any result.
 
-A format is one file of this package that ends with `register(Format(...))`. Config, plan, checkpoints and
-help take it from there.
+A format is one file in this package that ends with `register(Format(...))`. Config, plan, checkpoints and
+help find it in the registry.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from lowres import rng
 from lowres.storage.specs import Fields
 from lowres.target import chunks, kind_of
 
-# elements whose fp32 temporaries exist at one time: the L2 cache of a CPU core, or enough to fill a GPU
+# elements whose fp32 temporaries exist at one time: as fits the L2 cache of a CPU core, or fills a GPU
 CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Storage(Protocol):
-    """One weight at rest. `shape` is that of the weight, whatever tensors it is kept in."""
+    """One stored weight. `shape` is the shape of the weight, not of the tensors that store it."""
 
     shape: tuple[int, ...]
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The weight in `dtype`; the stored tensor itself where that is already so. Do not write to it.
+        """The weight in `dtype`, or the stored tensor itself if it has that dtype. Do not write to it.
 
-        out: where to put it otherwise, flat, at least as many elements.
+        out: flat memory for the result if a conversion is needed, with at least as many elements.
         """
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,18 +57,18 @@ class Storage(Protocol):
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint stores, by suffix to the weight's name."""
+        """The tensors for a checkpoint, by suffix to the weight's name."""
 
 
 @dataclass(frozen=True)
 class Format:
     """A number format for weights.
 
-    name: as `memory.weights` has it. about: one sentence for help and docs. parts: the tensors that keep a
-    weight, by suffix to its name, and what the plan calls them. fields: their dtypes and shapes for a
-    weight of a shape. over: a storage over such tensors. dtype: in which products can use it as it is
-    stored, if they can. exact: an update is kept as it is, without rounding. any_shape: also for embedding,
-    head and 1-D tensors; otherwise for the matrices of the blocks only.
+    name: its name in `memory.weights`. about: one sentence for help and docs. parts: the tensors that store
+    a weight: suffix to its name -> what the plan calls it. fields: the dtypes and shapes of these tensors,
+    for the shape of a weight. over: makes a storage from such tensors. dtype: in which matrix products can
+    use the weight as stored, or None. exact: an update is stored without rounding. any_shape: also for
+    embedding, head and 1-D tensors; otherwise only for the matrices of the blocks.
     """
 
     name: str
@@ -98,7 +98,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Elements whose temporaries may exist at one time on a device."""
+    """How many elements may have temporaries at one time on a device."""
     return CHUNK_CUDA if kind_of(device) == "cuda" else CHUNK_CPU
 
 
@@ -109,5 +109,5 @@ def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
 
 
 def factor_of(factor: Tensor, rows: slice) -> Tensor:
-    """The part of an update's factor that belongs to some rows."""
+    """The part of an update's factor that belongs to these rows."""
     return factor[rows] if factor.dim() and factor.shape[0] > 1 else factor

@@ -1,9 +1,9 @@
 """INT8 codes with one fp32 scale per output row: W = codes * scales.
 
-Symmetric codes in [-127, 127]: 1 + 4 / row length bytes a parameter. The scale is sticky. While every new
-value of a row fits the old scale, only the *change* is rounded, in units of a code, so an update of zero
-changes nothing and a small one brings little noise. A row is given a new scale, and rounded whole, when it
-outgrows the codes or uses less than half of them.
+Symmetric codes in [-127, 127]: 1 + 4 / row length bytes per parameter. The scale is sticky: while every new
+value of a row fits the old scale, only the *change* is rounded, in units of a code. So an update of zero
+changes nothing, and a small update adds little noise. A row gets a new scale, and is rounded as a whole,
+when its values exceed the codes or use less than half of their range.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lowres import rng
 from lowres.storage.formats import Format, factor_of, register, row_chunks
 
 MAX_CODE = 127
-# where the largest value of a row is put when it gets a scale: room to grow before the next time
+# code of a row's largest value when the row gets a new scale: leaves room to grow before the next new scale
 RESCALED_CODE = 120
 
 
 class Int8:
-    """A matrix kept as int8 codes [out, in] and fp32 scales [out, 1]."""
+    """A matrix stored as int8 codes [out, in] and fp32 scales [out, 1]."""
 
     def __init__(self, codes: Tensor, scales: Tensor) -> None:
         self.shape = tuple(codes.shape)
@@ -56,11 +56,11 @@ class Int8:
             unchanged = change.abs().amax(1, keepdim=True) == 0
             fits = ((top >= MAX_CODE // 2 + 1) | unchanged | (top == 0)) & (top <= MAX_CODE)
             grow = torch.where(fits, 1.0, top / RESCALED_CODE)
-            # what is exact already, and what has to be rounded: the change, or the whole new value
+            # codes: the part that is exact already. rest: what must be rounded, the change or the new value
             codes.mul_(fits)
             rest = torch.where(fits, change, new.div_(grow))
             rounded = rng.round_to_integer(rest, key, rows.start * self.shape[1])
-            # fp32 may have put 127.000004 at 127, and rounded up it would wrap around
+            # fp32 may have rounded 127.000004 to 127; rounded up to 128 it would wrap around
             self.codes[rows] = codes.add_(rounded).clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
             self.scales[rows] = scales * grow
 
@@ -71,7 +71,8 @@ class Int8:
 register(
     Format(
         name="int8",
-        about="codes with a scale per row, 1.001 to 1.008 bytes; only the change is rounded, stochastically",
+        about="codes with one scale per row, 1.001 to 1.008 bytes per parameter; only the change is rounded, "
+        "stochastically",
         parts={"": "int8 codes", ".scales": "scales"},
         fields=lambda shape: {"": (torch.int8, shape), ".scales": (torch.float32, (shape[0], 1))},
         over=lambda tensors: Int8(tensors[""], tensors[".scales"]),

@@ -1,9 +1,8 @@
-"""What a tensor of the model is, before it exists: name, shape, role and kind.
+"""The description of a tensor of the model, before any memory exists: name, shape, role and kind.
 
-A *role* says what the tensor does in the model ("q", "mlp_norm", "head"); the roles are those of
-`lowres.model`. A *kind* says what it is to everything else: which number format keeps it, which optimizer
-group updates it, whether weight decay and adapters apply. Only rules that know the model (Adam-mini) look
-at roles.
+A *role* says what the tensor does in the model ("q", "mlp_norm", "head"); `lowres.model` defines the roles.
+A *kind* is what all other code needs: it decides the number format, the optimizer group, and whether weight
+decay and adapters apply. Only rules that know the model (Adam-mini) look at roles.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-# the kinds: matrices of the blocks, embedding and head, and what is small and always fp32
+# the kinds: matrices of the blocks, embedding and head, and small tensors that are always fp32
 MATRIX, EMBEDDING, NORM, BIAS, ADAPTER = "matrix", "embedding", "norm", "bias", "adapter"
-# the adapter of a matrix [m, n] is A [rank, n] and B [m, rank]; their roles are the matrix's with these
-# endings
+# the adapter of a matrix [m, n] is A [rank, n] and B [m, rank]; their roles are the role of the matrix plus
+# these endings
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 
-Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of tensors by name
+Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape of a tensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class UnitSpec:
-    """What a step visits as a whole: the embedding, one block, or final norm and head."""
+    """Tensors that a step processes together: the embedding, one block, or the final norm with the head."""
 
     name: str
     tensors: tuple[TensorSpec, ...]
@@ -50,5 +49,5 @@ class UnitSpec:
 
     @property
     def adapters(self) -> dict[str, TensorSpec]:
-        """The adapters of its matrices, by role."""
+        """The adapters of the unit's matrices, by role."""
         return {spec.role: spec for spec in self.tensors if spec.kind == ADAPTER}

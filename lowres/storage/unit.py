@@ -1,4 +1,4 @@
-"""Units: what a step visits as a whole, and the slabs of memory that hold them."""
+"""Units: the parts of a model that a step processes one by one, and the slabs of memory that hold them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowres.storage.dense import Dense
 from lowres.storage.formats import FORMATS, Storage, row_chunks
 from lowres.storage.specs import Fields, UnitSpec
 
-ALIGNMENT = 256  # bytes between the tensors of a slab
+ALIGNMENT = 256  # bytes; every tensor of a slab starts at a multiple of this
 
 
 def aligned(nbytes: int) -> int:
@@ -36,11 +36,14 @@ def fields_in(slab: Tensor, fields: Fields) -> dict[str, Tensor]:
 
 
 class Unit:
-    """What a step visits as a whole: the weights of the embedding, of one block, or of final norm and
-    head, with their optimizer state. Each of the two is one slab, in a home of its own; everything in a
-    unit is touched once a direction and step, and it is one file of a checkpoint.
+    """The weights of the embedding, of one block, or of the final norm and head, with their optimizer state.
 
-    state: by weight name and key. updates: int64 scalar, accepted updates. Both come with `give_state`.
+    A step processes a unit as a whole: once in the forward pass and once in the backward pass. Weights and
+    state are one slab each, and the two slabs may live in different rooms (GPU or host). In a checkpoint a
+    unit is one file.
+
+    state: by weight name and key. updates: int64 scalar, the number of accepted updates. Both are set by
+    `give_state`.
     """
 
     def __init__(self, spec: UnitSpec, kinds: Mapping[str, str], slab: Tensor) -> None:
@@ -57,25 +60,25 @@ class Unit:
             self.weights[tensor.name] = found.over(own)
 
     def give_state(self, fields: Mapping[str, Fields], slab: Tensor) -> None:
-        """Optimizer state, by weight name and key, in a slab that is all zero at the start."""
+        """Attach optimizer state, by weight name and key, in a slab that is all zero at the start."""
         self._state_fields, self.state_slab = fields, slab
         tensors = fields_in(slab, state_fields(fields))
         self.updates = tensors.pop(UPDATES)
         self.state = {name: {key: tensors[f"{name}.{key}"] for key in own} for name, own in fields.items()}
 
     def over(self, weights: Tensor, state: Tensor | None) -> Unit:
-        """The same unit in other memory, such as a copy on the GPU; without state if that is None."""
+        """The same unit in other memory, such as a copy on the GPU; without state if `state` is None."""
         unit = Unit(self.spec, self.kinds, weights)
         if state is not None:
             unit.give_state(self._state_fields, state)
         return unit
 
     def has_master(self, name: str) -> bool:
-        """Whether a weight has a more precise copy, among the optimizer's state."""
+        """Whether the optimizer state has a more precise copy of a weight."""
         return MASTER in self.state.get(name, {})
 
     def fill(self, name: str, values: Iterator[tuple[int, Tensor]]) -> None:
-        """Set a weight as `Storage.fill` does; it is the rounded master copy, if it has one."""
+        """Set a weight as `Storage.fill` does. With a master copy, the weight is the rounded master copy."""
         weight = self.weights[name]
         if self.has_master(name):
             master = self.state[name][MASTER]
@@ -84,7 +87,7 @@ class Unit:
         weight.fill(values)
 
     def apply(self, name: str, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
-        """Change a weight as `Storage.apply` does; through its master copy, if it has one."""
+        """Change a weight as `Storage.apply` does, through its master copy if it has one."""
         weight = self.weights[name]
         if not self.has_master(name):
             weight.apply(direction, factor, decay, key)
@@ -95,7 +98,7 @@ class Unit:
         weight.fill((rows.start, master[rows].float()) for rows in chunks)
 
     def weight_tensors(self) -> dict[str, Tensor]:
-        """The stored tensors of the weights: what a trained model consists of."""
+        """The stored tensors of the weights: all that a trained model needs."""
         return {
             name + suffix: tensor
             for name, storage in self.weights.items()
@@ -103,16 +106,16 @@ class Unit:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, optimizer state and count: what the next step depends on."""
+        """Weights, optimizer state and update count: everything that the next step depends on."""
         state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
         count = {} if self.updates is None else {f"{self.spec.name}.{UPDATES}": self.updates}
         return self.weight_tensors() | state | count
 
 
-# keys of optimizer state that every rule shares: the count, a higher-precision copy of the weight, and the
-# sum of what was merged into it
+# state keys that do not depend on the rule: the count of updates, a more precise copy of the weight, and the
+# sum of the changes that were merged into it
 UPDATES, MASTER, MERGED = "updates", "master", "merged"
-# what state that all adapters of a unit share is filed under, instead of a weight's name
+# used instead of a weight's name, for the state that all adapters of a unit share
 ADAPTERS = "adapters"
 
 
