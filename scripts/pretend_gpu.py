@@ -444,6 +444,8 @@ def run_with_cards(names: list[str]) -> int:
             command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), *members]
             done = subprocess.run(command, env=pretended_cuda.environment(key, Path(folder)), check=False)
             wrong |= done.returncode != 0
+            if done.returncode not in (0, 1):
+                print(f"WRONG   the process with card {key} ended with {done.returncode}")
     return int(wrong)
 
 
