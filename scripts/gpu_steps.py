@@ -121,7 +121,7 @@ def cap_allocator(device: torch.device, cap_gib: float | None) -> int | None:
     if device.type != "cuda" or not cap_gib:
         return None
     cap, total = int(cap_gib * GIB), torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     return cap
 
 

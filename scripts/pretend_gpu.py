@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as on a machine where lowres is not installed
+
+import gpu_rates  # noqa: E402
+import gpu_steps  # noqa: E402
 
 from lowres import checkpoint, memory, rooms  # noqa: E402
 from lowres.config import Config  # noqa: E402
@@ -249,6 +253,21 @@ def adapters() -> str:
             return f"{trained.step(3)} (with a merge)"
 
 
+def benchmarks() -> str:
+    """scripts/bench_gpu.py on this device, all but the profiler."""
+    overrides = [*NARROW, "memory.moments=fp32", f"model.vocab_size={VOCABULARY}", "memory.stash_on=host"]
+    path, device = ROOT / "configs/llama_7b_8gb.toml", torch.device("cuda")
+    with pretended_cuda.pretended(ROOT / "lowres"):
+        steps: dict[str, Any] = {}
+        for part in gpu_steps.measure(path, device, overrides, 8.0, time.perf_counter() + 60):
+            steps |= part
+        rates = dict(gpu_rates.measure(lambda *more: config_of("llama_7b_8gb", *NARROW, *more), device))
+    wrong = [text for text in json.dumps([steps, rates]).split('"') if text.startswith("error: ")]
+    if wrong or "whole" not in steps:
+        raise WrongError("; ".join(dict.fromkeys(wrong)) or "took no whole step")
+    return f"{len(steps)} results of steps, {len(rates)} rates"
+
+
 def deepspeed() -> str:
     """The start of the engine; DeepSpeed asks more of the runtime than there is here."""
     if not importlib.util.find_spec("deepspeed"):
@@ -258,7 +277,7 @@ def deepspeed() -> str:
         with trainee(config):
             return "its engine was built"
     except Exception as error:  # whatever it asks for
-        raise SkippedError(f"goes as far as {type(error).__name__}: {first_line(error)}") from None
+        raise SkippedError(f"goes as far as {where(error)}: {first_line(error)}") from None
 
 
 def live_memory(name: str) -> str:
@@ -374,6 +393,7 @@ def cases() -> dict[str, Callable[[], str]]:
     found["saving, int8 moments"] = partial(saving, "memory.moments=int8", "optim.name=adamw")
     found["warm start"] = warm_start
     found["adapters after a warm start"] = adapters
+    found["benchmarks"] = benchmarks
     found["deepspeed"] = deepspeed
     for preset in DEEP:
         found[f"memory {preset.removeprefix('llama_')}"] = partial(live_memory, preset)

@@ -157,6 +157,9 @@ class _Nothing:
 
     synchronize = wait_stream = wait_event = record = _do_nothing
 
+    def elapsed_time(self, later: _Nothing) -> float:
+        return 1.0
+
 
 def _address(tensor: Tensor) -> int:
     """Different for different places, as the code compares addresses; fake tensors have none."""
@@ -174,6 +177,7 @@ def replace_what_computes() -> None:
     replaced: Any = torch.cuda
     replaced.Stream = replaced.Event = replaced.stream = _Nothing
     replaced.current_stream = _Nothing
+    replaced.max_memory_allocated = replaced.max_memory_reserved = lambda *arguments: GIB
     tensors: Any = Tensor
     tensors.pin_memory = lambda self, *arguments: self
     fakes: Any = FakeTensor
