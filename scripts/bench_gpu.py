@@ -104,7 +104,7 @@ def bench_profile(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[s
     config, notes = gpu_steps.load(own.config, device, parsed.overrides)
     yield {"config": str(own.config), "notes": notes}
     gpu_steps.cap_allocator(device, own.cap_gib)
-    yield gpu_profile.measure(gpu_steps.Subject(config, device), PROFILED)
+    yield from gpu_profile.measure(gpu_steps.Subject(config, device), PROFILED)
 
 
 def run_alone(own: Benchmark, parsed: argparse.Namespace) -> int:
@@ -220,6 +220,7 @@ def line_of(record: dict[str, Any]) -> str:
             f"{record['extrapolated_tokens_per_s']:,.0f} tokens/s"
         )
     for key in (
+        "ms_by_phase",
         "ms_of_the_device",
         "ms_by_kind",
         "copies_gb_s",

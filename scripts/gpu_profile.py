@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,18 +62,45 @@ class Phases:
             self._open.__enter__()
 
 
-def measure(subject: Subject, micro_batches: int) -> dict[str, Any]:
-    """Milliseconds of a step by kind, and by phase and kind; on a GPU also what is beside the computation."""
+class Clock:
+    """When phases began, in the order of the device's work."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._cuda = cuda
+        self._marks: list[tuple[str, Any]] = []
+
+    def enter(self, phase: str) -> None:
+        mark: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
+        if self._cuda:
+            mark.record()
+        self._marks.append((phase, mark))
+
+    def ms_by_phase(self) -> dict[str, float]:
+        """Once the device is done: waits and gaps are in the phase in which they are."""
+        found: Counter[str] = Counter()
+        for (phase, start), (_, end) in itertools.pairwise(self._marks):
+            found[phase or "between"] += start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
+        return _ms(found)
+
+
+def measure(subject: Subject, micro_batches: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by phase, as it runs by itself; then by kind, and by phase and kind, as the
+    profiler sees it. On a GPU also what is beside the computation."""
     cuda = subject.device.type == "cuda"
     subject.step(micro_batches, 0)
+    clock = Clock(cuda)
+    subject.rooms.on_phase.append(clock.enter)
+    seconds, _ = subject.step(micro_batches, 1)
+    subject.rooms.on_phase.clear()
+    yield {"micro_batches": micro_batches, "step_ms": seconds * 1e3, "ms_by_phase": clock.ms_by_phase()}
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as profiled:
         marks = Phases()
         subject.rooms.on_phase.append(marks.enter)
-        seconds, _ = subject.step(micro_batches, 1)
+        seconds, _ = subject.step(micro_batches, 2)
         subject.rooms.on_phase.clear()
         marks.enter("")
-    return {"micro_batches": micro_batches, "step_ms": seconds * 1e3, **summary(profiled.events(), cuda)}
+    yield {"profiled_step_ms": seconds * 1e3, **summary(profiled.events(), cuda)}
 
 
 def summary(events: Any, cuda: bool) -> dict[str, Any]:

@@ -76,7 +76,9 @@ def test_every_benchmark_in_small(tmp_path: Path) -> None:
     assert rates["attention"]["kernel"] and rates["update, adamw"]["share_of_copy"] > 0
     spent = records["profile"]
     assert {"gemm", "attention", "pointwise and other"} <= spent["ms_by_kind"].keys()
-    assert {"forward", "loss", "backward", "update"} <= spent["ms_by_phase_and_kind"].keys()
+    phases = {"forward", "loss", "backward", "update"}
+    assert phases <= spent["ms_by_phase_and_kind"].keys() and phases <= spent["ms_by_phase"].keys()
+    assert 0 < sum(spent["ms_by_phase"].values()) <= spent["step_ms"]
 
 
 def test_what_fails_is_recorded_and_the_rest_is_run(tmp_path: Path) -> None:
