@@ -1,315 +1,131 @@
-"""Every benchmark of this project that needs a GPU; all of them take less than 10 minutes.
+"""Every benchmark of this project that needs a GPU, the most valuable first, in 5 minutes.
 
-    python scripts/bench_gpu.py [memory ...] [--out DIR] [--steps N] [--set section.key=value ...]
+    python scripts/bench_gpu.py [NAME ...] [--budget-seconds N] [--out DIR] [--set section.key=value ...]
 
-Without a name all are run, from the root of the repository. Each writes benchmarks/results/gpu_NAME.json,
-with the machine and the command, and prints a table. Exit codes: 0 fine, 1 something failed (the others
-were run), 2 no GPU.
+steps_24gb, steps_12gb, steps_8gb: optimizer steps of the 7B presets on random tokens, the allocator capped
+at the size of the card. Does it fit, is the plan right, how fast is it? First steps of a few micro-batches,
+then a whole one if there is time. rates: what bounds a step, each alone. profile: where the time of a step
+goes. uncapped: the 12 GB preset with the whole card, to see what the cap costs.
 
-memory: optimizer steps of the 7B presets on random tokens, each in a process of its own with the
-allocator capped at the size of the preset's card. Does it fit, and is the plan right? `--config PATH
-[--cap-gib N]` takes another config, and with `--device cpu` no GPU is needed, to test this script.
+Each is a process of its own and writes benchmarks/results/gpu_NAME.json, part by part, so whatever ends it
+leaves what was found. One that the time left is too short for is left out. `--config PATH [--cap-gib N]`
+takes another config; with `--device cpu` no GPU is needed, to test this script. Exit codes: 0 fine, 1
+something failed (the others were run), 2 no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
+import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import records
-import torch
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # as on a machine where lowres is not installed
 
-from lowres import checkpoint
-from lowres import memory as planning
-from lowres.config import Config
-from lowres.config_file import load_config
-from lowres.device import prepare_cuda
-from lowres.engine import make_engine
-from lowres.errors import UserError
-from lowres.memory import GIB
-from lowres.meter import LiveTensors, rss_gib
-from lowres.model import empty_units, initialize
-from lowres.optim import make_optimizer
-from lowres.optim.schedule import factor
-from lowres.rooms import GPU, HOST, Homes, Rooms
+import gpu_profile  # noqa: E402
+import gpu_rates  # noqa: E402
+import gpu_steps  # noqa: E402
+import records  # noqa: E402
+import torch  # noqa: E402
 
-# config and GiB of the card that it is for
-CARDS = [(Path(f"configs/llama_7b_{gib}gb.toml"), float(gib)) for gib in (24, 12, 8)]
+from lowres import memory as planning  # noqa: E402
+from lowres.device import prepare_cuda  # noqa: E402
+from lowres.errors import UserError  # noqa: E402
+from lowres.memory import GIB  # noqa: E402
+
+# of a device's memory, for a run that may take all: the rest is CUDA's own
+MOST_OF_A_CARD = 0.9
+# beyond the time that a benchmark was given, until it is ended
+GRACE_SECONDS = 15.0
+# micro-batches of the step that is profiled
+PROFILED = 2
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a benchmark found: for its file, and for people."""
+class Benchmark:
+    """seconds: what it needs on an H100 without its last part; kept free for it while others run."""
 
-    record: dict[str, Any]
-    table: str
-    failed: bool = False
-
-
-# ---- memory
-
-
-def bench_memory(parsed: argparse.Namespace) -> Result:
-    cards = [(path, parsed.cap_gib) for path in parsed.config] or CARDS
-    found = {}
-    for path, cap in cards:
-        options = ["memory", "--config", str(path), "--device", parsed.device]
-        options += ["--steps", str(parsed.steps), "--warmup", str(parsed.warmup)]
-        options += [part for override in parsed.overrides for part in ("--set", override)]
-        options += ["--cap-gib", str(cap)] if cap else []
-        found[path.stem] = in_a_process(options, parsed.timeout)
-        print(memory_line(path.stem, found[path.stem]), file=sys.stderr)
-    head = (
-        f"{'config':<22}{'cap':>5}{'GPU plan':>10}{'peak':>8}{'reserved':>10}{'host plan':>11}{'held':>8}"
-        f"{'RSS':>8}{'s/step':>9}{'tokens/s':>10}"
-    )
-    lines = [head, *(memory_line(name, entry) for name, entry in found.items())]
-    failed = any("error" in entry for entry in found.values())
-    return Result({"presets": found}, "\n".join([*lines, "(GiB)"]), failed)
+    name: str
+    seconds: float
+    config: Path
+    cap_gib: float | None
+    measure: Callable[[Benchmark, argparse.Namespace], Iterator[dict[str, Any]]]
 
 
-def memory_line(name: str, entry: dict[str, Any]) -> str:
-    if "error" in entry:
-        return f"{name:<22}failed: {entry['error']}"
-    cap = entry["cap_bytes"]
-    gib = {key: entry[key] / GIB for key in MEMORY_COLUMNS}
-    return (
-        f"{name:<22}{f'{cap / GIB:.0f}' if cap else '-':>5}{gib['gpu_plan_bytes']:>10.2f}"
-        f"{gib['gpu_peak_bytes']:>8.2f}{gib['gpu_reserved_bytes']:>10.2f}{gib['host_plan_bytes']:>11.2f}"
-        f"{gib['host_held_bytes']:>8.2f}{gib['peak_rss_bytes']:>8.2f}{entry['seconds_per_step']:>9.2f}"
-        f"{entry['tokens_per_s']:>10,.0f}"
-    )
+def benchmarks(parsed: argparse.Namespace) -> list[Benchmark]:
+    """All of them, the most valuable first."""
+    subjects = [(f"steps_{gib}gb", Path(f"configs/llama_7b_{gib}gb.toml"), float(gib)) for gib in (24, 12, 8)]
+    if parsed.config:
+        subjects = [("steps", parsed.config, parsed.cap_gib)]
+    _, config, cap = subjects[min(1, len(subjects) - 1)]
+    return [
+        *(Benchmark(name, 45.0, path, gib, bench_steps) for name, path, gib in subjects),
+        Benchmark("rates", 35.0, config, None, bench_rates),
+        Benchmark("profile", 60.0, config, cap, bench_profile),
+        Benchmark("uncapped", 50.0, config, None, bench_uncapped),
+    ]
 
 
-MEMORY_COLUMNS = (
-    "gpu_plan_bytes",
-    "gpu_peak_bytes",
-    "gpu_reserved_bytes",
-    "host_plan_bytes",
-    "host_held_bytes",
-    "peak_rss_bytes",
-)
+# ---- what each does, in a process of its own
 
 
-class PhaseRooms(Rooms):
-    """Rooms that note the allocator's peak by phase of the step. The allocator's books are kept where
-    kernels are enqueued, as `phase` is, so nothing has to wait for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.peaks: dict[str, int] = {}
-        self.reserved = 0
-        super().__init__(device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "phase" and self.device.type == "cuda":
-            self.note()
-        super().__setattr__(name, value)
-
-    def note(self) -> None:
-        """Count the peak since the last time to the phase that ends."""
-        phase = self.__dict__.get("phase", "")
-        peak = torch.cuda.max_memory_allocated(self.device)
-        self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
-        torch.cuda.reset_peak_memory_stats(self.device)
+def bench_steps(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    device, until = torch.device(parsed.device), time.perf_counter() + parsed.seconds
+    yield from gpu_steps.measure(own.config, device, parsed.overrides, own.cap_gib, until)
 
 
-def measure_memory(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Steps of one config, as the trainer takes them: the plan, a rehearsal, then steps on random tokens."""
-    device, (path,) = torch.device(parsed.device), parsed.config
-    config, _ = load_config(path, [*parsed.overrides, f"run.device={device.type}"])
-    config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
-    cap = None
-    if device.type == "cuda":
-        torch.cuda.init()
-        if parsed.cap_gib:
-            cap = int(parsed.cap_gib * GIB)
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+def bench_uncapped(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    overrides = list(parsed.overrides)
+    if parsed.device == "cuda":
+        size = torch.cuda.get_device_properties(0).total_memory / GIB * MOST_OF_A_CARD
+        overrides.append(f"memory.budget_gib={size:.1f}")
+    device, until = torch.device(parsed.device), time.perf_counter() + parsed.seconds
+    yield from gpu_steps.measure(own.config, device, overrides, None, until)
+
+
+def bench_rates(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    device = torch.device(parsed.device)
+
+    def load(*overrides: str) -> Any:
+        return gpu_steps.load(own.config, device, [*parsed.overrides, *overrides])[0]
+
+    for name, value in gpu_rates.measure(load, device):
+        yield {name: value}
+
+
+def bench_profile(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    device = torch.device(parsed.device)
+    config, notes = gpu_steps.load(own.config, device, parsed.overrides)
+    yield {"config": str(own.config), "notes": notes}
+    gpu_steps.cap_allocator(device, own.cap_gib)
+    yield from gpu_profile.measure(gpu_steps.Subject(config, device), PROFILED)
+
+
+def run_alone(own: Benchmark, parsed: argparse.Namespace) -> int:
+    """A benchmark in this process; its file is complete after every part."""
     began = time.perf_counter()
-    plan = planning.make_plan(config, device, on_this_machine=True)
-    planning.require_fit(plan)
-    planning.require_machine(plan, device)  # a stash larger than the host's memory would end the machine
+    record = machine(parsed) | {"benchmark": own.name, "finished": False}
 
-    rooms, choice, kept = PhaseRooms(device), plan.choice, config.memory
-    units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, choice.homes.weights)
-    optimizer = make_optimizer(config)
-    optimizer.attach(units.values(), rooms, choice.homes.state)
-    engine = make_engine(config, units, optimizer, rooms, choice)
-    engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-    initialize(units.values(), config.run.seed, device)
-    tokens = random_tokens(config, min(config.batch_sequences, 2 * choice.micro_batch), 0)
-    live = LiveTensors(rooms) if device.type == "cpu" else None
-    with live or nullcontext():
-        rehearsed = engine.step(tokens, 0, 0.0, rehearsal=True)
-        engine.evaluate(tokens)
-    largest = max(units, key=lambda name: sum(t.nbytes for t in units[name].tensors().values()))
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder), 0, [(largest, units[largest].tensors())], {}, keep=0)
-    setup = time.perf_counter() - began
+    def keep(**more: Any) -> None:
+        record.update(more)
+        write(path_of(own.name, parsed), record | {"wall_seconds": time.perf_counter() - began})
 
-    seconds, losses = [], [rehearsed.loss]
-    for step in range(parsed.warmup + parsed.steps):
-        batch = random_tokens(config, config.batch_sequences, step + 1)
-        before = time.perf_counter()
-        report = engine.step(batch, step, factor(config, step))  # ends when the device is done
-        seconds.append(time.perf_counter() - before)
-        losses.append(report.loss)
-    timed = statistics.median(seconds[parsed.warmup :])
-
-    if live is None:
-        rooms.note()
-        free, total = torch.cuda.mem_get_info(device)
-        phases, peak, reserved, used = rooms.peaks, max(rooms.peaks.values()), rooms.reserved, total - free
-    else:
-        phases, peak, reserved, used = live.phases, live.peak[GPU], live.peak[GPU], 0
-    planned = phase_plans(plan)
-    held = sum(size for (_, room), size in rooms.held().items() if room == HOST)
-    finite = all(math.isfinite(loss) for loss in losses)
-    return {
-        **({} if finite else {"error": f"a loss is not finite: {losses}"}),
-        "config": str(path),
-        "cap_bytes": cap,
-        "gpu_plan_bytes": plan.peak(GPU),
-        "gpu_peak_bytes": peak,
-        "gpu_reserved_bytes": reserved,
-        "gpu_used_bytes": used,  # of the whole device, CUDA's own included
-        "gpu_plan_over_peak": plan.peak(GPU) / peak,
-        "gpu_peak_bytes_by_phase": phases,
-        "gpu_plan_bytes_by_phase": planned,
-        "gpu_plan_over_peak_by_phase": {p: planned[p] / phases[p] for p in planned if phases.get(p)},
-        "host_plan_bytes": plan.peak(HOST),
-        "host_held_bytes": held,
-        "host_plan_over_held": plan.peak(HOST) / held if held else None,
-        "peak_rss_bytes": peak_rss(),
-        "tokens_per_step": config.train.batch_tokens,
-        "seconds_per_step": timed,
-        "seconds_of_steps": seconds,
-        "warmup_steps": parsed.warmup,
-        "setup_seconds": setup,
-        "tokens_per_s": config.train.batch_tokens / timed,
-        "losses": losses,  # the first is the rehearsal's
-        "micro_batch": choice.micro_batch,
-        "band": choice.band,
-        "on_host": count_homes(choice.homes),
-    }
-
-
-def random_tokens(config: Config, sequences: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, config.model.vocab, (sequences, config.data.seq_len + 1), generator=generator)
-
-
-def phase_plans(plan: planning.Plan) -> dict[str, int]:
-    """Planned bytes on the GPU by phase, with what is always there."""
-    own = [c for c in plan.components if c.room == GPU]
-    always = sum(c.bytes for c in own if not c.phase)
-    phases = dict.fromkeys(c.phase for c in own if c.phase)
-    return {phase: always + sum(c.bytes for c in own if c.phase == phase) for phase in phases}
-
-
-def count_homes(homes: Homes) -> dict[str, int]:
-    return {
-        "weights": len(homes.weights),
-        "state": len(homes.state),
-        "stash": homes.stash,
-        "carry": int(homes.carry),
-    }
-
-
-def peak_rss() -> int:
-    """Most resident memory of this process. Not from getrusage, where that of its parent may count."""
+    keep()
     try:
-        lines = Path("/proc/self/status").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return int(rss_gib() * GIB)
-
-
-# ---- all of them
-
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {"memory": bench_memory}
-# what a benchmark does in a process of its own; returns its part of the record, with "error" if it failed
-MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"memory": measure_memory}
-
-
-def in_a_process(options: list[str], timeout: float) -> dict[str, Any]:
-    """A measurement in a fresh process, so that its peaks are its own and its end frees everything."""
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder) / "record.json"
-        command = [sys.executable, str(Path(__file__).resolve()), *options, "--record", str(record)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not finished after {timeout:.0f} s"}
-        if record.exists():
-            found: dict[str, Any] = json.loads(record.read_text("utf-8"))
-            return found
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": f"exit code {done.returncode}: {last}"}
-
-
-def measured(name: str, parsed: argparse.Namespace) -> dict[str, Any]:
-    try:
-        return MEASUREMENTS[name](parsed)
+        for part in own.measure(own, parsed):
+            keep(**part)
     except (UserError, RuntimeError) as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-
-
-def main() -> int:
-    prepare_cuda()
-    parser = argparse.ArgumentParser(description="Benchmarks that need a GPU.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
-    parser.add_argument("--config", type=Path, action="append", default=[], help="instead of the presets")
-    parser.add_argument("--cap-gib", type=float, help="with --config: most that the allocator may take")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds for one config")
-    parser.add_argument("--commit", help="default: what git says")
-    parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)  # of a measurement in this process
-    parsed = parser.parse_args()
-    names = parsed.names or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"there is no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
-    if parsed.device == "cuda" and not torch.cuda.is_available():
-        return refuse("there is no CUDA device; --device cpu --config configs/tiny.toml tests the script")
-    if parsed.device == "cpu" and not parsed.config:
-        return refuse("--device cpu: the presets are too large for a CPU; give --config PATH")
-    if parsed.record:
-        parsed.record.write_text(json.dumps(measured(names[0], parsed)), "utf-8")
-        return 0
-
-    failed, tables = False, []
-    for name in names:
-        began = time.perf_counter()
-        result = BENCHMARKS[name](parsed)
-        failed |= result.failed
-        record = {**machine(parsed), **result.record, "wall_seconds": time.perf_counter() - began}
-        parsed.out.mkdir(parents=True, exist_ok=True)
-        (parsed.out / f"gpu_{name}.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-        tables.append(f"{name} ({record['machine']}, {record['wall_seconds']:.0f} s)\n{result.table}")
-    print("\n\n".join(tables))
-    return int(failed)
-
-
-def refuse(message: str) -> int:
-    print(f"bench_gpu: {message}", file=sys.stderr)
-    return 2
+        keep(error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return 1
+    keep(finished=True)
+    return int("error" in record)
 
 
 def machine(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -321,6 +137,134 @@ def machine(parsed: argparse.Namespace) -> dict[str, Any]:
         "driver": driver if cuda else None,
         "host_bytes_available": planning.host_bytes(),
     }
+
+
+def path_of(name: str, parsed: argparse.Namespace) -> Path:
+    out: Path = parsed.out
+    return out / f"gpu_{name}.json"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Put a record in the place of the one before, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    os.replace(beside, path)
+
+
+# ---- one after another
+
+
+def run_all(chosen: list[Benchmark], parsed: argparse.Namespace) -> int:
+    """Run benchmarks while there is time for them; each may take what the later ones do not need."""
+    end = time.perf_counter() + parsed.budget_seconds
+    failed, left_out = False, []
+    for i, own in enumerate(chosen):
+        left = end - time.perf_counter()
+        if left < own.seconds:
+            left_out.append(f"{own.name} (needs {own.seconds:.0f} s, {max(0.0, left):.0f} s are left)")
+            continue
+        seconds = max(own.seconds, left - sum(later.seconds for later in chosen[i + 1 :]))
+        record = run_in_a_process(own, seconds, parsed)
+        failed |= "error" in record
+        print(f"{own.name}: {line_of(record)}", flush=True)
+    if left_out:
+        print("left out: " + ", ".join(left_out))
+    return int(failed)
+
+
+def run_in_a_process(own: Benchmark, seconds: float, parsed: argparse.Namespace) -> dict[str, Any]:
+    """A benchmark in a fresh process, so that its peaks are its own and its end frees everything; what is in
+    its file then."""
+    path = path_of(own.name, parsed)
+    path.unlink(missing_ok=True)
+    options = ["--alone", "--device", parsed.device, "--out", str(parsed.out), "--seconds", f"{seconds:.0f}"]
+    options += [f"--commit={parsed.commit}"] if parsed.commit else []
+    options += ["--config", str(parsed.config)] if parsed.config else []
+    options += ["--cap-gib", str(parsed.cap_gib)] if parsed.cap_gib else []
+    options += [part for override in parsed.overrides for part in ("--set", override)]
+    command = [sys.executable, str(Path(__file__).resolve()), own.name, *options]
+    error = None
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds + GRACE_SECONDS
+        )
+        if done.returncode:
+            error = f"exit code {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    except subprocess.TimeoutExpired:
+        error = f"ended after {seconds + GRACE_SECONDS:.0f} s"
+    record: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"benchmark": own.name}
+    if error and "error" not in record:
+        record["error"] = error
+        write(path, record)
+    return record
+
+
+def line_of(record: dict[str, Any]) -> str:
+    """A record for people."""
+    parts = [f"failed: {record['error']}"] if "error" in record else []
+    if "memory" in record:
+        found = record["memory"]
+        plan, peak = found["gpu_plan_bytes"] / GIB, found["gpu_peak_bytes"] / GIB
+        cap = f" of {record['cap_bytes'] / GIB:.0f}" if record.get("cap_bytes") else ""
+        parts.append(f"peak {peak:.2f} GiB{cap}, plan {plan:.2f} ({plan / peak - 1:+.1%})")
+        parts.append(f"reserved {found['gpu_reserved_bytes'] / GIB:.2f}")
+    timed = record.get("whole")
+    if isinstance(timed, dict):
+        (whole,) = timed.values()
+        parts.append(f"{whole['seconds']:.2f} s a step, {whole['tokens_per_s']:,.0f} tokens/s")
+        parts.append(f"{whole['share_of_gemm_peak']:.1%} of {record['gemm_tflops']:.3g} TFLOPS")
+    elif "extrapolated_tokens_per_s" in record:
+        parts.append(
+            f"extrapolated from {' and '.join(record['short'])} micro-batches: "
+            f"{record['extrapolated_seconds_per_step']:.1f} s a step, "
+            f"{record['extrapolated_tokens_per_s']:,.0f} tokens/s"
+        )
+    for key in (
+        "ms_by_phase",
+        "ms_of_the_device",
+        "ms_by_kind",
+        "copies_gb_s",
+        "update, apollo-mini",
+        "dequantise",
+        "attention",
+    ):
+        if key in record:
+            parts.append(f"{key} {json.dumps(record[key])}")
+    return "; ".join(parts) or "nothing found"
+
+
+def main() -> int:
+    prepare_cuda()
+    parser = argparse.ArgumentParser(description="Benchmarks that need a GPU.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    parser.add_argument("--config", type=Path, help="instead of the presets")
+    parser.add_argument("--cap-gib", type=float, help="with --config: most that the allocator may take")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
+    parser.add_argument("--budget-seconds", type=float, default=300.0, help="for all of them; default 300")
+    parser.add_argument("--commit", help="default: what git says")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one, in this process
+    parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)
+    parsed = parser.parse_args()
+    known = {own.name: own for own in benchmarks(parsed)}
+    unknown = [name for name in parsed.names if name not in known]
+    if unknown:
+        parser.error(f"there is no benchmark {unknown[0]}; there are {', '.join(known)}")
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        return refuse("there is no CUDA device; --device cpu --config configs/tiny.toml tests the script")
+    if parsed.device == "cpu" and not parsed.config:
+        return refuse("--device cpu: the presets are too large for a CPU; give --config PATH")
+    chosen = [known[name] for name in parsed.names] or list(known.values())
+    if parsed.alone:
+        return run_alone(chosen[0], parsed)
+    return run_all(chosen, parsed)
+
+
+def refuse(message: str) -> int:
+    print(f"bench_gpu: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

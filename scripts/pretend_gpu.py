@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
@@ -41,14 +42,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as on a machine where lowres is not installed
 
+import gpu_rates  # noqa: E402
+import gpu_steps  # noqa: E402
+
 from lowres import checkpoint, memory, rooms  # noqa: E402
 from lowres.config import Config  # noqa: E402
 from lowres.config_file import load_config, to_toml  # noqa: E402
 from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize  # noqa: E402
-from lowres.optim import moments  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
+from lowres.rules import moments  # noqa: E402
 from lowres.runs import CHECKPOINTS, CONFIG, initialize_from, training_engine  # noqa: E402
 from lowres.sample import sample  # noqa: E402
 
@@ -188,7 +192,7 @@ def sampling(name: str) -> str:
     needs_bitsandbytes(())
     tokenizer: Any = Letters()
     with trainee(config_of(name, *SHALLOW)) as trained:
-        text = sample(trained.engine, tokenizer, "abc", 2, 8)
+        text = sample(trained.engine, tokenizer, "abc", tokens=2, seq_len=8)
         if len(text) != 6:
             raise WrongError(f"{len(text) - 4} tokens instead of 2")
         return "2 tokens"
@@ -249,6 +253,21 @@ def adapters() -> str:
             return f"{trained.step(3)} (with a merge)"
 
 
+def benchmarks() -> str:
+    """scripts/bench_gpu.py on this device, all but the profiler."""
+    overrides = [*NARROW, "memory.moments=fp32", f"model.vocab_size={VOCABULARY}", "memory.stash_on=host"]
+    path, device = ROOT / "configs/llama_7b_8gb.toml", torch.device("cuda")
+    with pretended_cuda.pretended(ROOT / "lowres"):
+        steps: dict[str, Any] = {}
+        for part in gpu_steps.measure(path, device, overrides, 8.0, time.perf_counter() + 60):
+            steps |= part
+        rates = dict(gpu_rates.measure(lambda *more: config_of("llama_7b_8gb", *NARROW, *more), device))
+    wrong = [text for text in json.dumps([steps, rates]).split('"') if text.startswith("error: ")]
+    if wrong or "whole" not in steps:
+        raise WrongError("; ".join(dict.fromkeys(wrong)) or "took no whole step")
+    return f"{len(steps)} results of steps, {len(rates)} rates"
+
+
 def deepspeed() -> str:
     """The start of the engine; DeepSpeed asks more of the runtime than there is here."""
     if not importlib.util.find_spec("deepspeed"):
@@ -258,7 +277,7 @@ def deepspeed() -> str:
         with trainee(config):
             return "its engine was built"
     except Exception as error:  # whatever it asks for
-        raise SkippedError(f"goes as far as {type(error).__name__}: {first_line(error)}") from None
+        raise SkippedError(f"goes as far as {where(error)}: {first_line(error)}") from None
 
 
 def live_memory(name: str) -> str:
@@ -374,6 +393,7 @@ def cases() -> dict[str, Callable[[], str]]:
     found["saving, int8 moments"] = partial(saving, "memory.moments=int8", "optim.name=adamw")
     found["warm start"] = warm_start
     found["adapters after a warm start"] = adapters
+    found["benchmarks"] = benchmarks
     found["deepspeed"] = deepspeed
     for preset in DEEP:
         found[f"memory {preset.removeprefix('llama_')}"] = partial(live_memory, preset)
@@ -444,6 +464,8 @@ def run_with_cards(names: list[str]) -> int:
             command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), *members]
             done = subprocess.run(command, env=pretended_cuda.environment(key, Path(folder)), check=False)
             wrong |= done.returncode != 0
+            if done.returncode not in (0, 1):
+                print(f"WRONG   the process with card {key} ended with {done.returncode}")
     return int(wrong)
 
 

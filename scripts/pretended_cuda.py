@@ -100,7 +100,7 @@ int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *active) { *f = 0; *activ
 
 def environment(key: str, folder: Path) -> dict[str, str]:
     """Environment of a process that has a card of CARDS. folder: where its library is built."""
-    card, headers = CARDS[key], _headers()
+    card = CARDS[key]
     facts = {
         "NAME": f'"{card.name}"',
         "MAJOR": card.capability[0],
@@ -109,7 +109,10 @@ def environment(key: str, folder: Path) -> dict[str, str]:
         "PROCESSORS": card.processors,
         "SHARED": card.shared,
     }
-    runtime = [f"-I{headers}", *(f"-D{name}={value}" for name, value in facts.items())]
+    runtime = [
+        *(f"-I{place}" for place in _headers()),
+        *(f"-D{name}={value}" for name, value in facts.items()),
+    ]
     _compile(RUNTIME, folder / "libpretended.so", runtime)
     _compile(DRIVER, folder / "libcuda.so.1", ["-Wl,-soname,libcuda.so.1"])
     library = {"LD_PRELOAD": str(folder / "libpretended.so"), "LD_LIBRARY_PATH": str(folder)}
@@ -121,13 +124,13 @@ def loaded_card() -> str | None:
     return os.environ.get(LOADED)
 
 
-def _headers() -> Path:
-    """The folder of CUDA's headers that comes with Triton, and so with a CUDA build of PyTorch; that of
-    nvidia-cuda-runtime is not complete."""
-    found = importlib.util.find_spec("triton")
-    for place in found.submodule_search_locations or () if found else ():
-        return Path(place) / "backends/nvidia/include"
-    raise FileNotFoundError("the package triton, which comes with a CUDA build of torch")
+def _headers() -> list[Path]:
+    """Folders of CUDA's headers that come with a CUDA build of PyTorch: those of its runtime, and for what
+    they include of a compiler those of Triton, which may be older."""
+    found = [path.parent for site in sys.path for path in Path(site).glob("nvidia/**/include/driver_types.h")]
+    triton = importlib.util.find_spec("triton")
+    places = triton.submodule_search_locations or () if triton else ()
+    return [*found, *(Path(place) / "backends/nvidia/include" for place in places)]
 
 
 def _compile(text: str, library: Path, options: list[str]) -> None:
@@ -154,6 +157,9 @@ class _Nothing:
 
     synchronize = wait_stream = wait_event = record = _do_nothing
 
+    def elapsed_time(self, later: _Nothing) -> float:
+        return 1.0
+
 
 def _address(tensor: Tensor) -> int:
     """Different for different places, as the code compares addresses; fake tensors have none."""
@@ -171,6 +177,7 @@ def replace_what_computes() -> None:
     replaced: Any = torch.cuda
     replaced.Stream = replaced.Event = replaced.stream = _Nothing
     replaced.current_stream = _Nothing
+    replaced.max_memory_allocated = replaced.max_memory_reserved = lambda *arguments: GIB
     tensors: Any = Tensor
     tensors.pin_memory = lambda self, *arguments: self
     fakes: Any = FakeTensor

@@ -2,61 +2,201 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench_gpu  # noqa: E402
+import gpu_profile  # noqa: E402
+import gpu_steps  # noqa: E402
+
+SMALL = (
+    *("--device", "cpu", "--config", "configs/tiny.toml", "--commit", "abc"),
+    *("--set", "data.seq_len=64", "--set", "train.batch_tokens=320", "--set", "train.micro_batch=1"),
+    *("--set", "memory.stash_on=host", "--set", "model.n_layers=2"),
+)
+COMMAND = [sys.executable, "scripts/bench_gpu.py"]
+HERE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def bench(*arguments: object, code: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/bench_gpu.py", *map(str, arguments)]
-    here = os.environ | {"PYTHONPATH": str(ROOT)}  # as on a machine where lowres is not installed
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env=here
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+        env=HERE,
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == code, f"{arguments}\nexit {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
 
 
-def test_memory_is_measured_and_what_fails_is_recorded(tmp_path: Path) -> None:
-    (tmp_path / "small.toml").write_text("[model]\ndim = 64\nn_heads = 2\nffn_dim = 128\nvocab_size = 500\n")
-    # whose budget allows neither of its layers
-    (tmp_path / "failing.toml").write_text("[memory]\nbudget_gib = 0.001\n")
-    options = ["--device", "cpu", "--out", tmp_path, "--steps", 1, "--commit", "abc"]
-    options += [
-        "--set",
-        "data.seq_len=128",
-        "--set",
-        "train.batch_tokens=1024",
-        "--set",
-        "memory.stash_on=host",
-    ]
-    for name in ("failing", "small"):
-        options += ["--config", tmp_path / f"{name}.toml"]
-    printed = bench("memory", *options, code=1)
-    assert "failing" in printed.stdout and "small" in printed.stdout
+def record(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"gpu_{name}.json").read_text("utf-8"))
+    return found
 
-    record = json.loads((tmp_path / "gpu_memory.json").read_text())
-    assert record["commit"] == "abc" and record["machine"] and "memory" in record["command"]
-    assert record["versions"]["torch"] == torch.__version__
-    assert "memory.budget_gib" in record["presets"]["failing"]["error"]
-    found = record["presets"]["small"]
-    assert "error" not in found
-    assert len(found["losses"]) == 3 and all(5 < loss < 8 for loss in found["losses"])
-    assert found["seconds_per_step"] > 0 and found["tokens_per_s"] > 0
+
+def test_every_benchmark_in_small(tmp_path: Path) -> None:
+    printed = bench(*SMALL, "--out", tmp_path, code=0).stdout
+    names = ("steps", "rates", "profile", "uncapped")
+    assert [line.split(":")[0] for line in printed.splitlines()] == list(names)
+    records = {name: record(tmp_path, name) for name in names}
+    for name, found in records.items():
+        assert found["finished"] and "error" not in found, name
+        assert found["commit"] == "abc" and found["machine"] and f"bench_gpu.py {name}" in found["command"]
+        assert found["versions"]["torch"] == torch.__version__
+
+    steps = records["steps"]
+    assert len(steps["losses"]) == 4 and all(5 < loss < 9 for loss in steps["losses"])
+    assert steps["whole"]["5"]["tokens"] == 320 and set(steps["short"]) == {"2", "4"}
+    assert steps["extrapolated_seconds_per_step"] > 0 and steps["gemm_tflops"] > 0
+    found = steps["memory"]
     assert found["gpu_plan_over_peak"] == pytest.approx(1, abs=0.1)
-    assert found["host_plan_over_held"] == 1 and found["on_host"]["stash"] == 4
+    assert found["host_plan_bytes"] == found["host_held_bytes"] > 0 and steps["on_host"]["stash"] == 2
     assert {"backward", "loss", "update"} <= found["gpu_plan_over_peak_by_phase"].keys()
-    assert found["peak_rss_bytes"] > found["gpu_peak_bytes"] and found["cap_bytes"] is None
+    assert found["peak_rss_bytes"] > found["gpu_peak_bytes"] and steps["cap_bytes"] is None
+
+    rates = records["rates"]
+    assert rates["dequantise"]["elements_g_s"] > 0 and rates["copies_gb_s"]["both, each way"] > 0
+    assert rates["products_tflops"]["128 x 64"]["torch.int8"]["dy w, second by rows"] > 0
+    assert rates["attention"]["kernel"] and rates["update, adamw"]["share_of_copy"] > 0
+    spent = records["profile"]
+    assert {"gemm", "attention", "pointwise and other"} <= spent["ms_by_kind"].keys()
+    phases = {"forward", "loss", "backward", "update"}
+    assert phases <= spent["ms_by_phase_and_kind"].keys() and phases <= spent["ms_by_phase"].keys()
+    assert 0 < sum(spent["ms_by_phase"].values()) <= spent["step_ms"]
 
 
-def test_refusals() -> None:
-    assert "--config" in bench("--device", "cpu", code=2).stderr
-    assert "memory" in bench("nothing", code=2).stderr
-    if not torch.cuda.is_available():
-        assert bench(code=2).stderr.count("\n") == 1
+def test_what_fails_is_recorded_and_the_rest_is_run(tmp_path: Path) -> None:
+    printed = bench(
+        *("steps", "rates"), *SMALL, "--set", "memory.budget_gib=0.001", "--out", tmp_path, code=1
+    )
+    assert "memory.budget_gib" in record(tmp_path, "steps")["error"] and "failed: " in printed.stdout
+    assert record(tmp_path, "rates")["finished"]
+
+
+def test_what_there_is_no_time_for_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something shorter that comes later is not."""
+    monkeypatch.setattr(bench_gpu, "run_in_a_process", lambda own, seconds, parsed: {"seconds": seconds})
+    arguments = [*SMALL, "profile", "rates", "--budget-seconds", "50", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+    assert bench_gpu.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("rates: ") and "left out: profile (needs 60 s, 50 s are left)" in printed
+
+
+def test_what_is_cut_off_keeps_what_was_found(tmp_path: Path) -> None:
+    command = [*COMMAND, "rates", "steps", *SMALL, "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=HERE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    second, deadline = tmp_path / "gpu_steps.json", time.monotonic() + 120
+    while not second.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert record(tmp_path, "rates")["finished"]
+    assert not record(tmp_path, "steps")["finished"]
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--device", "cpu"])
+    assert bench_gpu.main() == 2 and "give --config" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py"])
+    assert bench_gpu.main() == 2 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        bench_gpu.main()
+    assert "steps_24gb" in capsys.readouterr().err
+
+
+def test_a_whole_step_is_extrapolated_from_two_short_ones() -> None:
+    assert gpu_steps.extrapolated({2: 5.0, 4: 9.0}, 16) == pytest.approx(33.0)
+    assert gpu_steps.extrapolated({2: 5.0, 4: 4.9}, 16) == pytest.approx(4.9)  # noise does not go below
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_s161616gemm_bf16_16x16_128x2_tn_align8>", "gemm"),
+        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy between gpu and host"),
+        ("Memcpy DtoH (Device -> Pinned)", "copy between gpu and host"),
+        ("Memcpy DtoD (Device -> Device)", "copy and fill"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reduction"),
+        (
+            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
+            "pointwise",
+        ),
+    ],
+)
+def test_kinds_of_kernels(name: str, kind: str) -> None:
+    assert gpu_profile.kind_of(name).startswith(kind)
+
+
+@dataclass
+class Event:
+    """As the profiler has them; microseconds."""
+
+    name: str
+    start: float
+    end: float
+    on_gpu: bool = False
+    kernels: list[Any] = field(default_factory=list)
+    self_cpu_time_total: float = 0.0
+
+    @property
+    def time_range(self) -> Any:
+        return SimpleNamespace(start=self.start, end=self.end)
+
+    @property
+    def device_type(self) -> Any:
+        types = torch.autograd.DeviceType
+        return types.CUDA if self.on_gpu else types.CPU
+
+
+def test_a_profile_of_a_gpu_is_summed_up() -> None:
+    """The host is ahead: what it launched in a phase counts there, though it runs later."""
+    gemm, copy = (SimpleNamespace(name=n, duration=d) for n, d in (("nvjet_x", 3000), ("Memcpy DtoH", 2000)))
+    events = [
+        Event("phase: forward", 0, 10),
+        Event("phase: update", 10, 20),
+        Event("aten::mm", 1, 2, kernels=[gemm]),
+        Event("aten::copy_", 11, 12, kernels=[copy]),
+        Event("phase: forward", 90, 9000, on_gpu=True),
+        Event("nvjet_x", 100, 3100, on_gpu=True),
+        Event("Memcpy DtoH", 2100, 4100, on_gpu=True),
+        Event("nvjet_x", 5100, 6100, on_gpu=True),
+    ]
+    found = gpu_profile.summary(events, cuda=True)
+    assert found["ms_by_phase_and_kind"] == {
+        "forward": {"gemm": 3.0},
+        "update": {"copy between gpu and host": 2.0},
+    }
+    times = found["ms_of_the_device"]
+    assert times == {"span": 6.0, "computing": 4.0, "copying": 2.0, "only copying": 1.0, "idle": 1.0}
