@@ -70,6 +70,11 @@ class LiveTensors(TorchDispatchMode):
     `rooms.phase`. It sees every operation, so it is slow: for one step, or for tests.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; the default imports torch._dynamo, which takes a second."""
+        return False
+
     def __init__(self, rooms: Rooms | None = None) -> None:
         super().__init__()
         self.rooms = rooms

@@ -48,6 +48,9 @@ import gpu_steps  # noqa: E402
 from lowres import checkpoint, memory, rooms  # noqa: E402
 from lowres.config import Config  # noqa: E402
 from lowres.config_file import load_config, to_toml  # noqa: E402
+from lowres.device import pick_device  # noqa: E402
+from lowres.engine import layerwise, working  # noqa: E402
+from lowres.errors import UserError  # noqa: E402
 from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
@@ -91,7 +94,11 @@ def config_of(name: str, *overrides: str) -> Config:
 
 def replace_internals() -> None:
     """Stand-ins for what needs a card or content of tensors."""
-    inside: Any = rooms
+    inside: Any = working
+    inside.adds_wide = lambda: True
+    inside = layerwise
+    inside.adds_wide = lambda: True
+    inside = rooms
     inside._page_locked = lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8)
     if importlib.util.find_spec("bitsandbytes"):
         maps = {s: moments.bitsandbytes_functional().create_dynamic_map(signed=s) for s in (True, False)}
@@ -320,23 +327,35 @@ def row(name: str, planned: int, there: int) -> str:
     return f"    {name:<36}{planned / GIB:>9.3f} planned{there / GIB:>9.3f} alive{there / planned - 1:>+9.2%}"
 
 
+def keys_of(error: UserError) -> str:
+    """The settings that a message asks for."""
+    return ", ".join(word for word in str(error).replace(",", "").split() if "=" in word)
+
+
 def card(key: str) -> str:
     """On another card: does a preset that is meant for its memory run, with which attention?"""
     here = CARDS[key]
     size = next((gib for gib in (24, 12, 8) if gib <= here.gib), 8)
     config = config_of(f"llama_7b_{size}gb", "data.source=stdlib")
+    keys: tuple[str, ...] = ()
+    refused = ""
+    try:
+        pick_device(config)
+    except UserError as error:  # too old for bf16; it names the key that helps
+        keys, refused = ("memory.compute=fp32",), f"; refused without {keys_of(error)}"
+        config = config_of(f"llama_7b_{size}gb", "data.source=stdlib", *keys)
     plan = memory.make_plan(config, CUDA, on_this_machine=True)
     if plan.problems:
         raise WrongError(f"{size} GB preset refused: {plan.problems[0]}")
     lacking = plan.lacks(CUDA).get(GPU)
     if lacking:
         raise WrongError(f"{size} GB preset: {lacking[0] / GIB:.2f} GiB needed, {lacking[1] / GIB:.2f} free")
-    with trainee(config_of(f"llama_7b_{size}gb", *SHALLOW)) as trained:
+    with trainee(config_of(f"llama_7b_{size}gb", *SHALLOW, *keys)) as trained:
         live = LiveTensors(trained.rooms)
         with live:
             trained.step(0)
         planned, there = trained.plan.peak(GPU) - trained.plan.size("cuBLAS workspace", GPU), live.peak[GPU]
-        text = f"{here.name}, {here.gib} GB, with the {size} GB preset: {attention(trained.waits)}"
+        text = f"{here.name}, {here.gib} GB, with the {size} GB preset: {attention(trained.waits)}{refused}"
     if there > planned * (1 + MOST_ERROR):
         raise WrongError(f"{text}; {there / GIB:.2f} GiB alive, {planned / GIB:.2f} planned")
     return text

@@ -57,7 +57,7 @@ class MemoryConfig(Section):
     loss_chunk: Positive = resumable(1024)
     """Tokens whose logits exist at one time."""
     budget_gib: Rate | None = resumable(None)
-    """GPU memory that the run may use; default: all that the device has."""
+    """GPU memory that the run may take; default: what is free there, less 1 GiB."""
     host_budget_gib: Rate | None = resumable(None)
     """Host memory that the run may use; default: all that the machine has."""
     rehearse: bool | Literal["auto"] = resumable("auto")

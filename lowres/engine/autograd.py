@@ -65,7 +65,7 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
         for tokens, wanted in zip(inputs, targets, strict=True):
-            loss = self.model(tokens.to(self.device), wanted.to(self.device), self.settings.loss_chunk)
+            loss = self.model(self._here(tokens), self._here(wanted), self.settings.loss_chunk)
             (loss / count).backward()
             total += loss.detach()
             for name, grad in grads.items():
@@ -77,6 +77,10 @@ class AutogradEngine:
         self.dropout.step = None
         with torch.no_grad():
             return self._update(grads, total / count, step, schedule, rehearsal)
+
+    def _here(self, tokens: Tensor) -> Tensor:
+        """A micro-batch on the device. The host does not wait, as it is page-locked."""
+        return tokens.to(self.device, non_blocking=True)
 
     def _update(
         self, grads: dict[str, Tensor], loss: Tensor, step: int, schedule: float, rehearsal: bool
@@ -99,7 +103,7 @@ class AutogradEngine:
         self._load()
         inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
         losses = [
-            self.model(i.to(self.device), t.to(self.device), self.settings.loss_chunk)
+            self.model(self._here(i), self._here(t), self.settings.loss_chunk)
             for i, t in zip(inputs, targets, strict=True)
         ]
         return float(torch.stack(losses).sum()), count

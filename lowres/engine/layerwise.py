@@ -34,7 +34,7 @@ from lowres.engine.boundaries import Boundaries, Boundary
 from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.residence import Residence, Visit
-from lowres.engine.working import AdaptedMatrix, WorkingMatrix, cross_entropy, matmul_wide
+from lowres.engine.working import AdaptedMatrix, WorkingMatrix, adds_wide, cross_entropy, matmul_wide
 from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, rms_norm, rope_tables
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
@@ -76,6 +76,8 @@ class LayerwiseEngine:
         self.config, self.optimizer, self.settings = config, optimizer, settings
         self.compute, self.device, self.rooms = settings.compute, rooms.device, rooms
         self.dropout = Dropout(settings.dropout, settings.seed)
+        if self.device.type == "cuda":
+            adds_wide()  # now, as it waits for the device
         self._units = units
         self.layout = Layout(config, {n: _bytes_of(u, self.compute) for n, u in units.items()}, settings)
         self.bands = self.layout.bands
@@ -284,8 +286,8 @@ class LayerwiseEngine:
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
         results = self.enqueue(inputs, targets, count, step, schedule, rehearsal)
-        loss, norm, updated = results.tolist()  # the only wait for the device
-        return StepReport(loss, norm, len(self._units) - int(updated))
+        numbers = torch.stack(results).tolist()  # the only wait for the device
+        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
 
     @torch.no_grad()
     def enqueue(
@@ -296,11 +298,11 @@ class LayerwiseEngine:
         step: int,
         schedule: float,
         rehearsal: bool,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """All work of a step, without waiting for any. inputs, targets, count: see `split`.
 
-        Returns fp64 [3] on the device: loss, norm of the gradient, number of units that were updated. Whoever
-        has read them may look at host slabs too.
+        Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated.
+        When the host has read them, all copies are done and host slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
         kept = self.reserve(sum(map(len, inputs)), inputs[0].shape[1], training=True)
@@ -332,11 +334,11 @@ class LayerwiseEngine:
         self.rooms.phase = ""
         self.dropout.step = None
         self._join()
-        return torch.stack([loss, squares.sqrt(), updated.double()])
+        return [loss, squares.sqrt(), updated.double()]
 
     def _join(self) -> None:
-        """What is enqueued now waits for the copies that are on their way, so that who waits for it finds
-        host slabs complete."""
+        """Let what is enqueued next wait for all copies, so that host slabs are complete once its result is
+        there."""
         for mover in (self._units_mover, self._boundaries_mover):
             mover.join()
 

@@ -29,22 +29,21 @@ def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def adds_wide() -> bool:
-    """Whether this PyTorch adds a bf16 product to an fp32 matrix in place. It does on CUDA alone, and its
-    first versions have the overload but want a bf16 matrix, so it is tried where there is a GPU."""
+    """Whether this PyTorch adds a bf16 product to an fp32 matrix in place. It does so only on CUDA, and its
+    first versions have the overload but want a bf16 matrix, so it is tried where there is a GPU. Waits for
+    the device; engines ask when they are built."""
     if "dtype_out" not in torch.ops.aten.addmm.overloads():
         return False
     if not torch.cuda.is_available():  # a plan for one takes it to be so
         return True
     with _disable_current_modes():  # the answer outlives a trace
-        a = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-        total = torch.zeros(16, 16, device="cuda")
         try:
+            a = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+            total = torch.full((16, 16), 0.25, device="cuda")
             torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
-        except RuntimeError as error:
-            if "dtype" not in str(error):
-                raise
+            return bool((total == 16.25).all())
+        except RuntimeError:
             return False
-    return True
 
 
 def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:

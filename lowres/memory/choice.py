@@ -166,8 +166,11 @@ class _Planner:
         if asked != "auto":
             return self.place(min(asked, self.sequences), band)
         most = max(1, min(self.sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
+        best = self.place(most, band)
+        if most == 1 or not best.problems:  # often, and each size is a trace
+            return best
         best = self.place(1, band)
-        low, high = 1, most
+        low, high = 1, most - 1
         while low < high and not best.problems:  # the largest that fits, by halving
             middle = (low + high + 1) // 2
             plan = self.place(middle, band)

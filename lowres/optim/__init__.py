@@ -11,9 +11,9 @@ from typing import Any
 from lowres.optim import torch_optim
 from lowres.optim.optimizer import Group, Optimizer, make_optimizer, make_rule
 from lowres.optim.torch_optim import AdamMini
-from lowres.rules import Clock, Rule
+from lowres.rules import Clock, Rule, moments
 
-__all__ = ["AdamMini", "Clock", "Group", "Optimizer", "Rule", "make_optimizer", "make_rule"]
+__all__ = ["AdamMini", "Clock", "Group", "Optimizer", "Rule", "make_optimizer", "make_rule", "moments"]
 __all__ += list(torch_optim.CLASSES)
 
 

@@ -140,15 +140,6 @@ class Optimizer:
                     fields[spec.name] |= {MERGED: (torch.float32, spec.shape)}
         return fields
 
-    def projection_bytes(self, specs: Iterable[TensorSpec]) -> int:
-        """Bytes that rules keep between steps in addition to the state, such as random projections."""
-        return sum(self.group_of(spec).rule.kept_bytes(spec) for spec in specs if not spec.frozen)
-
-    def workspace_bytes(self, unit: UnitSpec) -> int:
-        """Peak bytes needed in addition to gradients and state while a unit's directions are computed."""
-        parts = ((group.rule, [s for s in unit.trained if group.has(s)]) for group in self.groups)
-        return max((rule.workspace_bytes(specs) for rule, specs in parts if specs), default=0)
-
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The units named in `on_host` keep
         their state on the host."""

@@ -13,7 +13,7 @@ whether this one is) are scalars on the device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -81,15 +81,6 @@ class Rule(ABC):
         grads are fp32 and become the directions. Returns one factor for each: fp32, a scalar or one number
         per row [m, 1] or column [1, n]. The learning rate is a multiplier in this factor and nowhere else.
         """
-
-    def kept_bytes(self, spec: TensorSpec) -> int:
-        """Bytes that the rule keeps between steps for a weight, in addition to its state."""
-        return 0
-
-    def workspace_bytes(self, specs: Sequence[TensorSpec]) -> int:
-        """Peak bytes needed in addition to gradients and state while `directions` runs on these tensors; 0
-        for a rule that works in small chunks."""
-        return 0
 
     def describe(self, spec: TensorSpec) -> dict[str, str]:
         """What `lowres plan --optimizer` prints for a weight's state instead of its shape, by state key;

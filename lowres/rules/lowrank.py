@@ -11,7 +11,7 @@ Lists of small tensors are processed with `torch._foreach_*`: one kernel for all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Protocol
 
 import torch
@@ -75,9 +75,6 @@ class Projection(Protocol):
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
         """What must be kept of P."""
 
-    def kept_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes that P takes between steps in addition to the state."""
-
     def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
         """P [r, n] or [m, r] for this step, in the dtype of the gradient."""
 
@@ -107,10 +104,6 @@ class RandomProjection:
 
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
         return {}
-
-    def kept_bytes(self, shape: tuple[int, ...]) -> int:
-        numel = math.prod(projection_shape(self.rank, shape))
-        return 4 * numel if numel <= KEPT_PROJECTION else 0
 
     def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
         return self.draw(spec.name, spec.shape, clock.step, grad.device).to(grad.dtype)
@@ -149,9 +142,6 @@ class SvdProjection:
     def state_fields(self, shape: tuple[int, ...]) -> Fields:
         matrix = torch.float32, projection_shape(self.rank, shape)
         return {"projection": matrix, "refreshes": (torch.int64, ())}
-
-    def kept_bytes(self, shape: tuple[int, ...]) -> int:
-        return 0
 
     def matrix(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> Tensor:
         period, name = clock.step // self.refresh_every + 1, spec.name
@@ -232,21 +222,6 @@ class LowRankRule(Rule):
 
     moments: ClassVar = {EXP_AVG: True, EXP_AVG_SQ: False}
     projection: Projection
-
-    def kept_bytes(self, spec: TensorSpec) -> int:
-        return self.projection.kept_bytes(spec.shape)
-
-    def workspace_bytes(self, specs: Sequence[TensorSpec]) -> int:
-        """For the largest of the `batches`: the projections, the projected gradients, and two more tensors
-        of the projected gradients' size."""
-        rank, numbers = self.projection.rank, []
-        for run in batches(list(specs), rank):
-            shapes = [spec.shape for spec in specs[run]]
-            projected = sum(math.prod(projected_shape(rank, shape)) for shape in shapes)
-            numbers.append(3 * projected + sum(math.prod(projection_shape(rank, s)) for s in shapes))
-        if isinstance(self.projection, SvdProjection):  # U, V and a copy of the gradient
-            numbers.append(max(2 * spec.numel + min(spec.shape) ** 2 for spec in specs))
-        return 4 * max(numbers)
 
     def describe(self, spec: TensorSpec) -> dict[str, str]:
         if isinstance(self.projection, SvdProjection):
