@@ -1,4 +1,4 @@
-"""Whole training steps on a CUDA device that is not there, and their memory against the plan: 2 minutes.
+"""Whole training steps on a CUDA device that is not there, and their memory against the plan: 4 minutes.
 
     python scripts/pretend_gpu.py [CASE ...] [--list]
 
