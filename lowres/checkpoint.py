@@ -191,7 +191,7 @@ def load_unit(folder: Path, unit: str, tensors: dict[str, Tensor], all_used: boo
         start, header = _read_header(file, path)
         if all_used and header.keys() != tensors.keys():
             odd = sorted(header.keys() ^ tensors.keys())
-            raise UserError(f"checkpoint {path}: its tensors differ from those of the run, such as {odd[0]}")
+            raise UserError(f"checkpoint {path}: has other tensors than the run, such as {odd[0]}")
         for name, tensor in tensors.items():
             entry = header.get(name)
             if (

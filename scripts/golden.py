@@ -5,7 +5,7 @@
 Trains each of the small runs below twice: with the code of a commit (in a temporary worktree) and with the
 code of the working tree, on this machine and one thread. Compares every loss and every tensor file of the
 last checkpoint. Bits depend on the processor and the version of torch, so both sides run on this machine.
-Exit codes: 0 equal, 1 something differs. `--keep DIR` keeps the runs; existing runs of REV are not repeated.
+Exit codes: 0 equal, 1 something differs. `--keep DIR` keeps the runs of REV, which are then not repeated.
 """
 
 from __future__ import annotations

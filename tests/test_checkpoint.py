@@ -231,7 +231,9 @@ def test_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     folder = Path("runs/mine/checkpoints")
     checkpoint.require_disk(folder, 1, 2)
-    with pytest.raises(DoesNotFit, match=r"runs/mine/checkpoints: [\d.]+ GiB.* 3221225472.00 GiB.*--run"):
+    with pytest.raises(
+        DoesNotFit, match=r"runs/mine/checkpoints: the disk has [\d.]+ GiB.* 3221225472.00 GiB.*--run"
+    ):
         checkpoint.require_disk(folder, 1 << 60, 2)
     assert not list(tmp_path.iterdir())
 

@@ -146,7 +146,7 @@ def test_pictures_and_table_of_other_grids(tmp_path: Path, monkeypatch: pytest.M
     assert draw_sweep(tmp_path, one, failed) == []
     # one run that went wrong does not flatten the others
     figure = pytest.importorskip("matplotlib.figure").Figure
-    for losses, top, label in (([3.0, 3.1, 3.2], 3.21, "token)"), ([3.0, 3.1, 60.0], 3.42, "60 beyond")):
+    for losses, top, label in (([3.0, 3.1, 3.2], 3.21, "token)"), ([3.0, 3.1, 60.0], 3.42, "60 outside")):
         plot = figure().subplots()
         plot.plot(losses)
         _loss_axis(plot, losses)
