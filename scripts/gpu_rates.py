@@ -165,7 +165,7 @@ def layer(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
 
     def dequantise() -> None:
         for spec in specs:
-            unit.weights[spec.name].dense(compute, out)
+            unit.weights[spec.name].dense(compute, out[: spec.numel].view(spec.shape))
 
     numel = sum(spec.numel for spec in specs)
     least = numel * (1 + compute.itemsize)

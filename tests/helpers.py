@@ -97,7 +97,7 @@ class Recorder:
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None:
-        assert unit.weights.keys() == grads.keys()
+        assert {spec.name for spec in unit.spec.trained} == grads.keys()
         self.accepted[unit.spec.name] = bool(accepted)
         for name, grad in grads.items():
             assert name not in self.grads, f"{name} was updated twice"

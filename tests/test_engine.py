@@ -19,7 +19,7 @@ from lowres.engine import (
     make_engine,
 )
 from lowres.meter import LiveTensors
-from lowres.model import Units, empty_units, unit_specs
+from lowres.model import Units, empty_units, initialize, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
 from lowres.rules import RULES
@@ -76,6 +76,41 @@ def test_gradients_equal_autograd(model: str, dtype: torch.dtype, tolerance: flo
         assert grad.dtype == dtype
         error = float((grad - wanted[name]).norm() / wanted[name].norm())
         assert error < tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_padding_changes_nothing(adapted: bool) -> None:
+    """Working copies with more rows and columns between the matrices of the MLP, which is 172 wide here."""
+    relora: dict[str, object] = {"enabled": adapted, "rank": 4, "start_step": 0, "dropout": 0.2}
+    config = make_config(relora=relora, memory={"weights": "int8"})
+    found: list[tuple[StepReport, dict[str, Tensor], tuple[float, int], Tensor]] = []
+    for pad in (1, 16, 500):
+        units = empty_units(config.model, "int8", "fp32", ROOMS, adapters=config.relora if adapted else None)
+        initialize(units.values(), 0, CPU)
+        for unit in units.values():
+            for spec in unit.spec.adapters.values():  # B too, which starts at zero
+                unit.weights[spec.name].dense(torch.float32).normal_(
+                    generator=torch.Generator().manual_seed(1)
+                )
+        settings = replace(EngineSettings.of(config, Choice(3, 2), CPU, adapted), pad=pad)
+        recorder = Recorder()
+        engine = LayerwiseEngine(config.model, units, recorder, ROOMS, settings)
+        report = engine.step(make_batch(), 4, 1.0)
+        found.append((report, recorder.grads, engine.evaluate(make_batch(5)), engine.logits(make_batch(2))))
+        shapes = {
+            r: tuple(w.value.shape)
+            for r, w in engine._working([units["layers.0"]])[0].items()
+            if r in ("gate", "down")
+        }
+        wide = -(-172 // pad) * pad
+        assert shapes == {"gate": (wide, 64), "down": (64, wide)}
+    for report, grads, scores, logits in found[1:]:
+        assert report.loss == pytest.approx(found[0][0].loss, rel=1e-6)
+        assert scores[0] == pytest.approx(found[0][2][0], rel=1e-6)
+        torch.testing.assert_close(logits, found[0][3], rtol=1e-5, atol=1e-5)
+        for name, grad in grads.items():
+            wanted = found[0][1][name]
+            assert float((grad - wanted).norm()) <= 1e-5 * float(wanted.norm()), name
 
 
 def test_loss_is_the_mean_over_valid_targets() -> None:

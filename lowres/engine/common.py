@@ -12,7 +12,9 @@ from torch import Tensor
 from lowres.config import Config, ReloraConfig
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.rooms import HOST, Homes, Rooms
-from lowres.storage import Unit, compute_dtype
+from lowres.storage import FORMATS, Unit, compute_dtype
+
+PAD = 16  # 32 bytes in bf16, and 16 in INT8
 
 
 class Updater(Protocol):
@@ -42,7 +44,8 @@ class EngineSettings:
     `boundaries.make_encoding`. exact_forward: if the stash is lossy, the forward pass goes on from the exact
     values instead of the stored ones. grad_clip: largest global gradient norm; if not 0, the layer-major
     engine finds the norm in a backward pass and updates in a second one. adapters: those that the units
-    have, if any. seed: of the run, names the masks of dropout.
+    have, if any. seed: of the run, names the masks of dropout. pad: working copies have a multiple of so many
+    elements along the inner dimension (`TensorSpec.inner`), as tensor cores want rows of whole 16 bytes.
     """
 
     micro_batch: int
@@ -55,14 +58,18 @@ class EngineSettings:
     grad_clip: float = 0.0
     adapters: ReloraConfig | None = None
     seed: int = 0
+    pad: int = 1
 
     @classmethod
     def of(cls, config: Config, choice: Choice, device: torch.device, adapted: bool) -> EngineSettings:
         """Those of a run, with adapters or without."""
         kept = config.memory
+        compute = compute_dtype(kept.compute, device)
+        # weights in the format of the computation are used as they are stored, without a copy
+        copied = compute == torch.bfloat16 and FORMATS[kept.weights].dtype != compute
         return cls(
             choice.micro_batch,
-            compute_dtype(kept.compute, device),
+            compute,
             kept.loss_chunk,
             choice.band,
             choice.homes,
@@ -71,6 +78,7 @@ class EngineSettings:
             config.optim.grad_clip,
             config.relora if adapted else None,
             config.run.seed,
+            PAD if copied and device.type == "cuda" else 1,
         )
 
     @property

@@ -34,7 +34,14 @@ from lowres.engine.boundaries import Boundaries, Boundary
 from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.residence import Residence, Visit
-from lowres.engine.working import AdaptedMatrix, WorkingMatrix, adds_wide, cross_entropy, matmul_wide
+from lowres.engine.working import (
+    AdaptedMatrix,
+    WorkingMatrix,
+    adds_wide,
+    cross_entropy,
+    matmul_wide,
+    working_copy,
+)
 from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, rms_norm, rope_tables
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
@@ -79,7 +86,7 @@ class LayerwiseEngine:
         if self.device.type == "cuda":
             adds_wide()  # now, as it waits for the device
         self._units = units
-        self.layout = Layout(config, {n: _bytes_of(u, self.compute) for n, u in units.items()}, settings)
+        self.layout = Layout(config, {n: _bytes_of(u, settings) for n, u in units.items()}, settings)
         self.bands = self.layout.bands
         # two, so that a layer on its way does not hold up the pieces of a boundary
         self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
@@ -151,9 +158,7 @@ class LayerwiseEngine:
                 storage = unit.weights[spec.name]
                 grad = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
                 if len(spec.shape) == 2:
-                    value = storage.dense(self.compute, free)
-                    if value.untyped_storage()._cdata == free.untyped_storage()._cdata:
-                        free = free[aligned_elements(spec.numel) :]
+                    value, free = working_copy(storage, spec, free, self.settings.pad)
                     working[spec.role] = WorkingMatrix(value, grad)
                     continue
                 norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
@@ -164,7 +169,7 @@ class LayerwiseEngine:
                 if spec.frozen:
                     a, b = (working.pop(spec.role + part) for part in (LORA_A, LORA_B))
                     working[spec.role] = AdaptedMatrix(
-                        working[spec.role], a, b, self.settings.scaling, self.dropout, spec.name
+                        working[spec.role], a, b, self.settings.scaling, self.dropout, spec
                     )
             found.append(working)
         return found
@@ -198,8 +203,9 @@ class LayerwiseEngine:
     def _head_matrix(self, working: dict[str, Any], grad: Tensor | None) -> WorkingMatrix:
         if "head" in working:
             return working["head"]
-        table = self._units["embed"].weights[EMBEDDING_NAME]  # tied, so it lives on the GPU
-        return WorkingMatrix(table.dense(self.compute, self._copies), grad)
+        embed = self._units["embed"]  # tied, so it lives on the GPU
+        (spec,) = embed.spec.tensors
+        return WorkingMatrix(working_copy(embed.weights[EMBEDDING_NAME], spec, self._copies, 1)[0], grad)
 
     def _loss(self, output: Boundary, targets: list[Tensor]) -> Tensor:
         """Sum of the loss, fp64 scalar."""
@@ -404,9 +410,9 @@ class LayerwiseEngine:
         yield from self._units.values()
 
 
-def _bytes_of(unit: Unit, compute: torch.dtype) -> UnitBytes:
+def _bytes_of(unit: Unit, settings: EngineSettings) -> UnitBytes:
     state = 0 if unit.state_slab is None else unit.state_slab.numel()
-    return UnitBytes.of(unit.spec, unit.kinds, state, compute)
+    return UnitBytes.of(unit.spec, unit.kinds, state, settings.compute, settings.pad)
 
 
 def _shape(batch: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ arithmetic. What lives only between operations is in no slab; the plan traces th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -35,13 +36,16 @@ class UnitBytes:
     gradients: int
 
     @classmethod
-    def of(cls, spec: UnitSpec, kinds: Mapping[str, str], state: int, compute: torch.dtype) -> UnitBytes:
+    def of(
+        cls, spec: UnitSpec, kinds: Mapping[str, str], state: int, compute: torch.dtype, pad: int = 1
+    ) -> UnitBytes:
+        """pad: see `EngineSettings`."""
         weights = weight_fields(spec, {s.name: kinds[s.name] for s in spec.tensors})
         matrices = [s for s in spec.tensors if len(s.shape) == 2 and weights[s.name][0] != compute]
         return cls(
             sum(field_bytes(weights).values()),
             state,
-            sum(aligned_elements(s.numel) for s in matrices) * compute.itemsize,
+            sum(aligned_elements(math.prod(s.padded(pad))) for s in matrices) * compute.itemsize,
             sum(aligned_elements(s.numel) for s in spec.trained) * gradient_dtype(compute).itemsize,
         )
 

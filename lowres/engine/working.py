@@ -5,15 +5,19 @@ A block (`lowres.model.block`) takes these in the place of its weights.
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres.data.batches import IGNORED
+from lowres.engine.layout import aligned_elements
 from lowres.model import Dropout, lora
+from lowres.storage import Storage, TensorSpec
 from lowres.target import kind_of
 
 # elements of a weight gradient in another precision that exist before they are added to the buffer
@@ -47,7 +51,9 @@ def adds_wide() -> bool:
 
 
 def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad."""
+    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad. Further
+    columns of dy and x are padding."""
+    dy, x = dy[:, : grad.shape[0]], x[:, : grad.shape[1]]
     if dy.dtype == grad.dtype:
         grad.addmm_(dy.T, x)
         return
@@ -57,6 +63,19 @@ def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
     rows = max(1, PRODUCT_CHUNK // grad.shape[1])
     for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
         part.add_(matmul_wide(columns.T, x))
+
+
+def working_copy(storage: Storage, spec: TensorSpec, free: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """A matrix in the dtype of `free`, and what is left of that memory: the stored tensor where it has that
+    dtype, else a copy at the start of `free`, with zeros where it is padded (see `EngineSettings`)."""
+    if storage.tensors()[""].dtype == free.dtype:
+        return storage.dense(free.dtype), free
+    (rows, columns), shape = spec.shape, spec.padded(pad)
+    room = free[: math.prod(shape)].view(shape)
+    storage.dense(free.dtype, room[:rows, :columns])
+    room[rows:].zero_()
+    room[:, columns:].zero_()
+    return room, free[aligned_elements(room.numel()) :]
 
 
 class WorkingMatrix:
@@ -97,21 +116,27 @@ class AdaptedMatrix(WorkingMatrix):
         b: WorkingMatrix,
         scaling: float,
         dropout: Dropout,
-        name: str,
+        spec: TensorSpec,
     ) -> None:
-        """dropout, name: what names the masks."""
+        """spec: of the frozen matrix; its name and width name the masks."""
         super().__init__(frozen.value, None)
-        self.a, self.b, self.dropout, self.name = a, b, dropout, name
+        self.a, self.b, self.dropout, self.spec = a, b, dropout, spec
         self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
 
     def product(self, x: Tensor) -> Tensor:
-        return lora.product(x, self.dropout.mask(self.name, x), self.matrices)
+        return lora.product(x, self._mask(x), self.matrices)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add to the gradients of A and B; return that of x."""
         assert self.a.grad is not None and self.b.grad is not None
         add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
-        return lora.gradients(dy, x, self.dropout.mask(self.name, x), self.matrices, add_a, add_b)
+        return lora.gradients(dy, x, self._mask(x), self.matrices, add_a, add_b)
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """The dropout mask of x. Random numbers are named by element, so it is drawn without the padding."""
+        width = self.spec.shape[1]
+        mask = self.dropout.mask(self.spec.name, x[..., :width])
+        return mask if mask is None else F.pad(mask, (0, x.shape[-1] - width))
 
 
 class _Multiply(torch.autograd.Function):

@@ -69,17 +69,18 @@ class Footprint:
         self.at_rest = sum(
             sum(own.values()) for found in (self.weights, self.state) for own in found.values()
         )
+        pad = self._settings(Choice(1)).pad
         self.bytes = {
-            name: UnitBytes.of(unit, self.kinds, sum(self.state[name].values()), self.compute)
+            name: UnitBytes.of(unit, self.kinds, sum(self.state[name].values()), self.compute, pad)
             for name, unit in self.units.items()
         }
         self.layout = cache(self._layout)
 
     def _layout(self, micro_batch: int, band: int) -> Layout:
-        settings = EngineSettings.of(
-            self.config, Choice(micro_batch, band), self.device, self.adapters is not None
-        )
-        return Layout(self.config.model, self.bytes, settings)
+        return Layout(self.config.model, self.bytes, self._settings(Choice(micro_batch, band)))
+
+    def _settings(self, choice: Choice) -> EngineSettings:
+        return EngineSettings.of(self.config, choice, self.device, self.adapters is not None)
 
     def _weights(self, unit: UnitSpec) -> dict[str, int]:
         """Bytes of a unit's weights by component: what they are, and in which format."""

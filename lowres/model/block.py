@@ -32,13 +32,14 @@ Shape = Callable[[ModelConfig], tuple[int, ...]]
 @dataclass(frozen=True)
 class Row:
     """A tensor of every block. path: its name in the layer. kind: decides format, optimizer group and initial
-    values (`lowres.model.tensors`). wanted: whether the model of a config has it."""
+    values (`lowres.model.tensors`). wanted: whether the model of a config has it. inner: see `TensorSpec`."""
 
     role: str
     path: str
     shape: Shape
     kind: str = MATRIX
     wanted: Callable[[ModelConfig], bool] = lambda config: True
+    inner: int | None = None
 
 
 def _width(config: ModelConfig) -> tuple[int, ...]:
@@ -69,9 +70,9 @@ TABLE = (
     Row("k_norm", "self_attn.k_norm.weight", _head, NORM, lambda c: c.qk_norm),
     Row("o", "self_attn.o_proj.weight", lambda c: (c.dim, _queries(c))),
     Row("mlp_norm", "post_attention_layernorm.weight", _width, NORM),
-    Row("gate", "mlp.gate_proj.weight", lambda c: (c.ffn_dim, c.dim)),
-    Row("up", "mlp.up_proj.weight", lambda c: (c.ffn_dim, c.dim)),
-    Row("down", "mlp.down_proj.weight", lambda c: (c.dim, c.ffn_dim)),
+    Row("gate", "mlp.gate_proj.weight", lambda c: (c.ffn_dim, c.dim), inner=0),
+    Row("up", "mlp.up_proj.weight", lambda c: (c.ffn_dim, c.dim), inner=0),
+    Row("down", "mlp.down_proj.weight", lambda c: (c.dim, c.ffn_dim), inner=1),
 )
 
 

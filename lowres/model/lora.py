@@ -30,8 +30,10 @@ def adapted(spec: TensorSpec, adapters: ReloraConfig) -> Iterator[TensorSpec]:
     (rows, columns), rank = spec.shape, min(adapters.rank, *spec.shape)
     path = spec.name.removesuffix(".weight")  # adapters have the names of PEFT
     yield replace(spec, frozen=True)
-    yield TensorSpec(f"{path}.lora_A.weight", (rank, columns), spec.role + LORA_A, ADAPTER)
-    yield TensorSpec(f"{path}.lora_B.weight", (rows, rank), spec.role + LORA_B, ADAPTER)
+    inner = [dimension if dimension == spec.inner else None for dimension in (1, 0)]
+    a, b = f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+    yield TensorSpec(a, (rank, columns), spec.role + LORA_A, ADAPTER, inner=inner[0])
+    yield TensorSpec(b, (rows, rank), spec.role + LORA_B, ADAPTER, inner=inner[1])
 
 
 def fresh_adapter(spec: TensorSpec, seed: int, step: int, device: torch.device) -> Tensor:

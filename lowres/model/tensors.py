@@ -41,7 +41,8 @@ def unit_specs(config: ModelConfig, adapters: ReloraConfig | None = None) -> lis
     table = [(row, row.shape(config)) for row in block_table(config)]
     for i in range(config.n_layers):
         tensors: Iterable[TensorSpec] = (
-            TensorSpec(f"model.layers.{i}.{row.path}", shape, row.role, row.kind) for row, shape in table
+            TensorSpec(f"model.layers.{i}.{row.path}", shape, row.role, row.kind, inner=row.inner)
+            for row, shape in table
         )
         if adapters is not None:
             tensors = (own for spec in tensors for own in adapted(spec, adapters))

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lowres.config import Config, ModelConfig
 from lowres.device import is_out_of_memory
-from lowres.engine.common import sum_of_squares
+from lowres.engine.common import EngineSettings, sum_of_squares
 from lowres.engine.working import WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit
 from lowres.memory import Plan
-from lowres.model import block, block_shapes, empty_units, initialize, rope_tables
+from lowres.model import block, empty_units, initialize, rope_tables, unit_specs
 from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms
-from lowres.storage import DENSE_DTYPES, MATRIX, Unit, compute_dtype
+from lowres.storage import BIAS, DENSE_DTYPES, MATRIX, TensorSpec, Unit, compute_dtype
 
 # a measurement is repeated so often, or fewer times once it has taken so many seconds
 REPEATS, ENOUGH_SECONDS = 5, 0.6
@@ -121,7 +121,8 @@ def _products(config: Config, plan: Plan, device: torch.device, compute: torch.d
     tokens = plan.micro_batch * config.data.seq_len
     if device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
-    shapes = Counter(shape for shape in block_shapes(config.model).values() if len(shape) == 2)
+    pad = EngineSettings.of(config, plan.choice, device, adapted=False).pad
+    shapes = Counter(s.padded(pad) for s in _block(config.model) if len(s.shape) == 2)
     operations = forward = backward = 0.0
     for (rows, columns), count in shapes.items():
         part = rows
@@ -136,6 +137,10 @@ def _products(config: Config, plan: Plan, device: torch.device, compute: torch.d
             backward += times * _seconds(partial(matrix.backward, dy, x), device)
         operations += 2 * tokens * rows * columns * count
     return operations / forward, 2 * operations / backward
+
+
+def _block(model: ModelConfig) -> tuple[TensorSpec, ...]:
+    return unit_specs(model)[1].tensors
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -169,12 +174,12 @@ def _beside_products(
         for width in (model.dim, model.kv_heads * model.head_dim, model.ffn_dim)
     }
     weights: dict[str, Any] = {}
-    for role, shape in block_shapes(model).items():
-        if len(shape) == 2:
-            y, dx = streams[shape[0]], streams[shape[1]]
-            weights[role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
-        else:
-            weights[role] = torch.ones(shape, device=device, requires_grad=True)
+    for spec in _block(model):
+        if len(spec.shape) == 2:
+            y, dx = streams[spec.shape[0]], streams[spec.shape[1]]
+            weights[spec.role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
+        elif spec.kind != BIAS:  # which is added in the memory of a product; here that is shared
+            weights[spec.role] = torch.ones(spec.shape, device=device, requires_grad=True)
     rope = rope_tables(model, length, device)
     x, dy = _random((sequences, length, model.dim), compute, device), streams[model.dim]
 
@@ -265,6 +270,6 @@ def _dequantise(unit: Unit, device: torch.device, compute: torch.dtype) -> float
 
     def dequantise() -> None:
         for spec in specs:
-            unit.weights[spec.name].dense(compute, out)
+            unit.weights[spec.name].dense(compute, out[: spec.numel].view(spec.shape))
 
     return sum(spec.numel for spec in specs) / _seconds(dequantise, device)

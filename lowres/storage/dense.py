@@ -22,7 +22,7 @@ class Dense:
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None or self.value.dtype == dtype:
             return self.value.to(dtype)
-        return out[: self.value.numel()].view(self.shape).copy_(self.value)
+        return out.copy_(self.value)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self.value[index].to(dtype)

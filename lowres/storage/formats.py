@@ -40,7 +40,8 @@ class Storage(Protocol):
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype`, or the stored tensor itself if it has that dtype. Do not write to it.
 
-        out: flat memory for the result if a conversion is needed, with at least as many elements.
+        out: where the result goes if a conversion is needed: the shape of the weight, perhaps part of
+        something larger.
         """
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:

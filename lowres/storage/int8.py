@@ -30,8 +30,7 @@ class Int8:
 
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
-            out = torch.empty(self.codes.numel(), dtype=dtype, device=self.codes.device)
-        out = out[: self.codes.numel()].view(self.shape)
+            out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         for rows in row_chunks(self.shape, self.codes.device):
             out[rows] = self.codes[rows] * self.scales[rows]
         return out

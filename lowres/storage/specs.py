@@ -22,17 +22,26 @@ Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and sha
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model. frozen: it has no gradient and no optimizer state."""
+    """One tensor of the model. frozen: it has no gradient and no optimizer state. inner: its dimension that
+    lies between two matrices of a block, so that zeros there change nothing."""
 
     name: str
     shape: tuple[int, ...]
     role: str
     kind: str = MATRIX
     frozen: bool = False
+    inner: int | None = None
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
+
+    def padded(self, multiple: int) -> tuple[int, ...]:
+        """The shape with the inner dimension rounded up to a multiple."""
+        sizes = list(self.shape)
+        if self.inner is not None:
+            sizes[self.inner] += -sizes[self.inner] % multiple
+        return tuple(sizes)
 
 
 @dataclass(frozen=True)
