@@ -92,7 +92,8 @@ def test_padding_changes_nothing(adapted: bool) -> None:
                 unit.weights[spec.name].dense(torch.float32).normal_(
                     generator=torch.Generator().manual_seed(1)
                 )
-        settings = replace(EngineSettings.of(config, Choice(3, 2), CPU, adapted), pad=pad)
+        settings = EngineSettings.of(config, Choice(3, 2), CPU, adapted)
+        settings = replace(settings, pad=pad, compute=torch.float64)  # so that everything is copied
         recorder = Recorder()
         engine = LayerwiseEngine(config.model, units, recorder, ROOMS, settings)
         report = engine.step(make_batch(), 4, 1.0)
@@ -105,12 +106,12 @@ def test_padding_changes_nothing(adapted: bool) -> None:
         wide = -(-172 // pad) * pad
         assert shapes == {"gate": (wide, 64), "down": (64, wide)}
     for report, grads, scores, logits in found[1:]:
-        assert report.loss == pytest.approx(found[0][0].loss, rel=1e-6)
-        assert scores[0] == pytest.approx(found[0][2][0], rel=1e-6)
-        torch.testing.assert_close(logits, found[0][3], rtol=1e-5, atol=1e-5)
+        assert report.loss == pytest.approx(found[0][0].loss, rel=1e-12)
+        assert scores[0] == pytest.approx(found[0][2][0], rel=1e-12)
+        torch.testing.assert_close(logits, found[0][3], rtol=1e-12, atol=1e-12)
         for name, grad in grads.items():
             wanted = found[0][1][name]
-            assert float((grad - wanted).norm()) <= 1e-5 * float(wanted.norm()), name
+            assert float((grad - wanted).norm()) <= 1e-12 * float(wanted.norm()), name
 
 
 def test_loss_is_the_mean_over_valid_targets() -> None:
