@@ -89,9 +89,8 @@ def test_padding_changes_nothing(adapted: bool) -> None:
         initialize(units.values(), 0, CPU)
         for unit in units.values():
             for spec in unit.spec.adapters.values():  # B too, which starts at zero
-                unit.weights[spec.name].dense(torch.float32).normal_(
-                    generator=torch.Generator().manual_seed(1)
-                )
+                value = unit.weights[spec.name].dense(torch.float32)
+                value.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
         settings = EngineSettings.of(config, Choice(3, 2), CPU, adapted)
         settings = replace(settings, pad=pad, compute=torch.float64)  # so that everything is copied
         recorder = Recorder()
