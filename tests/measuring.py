@@ -48,7 +48,8 @@ def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:
                     kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[tensor.dtype]
                     what = "block matrices" if "layers" in name else "embedding and head"
                     what = "adapters" if "lora" in name else what
-                    component = f"{what}: {kind}" if tensor.dim() == 2 else "norms: fp32"
+                    vectors = "biases" if name.endswith(".bias") else "norms"
+                    component = f"{what}: {kind}" if tensor.dim() == 2 else f"{vectors}: fp32"
                 found[component, room] = found.get((component, room), 0) + aligned(tensor.nbytes)
     return found
 

@@ -133,6 +133,22 @@ def test_it_follows_our_adamw(case: str, tmp_path: Path) -> None:
         assert furthest(tensors_of(theirs), tensors_of(ours)) < 1e-4
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_options_of_the_model_follow_our_adamw(stage: int, tmp_path: Path) -> None:
+    """Biases, whose gradients and updates are 1-D, and norms inside attention."""
+    model = {"qkv_bias": True, "qk_norm": True, "n_kv_heads": 2}
+
+    def changed(engine: str, **keys: Any) -> Config:
+        config = config_of(engine, tmp_path, FP32, **keys)
+        return config.model_copy(update={"model": config.model.model_copy(update=model)})
+
+    ours, _ = reference(changed("autograd"))
+    theirs = zero_engine(changed("deepspeed", stage=stage))
+    for found, wanted in zip(run_steps(theirs, range(4)), run_steps(ours, range(4)), strict=True):
+        assert found.loss == pytest.approx(wanted.loss, rel=1e-4)
+    assert furthest(tensors_of(theirs), tensors_of(ours)) < 1e-4
+
+
 @pytest.mark.parametrize("keys", [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": "none"}])
 def test_state_goes_in_and_out_exactly(keys: dict[str, Any], tmp_path: Path) -> None:
     """In the middle of a run too: moments and the count of updates, which corrects their bias."""

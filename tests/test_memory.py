@@ -67,6 +67,8 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "wide vocabulary": {"model": {"vocab_size": 16000}},
     "tied": {"model": {"tie_embeddings": True, "vocab_size": 8000}},
     "grouped": {"model": {"n_kv_heads": 1}},
+    "qwen2": {"model": {"n_kv_heads": 2, "qkv_bias": True}},
+    "qwen3": {"model": {"n_kv_heads": 2, "qk_norm": True}, "memory": {"band": 2, "compute": "bf16"}},
     "one sequence": {"train": {"micro_batch": 1}},
     "adamw": {"optim": {"name": "adamw"}},
     "adamw int8 on host": {"optim": {"name": "adamw"}, "memory": {"moments": "int8", "state_on": "host"}},
@@ -89,6 +91,7 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
 RELORA = {"enabled": True, "rank": 32, "cycle_steps": 2, "rewarmup_steps": 1}
 ADAPTED: dict[str, dict[str, Mapping[str, object]]] = {
     "int8": {},
+    "qwen": {"model": {"qkv_bias": True, "qk_norm": True}},
     "bf16": {"memory": {"weights": "bf16"}},
     "fp32": {"memory": {"weights": "fp32"}},
     "adamw bf16, magnitude": {

@@ -1,7 +1,10 @@
 """The model against transformers, and its table of tensors."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -12,9 +15,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lowres import checkpoint
 from lowres.config import PRESETS, ModelConfig
+from lowres.engine import Choice, make_engine
 from lowres.model import Llama, empty_units, initialize, unit_specs
 from lowres.rooms import Rooms
+from tests.helpers import ROOMS, make_batch, make_config, make_optimizer, make_units
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -90,6 +96,32 @@ def test_gradients_equal_transformers(variant: str) -> None:
         assert p.grad is not None and wanted is not None
         # transformers rotates with fp32 tables too, but rounds elsewhere
         assert float((p.grad - wanted).norm() / wanted.norm()) < 1e-6, name
+
+
+@pytest.mark.parametrize("variant", ["grouped", "tied", "qwen2", "qwen3"])
+def test_a_trained_checkpoint_is_that_of_transformers(variant: str, tmp_path: Path) -> None:
+    """Some steps of the layer-major engine, a checkpoint on the disk, and the other implementation."""
+    model = VARIANTS[variant].model_dump(exclude_none=True)
+    config = make_config(
+        model=model, memory={"weights": "fp32"}, optim={"name": "adamw", "lr": 0.01, "norm_lr": 0.1}
+    )
+    units = make_units(config.model)
+    engine = make_engine(config, units, make_optimizer(config, units), ROOMS, Choice(3, 2))
+    for step in range(3):
+        engine.step(make_batch(seed=step), step, 1.0)
+    stored = ((unit.spec.name, unit.weight_tensors()) for unit in engine.units())
+    saved = checkpoint.save(tmp_path, 3, stored, {}, 1)
+    weights = {n: t for file in saved.glob("*.safetensors") for n, t in load_file(file).items()}
+    theirs = reference(config.model)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    theirs.tie_weights()
+    # all of it was trained
+    assert all(bool((t != 1).any()) and bool((t != 0).any()) for t in weights.values())
+    tokens = make_batch(2)[:, :20]
+    with torch.no_grad():
+        difference = (engine.logits(tokens) - theirs(tokens).logits[:, -1]).abs().max()
+    assert float(difference) < 1e-4
 
 
 def test_the_table_covers_the_module_exactly() -> None:
