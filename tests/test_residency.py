@@ -122,7 +122,17 @@ def test_lossless_boundaries_give_back_what_they_got() -> None:
         rooms = Rooms(CPU)
         layout = Layout(SMALL, {}, EngineSettings(3, torch.float32))
         slabs = layout.boundaries(7, 16, 2, homes.stash, homes.carry)
-        kept = Boundaries(rooms, Mover(CPU), slabs, Plain(torch.float32), 64, torch.float32, 7, 3, 16)
+        kept = Boundaries(
+            rooms,
+            Mover(CPU),
+            slabs,
+            encoding=Plain(torch.float32),
+            dim=64,
+            compute=torch.float32,
+            sequences=7,
+            micro_batch=3,
+            length=16,
+        )
         kept.cut(7, 16)
         pieces = list(torch.randn(7, 16, 64).split(3))
         for boundary in (kept.carry, *kept.stash):
