@@ -116,7 +116,7 @@ def test_a_card_that_is_too_old_is_refused(device: str, monkeypatch: pytest.Monk
     with pytest.raises(UserError) as caught:
         pick_device(make_config(run={"device": device}, memory={"compute": "fp32"}))
     assert str(caught.value) == (
-        "run.device: Tesla V100 (compute capability 7.0) is too old, 7.5 is the least; "
+        "run.device: Tesla V100 (compute capability 7.0) is too old, it needs at least 7.5; "
         "use --set run.device=cpu"
     )
     assert pick_device(make_config(run={"device": "cpu"})).type == "cpu"
