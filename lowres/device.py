@@ -30,8 +30,8 @@ FULL = (
 
 
 def prepare_cuda() -> None:
-    """Set up CUDA for lowres. The command line and `open_run` call it before CUDA starts; later, the settings
-    of the allocator have no effect. Settings of the user stay as they are."""
+    """Set up CUDA for lowres. Call it before CUDA starts, as the command line and `open_run` do; later, the
+    settings of the allocator have no effect. Settings of the user stay as they are."""
     if not any(name in os.environ for name in SETTINGS):
         # expandable segments waste less memory between allocations; DeepSpeed locks large host buffers,
         # which would otherwise be rounded up to powers of two, and kept when they are freed
@@ -67,7 +67,7 @@ def pick_device(config: Config) -> torch.device:
     device, capability = torch.device("cuda"), torch.cuda.get_device_capability(_own())
     name = f"{torch.cuda.get_device_name(_own())} (compute capability {capability[0]}.{capability[1]})"
     if capability < OLDEST:
-        raise UserError(f"run.device: {name} is too old, it needs at least 7.5; use --set run.device=cpu")
+        raise UserError(f"run.device: {name} is too old, the minimum is 7.5; use --set run.device=cpu")
     if lacks_bf16() and compute_dtype(config.memory.compute, device) == torch.bfloat16:
         wide = "fp32" if config.memory.engine == "deepspeed" else "int8"
         weights = f" --set memory.weights={wide}" if config.memory.weights == "bf16" else ""

@@ -135,9 +135,11 @@ def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
 def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     few = ["--set", "train.steps=6", "--set", "train.eval_every=0", "--set", "train.checkpoint_every=2"]
-    assert "is no run" in lowres_here("train", config, "--run", run, "--resume", code=2).stderr
+    assert "is not a run" in lowres_here("train", config, "--run", run, "--resume", code=2).stderr
     (tmp_path / "other").mkdir()
-    assert "is no run" in lowres_here("train", config, "--run", tmp_path / "other", "--resume", code=2).stderr
+    assert (
+        "is not a run" in lowres_here("train", config, "--run", tmp_path / "other", "--resume", code=2).stderr
+    )
     lowres_here("train", config, *few, "--run", run)
     before = (run / "metrics.jsonl").read_bytes()
     assert "already holds a run" in lowres_here("train", config, *few, "--run", run, code=2).stderr
@@ -441,7 +443,7 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
     assert "file is a file; give a folder" in refused
     refused = lowres_here("train", config, "--run", tmp_path / "file" / "run", code=2).stderr
     assert str(tmp_path / "file") in refused and len(refused.splitlines()) == 1
-    fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is no run", run=False)
+    fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is not a run", run=False)
     fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)
 
 
