@@ -145,8 +145,8 @@ def _meet(config: Config, device: torch.device) -> None:
     engine, source = config.memory.engine, config.data.source
     if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
-            f"memory.engine: {engine} runs in one process, but {ranks.size()} were started; use deepspeed, or "
-            "`lowres train` without a launcher"
+            f"memory.engine: {engine} runs in one process, but {ranks.size()} were started; use deepspeed, "
+            "or `lowres train` without a launcher"
         )
     if ranks.size() > 1 and is_stream(source):
         raise UserError(
