@@ -179,7 +179,7 @@ def require_machine(plan: Plan, device: torch.device) -> None:
     for room, (need, free) in plan.lacks(device).items():
         fitting = [name for name, p in plan.alternatives if not (p.problems or p.lacks(device))]
         raise DoesNotFit(
-            f"the run needs {need / GIB:.2f} GiB of {room} memory, but this machine has {free / GIB:.2f} GiB "
+            f"the run needs {need / GIB:.2f} GiB of {room} memory, this machine has {free / GIB:.2f} GiB "
             f"free; {_would_fit(fitting) or '`lowres plan` shows what needs it'}"
         )
 
