@@ -39,25 +39,25 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         return parsed.command(parsed) or 0
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has closed the pipe
         sys.stderr.close()
     except UserError as error:
         if not ranks.is_first():
             ranks.let_the_first_speak()
         print(f"lowres: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # a disk or a permission; the text names the file
+    except OSError as error:  # of a disk or a permission; the text names the file
         print(f"lowres: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
         if ranks.is_first():
             print(
-                "lowres: interrupted; a run continues with --resume, a sweep or data prepare by running it "
+                "lowres: interrupted; to continue, give a run --resume, or start a sweep or data prepare "
                 "again",
                 file=sys.stderr,
             )
         return 130
-    except Exception:  # a bug, or another rank that ended in the middle of a collective
+    except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
         raise
     return 0
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "config",
         _config,
-        "Print a resolved config, or without CONFIG the defaults.",
+        "Print a resolved config, or the defaults without CONFIG.",
         epilog=describe(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -97,12 +97,17 @@ def _add_training(commands: Commands) -> None:
 
     sub = _command(commands, "launch", _launch, "Train on several GPUs with memory.engine = deepspeed.")
     _add_train(sub)
-    sub.add_argument("--gpus", type=_positive, metavar="N", help="processes, one a GPU (default: all GPUs)")
+    sub.add_argument("--gpus", type=_positive, metavar="N", help="processes, one per GPU (default: all GPUs)")
     sub.add_argument(
-        "--hostfile", type=Path, metavar="F", help="machines, in DeepSpeed's form: a line `host slots=N` each"
+        "--hostfile",
+        type=Path,
+        metavar="F",
+        help="machines, in DeepSpeed's format: one line `host slots=N` each",
     )
 
-    sub = _command(commands, "sweep", _sweep, "Train a grid of runs at equal tokens, and compare them.")
+    sub = _command(
+        commands, "sweep", _sweep, "Train a grid of runs on the same number of tokens, and compare them."
+    )
     _add_config(sub)
     sub.add_argument(
         "--grid",
@@ -120,19 +125,19 @@ def _add_training(commands: Commands) -> None:
 
 
 def _add_plan(commands: Commands) -> None:
-    sub = _command(commands, "plan", _plan, "Print the memory a run takes, before anything is allocated.")
+    sub = _command(
+        commands, "plan", _plan, "Print the memory that a run needs, before anything is allocated."
+    )
     _add_config(sub)
     sub.add_argument(
-        "--gpus", type=_positive, metavar="N", help="for one of N ranks on a machine (deepspeed)"
+        "--gpus", type=_positive, metavar="N", help="plan for one of N ranks on a machine (deepspeed)"
     )
     sub.add_argument(
-        "--machines", type=_positive, default=1, metavar="M", help="of M machines with --gpus each"
+        "--machines", type=_positive, default=1, metavar="M", help="with --gpus ranks on each of M machines"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
-    sub.add_argument(
-        "--optimizer", action="store_true", help="show what every tensor gets from its optimizer"
-    )
+    sub.add_argument("--optimizer", action="store_true", help="show the optimizer and state of every tensor")
 
 
 def _add_data(commands: Commands) -> None:
@@ -150,15 +155,21 @@ def _add_data(commands: Commands) -> None:
 
 
 def _add_use(commands: Commands) -> None:
-    """What is done with a run besides training it."""
+    """Commands that use a run without training it."""
     sub = _command(commands, "sample", _sample, "Print text from a trained model.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--prompt", required=True)
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
     sub.add_argument(
-        "--temperature", type=_not_negative_float, default=0.8, metavar="T", help="0 takes the likeliest"
+        "--temperature",
+        type=_not_negative_float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest token",
     )
-    sub.add_argument("--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all")
+    sub.add_argument(
+        "--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all tokens"
+    )
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
 
     sub = _command(commands, "eval", _eval, "Loss and perplexity per token, and bits per byte.")
@@ -236,7 +247,7 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _launch(parsed: argparse.Namespace) -> int:
-    config, _ = load_config(parsed.config, parsed.overrides)  # the ranks tell its notes
+    config, _ = load_config(parsed.config, parsed.overrides)  # the ranks print its notes
     if config.memory.engine != "deepspeed":
         raise UserError(
             f"memory.engine: {config.memory.engine} uses one GPU; set it to deepspeed, or use `lowres train`"
@@ -257,11 +268,11 @@ def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     if parsed.probe and config.memory.engine == "deepspeed":
         raise UserError(
-            "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
+            "--probe: it measures layer-major steps only; leave it out, or set memory.engine=layerwise"
         )
-    # as many pieces as the data will have, as far as the config says
+    # the vocabulary that the data will have, if the config gives it
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
-    # a plan for a GPU needs none
+    # a plan for a GPU does not need one
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     here = parsed.gpus or 1
     crew = memory.Crew(here * parsed.machines, here)
@@ -342,7 +353,7 @@ def _eval(parsed: argparse.Namespace) -> None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The checkpoints that a path means: its own, or those of a run."""
+    """The checkpoints that a path means: itself, or those of a run."""
     if (path / checkpoint.MANIFEST).exists() or path.name.startswith(checkpoint.PREFIX):
         return [path]
     found = checkpoint.find(path / CHECKPOINTS)

@@ -1,12 +1,12 @@
-"""Errors that are meant for the user: one line each, naming the key or file and the remedy.
+"""Errors for the user: one line each, which names the key or file and the remedy.
 
-The command line prints the message without a traceback and exits with `exit_code`. Anything else
-that escapes is a bug in lowres and keeps its traceback.
+The command line prints the message without a traceback and exits with `exit_code`. Any other exception
+is a bug in lowres and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """Bad input: a config key, a file, a device or data that the user can mend."""
+    """Bad input: a config key, a file, a device or data that the user can fix."""
 
     exit_code = 2
 

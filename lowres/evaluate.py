@@ -11,10 +11,10 @@ from lowres.engine import Engine
 
 
 def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
-    """val_loss (nats a token), val_ppl and val_bits_per_byte over all targets of windows.
+    """val_loss (nats per token), val_ppl and val_bits_per_byte over all targets of windows.
 
     windows: int64 [n, seq_len + 1], targets that do not count are IGNORED. token_bytes: int64
-    [vocabulary], UTF-8 bytes that each token stands for. sequences: windows that are alive at a time.
+    [vocabulary], UTF-8 bytes that each token stands for. sequences: windows evaluated at one time.
     """
     total, count = 0.0, 0
     for batch in windows.split(sequences):

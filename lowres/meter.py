@@ -1,8 +1,8 @@
-"""Measured memory: what really is alive, by room and by what the step was doing at the time.
+"""Measured memory: what really is alive, by room and by phase of the step.
 
-On CUDA the allocator knows. On a CPU, where both rooms are the same memory, every tensor storage is
-followed from its birth to its end; a storage that is a slab of the host room counts there, everything
-else counts as GPU memory, which is where it would be.
+On CUDA the allocator reports it. On a CPU both rooms are the same memory, so every tensor storage is
+followed from its allocation until it is freed. A storage that is a slab of the host room counts as host
+memory; everything else counts as GPU memory, because it would be there.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GIB = 1 << 30
 
 
 class Meter:
-    """Peak memory of a run. On a CPU the first step and the first evaluation are counted: the following
-    ones take the same, and counting is slow."""
+    """Peak memory of a run. On a CPU only the first step and the first evaluation are counted: later ones
+    need the same, and counting is slow."""
 
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
@@ -35,7 +35,7 @@ class Meter:
 
     @contextmanager
     def watch(self, what: str) -> Iterator[None]:
-        """Measure what happens in the block, if nothing of the kind was measured yet."""
+        """Measure the block, if none of this kind was measured before."""
         if what in self._seen or self._rooms.device.type == "cuda":
             yield
             return
@@ -54,8 +54,8 @@ class Meter:
 
 
 def rss_gib() -> float:
-    """Most resident memory that this process has had."""
-    try:  # what getrusage says includes the parent's peak before exec
+    """Peak resident memory of this process."""
+    try:  # getrusage would include the parent's peak before exec
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024 / GIB
     except (OSError, IndexError, ValueError):
@@ -65,9 +65,9 @@ def rss_gib() -> float:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensor storage that exist while it is active: the slabs of `rooms` and what
-    is made inside it. `current` and `peak` are bytes by room, `phases` the peak in the GPU room by
-    `rooms.phase`. It sees every operation, so it is slow: for one step, or for tests.
+    """Counts the bytes of tensor storage that exist while it is active: the slabs of `rooms`, and tensors
+    that are made meanwhile. `current` and `peak` are bytes by room, `phases` the peak in the GPU room by
+    `rooms.phase`. It sees every operation, so it is slow: use it for one step, or in tests.
     """
 
     @classmethod
@@ -100,7 +100,7 @@ class LiveTensors(TorchDispatchMode):
         inputs = (*args, *(kwargs or {}).values())
         given = {id(a.untyped_storage()) for a in inputs if isinstance(a, Tensor)}
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            # a view of something older is not new memory
+            # a view of an older tensor is not new memory
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given:
                 self._count(tensor.untyped_storage(), self.rooms.allocating if self.rooms else GPU)
         return result
@@ -120,7 +120,7 @@ class LiveTensors(TorchDispatchMode):
         self.note(room)
 
     def note(self, room: str, more: int = 0) -> None:
-        """Count what is there now, and more for a moment, to the peaks."""
+        """Update the peaks with what is alive now plus `more` bytes that exist only for a moment."""
         now = self.current[room] + more
         self.peak[room] = max(self.peak[room], now)
         if room == GPU and self.rooms is not None:

@@ -1,12 +1,12 @@
 """The rooms that tensors live in: the compute device ("gpu") and host memory ("host").
 
-Everything large is a slab: one allocation of exactly the bytes that are needed, under the name of the
-component it belongs to, so that what is really held can be counted (`Rooms.held`). On a CUDA machine
-host slabs are page-locked, for copies beside the computation. They are registered, not allocated, as
-such: PyTorch's pinned allocator rounds up to powers of two, and 6 GiB would become 8.
+Everything large is a slab: one allocation of exactly the bytes that are needed, with the name of its
+component, so that the memory in use can be counted (`Rooms.held`). On a CUDA machine host slabs are
+page-locked, so that copies can run in parallel with computation. They are allocated normally and then
+registered with CUDA: PyTorch's pinned allocator rounds up to powers of two, and 6 GiB would become 8.
 
-On a machine without a GPU both rooms are the same memory. Components keep their rooms, copies happen
-where they would, and what the GPU would hold can be counted.
+On a machine without a GPU both rooms are the same memory. Components keep their rooms, the same copies
+happen, and the memory that a GPU would need can be counted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch import Tensor
 from lowres.errors import DoesNotFit
 
 GPU, HOST = "gpu", "host"
-# since PyTorch 2.13 its allocator of locked memory can be told not to round up, and is (`lowres.device`)
+# since PyTorch 2.13 its pinned allocator can be set not to round up, which `lowres.device` does
 EXACT_LOCKING = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 @dataclass(frozen=True)
 class Component:
-    """Bytes of one thing in one room (gpu, host or disk). phase: when it is alive; "" is always."""
+    """Bytes of one thing in one room (gpu, host or disk). phase: when it is alive; "" means always."""
 
     name: str
     room: str
@@ -39,7 +39,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Slab:
-    """One or more equal slabs that are to be allocated for a component. bytes: of each."""
+    """A description of one or more equal slabs of a component. bytes: of each."""
 
     component: str
     room: str
@@ -51,9 +51,9 @@ class Slab:
         return self.bytes * self.count
 
 
-# what PyTorch's allocator of CPU memory says in a RuntimeError
+# texts in the RuntimeError of PyTorch's CPU allocator
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory")
-# cudaErrorMemoryAllocation, and cudaErrorOperatingSystem where the limit of locked memory is reached
+# cudaErrorMemoryAllocation; and cudaErrorOperatingSystem, if the limit of locked memory is reached
 _CANNOT_LOCK = (2, 304)
 
 
@@ -61,7 +61,8 @@ _CANNOT_LOCK = (2, 304)
 class Homes:
     """What lives in host memory between its uses; everything else is on the GPU.
 
-    weights, state: names of units. stash: as many of the first boundaries. carry: whether it does.
+    weights, state: names of units. stash: how many of its boundaries, counted from the first. carry: whether
+    it does.
     """
 
     weights: frozenset[str] = frozenset()
@@ -71,9 +72,9 @@ class Homes:
 
 
 class Rooms:
-    """Allocates slabs and knows which exist.
+    """Allocates slabs and knows which ones exist.
 
-    For measurements: `phase` is what a step is doing, `allocating` the room that a new tensor is for.
+    For measurements: `phase` is the phase of the step, `allocating` the room that new tensors count to.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,7 +84,7 @@ class Rooms:
         self._slabs: list[tuple[str, str, weakref.ref[torch.UntypedStorage]]] = []
 
     def slab(self, component: str, room: str, nbytes: int) -> Tensor:
-        """uint8 [nbytes], all zero. Raises DoesNotFit if the memory cannot be had."""
+        """uint8 [nbytes], all zero. Raises DoesNotFit if the memory cannot be allocated."""
         try:
             with self.allocate_in(room):
                 slab = self._allocate(room, nbytes)
@@ -98,7 +99,7 @@ class Rooms:
         return slab
 
     def make(self, slab: Slab) -> list[Tensor]:
-        """All slabs of a description."""
+        """Allocate the slabs of a description."""
         return [self.slab(slab.component, slab.room, slab.bytes) for _ in range(slab.count)]
 
     def _allocate(self, room: str, nbytes: int) -> Tensor:
@@ -108,7 +109,7 @@ class Rooms:
 
     @contextmanager
     def allocate_in(self, room: str) -> Iterator[None]:
-        """Count tensors that are made in the block to a room."""
+        """New tensors in the block count to this room."""
         before, self.allocating = self.allocating, room
         try:
             yield
@@ -129,7 +130,7 @@ class Rooms:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Not so a RuntimeError that any CUDA call raises after a kernel went wrong."""
+    """False for the RuntimeError that every CUDA call raises after a kernel has failed."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError | OSError):
         return True
     return any(text in str(error) for text in _NO_MEMORY)
@@ -139,7 +140,7 @@ def _page_locked(nbytes: int) -> Tensor:
     """Zeroed host memory in whole pages, registered with CUDA until it is freed."""
     memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # 24 GiB in pages of 4 KiB take long to lock
+        memory.madvise(mmap.MADV_HUGEPAGE)  # locking 24 GiB in pages of 4 KiB takes long
     slab = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
     runtime = torch.cuda.cudart()
     failed = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
@@ -151,27 +152,27 @@ def _page_locked(nbytes: int) -> Tensor:
 
 
 def _unlock(address: int, memory: mmap.mmap) -> None:
-    """memory: what is there. It is held until now, as it may not go before it is unregistered."""
-    with suppress(RuntimeError):  # of a device that has failed
-        torch.cuda.synchronize()  # a copy may be under way
+    """memory: what is at the address. Held until now, as it must be unregistered before it is freed."""
+    with suppress(RuntimeError):  # if the device has failed
+        torch.cuda.synchronize()  # a copy may still be running
     torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor is: its storage and the offset in it, in elements. Unlike `data_ptr` also of the tensors
-    without memory that a plan traces."""
+    """Where a tensor is: its storage, and the offset in it in elements. Unlike `data_ptr`, it also works for
+    tensors without memory, which a plan traces."""
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
-STREAMED = ("cuda",)  # types of devices that copy beside the computation
+STREAMED = ("cuda",)  # types of devices that copy in parallel with computation
 Event = torch.cuda.Event | None
 Copies = Iterable[tuple[Tensor, Tensor]]  # (destination, source)
 
 
 class Mover:
-    """Copies between the rooms, beside the computation: one stream in each direction.
+    """Copies between the rooms in parallel with computation: one stream per direction.
 
-    Both wait for the computation that was enqueued before them: it may still read what a fetch will
+    Every copy waits for the computation that was enqueued before it: this may still read what a fetch will
     overwrite, and write what a store will read. On a CPU a copy is done when the call returns.
     """
 
@@ -181,16 +182,16 @@ class Mover:
         self._out = torch.cuda.Stream(device) if streamed else None
 
     def fetch(self, copies: Copies, after: Iterable[Event] = ()) -> Event:
-        """Host to GPU, after earlier copies that wrote the source or read the destination. Returns what
-        `wait` and `after` take."""
+        """Host to GPU. after: earlier copies that wrote the source or read the destination. Returns an event
+        for `wait` and `after`."""
         return _copy(self._in, copies, after)
 
     def store(self, copies: Copies) -> Event:
-        """GPU to host. Returns what `wait` and `after` take."""
+        """GPU to host. Returns an event for `wait` and `after`."""
         return _copy(self._out, copies, ())
 
     def wait(self, event: Event) -> None:
-        """Let the computation that follows wait for a copy."""
+        """Let the following computation wait for a copy."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
@@ -201,8 +202,8 @@ class Mover:
             self._out.synchronize()
 
     def join(self) -> None:
-        """Let the computation that follows wait for all copies. Who then waits for its result has waited for
-        them too, and the CPU may look at host slabs."""
+        """Let the following computation wait for all copies. As soon as its result is there, the copies are
+        done and the CPU may read host slabs."""
         if self._in is not None and self._out is not None:
             torch.cuda.current_stream().wait_stream(self._in)
             torch.cuda.current_stream().wait_stream(self._out)

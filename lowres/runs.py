@@ -1,14 +1,14 @@
-"""A run: its folder, what computes in it, and how its weights come out of it.
+"""A run: its folder, the parts that compute, and how to use its weights.
 
 config.toml      the resolved config
-tokenizer.model  so that the folder samples and evaluates wherever it is taken
+tokenizer.model  a copy, so that the folder can be moved and still be used for sampling and evaluation
 metrics.jsonl    see lowres.metrics
 checkpoints/     see lowres.checkpoint
-summary.json     final values, written last: a run that has one is finished
+summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
 
-With ReLoRA a run has two parts, and what computes is built anew between them: the adapters start from the
-checkpoint that the warm start ends with.
+With ReLoRA a run has two parts. Engine and optimizer are built again between them: the adapters start from
+the checkpoint at the end of the warm start.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TOKENIZER = "tokenizer.model"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
-    """Storage for the weights of a run, in the homes that the plan gives them."""
+    """Storage for the weights of a run, in the homes that the plan chose."""
     kept = config.memory
     adapters = config.relora if adapted else None
     return empty_units(
@@ -55,12 +55,12 @@ def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -
 def engine_of(
     config: Config, units: Units, optimizer: Optimizer | Relora | None, plan: memory.Plan, rooms: Rooms
 ) -> Engine:
-    """The engine of a run, with what the plan chose."""
+    """The engine of a run, with the choice of the plan."""
     return make_engine(config, units, optimizer, rooms, plan.choice)
 
 
 def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> tuple[Engine, Relora]:
-    """The engine of a run that trains, with weights and state all zero, and what its updates merge."""
+    """The training engine of a run, with weights and state all zero, and the Relora that does its updates."""
     optimizer = make_optimizer(config)
     relora = Relora(config.relora, optimizer)
     if config.memory.engine == "deepspeed":
@@ -72,7 +72,7 @@ def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bo
 
 @dataclass
 class Parts:
-    """What computes: in the warm start of ReLoRA without, then with adapters."""
+    """Everything that computes: without adapters in the warm start of ReLoRA, then with them."""
 
     plan: memory.Plan
     rooms: Rooms
@@ -84,14 +84,14 @@ class Parts:
 
 @dataclass(kw_only=True)
 class Run:
-    """What a running run is made of."""
+    """A run in progress."""
 
     folder: Path
     config: Config
     data: TokenData
     validation: Tensor  # windows of eval_tokens, see TokenData.validation
     token_bytes: Tensor
-    offset: int  # sequences seen, less those that all steps so far would have with the batch of now
+    offset: int  # sequences seen minus steps so far times the present batch; 0 if the batch never changed
     started_with: dict[str, Any]  # the batch and the rates of its first step
     plans: dict[bool, memory.Plan]  # by whether there are adapters
     parts: Parts = field(init=False)
@@ -104,15 +104,15 @@ class Run:
         return self.sequences_at(step) * self.config.data.seq_len
 
     def build(self, device: torch.device, adapted: bool) -> None:
-        """Make what computes, in the place of what did; weights and state are all zero."""
-        self.__dict__.pop("parts", None)  # first, as there may not be room for both
+        """Make the parts and replace earlier ones; weights and state are all zero."""
+        self.__dict__.pop("parts", None)  # first, because both may not fit
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
         engine, relora = training_engine(config, plan, rooms, adapted)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
     def save(self, step: int) -> None:
-        """Checkpoint everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on."""
         stored = ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
         data, start = self.data.fingerprint, self.started_with
         state = {"tokens": self.tokens_at(step), "data": data, "start": start}
@@ -124,7 +124,7 @@ class Run:
             checkpoint.load_unit(folder, unit.spec.name, unit.tensors())
 
     def start_adapters(self, step: int) -> None:
-        """Go on with adapters from the end of the warm start, which is a checkpoint in any case."""
+        """Continue with adapters from the end of the warm start; always goes through a checkpoint."""
         saved = checkpoint.step_folder(self.folder / CHECKPOINTS, step)
         if not saved.exists():
             self.save(step)
@@ -135,16 +135,16 @@ class Run:
 
 
 def write_beside(path: Path, text: str) -> None:
-    """Write a file whole, or leave the one that was there."""
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
+    """Write a file completely, or leave the old one unchanged."""
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
 
 
 def write_checkpoint(
     folder: Path, step: int, stored: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any], keep: int
 ) -> None:
-    """`checkpoint.save` on the first rank; the others give it their parts of the units."""
+    """`checkpoint.save` on the first rank; the others only send it their parts of the units."""
     if ranks.is_first():
         checkpoint.save(folder, step, stored, state, keep)
     else:
@@ -153,8 +153,8 @@ def write_checkpoint(
 
 
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
-    """A trained model for sampling and evaluation: the newest valid checkpoint's weights, no optimizer. Of a
-    run of deepspeed too the weights are ordinary ones, and the layerwise engine takes them."""
+    """A trained model for sampling and evaluation: the weights of the newest valid checkpoint, no optimizer.
+    The weights of a deepspeed run are ordinary ones too, and the layerwise engine uses them."""
     prepare_cuda()
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
@@ -168,7 +168,7 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
 
 
 def _for_use(config: Config) -> Config:
-    """The config of a trained run, for whatever device it is used on."""
+    """The config of a trained run, changed for the device on which it is used."""
     changes = {"engine": "layerwise"} if config.memory.engine == "deepspeed" else {}
     if config.run.device != "cpu" and lacks_bf16():
         changes["compute"] = "fp32"
@@ -176,7 +176,7 @@ def _for_use(config: Config) -> Config:
 
 
 def require_same_shape(config: Config, folder: Path) -> None:
-    """Raise UserError if the run in a folder has no weights for a model of this config."""
+    """Raise UserError if the weights of the run in a folder do not fit the model of this config."""
     source, _ = _newest(folder, [])
     ours, theirs = (
         m.model_dump(exclude={"preset"}) | {"n_kv_heads": m.kv_heads} for m in (config.model, source.model)
@@ -185,13 +185,13 @@ def require_same_shape(config: Config, folder: Path) -> None:
         if theirs[key] != value:
             raise UserError(
                 f"model.{key}: {value} here, but the run in {folder} (--init-from) has {theirs[key]}; "
-                "set it to that or leave --init-from out"
+                "use that value, or leave out --init-from"
             )
 
 
 def initialize_from(units: Iterable[Unit], folder: Path) -> None:
-    """Take the weights from the newest valid checkpoint of another run of the same shape, whatever formats
-    either keeps them in; adapters there are merged. Adapters of `units` are left alone."""
+    """Take the weights from the newest valid checkpoint of another run of the same shape; the number formats
+    may differ. Adapters of that run are merged; adapters of `units` do not change."""
     source, found = _newest(folder, [])
     relora = source.relora if _is_adapted(source, found) else None
     for spec, ours in zip(unit_specs(source.model, relora), units, strict=True):
@@ -215,7 +215,7 @@ def _take(ours: Unit, theirs: Unit, spec: TensorSpec, relora: ReloraConfig | Non
     if spec.frozen or ours.kinds[name] != theirs.kinds[name] or ours.has_master(name):
         ours.fill(name, _rows(theirs, spec, relora, ours.weights_slab.device))
         return
-    kept = theirs.weights[name].tensors()  # as it is: to read and round it again would lose something
+    kept = theirs.weights[name].tensors()  # copied as stored: rounding again would lose precision
     for suffix, tensor in ours.weights[name].tensors().items():
         tensor.copy_(kept[suffix])
 
@@ -223,7 +223,7 @@ def _take(ours: Unit, theirs: Unit, spec: TensorSpec, relora: ReloraConfig | Non
 def _rows(
     unit: Unit, spec: TensorSpec, relora: ReloraConfig | None, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 rows) of a weight, its adapter merged."""
+    """(first row, fp32 rows) of a weight, with its adapter merged."""
     weight = unit.weights[spec.name].dense(torch.float32)
     a, b = adapters_of(unit, spec) if spec.frozen else (None, None)
     for start in range(0, spec.shape[0], MERGE_ROWS):
@@ -236,7 +236,7 @@ def _rows(
 def _newest(folder: Path, overrides: list[str]) -> tuple[Config, Path]:
     """The config of a run and its newest valid checkpoint."""
     if not (folder / CONFIG).exists():
-        raise UserError(f"{folder} is no run: it has no {CONFIG}")
+        raise UserError(f"{folder} is not a run: it has no {CONFIG}")
     config, _ = load_config(folder / CONFIG, overrides)
     found, notes = checkpoint.newest_valid(folder / CHECKPOINTS)
     for note in notes:

@@ -1,4 +1,4 @@
-"""Text from a model, a token at a time."""
+"""Text from a model, one token at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample(
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int, key: rng.Key) -> int:
-    """One token by the Gumbel-max trick, which needs one uniform number a token."""
+    """One token by the Gumbel-max trick, which needs one uniform number per piece of the vocabulary."""
     if temperature == 0:
         return int(logits.argmax())
     if top_k:

@@ -1,8 +1,8 @@
-"""What a run starts from: nothing, a checkpoint of its own, or the weights of another; and what it refuses.
+"""What a run starts from: nothing, its own checkpoint, or the weights of another run; and what it refuses.
 
-Everything is decided first (`decide`), so that what is refused has written nothing. Then the run is built,
-its weights are loaded or drawn, and the largest step is rehearsed. What computes without adapters and what
-computes with them start alike, so a run that is resumed after the warm start of ReLoRA is no other case.
+Everything is decided first (`decide`), so a refused run has written nothing. Then the run is built, its
+weights are loaded or drawn, and the largest step is rehearsed. A run starts in the same way with and without
+adapters, so resuming after the warm start of ReLoRA is not a special case.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ from lowres.runs import (
 
 # keys that may change with the batch; follow_batch checks them
 RATES = (*(f"optim.{key}" for key in rates.RATES), "optim.lr_over_batch")
-# pieces that a tokenizer has at least, where the config does not say (data.vocab_size allows no fewer)
+# the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What was decided before anything is written or built."""
+    """Everything that is decided before anything is written or built."""
 
     folder: Path
-    config: Config  # with the vocabulary, the rates and the length that the run goes on with
+    config: Config  # with the final vocabulary, rates and number of steps
     device: torch.device
     data: TokenData
     plans: dict[bool, memory.Plan]  # by whether there are adapters
-    found: Path | None  # the checkpoint to go on from
-    step: int  # that of it
+    found: Path | None  # the checkpoint to continue from
+    step: int  # its step
     offset: int  # see Run
     started_with: dict[str, Any]  # see Run
-    origin: Path | None  # the run that the first weights come from
-    lines: list[str]  # to be said
+    origin: Path | None  # the run that provides the first weights
+    lines: list[str]  # messages to print
 
 
 def is_finished(config: Config, folder: Path) -> bool:
-    """Whether the run in a folder has come as far as the config asks for."""
+    """Whether the run in a folder has reached the end that the config gives."""
     try:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
-        # in tokens, if the run is given in them: its batch may have changed on the way
+        # in tokens if the config gives tokens, because the batch may have changed during the run
         if config.train.tokens is not None:
             return bool(summary["tokens"] >= config.train.tokens)
         return bool(summary["step"] >= config.train.total_steps)
@@ -76,7 +76,7 @@ def is_finished(config: Config, folder: Path) -> bool:
 
 
 def begin(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
-    """The run, ready for its next step, and how many it has behind it."""
+    """The run, ready for its next step, and the number of steps it has done."""
     start = decide(config, folder, resume)
     for line in start.lines:
         say(line)
@@ -93,14 +93,14 @@ def begin(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
 
 
 def decide(config: Config, folder: Path, resume: bool) -> Start:
-    """Check everything; nothing is written but data that have to be prepared. Raises UserError and DoesNotFit
-    for what cannot be done."""
+    """Check everything. Nothing is written except prepared data. Raises UserError or DoesNotFit if the run
+    is not possible."""
     device = pick_device(config)
     _meet(config, device)
     found, damaged = _find_checkpoint(folder, resume)
     saved = load_config(folder / CONFIG)[0] if resume else None
     config = _with_origin(config, saved)
-    # what cannot fit is refused before anything is read or written
+    # refuse what cannot fit before anything is read or written
     least = config.model.vocab_size or config.data.vocab_size or LEAST_VOCABULARY
     _check_room(config.with_vocab(least), device, folder)
     data = _open_data(config)
@@ -141,16 +141,16 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
 
 
 def _meet(config: Config, device: torch.device) -> None:
-    """Be one of the ranks of the run; refuse what cannot be done on so many, or without DeepSpeed."""
+    """Join the ranks of the run. Refuse what is not possible with several ranks, or without DeepSpeed."""
     engine, source = config.memory.engine, config.data.source
     if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
-            f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, or "
-            "`lowres train` without a launcher"
+            f"memory.engine: {engine} runs in one process, but {ranks.size()} were started; use deepspeed, "
+            "or `lowres train` without a launcher"
         )
     if ranks.size() > 1 and is_stream(source):
         raise UserError(
-            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
+            f"data.source: {source} is a stream, but several ranks need a prepared folder; make one with "
             f"`lowres data prepare {source} OUT`"
         )
     if engine == "deepspeed":
@@ -159,12 +159,12 @@ def _meet(config: Config, device: torch.device) -> None:
 
 
 def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint of a run that is resumed, the same on all ranks; notes on damaged ones."""
+    """The newest valid checkpoint of a resumed run, the same on all ranks; notes on damaged ones."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run: {folder} is a file; give a folder")
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if resume and not (folder / CONFIG).exists():
-        raise UserError(f"--resume: {folder} is no run; start one without --resume")
+        raise UserError(f"--resume: {folder} is not a run; start one without --resume")
     if not resume and holds_run:
         raise UserError(
             f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
@@ -179,20 +179,21 @@ def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]
 
 
 def _with_origin(config: Config, saved: Config | None) -> Config:
-    """With the tokenizer of the run that the weights come from; a resumed run keeps the one it had."""
+    """The config with the tokenizer of the run that provides the weights; a resumed run keeps its own."""
     origin = config.run.init_from or (saved or config).run.init_from
     if origin is None:
         return config
     tokenizer = Path(origin) / TOKENIZER
     if not tokenizer.exists():
-        raise UserError(f"run.init_from: {origin} is no run: it has no {TOKENIZER}")
+        raise UserError(f"run.init_from: {origin} is not a run: it has no {TOKENIZER}")
     run = config.run.model_copy(update={"init_from": origin})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
     return config.model_copy(update={"run": run, "data": data})
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
-    """The plans, by whether there are adapters, if the budgets, this machine and its disk have room."""
+    """The plans, by whether there are adapters. Raises DoesNotFit if the budgets, this machine or its disk
+    are too small."""
     plans = {}
     for part, plan in memory.make_plans(config, device, on_this_machine=True).items():
         memory.require_fit(plan)
@@ -207,7 +208,7 @@ def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool
 
 
 def _open_data(config: Config) -> TokenData:
-    """The data; the first rank of each machine prepares them if need be."""
+    """The data; the first rank of each machine prepares them if necessary."""
     if not ranks.is_first_here():
         ranks.wait()
     progress = config.log.progress and ranks.is_first()
@@ -218,16 +219,18 @@ def _open_data(config: Config) -> TokenData:
 
 
 def _rates(config: Config) -> dict[str, Any]:
-    """What the rates of a run follow from when its batch changes."""
+    """The values from which the rates of a run follow if its batch changes."""
     optim = config.optim
     return {"batch_tokens": config.train.batch_tokens} | {key: getattr(optim, key) for key in rates.RATES}
 
 
 def _require_same_settings(config: Config, saved: Config, folder: Path) -> None:
-    """Raise UserError if a setting differs that may not change on resume."""
+    """Raise UserError if a setting has changed that may not change on resume."""
     changed = [key for key in changed_keys(saved, config) if key not in RATES]
     if changed:
-        changed.sort(key=lambda key: not key.startswith("relora."))  # which the schedule follows
+        changed.sort(
+            key=lambda key: not key.startswith("relora.")
+        )  # first, as the schedule follows from these
         section, key = changed[0].split(".")
         before = getattr(getattr(saved, section), key)
         raise UserError(
@@ -246,7 +249,7 @@ def _require_same_data(config: Config, data: TokenData, state: dict[str, Any], f
 
 
 def _with_tokens_left(config: Config, state: dict[str, Any]) -> Config:
-    """With as many steps as what is left of train.tokens takes, in batches of now."""
+    """The config with as many steps as the rest of train.tokens needs with the present batch."""
     train = config.train
     if train.tokens is None:
         return config
@@ -261,7 +264,7 @@ def _with_tokens_left(config: Config, state: dict[str, Any]) -> Config:
 
 def _write_folder(start: Start) -> None:
     """Make the folder of the run, or bring it up to date."""
-    ranks.wait()  # until all have seen what was there
+    ranks.wait()  # until all ranks have looked at the folder
     if ranks.is_first():
         start.folder.mkdir(parents=True, exist_ok=True)
         (start.folder / SUMMARY).unlink(missing_ok=True)
@@ -312,10 +315,10 @@ def _announce(run: Run) -> None:
 
 
 def _rehearse(run: Run) -> None:
-    """The largest step of training, of evaluation and of saving, so that what runs once runs always.
+    """Run the largest step of training, evaluation and saving, so that no later one runs out of memory.
 
-    Two micro-batches do: what holds the whole batch is allocated. The step is refused at its end, so
-    weights and state stay as they are.
+    Two micro-batches are enough: the memory for the whole batch is already allocated. The update is refused,
+    so weights and state do not change.
     """
     config, parts = run.config, run.parts
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
@@ -328,7 +331,7 @@ def _rehearse(run: Run) -> None:
             parts.engine.step(batch, 0, 0.0, rehearsal=True)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
-        # embedding and a block: the others are like these
+        # embedding and one block: all others are like these
         some = itertools.islice(parts.engine.units(), 2)
         write_checkpoint(place, 0, ((unit.spec.name, unit.tensors()) for unit in some), {}, keep=0)
     except RuntimeError as error:

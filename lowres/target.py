@@ -1,7 +1,7 @@
-"""What kind of device code works for: that of its tensors, or the one that a plan is made for.
+"""The kind of device that code works for: the device of its tensors, or the one that a plan is made for.
 
-A plan traces the code of a step on tensors without memory (`lowres.memory.trace`). These are CPU tensors
-whatever the plan is for, so code that does something else on CUDA asks `kind_of`, not the tensor.
+A plan traces the code of a step on tensors without memory (`lowres.memory.trace`). These are always CPU
+tensors, so code that behaves differently on CUDA must ask `kind_of` and not the tensor.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 
 CUDA, CPU = "cuda", "cpu"
-# chunks of a loop that a brief trace goes through: in the second one what the first left behind is still
-# there, and so it stays, as all but the last are equally large
+# how many chunks of a loop a brief trace runs: during the second one, what the first left is still alive;
+# later ones need no more, because all chunks but the last have the same size
 ENOUGH_CHUNKS = 2
 
 
@@ -23,14 +23,14 @@ class _Planned:
 
 
 def kind_of(device: torch.device) -> str:
-    """cuda or cpu: what to do on a device."""
+    """cuda or cpu: as which of them code must behave on this device."""
     return _Planned.kind or device.type
 
 
 @contextmanager
 def planned_for(kind: str, brief: bool = False) -> Iterator[None]:
-    """Work as on the other kind of device. brief: where a loop takes equal chunks of a tensor one after
-    another, a few are enough, as only the memory is of interest."""
+    """Code in the block behaves as on this kind of device. brief: loops over equal chunks of a tensor run
+    only the first few, because only the memory is of interest."""
     before = _Planned.kind, _Planned.brief
     _Planned.kind, _Planned.brief = kind, brief
     try:
@@ -40,7 +40,7 @@ def planned_for(kind: str, brief: bool = False) -> Iterator[None]:
 
 
 def chunks(numel: int, size: int) -> list[slice]:
-    """Ranges of `size`, the last one perhaps shorter, that together cover `numel`; in a brief trace the
+    """Ranges of `size` that together cover `numel`; the last one may be shorter. In a brief trace, only the
     first few."""
     starts = range(0, numel, size)
     return [slice(i, min(i + size, numel)) for i in (starts[:ENOUGH_CHUNKS] if _Planned.brief else starts)]

@@ -1,8 +1,8 @@
-"""The loop of a run: batch, step, log, evaluate, checkpoint, and all of it again after an interruption.
+"""The loop of a run: batch, step, log, evaluate, checkpoint. It also continues an interrupted run.
 
-What a run starts from is decided in `lowres.start`; what it leaves lies in its folder (`lowres.runs`).
+`lowres.start` decides what a run starts from; its results are in its folder (`lowres.runs`).
 
-On several ranks (`lowres.ranks`) each goes through the same loop with the same batches, and its engine takes
+With several ranks (`lowres.ranks`), each one runs the same loop with the same batches, and its engine takes
 its share of them. Only the first rank prints and writes.
 """
 
@@ -30,7 +30,7 @@ from lowres.runs import METRICS, SUMMARY, Run, write_beside
 from lowres.sample import sample
 from lowres.start import begin, is_finished
 
-# steps in a row without an update after which a run is not worth its electricity
+# a run ends after this many steps in a row without an update
 MOST_SKIPPED = 50
 
 
@@ -38,7 +38,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
     """Train into a folder, or continue there."""
     if resume and is_finished(config, folder):
         if ranks.is_first():
-            print(f"{folder} is finished; to go on, raise train.steps")
+            print(f"{folder} is finished; to continue it, raise train.steps")
         return
     began = time.perf_counter()
     run, step = begin(config, folder, resume)
@@ -49,7 +49,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
     skipped_in_a_row = 0
 
     while True:
-        # ---- once in a while: evaluate, checkpoint (a resumed run had done so where it stopped)
+        # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
         if step == 0 or step > resumed_at:
             if _due(step, config.train.eval_every, total):
                 log.write({"step": step, **_evaluate(run, step)})
@@ -100,7 +100,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
 
 
 def _record(run: Run, step: int, schedule: float, report: StepReport, seconds: float) -> dict[str, Any]:
-    """What the metrics say of the step that led to `step`."""
+    """The metrics of the step that has just been done; `step` counts it."""
     config = run.config
     lr = (config.optim.lr or 0) * schedule
     return {
@@ -141,7 +141,7 @@ def _adapters_text(run: Run) -> str:
 
 
 def _finish(run: Run, seconds: float) -> None:
-    """Write the summary and the picture, print a sample."""
+    """Write the summary and the loss curve; print a sample."""
     asked, text = run.config.log, None
     if asked.sample_tokens:
         text = sample(

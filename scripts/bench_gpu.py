@@ -1,16 +1,17 @@
-"""Every benchmark of this project that needs a GPU, the most valuable first, in 5 minutes.
+"""All benchmarks of this project that need a GPU, the most valuable first, in 5 minutes.
 
     python scripts/bench_gpu.py [NAME ...] [--budget-seconds N] [--out DIR] [--set section.key=value ...]
 
-steps_24gb, steps_12gb, steps_8gb: optimizer steps of the 7B presets on random tokens, the allocator capped
-at the size of the card. Does it fit, is the plan right, how fast is it? First steps of a few micro-batches,
-then a whole one if there is time. rates: what bounds a step, each alone. profile: where the time of a step
-goes. uncapped: the 12 GB preset with the whole card, to see what the cap costs.
+steps_24gb, steps_12gb, steps_8gb: optimizer steps of the 7B presets on random tokens, with the allocator
+capped at the size of the card. Does it fit, is the plan right, how fast is it? First steps of a few
+micro-batches, then a whole one if there is time. rates: the operations of a step, each measured alone.
+profile: where the time of a step goes. uncapped: the 12 GB preset with the whole card, to show the cost of
+the cap.
 
-Each is a process of its own and writes benchmarks/results/gpu_NAME.json, part by part, so whatever ends it
-leaves what was found. One that the time left is too short for is left out. `--config PATH [--cap-gib N]`
-takes another config; with `--device cpu` no GPU is needed, to test this script. Exit codes: 0 fine, 1
-something failed (the others were run), 2 no GPU.
+Each benchmark is a separate process and writes benchmarks/results/gpu_NAME.json part by part, so results are
+kept if it ends early. A benchmark is skipped if the remaining time is too short. `--config PATH
+[--cap-gib N]` uses another config. With `--device cpu` no GPU is needed, to test this script. Exit codes: 0
+fine, 1 something failed (the others still ran), 2 no GPU.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from lowres.device import prepare_cuda  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
 from lowres.memory import GIB  # noqa: E402
 
-# of a device's memory, for a run that may take all: the rest is CUDA's own
+# share of the device's memory for an uncapped run: CUDA needs the rest
 MOST_OF_A_CARD = 0.9
-# beyond the time that a benchmark was given, until it is ended
+# a benchmark is killed this long after its time is over
 GRACE_SECONDS = 15.0
 # micro-batches of the step that is profiled
 PROFILED = 2
@@ -50,7 +51,7 @@ PROFILED = 2
 
 @dataclass(frozen=True)
 class Benchmark:
-    """seconds: what it needs on an H100 without its last part; kept free for it while others run."""
+    """seconds: needed on an H100 without its last part; reserved for it while earlier ones run."""
 
     name: str
     seconds: float
@@ -60,7 +61,7 @@ class Benchmark:
 
 
 def benchmarks(parsed: argparse.Namespace) -> list[Benchmark]:
-    """All of them, the most valuable first."""
+    """All benchmarks, the most valuable first."""
     subjects = [(f"steps_{gib}gb", Path(f"configs/llama_7b_{gib}gb.toml"), float(gib)) for gib in (24, 12, 8)]
     if parsed.config:
         subjects = [("steps", parsed.config, parsed.cap_gib)]
@@ -73,7 +74,7 @@ def benchmarks(parsed: argparse.Namespace) -> list[Benchmark]:
     ]
 
 
-# ---- what each does, in a process of its own
+# ---- the benchmarks, each in its own process
 
 
 def bench_steps(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -109,7 +110,7 @@ def bench_profile(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[s
 
 
 def run_alone(own: Benchmark, parsed: argparse.Namespace) -> int:
-    """A benchmark in this process; its file is complete after every part."""
+    """Run a benchmark in this process; its file is valid JSON after every part."""
     began = time.perf_counter()
     record = machine(parsed) | {"benchmark": own.name, "finished": False}
 
@@ -145,18 +146,18 @@ def path_of(name: str, parsed: argparse.Namespace) -> Path:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Put a record in the place of the one before, whole or not at all."""
+    """Replace a record, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(path.name + ".unfinished")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 # ---- one after another
 
 
 def run_all(chosen: list[Benchmark], parsed: argparse.Namespace) -> int:
-    """Run benchmarks while there is time for them; each may take what the later ones do not need."""
+    """Run benchmarks while there is time; each may use the time that is not reserved for later ones."""
     end = time.perf_counter() + parsed.budget_seconds
     failed, left_out = False, []
     for i, own in enumerate(chosen):
@@ -174,8 +175,8 @@ def run_all(chosen: list[Benchmark], parsed: argparse.Namespace) -> int:
 
 
 def run_in_a_process(own: Benchmark, seconds: float, parsed: argparse.Namespace) -> dict[str, Any]:
-    """A benchmark in a fresh process, so that its peaks are its own and its end frees everything; what is in
-    its file then."""
+    """Run a benchmark in a new process, so that its peaks are its own and its end frees everything. Returns
+    the record in its file."""
     path = path_of(own.name, parsed)
     path.unlink(missing_ok=True)
     options = ["--alone", "--device", parsed.device, "--out", str(parsed.out), "--seconds", f"{seconds:.0f}"]
@@ -201,7 +202,7 @@ def run_in_a_process(own: Benchmark, seconds: float, parsed: argparse.Namespace)
 
 
 def line_of(record: dict[str, Any]) -> str:
-    """A record for people."""
+    """A record as one line of text."""
     parts = [f"failed: {record['error']}"] if "error" in record else []
     if "memory" in record:
         found = record["memory"]

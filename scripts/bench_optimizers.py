@@ -1,10 +1,10 @@
-"""How long does the update of a layer take, against torch.optim.AdamW(fused=True) on the same tensors?
+"""How long does the update of a layer take, compared with torch.optim.AdamW(fused=True)?
 
     python scripts/bench_optimizers.py [NAME ...] [--preset 7b] [--pairs 15] [--threads 2] [--device cpu]
 
 Weights and gradients of one layer (7b: four 4096x4096, two 11008x4096, one 4096x11008 and two norms) in
-fp32. Both optimizers update the same weights from the same gradients in turn, first one then the other
-first; the result is the median of the ratios of such pairs. Times are of steps between two projections.
+fp32. Both optimizers update the same weights from the same gradients, one after the other, and take turns in
+being first. The result is the median of the ratios of such pairs. No timed step computes new projections.
 Prints a table and writes benchmarks/results/optimizer_time.json.
 """
 
@@ -109,7 +109,7 @@ def measure(name: str, model: ModelConfig, unit: Unit, pairs: int, device: torch
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds, until the device is done."""
+    """Seconds until the device is done."""
     wait(device)
     start = time.perf_counter()
     work()

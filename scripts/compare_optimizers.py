@@ -73,21 +73,7 @@ MOST_EXTENSIONS = 3  # how often a sweep may be extended beyond its first three 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare all optimizers on the same text with equal tokens.")
-    parser.add_argument("source", nargs="?", default="stdlib")
-    parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
-    parser.add_argument(
-        "--lr", action="append", default=[], type=given_rate, metavar="NAME=RATE", help="instead of a sweep"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
-    parser.add_argument("--timed-steps", type=int, default=15)
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare_optimizers"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/optimizers.json"))
-    parsed = parser.parse_args()
+    parsed = arguments()
     common = [f"data.source={parsed.source}", *parsed.overrides]
     arms = {name: arm for name, arm in ARMS.items() if parsed.only is None or name in parsed.only}
 
@@ -155,6 +141,24 @@ def main() -> None:
     )
     records.write(parsed.out, record)
     print(f"compare_optimizers: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare all optimizers on the same text with equal tokens.")
+    parser.add_argument("source", nargs="?", default="stdlib")
+    parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
+    parser.add_argument(
+        "--lr", action="append", default=[], type=given_rate, metavar="NAME=RATE", help="instead of a sweep"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
+    parser.add_argument("--timed-steps", type=int, default=15)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare_optimizers"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/optimizers.json"))
+    return parser.parse_args()
 
 
 def given_rate(text: str) -> tuple[str, float]:

@@ -35,21 +35,7 @@ def main() -> None:
     parsed = arguments()
     common = [f"data.source={parsed.source}", f"optim.lr={parsed.lr}"]
     config, _ = load_config(parsed.config, [*common, *parsed.overrides, f"train.tokens={parsed.tokens}"])
-    steps = config.train.total_steps
-    start = steps // 4 if parsed.start_step is None else parsed.start_step
-    cycle = steps // 4 if parsed.cycle_steps is None else parsed.cycle_steps
-    alpha = parsed.rank if parsed.alpha is None else parsed.alpha
-    relora = ["relora.enabled=true", f"relora.rank={parsed.rank}", f"relora.alpha={alpha}"]
-    relora += [f"relora.rewarmup_steps={parsed.rewarmup_steps}"]
-    warm = [*relora, f"relora.start_step={start}"]
-    settings = {
-        FULL: [],
-        LORA: [*relora, "relora.start_step=0", "relora.cycle_steps=0"],
-        WARM: [*warm, "relora.cycle_steps=0"],
-        RELORA: [*warm, f"relora.cycle_steps={cycle}"],
-    }
-    settings[INT8] = [*settings[RELORA], "memory.weights=int8", "memory.embeddings=auto"]
-    settings[KEPT] = [*settings[RELORA], "relora.reset=magnitude", "relora.reset_keep=0.1"]
+    settings = arms(parsed, config.train.total_steps)
 
     def tune(name: str) -> list[dict[str, Any]]:
         """One run on the first seed for every factor."""
@@ -112,6 +98,25 @@ def main() -> None:
     )
     records.write(parsed.out, record)
     print(f"compare_relora: {parsed.out}{f', {picture}' if picture else ''}", file=sys.stderr)
+
+
+def arms(parsed: argparse.Namespace, steps: int) -> dict[str, list[str]]:
+    """Every arm and the settings it changes. steps: of a run."""
+    start = steps // 4 if parsed.start_step is None else parsed.start_step
+    cycle = steps // 4 if parsed.cycle_steps is None else parsed.cycle_steps
+    alpha = parsed.rank if parsed.alpha is None else parsed.alpha
+    relora = ["relora.enabled=true", f"relora.rank={parsed.rank}", f"relora.alpha={alpha}"]
+    relora += [f"relora.rewarmup_steps={parsed.rewarmup_steps}"]
+    warm = [*relora, f"relora.start_step={start}"]
+    settings = {
+        FULL: [],
+        LORA: [*relora, "relora.start_step=0", "relora.cycle_steps=0"],
+        WARM: [*warm, "relora.cycle_steps=0"],
+        RELORA: [*warm, f"relora.cycle_steps={cycle}"],
+    }
+    settings[INT8] = [*settings[RELORA], "memory.weights=int8", "memory.embeddings=auto"]
+    settings[KEPT] = [*settings[RELORA], "relora.reset=magnitude", "relora.reset_keep=0.1"]
+    return settings
 
 
 def arguments() -> argparse.Namespace:

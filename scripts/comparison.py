@@ -1,8 +1,8 @@
-"""Ways to train, side by side: the same config, seeds and tokens, and what came out of each.
+"""Compares ways to train with the same config, seeds and tokens.
 
-An arm is a name and the settings it changes. Seeds are paired: with the same seed all arms start from the
-same values and see the same data in the same order, so that differences are known better than losses.
-Every arm is a `lowres sweep` over seeds in a folder of its own: resumable, and done once.
+An arm is a name and the settings it changes. Seeds are paired: with the same seed, all arms start from the
+same values and see the same data in the same order, so differences are more exact than losses. Every arm is
+a `lowres sweep` over seeds in its own folder: it can be resumed, and a finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lowres import metrics
 from lowres.errors import CheckFailed, UserError
 from lowres.sweep import SWEEP
 
-SMOOTHED = 0.03  # of a run: what a point of a training curve is the mean of
+SMOOTHED = 0.03  # share of a run over which a point of a training curve is averaged
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script; what its user can mend is one line without a traceback, and exit code 1."""
+    """Run a script; an error that its user can fix is one line without a traceback, and exit code 1."""
     try:
         main()
     except UserError as error:
@@ -35,7 +35,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def in_parallel(work: Callable[[str], Any], names: Iterable[str], jobs: int) -> dict[str, Any]:
-    """Results by name. Processes that are started share the cores evenly."""
+    """Results by name. The started processes share the cores evenly."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     names = list(names)
     with ThreadPoolExecutor(jobs) as pool:
@@ -45,7 +45,7 @@ def in_parallel(work: Callable[[str], Any], names: Iterable[str], jobs: int) -> 
 def points(
     config: Path, overrides: Sequence[str], grid: str, tokens: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """The points of a sweep over one key, trained now unless they are there already."""
+    """The points of a sweep over one key; those that exist are not trained again."""
     command = [sys.executable, "-m", "lowres", "sweep", str(config), "--grid", grid]
     command += ["--tokens", str(tokens), "--run", str(folder)]
     command += [part for override in overrides for part in ("--set", override)]
@@ -53,11 +53,11 @@ def points(
     if done.returncode not in (
         0,
         CheckFailed.exit_code,
-    ):  # that of a point that failed, which is in its record
+    ):  # a point failed, which its record says
         raise SystemExit((done.stderr.strip().splitlines() or [f"{folder}: the sweep failed"])[-1])
     found: list[dict[str, Any]] = json.loads((folder / SWEEP).read_text("utf-8"))["points"]
     for point in found:
-        # one that diverges is a result, one that cannot begin is not
+        # a point that diverges is a result; one that cannot start is not
         if point["error"] and not (Path(point["run"]) / "metrics.jsonl").exists():
             raise UserError(point["error"])
     return found
@@ -86,8 +86,8 @@ def folder_of(name: str) -> str:
 def summarise(
     arms: Mapping[str, list[dict[str, Any]]], first: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """Mean and spread by arm; and against the arm `first` names for it, over pairs of the same seed, the
-    change of perplexity: mean, and standard error of that mean (0 seeds apart from 1 have none)."""
+    """Mean and spread by arm. first: the arm to compare each with. For these, the change of perplexity over
+    pairs of the same seed: mean, and standard error of the mean (None for one pair)."""
     found: dict[str, dict[str, Any]] = {}
     for name, runs in arms.items():
         losses = [math.nan if run["val_loss"] is None else run["val_loss"] for run in runs]
@@ -98,7 +98,7 @@ def summarise(
             others = arms[first[name]]
             pairs = [
                 mine - run["val_loss"] for mine, run in zip(losses, others, strict=False)
-            ]  # or fewer seeds
+            ]  # one arm may have fewer seeds
             error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
             found[name] |= {
                 "against": first[name],
@@ -115,7 +115,7 @@ def loss_text(summary: Mapping[str, Any]) -> str:
 
 
 def change_text(summary: Mapping[str, Any]) -> str:
-    """`+1.2 % ± 0.3` where an arm is compared to another."""
+    """`+1.2 ± 0.3 %` if the arm is compared with another; else empty."""
     if "against" not in summary:
         return ""
     error = summary["standard_error"]
@@ -130,8 +130,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curves(path: Path, arms: Mapping[str, list[dict[str, Any]]], title: str) -> Path | None:
-    """Training loss over tokens of each arm, a running mean and the mean of its seeds, and its validation
-    loss at the end; None without matplotlib."""
+    """Plot the training loss of each arm over tokens (running mean, averaged over seeds) and its final
+    validation losses. Returns None without matplotlib."""
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: by kind of kernel and phase of the step, what runs beside what, and gaps."""
+"""Where the time of a step goes: by kind of kernel, by phase of the step, and in overlapping copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 Interval = tuple[float, float]  # microseconds
 
-# kinds by what is in the name of a kernel, or on a CPU of an operation; the first that fits
+# kinds by the name of a kernel, or on a CPU of an operation; the first match counts
 KINDS = (
     ("copy between gpu and host", r"memcpy (htod|dtoh)|hosttodevice|devicetohost"),
     ("attention", r"flash|fmha|attention|sdpa|mha_"),
@@ -29,7 +29,7 @@ PHASE = "phase: "
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """The kind of a kernel, by its name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name.lower())), POINTWISE)
 
 
@@ -63,7 +63,7 @@ class Phases:
 
 
 class Clock:
-    """When phases began, in the order of the device's work."""
+    """When phases began, on the time line of the device."""
 
     def __init__(self, cuda: bool) -> None:
         self._cuda = cuda
@@ -76,7 +76,7 @@ class Clock:
         self._marks.append((phase, mark))
 
     def ms_by_phase(self) -> dict[str, float]:
-        """Once the device is done: waits and gaps are in the phase in which they are."""
+        """Call it when the device is done. Waits and gaps count to the phase in which they occur."""
         found: Counter[str] = Counter()
         for (phase, start), (_, end) in itertools.pairwise(self._marks):
             found[phase or "between"] += start.elapsed_time(end) * 1e3 if self._cuda else (end - start) * 1e6
@@ -84,8 +84,8 @@ class Clock:
 
 
 def measure(subject: Subject, micro_batches: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step by phase, as it runs by itself; then by kind, and by phase and kind, as the
-    profiler sees it. On a GPU also what is beside the computation."""
+    """Milliseconds of a step by phase, without the profiler; then by kind, and by phase and kind, with the
+    profiler. On a GPU also the overlap of copies and computation."""
     cuda = subject.device.type == "cuda"
     subject.step(micro_batches, 0)
     clock = Clock(cuda)
@@ -104,7 +104,7 @@ def measure(subject: Subject, micro_batches: int) -> Iterator[dict[str, Any]]:
 
 
 def summary(events: Any, cuda: bool) -> dict[str, Any]:
-    """Time by kind of events as torch.profiler has them."""
+    """Time by kind, from the events of torch.profiler."""
     windows = [
         (e.time_range.start, e.time_range.end, e.name.removeprefix(PHASE))
         for e in events
@@ -120,7 +120,7 @@ def summary(events: Any, cuda: bool) -> dict[str, Any]:
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU or event.name.startswith(PHASE):
             continue
-        # a kernel belongs to the phase that launched it, which runs ahead of the device
+        # a kernel counts to the phase in which the host launched it; the host is ahead of the device
         own = [(k.name, k.duration) for k in event.kernels] if cuda else []
         if not cuda and event.name.startswith("aten::"):
             own = [(event.name, event.self_cpu_time_total)]
@@ -141,7 +141,7 @@ def _ms(times: Counter[str]) -> dict[str, float]:
 
 
 def _overlap(events: Any) -> dict[str, Any]:
-    """How long the device computed, copied beside that, only copied, and did nothing."""
+    """How long the device computed, copied, only copied, and was idle."""
     computing: list[Interval] = []
     copying: list[Interval] = []
     for event in events:

@@ -1,6 +1,6 @@
-"""What a device does of the operations that a step is made of, each alone: the rates that bound it.
+"""The rates of a device for the operations of a step, each measured alone. They limit the speed of a step.
 
-Shapes are those of LLaMA-7B on a GPU, and small on a CPU, where they only show that the code runs.
+On a GPU the shapes are those of LLaMA-7B. On a CPU they are small and only show that the code runs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call, without the host's part where there is a GPU."""
+    """Median time of a call; on a GPU the device time only."""
     cuda, began = device.type == "cuda", time.perf_counter()
     found: list[float] = []
     work()
@@ -70,7 +70,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Not zeros: a chip may be faster on those."""
+    """Random numbers, because a chip may be faster on zeros."""
     if dtype == torch.int8:
         return torch.randint(-64, 65, shape, dtype=dtype, device=device)
     return torch.randn(shape, dtype=torch.float32, device=device).mul_(0.02).to(dtype)
@@ -84,7 +84,7 @@ def gemm_peak(device: torch.device) -> float:
 
 
 def products(device: torch.device) -> dict[str, Any]:
-    """TFLOPS of the products of a block: in the precision of training, and of INT8 codes."""
+    """TFLOPS of the products of a block, in the precision of training and with INT8 codes."""
     sizes, dtype = SHAPES[device.type], compute_dtype("auto", device)
     found: dict[str, Any] = {"square": {str(dtype): tried(lambda: round(gemm_peak(device), 2))}}
     for rows, columns in ((sizes.dim, sizes.dim), (sizes.ffn, sizes.dim), (sizes.dim, sizes.ffn)):
@@ -113,7 +113,7 @@ def products(device: torch.device) -> dict[str, Any]:
 
 
 def tried(measure: Callable[[], Any]) -> Any:
-    """What a measurement finds, or why it cannot be made."""
+    """The result of a measurement, or why it failed."""
     try:
         return measure()
     except (RuntimeError, NotImplementedError) as error:
@@ -121,12 +121,12 @@ def tried(measure: Callable[[], Any]) -> Any:
 
 
 def copies(device: torch.device) -> dict[str, Any]:
-    """GB/s within the device (read and written), and between the rooms as the engine copies."""
+    """GB/s within the device (read plus written), and between the rooms, copied as in the engine."""
     size, rooms = SHAPES[device.type].copied, Rooms(device)
     gpu = [rooms.slab("bench", GPU, size) for _ in range(2)]
     host = [rooms.slab("bench", HOST, size) for _ in range(2)]
     for slab in (*gpu, *host):
-        slab.fill_(1)  # untouched memory may be one page of zeros
+        slab.fill_(1)  # memory that was never written may be one shared page of zeros
     within = seconds(lambda: gpu[0].copy_(gpu[1]), device)
     one, two = Mover(device), Mover(device)
 
@@ -149,7 +149,7 @@ def copies(device: torch.device) -> dict[str, Any]:
 
 
 def layer(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Updating and dequantising a block: elements and bytes a second, against a copy within the device."""
+    """Updating and dequantising a block: elements and bytes per second, compared with a device copy."""
     bandwidth = copies(device)["within, read and written"]
     for name, kind in (("apollo-mini", "fp32"), ("adamw", "bf16")):
         keys = f"optim.name={name}", "optim.lr=0.001", f"memory.moments={kind}"
@@ -173,7 +173,7 @@ def layer(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
 
 
 def _rate(numel: int, least: int, time_s: float, bandwidth: float) -> dict[str, float]:
-    """least: bytes that must be read and written at least."""
+    """least: the minimum of bytes that must be read and written."""
     return {
         "elements_g_s": round(numel / time_s / 1e9, 3),
         "least_gb_s": round(least / time_s / 1e9, 2),
@@ -213,11 +213,13 @@ class _Chosen(TorchDispatchMode):
 
 
 def attention(device: torch.device) -> dict[str, Any]:
-    """Causal attention: TFLOPS, counting half of the square of positions, and the kernel."""
+    """Causal attention: TFLOPS (counting half of the square of positions) and the chosen kernel."""
     sizes, dtype = SHAPES[device.type], compute_dtype("auto", device)
     shape = (sizes.sequences, sizes.heads, sizes.length, sizes.dim // sizes.heads)
     q, k, v, dy = (random(shape, dtype, device).requires_grad_() for _ in range(4))
-    operations = 2 * sizes.sequences * sizes.length**2 * sizes.dim  # 2 products, 2 each, half
+    operations = (
+        2 * sizes.sequences * sizes.length**2 * sizes.dim
+    )  # 2 products, 2 operations each, half of the square
 
     def forward() -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -235,7 +237,7 @@ def attention(device: torch.device) -> dict[str, Any]:
 
 
 def measure(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Every rate by name, as soon as it is there."""
+    """Every rate by name, as soon as it is measured."""
     yield "copies_gb_s", copies(device)
     yield from layer(load, device)
     yield "products_tflops", products(device)

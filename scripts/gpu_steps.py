@@ -1,5 +1,5 @@
-"""Optimizer steps of a config on random tokens, as a run takes them: does it fit, how fast is it, is the plan
-right? Each thing that is found is handed on at once, as the next may end the process."""
+"""Optimizer steps of a config on random tokens, as in a run: does it fit, how fast is it, is the plan right?
+Every result is passed on at once, because the next part may end the process."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from lowres.runs import training_engine
 
 # micro-batches in the steps that are timed first, if the batch has so many
 SHORT = (2, 4)
-# of the time that a whole step will take, at most
+# a whole step needs at most this multiple of its extrapolated time
 CAUTION = 1.25
 
 
 def load(path: Path, device: torch.device, overrides: list[str]) -> tuple[Config, list[str]]:
-    """A config for a device, and notes on what had to be changed for want of a package."""
+    """A config for a device, and notes on changes because a package is missing."""
     notes = []
     config, _ = load_config(path, [*overrides, f"run.device={device.type}"])
     if config.memory.moments == "int8" and not importlib.util.find_spec("bitsandbytes"):
@@ -46,13 +46,13 @@ def load(path: Path, device: torch.device, overrides: list[str]) -> tuple[Config
 
 
 class PhaseRooms(Rooms):
-    """Rooms that note the allocator's peak by phase of the step. The allocator's books are kept where
-    kernels are enqueued, as `phase` is, so nothing has to wait for the device."""
+    """Rooms that record the allocator's peak by phase of the step. The allocator counts when kernels are
+    enqueued, and `phase` is also set then, so nothing has to wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.peaks: dict[str, int] = {}
         self.reserved = 0
-        self.on_phase: list[Callable[[str], None]] = []  # told of the phase that begins
+        self.on_phase: list[Callable[[str], None]] = []  # called with the phase that begins
         super().__init__(device)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,7 +64,7 @@ class PhaseRooms(Rooms):
         super().__setattr__(name, value)
 
     def note(self) -> None:
-        """Count the peak since the last time to the phase that ends."""
+        """Add the peak since the last call to the phase that ends."""
         phase = self.__dict__.get("phase", "")
         peak = torch.cuda.max_memory_allocated(self.device)
         self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
@@ -79,7 +79,7 @@ class Subject:
         self.config, self.device = config, device
         self.plan = planning.make_plan(config, device, on_this_machine=True)
         planning.require_fit(self.plan)
-        # a stash larger than the host's memory would end the machine
+        # a stash larger than the host's memory would crash the machine
         planning.require_machine(self.plan, device)
         self.rooms = PhaseRooms(device)
         self.engine, _ = training_engine(config, self.plan, self.rooms, adapted=False)
@@ -88,7 +88,7 @@ class Subject:
 
     @property
     def micro_batches(self) -> int:
-        """How many a whole step has."""
+        """Number of micro-batches in a whole step."""
         return -(-self.config.batch_sequences // self.plan.micro_batch)
 
     def batch(self, micro_batches: int, seed: int) -> Tensor:
@@ -98,7 +98,7 @@ class Subject:
         return torch.randint(0, self.config.model.vocab, shape, generator=generator)
 
     def rehearse(self) -> float:
-        """What a run does before its first step, and the loss."""
+        """Do what a run does before its first step; returns the loss."""
         batch = self.batch(2, 0)
         loss = self.engine.step(batch, 0, 0.0, rehearsal=True).loss
         self.engine.evaluate(batch)
@@ -109,7 +109,7 @@ class Subject:
         return loss
 
     def step(self, micro_batches: int, step: int) -> tuple[float, float]:
-        """Seconds and loss of a step; it ends when the device is done."""
+        """Seconds and loss of a step, until the device is done."""
         batch, schedule = self.batch(micro_batches, step + 1), factor(self.config, step)
         began = time.perf_counter()
         report = self.engine.step(batch, step, schedule)
@@ -117,7 +117,7 @@ class Subject:
 
 
 def cap_allocator(device: torch.device, cap_gib: float | None) -> int | None:
-    """Let PyTorch's allocator have no more than that; returns it in bytes."""
+    """Limit PyTorch's allocator to this size; returns it in bytes."""
     if device.type != "cuda" or not cap_gib:
         return None
     cap, total = int(cap_gib * GIB), torch.cuda.get_device_properties(device).total_memory
@@ -128,7 +128,7 @@ def cap_allocator(device: torch.device, cap_gib: float | None) -> int | None:
 def measure(
     path: Path, device: torch.device, overrides: list[str], cap_gib: float | None, until: float
 ) -> Iterator[dict[str, Any]]:
-    """What is found, a part at a time. until: time.perf_counter() at which a whole step must be over."""
+    """The results, one part at a time. until: time.perf_counter() by which a whole step must end."""
     config, notes = load(path, device, overrides)
     cap = cap_allocator(device, cap_gib)
     peak_tflops = gpu_rates.gemm_peak(device)
@@ -174,7 +174,7 @@ def extrapolated(timed: dict[int, float], whole: int) -> float:
 
 
 def speeds(subject: Subject, timed: dict[int, float], peak_tflops: float) -> dict[str, Any]:
-    """Tokens a second of steps by their number of micro-batches, and the share of the peak of products."""
+    """Speed of steps, by number of micro-batches, and their share of the peak rate of matrix products."""
     config, plan, found = subject.config, subject.plan, {}
     work = sum(probe.flops_per_token(config.model, config.data.seq_len, plan.choice.band).values())
     for count, seconds in timed.items():
@@ -211,7 +211,7 @@ def count_homes(homes: Homes) -> dict[str, int]:
 
 
 def memory(subject: Subject, live: LiveTensors | None) -> dict[str, Any]:
-    """What was held at most so far, against the plan: in all, by phase and by component."""
+    """Peak memory so far, compared with the plan: in total, by phase and by component."""
     plan, rooms = subject.plan, subject.rooms
     if live is None:
         rooms.note()
@@ -226,7 +226,7 @@ def memory(subject: Subject, live: LiveTensors | None) -> dict[str, Any]:
         "gpu_plan_bytes": plan.peak(GPU),
         "gpu_peak_bytes": peak,
         "gpu_reserved_bytes": reserved,
-        "gpu_used_bytes": used,  # of the whole device, CUDA's own included
+        "gpu_used_bytes": used,  # of the whole device, including CUDA's own
         "gpu_plan_over_peak": plan.peak(GPU) / peak,
         "gpu_peak_bytes_by_phase": dict(phases),
         "gpu_plan_bytes_by_phase": planned,
@@ -240,7 +240,7 @@ def memory(subject: Subject, live: LiveTensors | None) -> dict[str, Any]:
 
 
 def phase_plans(plan: planning.Plan) -> dict[str, int]:
-    """Planned bytes on the GPU by phase, with what is always there."""
+    """Planned bytes on the GPU by phase, including what is always there."""
     own = [c for c in plan.components if c.room == GPU]
     always = sum(c.bytes for c in own if not c.phase)
     phases = dict.fromkeys(c.phase for c in own if c.phase)

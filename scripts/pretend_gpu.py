@@ -1,427 +1,39 @@
-"""Whole training steps on a CUDA device that is not there, and their memory against the plan: 4 minutes.
+"""Whole training steps on a simulated CUDA device, and their memory compared with the plan: 4 minutes.
 
     python scripts/pretend_gpu.py [CASE ...] [--list]
 
-It finds tensors of two devices that meet, operations that CUDA does not have for a dtype, waits for the
-device inside a step, and memory that the plan does not know; on fake tensors, so nothing is computed and no
-card is needed. It cannot find wrong numbers, copies in a wrong order, or kernels that fail: `pytest -m gpu`
-does.
+It finds operations on tensors of two devices, operations that CUDA does not support for a dtype, waits for
+the device inside a step, and memory that the plan does not list. It uses fake tensors, so nothing is computed
+and no card is needed. It cannot find wrong numbers, copies in a wrong order, or kernels that fail; for these
+use `pytest -m gpu`.
 
-It needs a CUDA build of PyTorch, so an environment of its own of 5.5 GB, and is no part of the tests:
+It needs a CUDA build of PyTorch, so a separate environment of 5.5 GB, and is not part of the tests:
 
     python -m venv /tmp/cuda
     /tmp/cuda/bin/pip install torch numpy pydantic safetensors sentencepiece tqdm packaging
     /tmp/cuda/bin/pip install --no-deps bitsandbytes
     /tmp/cuda/bin/python scripts/pretend_gpu.py
 
-and gcc. Exit codes: 0 all right, 1 something is wrong, 2 it cannot run.
+It also needs gcc. Exit codes: 0 all right, 1 something is wrong, 2 it cannot run.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pretended_cuda
 import torch
-from pretended_cuda import CARDS, CUDA, GIB, Waits
-from torch import Tensor
+from pretended_cases import SkippedError, WrongError, cases, first_line, replace_internals, where
+from pretended_cuda import CARDS
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # as on a machine where lowres is not installed
-
-import gpu_rates  # noqa: E402
-import gpu_steps  # noqa: E402
-
-from lowres import checkpoint, memory, rooms  # noqa: E402
-from lowres.config import Config  # noqa: E402
-from lowres.config_file import load_config, to_toml  # noqa: E402
-from lowres.device import pick_device  # noqa: E402
-from lowres.engine import layerwise, working  # noqa: E402
-from lowres.errors import UserError  # noqa: E402
-from lowres.meter import LiveTensors  # noqa: E402
-from lowres.model import initialize  # noqa: E402
-from lowres.relora import start_adapters, tensors_before  # noqa: E402
-from lowres.rooms import GPU  # noqa: E402
-from lowres.rules import moments  # noqa: E402
-from lowres.runs import CHECKPOINTS, CONFIG, initialize_from, training_engine  # noqa: E402
-from lowres.sample import sample  # noqa: E402
-
-# real widths, few layers, few tokens: seconds a case
-SHALLOW = (
-    "model.n_layers=3",
-    "train.batch_tokens=16384",
-    "train.tokens=163840",
-    "data.source=stdlib",
-    "schedule.warmup_steps=1",
-)
-# for what goes to the disk
-NARROW = (*SHALLOW, "model.dim=256", "model.n_heads=4", "model.ffn_dim=688", "data.seq_len=256")
-CYCLES = ("relora.cycle_steps=2", "relora.rewarmup_steps=1")
-VOCABULARY = 32000
-PRESETS = ("llama_7b_24gb", "llama_7b_12gb", "llama_7b_8gb")
-DEEP = (*PRESETS, "llama_1b_8gb", "llama_13b_24gb")
 DEFAULT_CARD = "8.9"
-MOST_ERROR = 0.01  # of planned memory
-
-
-class WrongError(Exception):
-    """What a case found that should not be so."""
-
-
-class SkippedError(Exception):
-    """Why a case cannot be run here."""
-
-
-# ---- what this needs of the inside of lowres
-
-
-def config_of(name: str, *overrides: str) -> Config:
-    return load_config(ROOT / "configs" / f"{name}.toml", list(overrides))[0].with_vocab(VOCABULARY)
-
-
-def replace_internals() -> None:
-    """Stand-ins for what needs a card or content of tensors."""
-    inside: Any = working
-    inside.adds_wide = lambda: True
-    inside = layerwise
-    inside.adds_wide = lambda: True
-    inside = rooms
-    inside._page_locked = lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8)
-    if importlib.util.find_spec("bitsandbytes"):
-        maps = {s: moments.bitsandbytes_functional().create_dynamic_map(signed=s) for s in (True, False)}
-        inside = moments
-        inside._dynamic_map = lambda signed, device: torch.empty(maps[signed].shape, device=device)
-
-
-class Trainee:
-    """An engine as a run builds it, with its plan. Use it inside of `pretended_cuda.pretended`."""
-
-    def __init__(self, config: Config, plan: memory.Plan, waits: Waits, adapted: bool = False) -> None:
-        self.config, self.plan, self.waits = config, plan, waits
-        self.rooms = rooms.Rooms(CUDA)
-        self.engine, _ = training_engine(config, plan, self.rooms, adapted)
-        self.engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-
-    def batch(self, micro_batches: int | None = None) -> Tensor:
-        sequences = self.config.batch_sequences
-        if micro_batches is not None:
-            sequences = min(sequences, micro_batches * self.plan.micro_batch)
-        return torch.zeros(sequences, self.config.data.seq_len + 1, dtype=torch.int64)
-
-    def step(self, step: int, micro_batches: int | None = None) -> str:
-        """A step that waits once, where its results are read; says where that is."""
-        self.waits.places.clear()
-        self.engine.step(self.batch(micro_batches), step, 1.0)
-        return self.only_wait(("step", "_update"))
-
-    def only_wait(self, functions: tuple[str, ...]) -> str:
-        """Raise WrongError unless the engine waited once, in one of these functions."""
-        places = self.waits.places
-        if len(places) != 1 or places[0].function not in functions:
-            raise WrongError("waits at " + ", then ".join(map(str, places)) if places else "never waits")
-        return f"one wait, {places[0]}"
-
-
-def plan_of(config: Config, adapted: bool = False) -> memory.Plan:
-    return list(memory.make_plans(config, CUDA).values())[-1 if adapted else 0]
-
-
-@contextmanager
-def trainee(config: Config, adapted: bool = False) -> Iterator[Trainee]:
-    plan = plan_of(config, adapted)
-    with pretended_cuda.pretended(ROOT / "lowres") as waits:
-        yield Trainee(config, plan, waits, adapted)
-
-
-def slab_of(component: str) -> str:
-    """The name of the slab that a component of the plan lies in."""
-    if component.startswith(("block matrices", "embedding and head", "norms", "adapters")):
-        return "weights"
-    return "optimizer state" if component == "master copy" else component
-
-
-# ---- cases
-
-
-def train(name: str, *overrides: str, steps: tuple[int, ...] = (1,), adapted: bool = False) -> str:
-    """Steps of a config, few layers deep; each waits once."""
-    needs_bitsandbytes(overrides)
-    with trainee(config_of(name, *SHALLOW, *overrides), adapted) as trained:
-        found = {trained.step(step) for step in steps}
-        inside = [f"{count} x {name}, which waits" for name, count in trained.waits.inside.items()]
-        return "; ".join([*sorted(found), *inside, attention(trained.waits)])
-
-
-def attention(waits: Waits) -> str:
-    """The kernels that were chosen; the plain one consists of ordinary operations."""
-    return f"attention: {'/'.join(sorted(waits.attention)) or 'none of the fused kernels'}"
-
-
-def needs_bitsandbytes(overrides: tuple[str, ...]) -> None:
-    kept = any(o.startswith("memory.moments=") and not o.endswith("int8") for o in overrides)
-    if not kept and not importlib.util.find_spec("bitsandbytes"):
-        raise SkippedError("bitsandbytes is not installed")
-
-
-def evaluation(name: str) -> str:
-    needs_bitsandbytes(())
-    with trainee(config_of(name, *SHALLOW)) as trained:
-        trained.engine.evaluate(trained.batch())
-        return trained.only_wait(("evaluate",))
-
-
-class Letters:
-    """In the place of a tokenizer."""
-
-    bos_id, eos_id, vocab_size = 0, 2, VOCABULARY
-
-    def encode(self, text: str) -> list[int]:
-        return [3] * len(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return "a" * len(ids)
-
-
-def sampling(name: str) -> str:
-    needs_bitsandbytes(())
-    tokenizer: Any = Letters()
-    with trainee(config_of(name, *SHALLOW)) as trained:
-        text = sample(trained.engine, tokenizer, "abc", tokens=2, seq_len=8)
-        if len(text) != 6:
-            raise WrongError(f"{len(text) - 4} tokens instead of 2")
-        return "2 tokens"
-
-
-def start() -> str:
-    """First weights, as a run makes them."""
-    with trainee(config_of("llama_7b_12gb", *SHALLOW)) as trained:
-        initialize(trained.engine.units(write=True), 0, CUDA)
-        if trained.waits.places:
-            raise WrongError(f"waits at {trained.waits.places[0]}")
-        return "never waits"
-
-
-def save(trained: Trainee, folder: Path, step: int) -> Path:
-    """A checkpoint in the folder of a run."""
-    (folder / CONFIG).write_text(to_toml(trained.config), "utf-8")
-    units = ((unit.spec.name, unit.tensors()) for unit in trained.engine.units())
-    return checkpoint.save(folder / CHECKPOINTS, step, units, {"tokens": 0, "data": {}, "start": {}}, keep=0)
-
-
-def saving(*overrides: str) -> str:
-    """A checkpoint is written and read into place; all of its tensors are used."""
-    config = config_of("llama_7b_8gb", *NARROW, *overrides)
-    with tempfile.TemporaryDirectory() as folder, trainee(config) as trained:
-        trained.step(0)
-        saved = save(trained, Path(folder), 1)
-        problems = checkpoint.verify(saved)
-        if problems:
-            raise WrongError(problems[0])
-        for unit in trained.engine.units(write=True):
-            checkpoint.load_unit(saved, unit.spec.name, unit.tensors())
-        return f"{len(list(saved.iterdir()))} files"
-
-
-def warm_start() -> str:
-    """Weights of another run, with others' number formats."""
-    with tempfile.TemporaryDirectory() as folder:
-        with trainee(config_of("llama_7b_12gb", *NARROW, "memory.weights=bf16")) as other:
-            save(other, Path(folder), 1)
-        with trainee(config_of("llama_7b_12gb", *NARROW)) as trained:
-            initialize_from(trained.engine.units(write=True), Path(folder))
-            return trained.step(0)
-
-
-def adapters() -> str:
-    """The end of ReLoRA's warm start: what follows is built anew from its checkpoint."""
-    config = config_of("relora_7b_24gb", *NARROW, "relora.start_step=2", *CYCLES)
-    with tempfile.TemporaryDirectory() as folder:
-        with trainee(config) as before:
-            before.step(1)
-            saved = save(before, Path(folder), 2)
-        with trainee(config, adapted=True) as trained:
-            for unit in trained.engine.units(write=True):
-                checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False)
-                start_adapters(unit, 0, 2)
-            trained.step(2)
-            return f"{trained.step(3)} (with a merge)"
-
-
-def benchmarks() -> str:
-    """scripts/bench_gpu.py on this device, all but the profiler."""
-    overrides = [*NARROW, "memory.moments=fp32", f"model.vocab_size={VOCABULARY}", "memory.stash_on=host"]
-    path, device = ROOT / "configs/llama_7b_8gb.toml", torch.device("cuda")
-    with pretended_cuda.pretended(ROOT / "lowres"):
-        steps: dict[str, Any] = {}
-        for part in gpu_steps.measure(path, device, overrides, 8.0, time.perf_counter() + 60):
-            steps |= part
-        rates = dict(gpu_rates.measure(lambda *more: config_of("llama_7b_8gb", *NARROW, *more), device))
-    wrong = [text for text in json.dumps([steps, rates]).split('"') if text.startswith("error: ")]
-    if wrong or "whole" not in steps:
-        raise WrongError("; ".join(dict.fromkeys(wrong)) or "took no whole step")
-    return f"{len(steps)} results of steps, {len(rates)} rates"
-
-
-def deepspeed() -> str:
-    """The start of the engine; DeepSpeed asks more of the runtime than there is here."""
-    if not importlib.util.find_spec("deepspeed"):
-        raise SkippedError("deepspeed is not installed")
-    config = config_of("llama_7b_24gb_deepspeed", *NARROW, "train.micro_batch=1")
-    try:
-        with trainee(config):
-            return "its engine was built"
-    except Exception as error:  # whatever it asks for
-        raise SkippedError(f"goes as far as {where(error)}: {first_line(error)}") from None
-
-
-def live_memory(name: str) -> str:
-    """What is alive in a step of two micro-batches at real depth, with room for the whole batch, against the
-    plan, by component and by phase."""
-    needs_bitsandbytes(())
-    config = config_of(name)
-    with trainee(config) as trained:
-        plan, live = trained.plan, LiveTensors(trained.rooms)
-        with live:
-            trained.step(0, micro_batches=2)
-        held = trained.rooms.held()
-    planned: dict[tuple[str, str], int] = {}
-    for part in plan.components:
-        if not part.phase:
-            key = slab_of(part.name), part.room
-            planned[key] = planned.get(key, 0) + part.bytes
-    lines, worst = [], 0.0
-    for key in sorted(planned.keys() | held.keys()):
-        if key[0] in ("cuBLAS workspace", "checkpoint", "rotary tables", "projections"):
-            continue  # not a slab: in the phases below
-        wanted, there = planned.get(key, 0), held.get(key, 0)
-        worst = max(worst, abs(wanted - there) / max(wanted, there, 1))
-        lines.append(row(f"{key[0]}, {key[1]}", wanted, there))
-    always = sum(c.bytes for c in plan.components if c.room == GPU and not c.phase)
-    unseen = plan.size("cuBLAS workspace", GPU)
-    for phase in dict.fromkeys(c.phase for c in plan.components if c.room == GPU and c.phase):
-        own = sum(c.bytes for c in plan.components if c.room == GPU and c.phase == phase)
-        lines.append(row(f"{phase}, all", always - unseen + own, live.phases.get(phase, 0)))
-    peak = plan.peak(GPU) - unseen, live.peak[GPU]
-    lines.append(row("peak, gpu", *peak))
-    worst = max(worst, abs(peak[0] - peak[1]) / peak[1])
-    text = "\n".join(lines)
-    if worst > MOST_ERROR:
-        raise WrongError(f"{worst:.2%} from the plan\n{text}")
-    return f"at most {worst:.2%} from the plan\n{text}"
-
-
-def row(name: str, planned: int, there: int) -> str:
-    return f"    {name:<36}{planned / GIB:>9.3f} planned{there / GIB:>9.3f} alive{there / planned - 1:>+9.2%}"
-
-
-def keys_of(error: UserError) -> str:
-    """The settings that a message asks for."""
-    return ", ".join(word for word in str(error).replace(",", "").split() if "=" in word)
-
-
-def card(key: str) -> str:
-    """On another card: does a preset that is meant for its memory run, with which attention?"""
-    here = CARDS[key]
-    size = next((gib for gib in (24, 12, 8) if gib <= here.gib), 8)
-    config = config_of(f"llama_7b_{size}gb", "data.source=stdlib")
-    keys: tuple[str, ...] = ()
-    refused = ""
-    try:
-        pick_device(config)
-    except UserError as error:  # too old for bf16; it names the key that helps
-        keys, refused = ("memory.compute=fp32",), f"; refused without {keys_of(error)}"
-        config = config_of(f"llama_7b_{size}gb", "data.source=stdlib", *keys)
-    plan = memory.make_plan(config, CUDA, on_this_machine=True)
-    if plan.problems:
-        raise WrongError(f"{size} GB preset refused: {plan.problems[0]}")
-    lacking = plan.lacks(CUDA).get(GPU)
-    if lacking:
-        raise WrongError(f"{size} GB preset: {lacking[0] / GIB:.2f} GiB needed, {lacking[1] / GIB:.2f} free")
-    with trainee(config_of(f"llama_7b_{size}gb", *SHALLOW, *keys)) as trained:
-        live = LiveTensors(trained.rooms)
-        with live:
-            trained.step(0)
-        planned, there = trained.plan.peak(GPU) - trained.plan.size("cuBLAS workspace", GPU), live.peak[GPU]
-        text = f"{here.name}, {here.gib} GB, with the {size} GB preset: {attention(trained.waits)}{refused}"
-    if there > planned * (1 + MOST_ERROR):
-        raise WrongError(f"{text}; {there / GIB:.2f} GiB alive, {planned / GIB:.2f} planned")
-    return text
-
-
-def cases() -> dict[str, Callable[[], str]]:
-    """Every case by name."""
-    fp32, bf16, seven = "memory.moments=fp32", "memory.moments=bf16", "llama_7b_12gb"
-    found: dict[str, Callable[[], str]] = {}
-    for preset in PRESETS:
-        short = preset.removeprefix("llama_")
-        found[f"{short} step"] = partial(train, preset)
-        found[f"{short} evaluation"] = partial(evaluation, preset)
-        found[f"{short} sampling"] = partial(sampling, preset)
-    for name in ("adamw", "adam-mini", "apollo", "apollo-mini", "galore", "fira", "sgd"):
-        chosen = (bf16, f"optim.name={name}", "optim.lr=0.001")
-        found[name] = partial(train, seven, *chosen, steps=(0, 1))
-    found["apollo svd"] = partial(
-        train, seven, bf16, "optim.name=apollo", "optim.projection=svd", "optim.rank=256", steps=(0, 1)
-    )
-    found["clip"] = partial(train, seven, fp32, "optim.grad_clip=1.0")
-    found["int8 stash"] = partial(train, seven, fp32, "memory.stash_dtype=int8")
-    found["exact forward"] = partial(
-        train, seven, fp32, "memory.stash_dtype=int8", "memory.exact_forward=true"
-    )
-    found["master"] = partial(train, seven, fp32, "memory.master=host", "memory.host_budget_gib=64")
-    found["tied, grouped"] = partial(train, seven, fp32, "model.tie_embeddings=true", "model.n_kv_heads=8")
-    found["bf16 weights"] = partial(train, "llama_7b_24gb", fp32, "memory.weights=bf16")
-    found["fp32 weights"] = partial(
-        train, "llama_7b_24gb", fp32, "memory.weights=fp32", "memory.budget_gib=60"
-    )
-    found["autograd engine"] = partial(train, seven, fp32, "memory.engine=autograd", "memory.budget_gib=60")
-    found["1b"] = partial(train, "llama_1b_8gb", fp32)
-    found["13b"] = partial(train, "llama_13b_24gb", fp32)
-    relora = ("relora.start_step=0", *CYCLES)
-    for reset in ("zero", "random", "magnitude"):
-        found[f"relora merge, {reset}"] = partial(
-            train, "relora_7b_24gb", fp32, *relora, f"relora.reset={reset}", steps=(0, 1), adapted=True
-        )
-    found["relora merge, int8 moments"] = partial(
-        train,
-        "relora_7b_24gb",
-        "memory.moments=int8",
-        *relora,
-        "optim.name=adamw",
-        steps=(0, 1),
-        adapted=True,
-    )
-    found["relora dropout"] = partial(
-        train, "relora_7b_24gb", fp32, "relora.start_step=0", "relora.dropout=0.1", adapted=True
-    )
-    found["first weights"] = start
-    found["saving"] = partial(saving, fp32)
-    found["saving, int8 moments"] = partial(saving, "memory.moments=int8", "optim.name=adamw")
-    found["warm start"] = warm_start
-    found["adapters after a warm start"] = adapters
-    found["benchmarks"] = benchmarks
-    found["deepspeed"] = deepspeed
-    for preset in DEEP:
-        found[f"memory {preset.removeprefix('llama_')}"] = partial(live_memory, preset)
-    for key in CARDS:
-        found[f"card {key}"] = partial(card, key)
-    return found
-
-
-# ---- running them
 
 
 @dataclass(frozen=True)
@@ -441,25 +53,13 @@ def result_of(case: Callable[[], str]) -> Result:
         ending, text = "skipped", str(why)
     except WrongError as found:
         ending, text = "WRONG", str(found)
-    except Exception as error:  # any error of PyTorch's is a finding
+    except Exception as error:  # any error of PyTorch is a finding
         ending, text = "WRONG", f"{type(error).__name__} at {where(error)}: {first_line(error)}"
     return Result(ending, text, time.perf_counter() - began)
 
 
-def where(error: Exception) -> str:
-    """The innermost line of the project that an error passed."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/lowres/" in f.filename]
-    if not frames:
-        return "no line of lowres"
-    return f"{frames[-1].filename.rsplit('/lowres/', 1)[-1]}:{frames[-1].lineno} `{frames[-1].line}`"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
-
-
 def run_here(names: list[str], card_key: str) -> int:
-    """Run cases in this process, which has a card; each prints its line when it is done."""
+    """Run cases in this process, which has a simulated card; print a line after each."""
     pretended_cuda.replace_what_computes()
     replace_internals()
     assert torch.cuda.get_device_capability() == CARDS[card_key].capability
@@ -472,7 +72,7 @@ def run_here(names: list[str], card_key: str) -> int:
 
 
 def run_with_cards(names: list[str]) -> int:
-    """Run cases in processes that have the library: one with the usual card, and one for each other card."""
+    """Run cases in processes with the library: one for the default card, and one for each other card."""
     groups: dict[str, list[str]] = {}
     for name in names:
         own = name.removeprefix("card ") if name.startswith("card ") else DEFAULT_CARD
@@ -489,7 +89,7 @@ def run_with_cards(names: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Training steps on a CUDA device that is not there.")
+    parser = argparse.ArgumentParser(description="Training steps on a simulated CUDA device.")
     parser.add_argument("names", nargs="*", metavar="CASE", help="default: all")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parsed = parser.parse_args()

@@ -1,9 +1,9 @@
-"""A CUDA device that is not there: enough of one for PyTorch to go through a whole training step.
+"""A simulated CUDA device: complete enough for PyTorch to run a whole training step.
 
-Under FakeTensorMode every operation works out shapes, dtypes and devices and computes nothing. Tensors of
-two devices that meet raise, as on a card. PyTorch asks the CUDA runtime for a device and a stream all the
-same; a small library of our own, loaded before the real ones, answers. What goes beyond that is replaced in
-Python: streams, events and page-locked memory. So the order of copies is not tested here.
+Under FakeTensorMode every operation determines shapes, dtypes and devices and computes nothing. Operations on
+tensors of two devices raise, as on a card. PyTorch still asks the CUDA runtime for a device and a stream; a
+small library that is loaded before the real ones answers. Streams, events and page-locked memory are replaced
+in Python, so the order of copies is not tested here.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 1 << 30
 CUDA = torch.device("cuda", 0)
-# in a process that has the library: the name of its card
+# set in a process with the library: the name of its card
 LOADED = "LOWRES_PRETENDED_CARD"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What the runtime says of a card. shared: most bytes of shared memory a block may ask for."""
+    """What the CUDA runtime reports about a card. shared: largest shared memory of a block, bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -99,7 +99,7 @@ int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *active) { *f = 0; *activ
 
 
 def environment(key: str, folder: Path) -> dict[str, str]:
-    """Environment of a process that has a card of CARDS. folder: where its library is built."""
+    """Environment of a process with a card of CARDS. folder: where its library is built."""
     card = CARDS[key]
     facts = {
         "NAME": f'"{card.name}"',
@@ -120,13 +120,13 @@ def environment(key: str, folder: Path) -> dict[str, str]:
 
 
 def loaded_card() -> str | None:
-    """The card of CARDS that this process has."""
+    """The key in CARDS of this process's card."""
     return os.environ.get(LOADED)
 
 
 def _headers() -> list[Path]:
-    """Folders of CUDA's headers that come with a CUDA build of PyTorch: those of its runtime, and for what
-    they include of a compiler those of Triton, which may be older."""
+    """Folders with CUDA's headers in a CUDA build of PyTorch: those of the runtime, and those of Triton
+    (which may be older) for the compiler headers that these include."""
     found = [path.parent for site in sys.path for path in Path(site).glob("nvidia/**/include/driver_types.h")]
     triton = importlib.util.find_spec("triton")
     places = triton.submodule_search_locations or () if triton else ()
@@ -141,7 +141,7 @@ def _compile(text: str, library: Path, options: list[str]) -> None:
 
 
 class _Nothing:
-    """A stream, an event, or a block that makes a stream the current one."""
+    """Replaces a stream, an event, or the context manager of a current stream."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         pass
@@ -162,18 +162,18 @@ class _Nothing:
 
 
 def _address(tensor: Tensor) -> int:
-    """Different for different places, as the code compares addresses; fake tensors have none."""
+    """Unique per place, because the code compares addresses and fake tensors have none."""
     return (id(tensor.untyped_storage()) << 48) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _no_content(tensor: Tensor, *arguments: Any, **more: Any) -> Any:
-    """uint8 memory to read into and to write out, in the place of a fake tensor's."""
+    """uint8 memory to read into and to write out, instead of a fake tensor's."""
     assert tensor.dtype == torch.uint8 and tensor.device.type == "cpu", "only bytes on the host have content"
     return numpy.zeros(tuple(tensor.shape), numpy.uint8)
 
 
 def replace_what_computes() -> None:
-    """Put stand-ins in the place of what would need a card, in this process."""
+    """Replace, in this process, everything that would need a card."""
     replaced: Any = torch.cuda
     replaced.Stream = replaced.Event = replaced.stream = _Nothing
     replaced.current_stream = _Nothing
@@ -189,7 +189,7 @@ def replace_what_computes() -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """A line of a package: path inside it, function, number."""
+    """A line of code: path inside the package, function, line number."""
 
     path: str
     function: str
@@ -200,11 +200,11 @@ class Place:
 
 
 class Waits(TorchDispatchMode):
-    """Notes where the host waits for the device, and answers what it asks for with 1.
+    """Records where the host waits for the device; every number that the host reads is 1.
 
-    It waits when it reads a number, and in a copy between device and host that is not `non_blocking`.
-    places: the innermost lines of a package, in order, a line that waits twice in a row once. inside: how
-    often an operation waits by itself, by its name. attention: the kernels that were chosen.
+    The host waits when it reads a number, and in a copy between device and host that is not `non_blocking`.
+    places: the innermost lines of the package, in order; repeated waits of one line count once. inside: how
+    often each operation waits by itself, by name. attention: the chosen kernels.
     """
 
     ATTENTION = "_scaled_dot_product_"
@@ -248,7 +248,7 @@ class Waits(TorchDispatchMode):
         place = Place("elsewhere", "?", 0)
         while frame is not None:
             path, function = Path(frame.f_code.co_filename), frame.f_code.co_name
-            # a mode of the package's own only passes on what others do
+            # a dispatch mode of the package only passes operations on
             if path.is_relative_to(self.package) and function != "__torch_dispatch__":
                 place = Place(str(path.relative_to(self.package)), function, frame.f_lineno)
                 break
@@ -259,6 +259,6 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def pretended(package: Path) -> Iterator[Waits]:
-    """A block in which tensors are fake and devices there; what waits in it."""
+    """In the block, tensors are fake and the device exists; yields the waits."""
     with FakeTensorMode(allow_non_fake_inputs=True), Waits(package) as waits:
         yield waits

@@ -2,7 +2,7 @@
 
     python scripts/write_docs.py [--check]
 
---check writes nothing, and ends with 1 if the file is stale.
+--check writes nothing; its exit code is 1 if the file is not up to date.
 """
 
 import argparse
@@ -16,12 +16,12 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write docs/reference.md from the code.")
-    parser.add_argument("--check", action="store_true", help="only say whether the file is stale")
+    parser.add_argument("--check", action="store_true", help="only check whether the file is up to date")
     wanted = markdown()
     if not parser.parse_args().check:
         TARGET.write_text(wanted, "utf-8")
     elif not TARGET.exists() or TARGET.read_text("utf-8") != wanted:
-        print(f"{TARGET.name} is stale; run python scripts/write_docs.py", file=sys.stderr)
+        print(f"{TARGET.name} is not up to date; run python scripts/write_docs.py", file=sys.stderr)
         return 1
     return 0
 

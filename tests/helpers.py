@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Helpers that several test files use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make_units(
     seed: int = 0,
     device: torch.device = CPU,
 ) -> Units:
-    """Initialised weights; with a dtype, dense in that one."""
+    """Initialised weights; with a dtype, all are dense in it."""
     units = empty_units(config, kind, "bf16" if kind == "bf16" else "fp32", Rooms(device))
     initialize(units.values(), seed, device)
     if dtype is not None:
@@ -77,7 +77,7 @@ def make_batch(sequences: int = 7, length: int = 32, vocab: int = 300, seed: int
 def make_optimizer(
     config: Config, units: Units, rooms: Rooms = ROOMS, on_host: Collection[str] = ()
 ) -> Optimizer:
-    """The config's optimizer, with state for the units."""
+    """The optimizer of a config, with state for the units."""
     optimizer = optimizer_of(config)
     optimizer.attach(units.values(), rooms, on_host)
     return optimizer
@@ -88,7 +88,7 @@ def dense_copy(units: Units) -> dict[str, Tensor]:
 
 
 class Recorder:
-    """In the place of an optimizer: keeps the gradients and changes nothing."""
+    """Replaces an optimizer: keeps the gradients and changes nothing."""
 
     def __init__(self) -> None:
         self.grads: dict[str, Tensor] = {}
@@ -114,7 +114,7 @@ def lowres(*arguments: object, code: int = 0, **more: Any) -> subprocess.Complet
 
 
 def lowres_here(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which takes no seconds to import torch. Where it is the process that is
+    """Like `lowres`, but in this process, which saves the seconds to import torch. If the process itself is
     tested (signals, environment, memory), use `lowres`."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -126,7 +126,7 @@ def lowres_here(*arguments: object, code: int = 0) -> subprocess.CompletedProces
 def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
     """Start training and kill it without warning once it has logged a step."""
     command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
-    # as many threads as this process has, as its runs are compared with that one
+    # as many threads as this process, because its results are compared with results of this process
     own = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
     deadline = time.monotonic() + 600

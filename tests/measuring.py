@@ -1,4 +1,4 @@
-"""What a step really holds, named as the plan names it."""
+"""The memory of a real step, with the names of the plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowres.rooms import GPU, HOST, Homes, Rooms
 from lowres.storage import MASTER, aligned
 from tests.helpers import make_optimizer
 
-# components that live in a phase of the step; the rest is held from step to step
+# components that live in a phase of the step; all others stay from step to step
 PHASES = ("backward", "loss", "update")
 Bytes = dict[tuple[str, str], int]  # by component or phase, and room
 
@@ -55,14 +55,14 @@ def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:
 
 
 def phases(live: LiveTensors, rooms: Rooms) -> Bytes:
-    """Most bytes beyond the slabs in each phase of a step."""
+    """Peak bytes beyond the slabs in each phase of a step."""
     on_gpu = sum(size for (_, room), size in rooms.held().items() if room == GPU)
     return {(phase, GPU): live.phases[phase] - on_gpu for phase in PHASES}
 
 
 def planned(plan: Plan) -> Bytes:
-    """The plan's components by the same names: those of a phase together, with the projections, which are
-    small, always there and in no slab."""
+    """The plan's components with the same names. Components of a phase are summed, together with the
+    projections, which are small, always alive and in no slab."""
     found: Bytes = {}
     for c in plan.components:
         if c.room != "disk" and c.name != "projections":

@@ -1,17 +1,17 @@
-"""A race detector for copies and computation, which needs no GPU.
+"""A race detector for copies and computation that needs no GPU.
 
-The engine runs on the CPU with streams and events that only keep count. Every stream and the host have a
-vector clock: for each of them, how many of its accesses have certainly ended. Work that is enqueued on a
-stream comes after the work before it and after all that the host has seen; `wait_stream` and `wait_event`
-let a stream, and a synchronisation the host, see what another has seen. A dispatch mode sees every
-operation and remembers which bytes of which slab it reads or writes.
+The engine runs on the CPU with streams and events that only count. Every stream and the host have a vector
+clock: for each stream, the number of its accesses that have certainly ended. Work that is enqueued on a
+stream comes after the earlier work of this stream and after everything that the host has seen. With
+`wait_stream` and `wait_event` a stream, and with a synchronisation the host, sees what another stream has
+seen. A dispatch mode sees every operation and records which bytes of which slab it reads or writes.
 
-A race is two accesses of the same bytes, one of them a write, the later of which does not know that the
-earlier one has ended. Memory that is given back while somebody may still use it is one too.
+A race is two accesses to the same bytes, at least one of them a write, if it is not certain that the earlier
+one has ended when the later one begins. Freeing memory that may still be in use is a race too.
 
-Memory is of the host if it is a slab there, was declared so (`Detector.on_host`), or is made from nothing
-but such memory. An operation on nothing else is the host's; all others are the GPU's, and may only copy from
-and to slabs of the host.
+Memory belongs to the host if it is a slab there, if it was declared so (`Detector.on_host`), or if it was
+made only from such memory. An operation on host memory only runs on the host. All others run on the GPU; of
+these, only copies may use slabs of the host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lowres.rooms import HOST, Rooms
 
 SOURCE = Path(lowres.__file__).parent
 aten = torch.ops.aten
-# they return to Python what a computation found, so the host waits for it
+# they return the result of a computation to Python, so the host waits for it
 WAITING = {
     aten._local_scalar_dense.default,
     aten.is_nonzero.default,
@@ -66,7 +66,7 @@ class Access:
 
 @dataclass
 class Slab:
-    """What was done with a slab so far: by stream, the last access of every kind to every piece."""
+    """The accesses to a slab so far: for each stream, the last read and the last write of every piece."""
 
     name: str
     room: str
@@ -75,7 +75,7 @@ class Slab:
 
 
 class Stream:
-    """In the place of torch.cuda.Stream. The host is one too."""
+    """Replaces torch.cuda.Stream. The host is a stream too."""
 
     def __init__(self, detector: Detector, name: str) -> None:
         self.detector, self.name = detector, name
@@ -96,7 +96,7 @@ class Stream:
 
 
 class Event:
-    """In the place of torch.cuda.Event."""
+    """Replaces torch.cuda.Event."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector
@@ -110,8 +110,8 @@ class Event:
 
 
 class Detector:
-    """Finds races in what runs in its context; `races` says which, `answers` where the host waited for a
-    result."""
+    """Finds races in the code that runs in its context. races: descriptions. answers: places where the host
+    waited for a result."""
 
     def __init__(self) -> None:
         self.races: list[str] = []
@@ -123,7 +123,7 @@ class Detector:
         self._slabs: dict[int, Slab] = {}
         self._made: dict[str, int] = {}
         self._of_host: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._alive: list[weakref.ref[torch.UntypedStorage]] = []  # a reference must live to call back
+        self._alive: list[weakref.ref[torch.UntypedStorage]] = []  # the callback needs a living reference
         self._stack = ExitStack()
 
     def check(self) -> None:
@@ -140,7 +140,7 @@ class Detector:
             ("synchronize", self._synchronize),
         ):
             enter(mock.patch.object(torch.cuda, name, fake))
-        enter(mock.patch.object(optimizer, "kind_of", lambda _: "cuda"))  # as everywhere else nothing differs
+        enter(mock.patch.object(optimizer, "kind_of", lambda _: "cuda"))  # other code has no difference here
         enter(mock.patch.object(rooms, "STREAMED", (*rooms.STREAMED, "cpu")))
         enter(mock.patch.object(Rooms, "slab", self._slab(Rooms.slab)))
         enter(mock.patch.object(checkpoint, "_bounce", self._bounce(checkpoint._bounce)))
@@ -180,7 +180,7 @@ class Detector:
     # memory
 
     def on_host(self, tensor: Tensor) -> Tensor:
-        """Declare the memory of a tensor to be the host's."""
+        """Declare that the memory of a tensor belongs to the host."""
         storage = tensor.untyped_storage()
         key = id(storage)
         self._of_host[key] = weakref.ref(storage, lambda _: self._of_host.pop(key, None))
@@ -205,7 +205,7 @@ class Detector:
         return slab
 
     def _free(self, slab: Slab) -> None:
-        """Memory of the host is gone at once; that of the GPU serves what the compute stream does next."""
+        """Host memory is gone at once; freed GPU memory is used again by later work of the compute stream."""
         seen, may_use = dict(self.host.clock), {self.host.name}
         if slab.room != HOST:
             may_use.add(self.compute.name)
@@ -237,7 +237,7 @@ class Detector:
             slab.latest[stream.name] = time
 
     def must_not_compute_on_the_host(self, used: list[tuple[Tensor, bool]], func: object) -> None:
-        """A GPU could not: what is at home on the host has to be fetched first."""
+        """Record a race if a GPU operation uses a slab of the host: it must be fetched first."""
         for tensor, _ in used:
             slab = self._slabs.get(id(tensor.untyped_storage()))
             if slab is not None and slab.room == HOST:
@@ -253,7 +253,7 @@ class Detector:
                 if old.time > seen and not apart and (old.writes or new.writes):
                     self.races.append(f"{new}\n  may come before the end of\n  {old}")
 
-    # what the host does without an operation
+    # accesses of the host without an operation
 
     def _bounce(self, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return lambda: self.on_host(make())
@@ -268,7 +268,7 @@ class Detector:
 
 
 class _Operations(TorchDispatchMode):
-    """Sees every operation: what it reads, what it writes, and whether the host waits for it."""
+    """Sees every operation: its reads and writes, and whether the host waits for it."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -302,12 +302,12 @@ class _Operations(TorchDispatchMode):
             detector.must_not_compute_on_the_host(used, func)
             if func in WAITING:
                 detector.answer()
-        elif any(places) and not _is_beside(args, kwargs):
+        elif any(places) and not _is_non_blocking(args, kwargs):
             detector.answer()
         return result
 
     def _signature(self, func: Any) -> tuple[bool, list[tuple[str, bool]]]:
-        """Whether it only makes views; name of each argument, and whether it is written."""
+        """Whether the operation only makes views; the name of each argument, and whether it is written."""
         if func not in self._signatures:
             schema = func._schema
             alias = [a.alias_info for a in schema.arguments]
@@ -322,7 +322,7 @@ class _Operations(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what reaches memory without an operation, and says where a tensor would be on a GPU."""
+    """Sees accesses to memory without an operation; answers `is_cuda` as it would be with a GPU."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -342,8 +342,8 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_beside(args: Any, kwargs: Any) -> bool:
-    """Whether a copy is one that nobody waits for."""
+def _is_non_blocking(args: Any, kwargs: Any) -> bool:
+    """Whether the host does not wait for this copy."""
     return bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
 
 
@@ -351,14 +351,14 @@ _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:
-    """First and last byte + 1 in its storage of a tensor that is not empty."""
+    """First byte, and last byte + 1, of a non-empty tensor in its storage."""
     last = sum(int((n - 1) * stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = int(tensor.storage_offset())
     return start * tensor.itemsize, (start + last + 1) * tensor.itemsize
 
 
 def where() -> str:
-    """The line of lowres that is being run; for one of `rooms`, the line that called it."""
+    """The line of lowres that is running; for a line in `rooms`, the line that called it."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         file = _file_of_lowres(frame.f_code.co_filename)
@@ -370,6 +370,6 @@ def where() -> str:
 
 @cache
 def _file_of_lowres(name: str) -> str:
-    """Its name in the package; empty for `rooms` and what is not of it."""
+    """The path of a file in the package; empty for `rooms` and for files outside the package."""
     path = Path(name)
     return "" if not path.is_relative_to(SOURCE) or path.name == "rooms.py" else str(path.relative_to(SOURCE))

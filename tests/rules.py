@@ -1,17 +1,26 @@
-"""Driving an update rule on one weight, for the tests of rules and moments."""
+"""Helpers for the tests of rules: an update rule on one weight, and the `torch.optim` classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowres.optim import AdamMini
+from lowres.optim.torch_optim import RuleOptimizer
 from lowres.rules.base import Clock, Rule, State
 from lowres.storage import Dense, TensorSpec
 
 BETAS = (0.9, 0.999)
+Make = Callable[..., RuleOptimizer]
+SHAPE: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_kv_heads": 2}
+
+
+def adam_mini(params: Any, **more: Any) -> AdamMini:
+    return AdamMini(params, **(SHAPE | more))
 
 
 def spec_of(shape: tuple[int, ...], role: str = "up") -> TensorSpec:
@@ -23,12 +32,12 @@ def new_state(rule: Rule, spec: TensorSpec) -> State:
 
 
 def state_bytes(rule: Rule, spec: TensorSpec) -> int:
-    """Counted without allocating."""
+    """Bytes of state, counted without allocating it."""
     return sum(d.itemsize * torch.Size(s).numel() for d, s in rule.state_fields(spec).values())
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host reads, for which it waits for a GPU."""
+    """Counts operations whose result the host reads; for these it would wait for a GPU."""
 
     count = 0
 
@@ -51,7 +60,7 @@ def run_rule(
     bad: tuple[int, ...] = (),
     role: str = "up",
 ) -> tuple[Tensor, State, list[float]]:
-    """Apply a rule to an fp32 weight; returns the weight, the state, and the norm of every change."""
+    """Apply a rule to an fp32 weight. Returns the weight, the state, and the norm of every change."""
     spec = spec_of(tuple(start.shape), role)
     kept = Dense(start.clone())
     state = new_state(rule, spec)

@@ -1,4 +1,4 @@
-"""Adapters beside frozen matrices: what trains, and what both engines make of it."""
+"""Adapters on frozen matrices: what trains, and both engines give the same result."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_adapters_have_gradients_from_their_first_step() -> None:
             for unit in units.values():
                 for role, spec in unit.spec.adapters.items():
                     moved = not torch.equal(before[spec.name], unit.weights[spec.name].dense(torch.float32))
-                    # B at once; A in the step that follows, as its gradient has B in it as a factor
+                    # B at once; A in the next step, because B is a factor of its gradient
                     assert moved == (role.endswith(".lora_b") or step == 1), spec.name
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_arithmetic_equals_autograd(masked: bool) -> None:
-    """Product and gradients by hand, against the plain formula differentiated by torch, in fp64."""
+    """Product and gradients by hand, compared with the plain formula and torch's autograd, in fp64."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (2, 5, 12), "frozen": (8, 12), "a": (3, 12), "b": (8, 3)}
     t = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
@@ -72,10 +72,10 @@ def test_the_arithmetic_equals_autograd(masked: bool) -> None:
 def test_both_engines_train_adapters_alike(more: dict[str, Any]) -> None:
     found = []
     for engine_name, micro_batch, band in (("layerwise", 3, 1), ("layerwise", 2, 2), ("autograd", 7, 1)):
-        # SGD, as AdamW's first updates are the signs of numbers close to zero
+        # SGD, because AdamW's first updates are the signs of numbers close to zero
         config = relora_config(engine=engine_name, optim__name="sgd", optim__lr=0.1, **more)
         units, _, engine = with_adapters(config, micro_batch, band)
-        losses = [engine.step(make_batch(seed=step), step, 1.0).loss for step in range(5)]  # over a merge
+        losses = [engine.step(make_batch(seed=step), step, 1.0).loss for step in range(5)]  # with a merge
         found.append((losses, {n: t for n, t in stored_tensors(units).items() if t.is_floating_point()}))
     for losses, tensors in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-5)
@@ -86,7 +86,7 @@ def test_both_engines_train_adapters_alike(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_optimizer_trains_adapters_alike_in_both_engines(name: str) -> None:
-    """Over two merges. A large eps keeps AdamW's first updates from being the signs of rounding errors."""
+    """With two merges. Without the large eps, AdamW's first updates would be the signs of rounding errors."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
     keys: dict[str, Any] = {"optim__name": name, "optim__lr": 0.1 if name == "sgd" else 1e-3}

@@ -1,4 +1,4 @@
-"""scripts/bench_gpu.py without a GPU: everything but the calls to CUDA."""
+"""scripts/bench_gpu.py without a GPU: everything except the calls to CUDA."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_what_fails_is_recorded_and_the_rest_is_run(tmp_path: Path) -> None:
 def test_what_there_is_no_time_for_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Something shorter that comes later is not."""
+    """A later, shorter benchmark still runs."""
     monkeypatch.setattr(bench_gpu, "run_in_a_process", lambda own, seconds, parsed: {"seconds": seconds})
     arguments = [*SMALL, "profile", "rates", "--budget-seconds", "50", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
@@ -161,7 +161,7 @@ def test_kinds_of_kernels(name: str, kind: str) -> None:
 
 @dataclass
 class Event:
-    """As the profiler has them; microseconds."""
+    """An event of the profiler; times in microseconds."""
 
     name: str
     start: float
@@ -181,7 +181,7 @@ class Event:
 
 
 def test_a_profile_of_a_gpu_is_summed_up() -> None:
-    """The host is ahead: what it launched in a phase counts there, though it runs later."""
+    """The host is ahead: a kernel counts to the phase in which it was launched, though it runs later."""
     gemm, copy = (SimpleNamespace(name=n, duration=d) for n, d in (("nvjet_x", 3000), ("Memcpy DtoH", 2000)))
     events = [
         Event("phase: forward", 0, 10),

@@ -36,7 +36,7 @@ def test_cuda_is_prepared_alike_for_the_program_and_for_who_opens_a_run(
     untouched: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened() -> None:
-        with pytest.raises(UserError, match="is no run"):
+        with pytest.raises(UserError, match="is not a run"):
             runs.open_run(tmp_path)
 
     found = []
@@ -101,7 +101,7 @@ def test_a_probe_on_a_full_gpu_is_one_line(
         return
     assert main(arguments) == 3
     line = capsys.readouterr().err
-    assert "--probe: no room on the GPU (CUDA error: CUBLAS" in line and line.count("\n") == 1
+    assert "--probe: the GPU is full (CUDA error: CUBLAS" in line and line.count("\n") == 1
 
 
 def card(monkeypatch: pytest.MonkeyPatch, name: str, *capability: int) -> None:
@@ -116,7 +116,7 @@ def test_a_card_that_is_too_old_is_refused(device: str, monkeypatch: pytest.Monk
     with pytest.raises(UserError) as caught:
         pick_device(make_config(run={"device": device}, memory={"compute": "fp32"}))
     assert str(caught.value) == (
-        "run.device: Tesla V100 (compute capability 7.0) is too old, 7.5 is the least; "
+        "run.device: Tesla V100 (compute capability 7.0) is too old, the minimum is 7.5; "
         "use --set run.device=cpu"
     )
     assert pick_device(make_config(run={"device": "cpu"})).type == "cpu"

@@ -1,4 +1,4 @@
-"""The layer-major engine against the autograd engine, and the laws of a step."""
+"""The layer-major engine compared with the autograd engine, and the laws of a step."""
 
 from dataclasses import replace
 from typing import Any
@@ -114,7 +114,7 @@ def test_padding_changes_nothing(adapted: bool) -> None:
 
 
 def test_loss_is_the_mean_over_valid_targets() -> None:
-    """Not the mean of the micro-batches' means, which differs when they have unlike numbers of targets."""
+    """Not the mean of the micro-batches' means, which differs if their numbers of targets differ."""
     units = make_units(SMALL)
     batch = make_batch()
     batch[0, 5:] = IGNORED
@@ -126,7 +126,7 @@ def test_loss_is_the_mean_over_valid_targets() -> None:
 
 
 def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
-    """With one sequence a micro-batch the sum of 64 gradients is as good as with all in one."""
+    """The sum of 64 gradients of one sequence each is as exact as one micro-batch of all."""
     units = make_units(SMALL)
     batch = make_batch(64)
     _, exact = gradients(
@@ -283,7 +283,7 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
     units = make_units(config.model)
 
     class Poison(Optimizer):
-        """After layer 2 is done, spoil layer 1's working weights as a numerical accident would."""
+        """After layer 2 is updated, put a value that is not finite into layer 1."""
 
         def update(self, unit: Unit, *arguments: Any) -> None:
             super().update(unit, *arguments)
@@ -310,7 +310,7 @@ def test_a_gradient_that_is_not_finite_ends_the_updates_there() -> None:
 
 
 def test_gradient_memory_does_not_grow_with_depth() -> None:
-    """Everything a step allocates beyond what it keeps is the same for 2 and for 8 layers."""
+    """The temporary memory of a step is the same for 2 and for 8 layers."""
     extra = []
     for layers in (2, 8):
         config = make_config(model={"n_layers": layers, "dim": 128, "ffn_dim": 512})
@@ -363,8 +363,8 @@ def test_full_logits_never_exist() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini", "galore"])
 def test_a_step_is_enqueued_without_asking_the_device(name: str) -> None:
-    """Tensors without memory can answer no question, so each would raise. GaLore asks which projection its
-    state holds, in the first step of a process."""
+    """Reading a number from a tensor without memory raises, so a wait for the device is found. GaLore reads
+    which projection its state holds in the first step of a process."""
     config = make_config(
         optim={"name": name, "grad_clip": 1.0, "weight_decay": 0.1}, memory={"weights": "int8", "band": 2}
     )

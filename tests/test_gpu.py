@@ -1,8 +1,8 @@
-"""What only a CUDA device can show: `pytest -m gpu tests/test_gpu.py`, the most valuable first.
+"""Tests that need a CUDA device: `pytest -m gpu tests/test_gpu.py`, the most valuable first.
 
-It needs no more packages than lowres itself and pytest; what needs bitsandbytes is skipped without it.
-`LOWRES_GPU_TESTS_ON=cpu` runs the same tests on a CPU, smaller, to test the tests: all but what they ask
-CUDA itself.
+They need only the packages of lowres and pytest; tests that need bitsandbytes are skipped without it.
+`LOWRES_GPU_TESTS_ON=cpu` runs smaller versions of them on a CPU, to test the tests; only questions to CUDA
+itself are left out.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Sections = dict[str, dict[str, object]]
 
 
 class Run:
-    """What a run consists of, without data: plan, rooms, engine with first weights."""
+    """A run without data: plan, rooms, and engine with initial weights."""
 
     def __init__(self, config: Config, device: torch.device = DEVICE, adapted: bool = False) -> None:
         self.config = config
@@ -61,7 +61,7 @@ class Run:
         initialize(self.engine.units(write=True), config.run.seed, device)
 
     def step(self, step: int) -> float:
-        """The loss of a step on a batch of its own."""
+        """Take a step on a new batch; returns its loss."""
         shape = self.config.batch_sequences, self.config.data.seq_len, self.config.model.vocab
         return self.engine.step(make_batch(*shape, seed=step), step, 1.0).loss
 
@@ -102,7 +102,7 @@ def assert_near(found: list[float], wanted: list[float], distance: float) -> Non
     ],
 )
 def test_it_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
-    """Same batches, same named rounding; products differ in their last bits."""
+    """Batches and random bits for rounding are the same; products differ in their last bits."""
     need_bitsandbytes(moments)
     config = make_config(
         train={"micro_batch": 3},
@@ -118,7 +118,7 @@ def test_it_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
 
 
 def gradients(engine: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Of every weight, from an engine that computes in dtype."""
+    """The gradient of every weight, from an engine that computes in dtype."""
     recorder = Recorder()
     units = make_units(SMALL, dtype=dtype if dtype == torch.float64 else None, device=device)
     settings = EngineSettings(3, dtype, loss_chunk=50)
@@ -153,7 +153,7 @@ ON_HOST: dict[str, object] = {
     "carry_on": "host",
 }
 HOSTED = {"on host": ON_HOST, "on host, band 2": ON_HOST | {"band": 2}}
-# on a CPU as small as shows that the tests run
+# on a CPU as small as possible, only to show that the tests run
 WIDE = {"dim": 1024, "n_layers": 6, "n_heads": 16, "ffn_dim": 2736, "vocab_size": 32000}
 MODEL = WIDE if ON_CUDA else {"dim": 64, "n_layers": 4, "n_heads": 2, "ffn_dim": 172, "vocab_size": 1000}
 LENGTH = 1024 if ON_CUDA else 64
@@ -162,8 +162,8 @@ LENGTH = 1024 if ON_CUDA else 64
 @pytest.mark.parametrize("memory", HOSTED)
 @pytest.mark.parametrize("name", ["apollo-mini", "adamw", "adam-mini"])
 def test_what_lives_on_the_host_trains_the_same(name: str, memory: str) -> None:
-    """Copies beside the computation must neither come late nor overwrite what is in use. Not bit for
-    bit: the sum over equal tokens in the embedding's gradient has no fixed order on a GPU."""
+    """Copies in parallel with computation must not come late or overwrite memory in use. Results are not
+    equal bit for bit: in the embedding's gradient, the sum over equal tokens has no fixed order on a GPU."""
     sections: Sections = {
         "model": {**MODEL, "vocab_size": 2000},
         "data": {"seq_len": LENGTH // 4},
@@ -181,8 +181,8 @@ def test_what_lives_on_the_host_trains_the_same(name: str, memory: str) -> None:
 
 @contextmanager
 def no_wait_before_the_results(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """In the block what waits for the device raises, until a list of results is read; yields how many values
-    each such reading had."""
+    """In the block, everything that waits for the device raises, except reading a list of results. Yields
+    the number of values of each such reading."""
     read: list[int] = []
     tolist = Tensor.tolist
 
@@ -222,7 +222,7 @@ UPDATES: list[tuple[str, str, Mapping[str, object]]] = [
 def test_a_step_waits_once_at_its_end(
     name: str, moments: str, keys: Mapping[str, object], memory: Mapping[str, object], monkeypatch: Any
 ) -> None:
-    """Not the first, in which singular vectors are found: that waits by itself."""
+    """The first step is not counted: it computes singular vectors, and that waits by itself."""
     need_bitsandbytes(moments)
     config = make_config(
         train={"micro_batch": 3},
@@ -287,7 +287,7 @@ def memory_config(memory: str, micro_batch: int) -> Config:
 
 
 def clean() -> int:
-    """Free what earlier tests left; bytes that are still reserved."""
+    """Free the memory of earlier tests; returns the bytes that are still reserved."""
     gc.collect()
     if not ON_CUDA:
         return 0
@@ -319,7 +319,7 @@ def test_the_plan_is_what_is_allocated(memory: str, micro_batch: int) -> None:
 @pytest.mark.skipif(not ON_CUDA, reason="caps CUDA's allocator")
 @pytest.mark.parametrize("memory", MEMORY)
 def test_a_step_fits_a_hard_cap_of_the_plan_and_a_tenth(memory: str) -> None:
-    """What the allocator wastes between blocks must fit too."""
+    """The gaps between the allocator's blocks must fit too."""
     config = memory_config(memory, 4)
     reserved = clean()
     cap = reserved + int(1.1 * next(iter(make_plans(config, DEVICE).values())).peak(GPU))

@@ -1,4 +1,4 @@
-"""The plan against what is measured, component by component, and against known sizes."""
+"""The plan compared with measured memory, component by component, and with known sizes."""
 
 import json
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ MIB = 1 << 20
 
 
 def measured(config: Config, plan: Plan) -> tuple[Bytes, dict[str, int]]:
-    """What two steps as planned really take: bytes by component and room, and the peak by room. With
-    adapters, if the config has some."""
+    """Measured memory of two steps as planned: bytes by component and room, and the peak by room. With
+    adapters if the config has some."""
     rooms, adapted = Rooms(CPU), config.relora.enabled
     with LiveTensors(rooms) as live:
         units, engine = build(config, plan, rooms, adapted)
         initialize(units.values(), 0, CPU)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         live.reset()
-        for step in (1,) if adapted else (0, 1):  # with adapters a step that ends with a merge
+        for step in (1,) if adapted else (0, 1):  # with adapters: one step, which merges
             batch = make_batch(config.batch_sequences, config.data.seq_len, config.model.vocab)
             engine.step(batch, step, 1.0)
             del batch
@@ -167,7 +167,7 @@ AUTOGRAD |= {
 
 @pytest.mark.parametrize("variant", AUTOGRAD)
 def test_the_plan_of_the_autograd_engine(variant: str) -> None:
-    """In total; what autograd allocates has no names."""
+    """Only the total, because autograd's allocations have no names."""
     config = varied(
         AUTOGRAD[variant],
         model=MODEL,
@@ -246,10 +246,10 @@ def test_a_budget_moves_to_the_host_what_does_not_fit_and_no_more() -> None:
     assert not tight.problems and tight.peak(GPU) <= 20 * GIB < free.peak(GPU)
     homes = tight.choice.homes
     assert 0 < homes.stash < 32 and not homes.weights and not homes.state and not homes.carry
-    assert tight.peak(GPU) + tight.size("stash") // 32 > 20 * GIB  # one boundary less would not fit
+    assert tight.peak(GPU) + tight.size("stash") // 32 > 20 * GIB  # with one boundary less it would not fit
     tighter = plan_7b(budget_gib=8.0)
     assert not tighter.problems and tighter.choice.homes.stash == 32 and tighter.choice.homes.weights
-    # a band comes before giving up
+    # a larger band is tried before giving up
     small_host = plan_7b(budget_gib=20.0, host_budget_gib=14.0)
     assert not small_host.problems and small_host.choice.band == 2
 

@@ -1,4 +1,4 @@
-"""Update rules against independent implementations, and the traps of the published ones."""
+"""Update rules compared with independent implementations, and the traps of the published ones."""
 
 import inspect
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_adamw_equals_torch(decay: float) -> None:
 
 
 class Injected(RandomProjection):
-    """With the oracle's projection in the place of our own."""
+    """Uses the oracle's projection instead of our own."""
 
     injected: Tensor
 
@@ -137,7 +137,7 @@ def test_fira_equals_its_reference(shape: tuple[int, int], refresh_every: int, s
 
 
 def distance(value: Tensor, parameter: Tensor, start: Tensor) -> float:
-    """Of two results, as a part of what was moved."""
+    """Distance of two results, relative to the whole change."""
     moved = float((parameter.detach() - start).norm())
     assert moved > 1e-3
     return float((value - parameter.detach()).norm()) / moved
@@ -165,7 +165,7 @@ def apollo_svd() -> ApolloRule:
 
 @pytest.mark.parametrize("make", [galore, fira, apollo_svd])
 def test_a_refused_refresh_is_made_up_for(make: Callable[[], Rule]) -> None:
-    """Of three steps to a period the first is refused or has no gradient: the second finds the vectors."""
+    """If the first of three steps in a period is refused or has no gradient, the second finds the vectors."""
     spec, good = spec_of((24, 16)), random_grads((24, 16), 2)
     for accepted, bad in ((False, torch.zeros(24, 16)), (True, torch.zeros(24, 16))):
         rule = make()
@@ -182,7 +182,7 @@ def test_a_refused_refresh_is_made_up_for(make: Callable[[], Rule]) -> None:
 
 @pytest.mark.parametrize("make", [galore, fira, apollo_svd])
 def test_a_resumed_rule_keeps_its_singular_vectors(make: Callable[[], Rule]) -> None:
-    """A new process has only the state; in the middle of a period it must not look for new vectors."""
+    """A new process has only the state; in the middle of a period it must not compute new vectors."""
     spec, grads = spec_of((24, 16)), random_grads((24, 16), 8)
     results = []
     for stop in (None, 4, 7):
@@ -192,7 +192,7 @@ def test_a_resumed_rule_keeps_its_singular_vectors(make: Callable[[], Rule]) -> 
         for step, grad in enumerate(grads):
             if step == stop:
                 rule, state = make(), {key: t.clone() for key, t in state.items()}
-                # a rehearsal is a first step that is refused
+                # a rehearsal is a refused first step
                 refused = Clock(0, torch.tensor(step), torch.tensor(False), 0)
                 rule.directions([spec], [torch.zeros(24, 16)], [state], 0.0, refused)
             direction = grad.clone()
@@ -221,7 +221,7 @@ def test_the_back_projection_takes_the_gradients_memory(
 
 
 class Launches(TorchDispatchMode):
-    """Counts operations that compute, where a view does not."""
+    """Counts operations that compute; views do not count."""
 
     count = 0
 
@@ -232,7 +232,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("make, each", [(mini, 5), (apollo, 6), (galore, 2), (fira, 15)])
 def test_a_layers_update_is_a_few_launches(make: Callable[[], Rule], each: int) -> None:
-    """Small tensors are worked on together: one more matrix costs its products and norms only."""
+    """Small tensors are processed together: one more matrix adds only its products and norms."""
     counts = []
     for tensors in (1, 8):
         rule, specs = make(), [TensorSpec(f"w{i}", (24, 16), "up") for i in range(tensors)]
@@ -250,14 +250,14 @@ def test_a_layers_update_is_a_few_launches(make: Callable[[], Rule], each: int) 
 @pytest.mark.parametrize("weights", ["int8", "bf16", "fp32"])
 @pytest.mark.parametrize("name", [*RULES, "apollo svd"])
 def test_an_update_does_not_wait_for_the_device(name: str, weights: str) -> None:
-    """Whatever the layer holds; on a CPU it asks once whether the update is accepted, on a GPU never."""
+    """For any layer; on a CPU it reads once whether the update is accepted, on a GPU never."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
     optim: dict[str, object] = {"name": name.removesuffix(" svd"), "limiter": 1.01, "weight_decay": 0.1}
     config = make_config(optim=optim | ({"projection": "svd"} if name == "apollo svd" else {}))
     units = make_units(config.model, weights)
     optimizer = make_optimizer(config, units)
-    for step in range(2):  # singular vectors are found in the first
+    for step in range(2):  # singular vectors are computed in the first step
         grads = {spec.name: torch.randn(spec.shape) for spec in units["layers.0"].spec.tensors}
         with Waits() as waits:
             optimizer.update(units["layers.0"], grads, step, 1.0, torch.tensor(True))
@@ -321,7 +321,7 @@ def test_a_spike_is_limited_to_one_percent_growth(make: Callable[[], Rule]) -> N
     ],
 )
 def test_a_refused_update_leaves_no_trace(rule: Rule) -> None:
-    """A step that is refused, and one that never was, lead to the same weight and state."""
+    """A refused step leads to the same weight and state as no step."""
     grads = random_grads((24, 16), 10)
     with_bad = [*grads[:5], torch.full((24, 16), 7.0), *grads[5:]]
     start = torch.randn(24, 16)
@@ -355,7 +355,7 @@ def test_state_is_fp32_and_small() -> None:
 
 
 def test_state_of_a_layer_of_llama_7b() -> None:
-    """What is held after an update, beside the weights: the state slab, and projections that are kept."""
+    """Memory after an update, without the weights: the state slab, and projections that stay."""
     model = {"preset": "7b", "n_layers": 1, "vocab_size": 2}
     held = {}
     for name in ("apollo-mini", "adam-mini", "adamw"):
@@ -364,7 +364,7 @@ def test_state_of_a_layer_of_llama_7b() -> None:
         assert sum(spec.shape == (4096, 4096) for spec in unit.spec.tensors) == 4
         with LiveTensors() as live:
             optimizer = make_optimizer(config, {"layers.0": unit})
-            if name == "apollo-mini":  # the pages of the others' state would be written
+            if name == "apollo-mini":  # for the others, pages of state would be written
                 grads = {
                     s.name: torch.zeros(1).expand(s.shape) for s in unit.spec.tensors if len(s.shape) == 2
                 }
@@ -403,7 +403,7 @@ def test_every_tensor_is_in_one_group_at_its_own_rate(decayed: bool) -> None:
 
 
 def test_adamw_for_the_rest_has_settings_of_its_own() -> None:
-    """Embedding, head and norms of an optimizer for matrices; without settings they are the optimizer's."""
+    """For embedding, head and norms if the optimizer is for matrices; by default its own settings."""
     optim = {"name": "apollo-mini", "lr": 1e-2, "betas": (0.5, 0.6), "eps": 1e-3}
     same, notes = parse_config({"optim": optim})
     assert not notes and (same.optim.adamw_betas, same.optim.adamw_eps) == ((0.5, 0.6), 1e-3)
@@ -422,7 +422,7 @@ def test_adamw_for_the_rest_has_settings_of_its_own() -> None:
 
 
 def test_every_rule_describes_itself() -> None:
-    """What config, docs and the torch classes need of it is in its own file."""
+    """Everything that config, docs and the torch classes need is in the rule's own file."""
     fields = OptimConfig.model_fields
     for name, rule in RULES.items():
         config, _ = parse_config({"optim": {"name": name}})
@@ -440,7 +440,7 @@ def test_every_rule_describes_itself() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adam-mini", "apollo-mini"])
 def test_biases_are_updated_element_by_element(name: str) -> None:
-    """In Adam-mini too, whose other 1-D tensors are one block; and they have no weight decay."""
+    """Also in Adam-mini, where other 1-D tensors are one block; and biases have no weight decay."""
     config = make_config(
         model={"qkv_bias": True}, optim={"name": name, "lr": 1e-2, "weight_decay": 0.5, "limiter": 0}
     )

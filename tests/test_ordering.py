@@ -1,7 +1,7 @@
-"""Copies beside the computation are in order: nothing is read before it is written, or overwritten too soon.
+"""The order of copies and computation: nothing is read before it is written, or overwritten too soon.
 
-Found without a GPU, by `tests.races`. That the detector finds anything is shown by taking away one wait at a
-time.
+`tests.races` tests this without a GPU. The tests also remove one wait at a time, to show that the detector
+then finds a race.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def config_of(**sections: dict[str, Any]) -> Config:
 
 
 class Life:
-    """An engine in the detector's care, and what a run does with it."""
+    """An engine that the detector watches, and everything that a run does with it."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Life:
         self.engine: Engine = make_engine(self.config, self.units, self.relora, rooms, choice)
 
     def drop(self) -> None:
-        """Give all memory back, as `trainer.Run.build` does before it builds anew."""
+        """Free all memory, as `runs.Run.build` does before it builds new parts."""
         del self.engine, self.units, self.relora
 
     def batch(self, sequences: int) -> Tensor:
@@ -121,7 +121,7 @@ class Life:
             checkpoint.load_unit(saved, unit.spec.name, unit.tensors())
 
     def fail(self, after: int) -> None:
-        """A step that is interrupted when it has updated some units."""
+        """A step that is interrupted after it has updated some units."""
         update, left = self.relora.update, after
 
         def interrupted(*args: Any) -> None:
@@ -135,14 +135,14 @@ class Life:
             self.engine.step(self.batch(5), self.steps, 1.0)
 
     def run(self) -> None:
-        """All that a run does, in an order that leaves no two of them unmet."""
+        """Everything that a run does, in an order in which each follows every other."""
         self.step(rehearsal=True)
         self.evaluate(3)
         self.step()
         self.step()
         saved = self.save()
         self.step()
-        self.evaluate(7)  # more than there is room for
+        self.evaluate(7)  # larger than the reserved memory
         self.sample()
         self.load(saved)
         self.step(7)
@@ -184,7 +184,7 @@ def test_other_runs_have_no_races(detector: Detector, tmp_path: Path, case: str)
 @pytest.mark.parametrize("homes", ["gpu", "mixed", "everything"])
 @pytest.mark.parametrize("kept", ["fp32", "int8"])
 def test_relora_has_no_races(detector: Detector, tmp_path: Path, homes: str, kept: str) -> None:
-    """Both parts of a run, the engine that is built anew between them, and merges."""
+    """Both parts of a run, the new engine between them, and merges."""
     memory = {"weights": kept} | ({"master": "host"} if kept == "int8" else {})
     config = config_of(relora=RELORA | {"start_step": 2, "log_rank": True}, memory=memory)
     life = Life(detector, tmp_path, config, HOMES[homes])
@@ -234,7 +234,7 @@ def test_visits_in_any_order_have_no_races(detector: Detector, seed: int) -> Non
 
 
 def random_visits(seed: int) -> None:
-    """Thirty visits, none of which shares a unit with the one before it."""
+    """Thirty visits; neighbouring ones share no unit."""
     chance = random.Random(seed)
     rooms, mover, homes = Rooms(CPU), Mover(CPU), Homes(weights=ALL - {"layers.1", "layers.2"})
     units = empty_units(config_of().model, "fp32", "fp32", rooms, homes.weights)
@@ -246,7 +246,7 @@ def random_visits(seed: int) -> None:
     largest = max(sum(units[n].weights_slab.numel() for n in set(v.units) & homes.weights) for v in visits)
     slots = rooms.make(Slab("transfer of layers", GPU, largest, 2))
     residence, wanted = Residence(units, homes, slots, mover), dict.fromkeys(units, 0)
-    for part in (visits[:15], visits[15:]):  # the host waits for neither
+    for part in (visits[:15], visits[15:]):  # the host does not wait in between
         residence.begin(part)
         for visit in part:
             with residence.visit() as here:
@@ -260,11 +260,11 @@ def random_visits(seed: int) -> None:
         assert (unit.weights_slab == wanted[name]).all()
 
 
-# without a wait
+# a wait is removed
 
 
 class Forgets(dict[Any, Any]):
-    """Keeps no event."""
+    """A dict that stores no event."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -277,7 +277,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def deaf(method: str, to: Callable[[Stream], bool]) -> Mutation:
-    """Streams for which a kind of wait does nothing."""
+    """A kind of wait does nothing for some streams."""
     wait = getattr(Stream, method)
 
     def unless(self: Stream, *args: Any) -> None:
@@ -288,7 +288,7 @@ def deaf(method: str, to: Callable[[Stream], bool]) -> Mutation:
 
 
 def changed(kind: Any, change: Callable[[Any], None]) -> Mutation:
-    """Every new object of a kind is changed."""
+    """Change every new object of a class."""
     start = kind.__init__
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -305,7 +305,7 @@ def forgetting(kind: type, name: str) -> Mutation:
 
 
 class Impatient:
-    """A mover that lets nothing wait."""
+    """A mover whose `wait` does nothing."""
 
     def __init__(self, mover: Mover) -> None:
         self.fetch, self.store = mover.fetch, mover.store
@@ -356,7 +356,7 @@ def test_a_step_without_a_wait_has_races(
 def test_visits_that_do_not_wait_for_an_update_have_races(
     detector: Detector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the engine the end of a step waits for the updates, and none is visited again before."""
+    """The engine alone does not need this wait: a step ends after all updates, and updates a unit once."""
     forgetting(Residence, "_written")(monkeypatch)
     for seed in range(5):
         random_visits(seed)
@@ -384,7 +384,7 @@ def test_a_race_says_who_and_where(detector: Detector) -> None:
     room, mover = Rooms(CPU), Mover(CPU)
     here, there = room.slab("stash", GPU, 100), room.slab("stash", HOST, 100)
     mover.store([(there[:60], here[:60])])
-    here[60:].fill_(1)  # beside it
+    here[60:].fill_(1)  # other bytes
     detector.check()
     here[50:70].fill_(1)
     (race,) = detector.races
@@ -416,7 +416,7 @@ def test_memory_in_use_may_not_be_given_back(detector: Detector, kept: str) -> N
         del here
         assert len(detector.races) == 1 and "stash #0 (gpu) is given back" in detector.races[0]
         return
-    mover.wait(done)  # enough for memory of the GPU, which only the computation can be given
+    mover.wait(done)  # enough for GPU memory, which only the computation can use next
     del there
     assert len(detector.races) == 1 and "stash #1 (host) is given back" in detector.races[0]
     del here

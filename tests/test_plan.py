@@ -1,8 +1,8 @@
-"""The plan of every shipped config against a whole step of it, at the real shapes and full depth.
+"""The plan of every shipped config compared with a whole step, at the real shapes and full depth.
 
-The step runs the real engine, with the homes of the plan, on tensors without memory, as on a GPU; so a 7B
-takes seconds. The plan's own traces cut the model to a band and loops to a few chunks; here nothing is cut
-but the number of micro-batches, of which there are two; and in brief steps those loops.
+The step runs the real engine, with the homes of the plan, on tensors without memory and as on a GPU, so a 7B
+model takes seconds. The plan's own traces cut the model to one band and loops to a few chunks. Here only the
+number of micro-batches is cut, to two; brief steps also cut those loops.
 """
 
 import itertools
@@ -29,12 +29,12 @@ from tests.measuring import PHASES, Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")
 MICRO_BATCHES = 2
-# on the GPU beside what PyTorch allocates, and on the host beside the engine
+# components that no step allocates: of cuBLAS on the GPU, and of saving on the host
 NOT_OF_THE_STEP = ("cuBLAS workspace", "saving")
 
 
 def whole_step(path: str, part: str, brief: bool) -> tuple[Plan, Bytes]:
-    """The plan of a part of a run, and what a step of it takes. brief: see `lowres.device`."""
+    """The plan of a part of a run, and the memory of a step of it. brief: see `target.planned_for`."""
     config, _ = load_config(path)
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or 0)
     plan, rooms, adapted = make_plans(config, CUDA)[part], Rooms(CPU), part == ADAPTERS
@@ -69,8 +69,8 @@ def parts() -> list[tuple[str, str]]:
 
 
 def check(path: str, part: str, brief: bool) -> None:
-    """Every component and every phase to 1 %. Projections are small, there from the first update on, and in
-    this step therefore in some phases and not in others."""
+    """Every component and every phase agree to 1 %. Projections are small and exist from the first update on,
+    so in this step they count in some phases and not in others."""
     plan, found = whole_step(path, part, brief)
     projections = plan.size("projections")
     wanted = {key: size for key, size in planned(plan).items() if key[0] not in NOT_OF_THE_STEP}
@@ -104,8 +104,8 @@ def test_and_with_all_chunks_of_every_loop(name: str) -> None:
 
 
 def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Something that stays of every layer, of which the plan's own trace sees one; and something that stays
-    of every chunk of an update, of which it sees two."""
+    """A leak per layer, where the plan's trace sees one layer; and a leak per chunk of an update, where it
+    sees two chunks."""
     left: list[Tensor] = []
 
     def leaving(x: Tensor, *arguments: Any) -> Tensor:
@@ -132,14 +132,14 @@ def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_larger_bands_are_what_the_layers_of_smaller_ones_take() -> None:
-    """The plan traces three layers of a band, and takes the rest to be alike."""
+    """The plan traces three layers of a band and assumes that further ones are like the last."""
     config = make_config(model={"n_layers": 6, "n_kv_heads": 2}, train={"batch_tokens": 6 * 32})
     found = Tracer(config, "cuda", None)
     assert found.phases(2, 5, True) == found._trace(2, 5, True)
 
 
 def test_the_search_finds_what_trying_everything_would() -> None:
-    """The first of all homes, from least to most on the host, whose plan fits."""
+    """The first homes whose plan fits, of all, sorted from the least to the most on the host."""
     config = make_config(optim={"name": "adamw"}, model={"n_layers": 5, "dim": 128, "ffn_dim": 256})
     planner = _Planner(config, CUDA, {GPU: None, HOST: None}, None, Crew())
     for band in (1, 2):
@@ -154,7 +154,7 @@ def test_the_search_finds_what_trying_everything_would() -> None:
 
 @pytest.mark.parametrize("name, first", [("adamw", "state"), ("apollo-mini", "stash")])
 def test_what_frees_a_byte_for_the_least_traffic_moves_first(name: str, first: str) -> None:
-    """A 7B's moments are cheaper to move than the stash, but not where all of them fit the slots."""
+    """Moments of a 7B model are cheaper to move than the stash, except if all of them fit into the slots."""
     sections: dict[str, dict[str, object]] = {
         "model": {"preset": "7b"},
         "optim": {"name": name},
@@ -176,7 +176,7 @@ def test_what_frees_a_byte_for_the_least_traffic_moves_first(name: str, first: s
 
 
 def test_a_weight_gradient_on_cuda_needs_no_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bf16 product is added to the fp32 buffer where PyTorch can; else it exists in fp32 first."""
+    """If PyTorch can, the bf16 product is added to the fp32 buffer; else it exists in fp32 first."""
     config = make_config(
         model={"vocab_size": 20000, "dim": 256}, memory={"weights": "int8", "loss_chunk": 64}
     )
@@ -195,7 +195,7 @@ def test_a_gpu_keeps_a_gib_for_what_no_plan_lists(monkeypatch: pytest.MonkeyPatc
     assert make_plan(open_, CUDA, on_this_machine=True).budgets[GPU] == 23 * GIB
     assert make_plan(asked, CUDA, on_this_machine=True).budgets[GPU] == 24 * GIB
     assert make_plan(open_, CPU, on_this_machine=True).budgets[GPU] == 24 * GIB
-    monkeypatch.setattr(choice, "device_bytes", lambda device: GIB // 2)  # nothing fits, rather than all
+    monkeypatch.setattr(choice, "device_bytes", lambda device: GIB // 2)  # nothing fits: not "no limit"
     assert make_plan(open_, CUDA, on_this_machine=True).problems
 
 

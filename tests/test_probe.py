@@ -1,4 +1,4 @@
-"""The probe: its counts against numbers by hand and against what the engine really copies."""
+"""The probe: its counts compared with numbers by hand and with the engine's real copies."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from lowres.probe import Rates, dequantised_elements, flops_per_token, predict, 
 from lowres.rooms import Rooms
 from tests.helpers import CPU, lowres_here, make_batch, make_config, make_optimizer
 
-CUDA = torch.device("cuda")  # counting needs no device
+CUDA = torch.device("cuda")  # no device is needed to count
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -31,7 +31,7 @@ def test_flops_of_llama_7b() -> None:
     # without the down projections, 32 of 4096 * 11008
     assert found["recomputation"] == found["forward"] - 2 * 32 * 45_088_768
     assert found["head"] == 6 * 32000 * 4096 == 786_432_000
-    # scores and values of half of 2048 positions: 2 * 2048 * 4096 operations; 1 forward, 1 again, 2.5 back
+    # scores and values, half of 2048 positions: 2 * 2048 * 4096 operations; forward 1, again 1, backward 2.5
     assert found["attention"] == 2 * 2048 * 4096 * 32 * 9 // 2 == 2_415_919_104
     assert sum(found.values()) == pytest.approx(52.1e9, rel=1e-3)
     full = flops_per_token(config.model, 2048, 1, "autograd")
@@ -123,7 +123,7 @@ def test_counted_bytes_are_those_that_a_step_copies(
         monkeypatch.setattr(rooms.Mover, direction, counted)
     engine.step(make_batch(), 0, 1.0)
     fetched, stored = step_bytes(config, plan, torch.float32)
-    # a boundary ends at a multiple of 256 bytes, the copies of its pieces do not
+    # boundaries end at a multiple of 256 bytes, copies of their pieces do not
     assert moved["fetch"] == pytest.approx(fetched, rel=1e-2)
     assert moved["store"] == pytest.approx(stored, rel=1e-2)
     assert (fetched > 0) == (memory != "gpu")
@@ -199,7 +199,7 @@ def test_plan_with_a_probe() -> None:
     assert all(numbers[key] == 0 for key in NOTHING_MOVED)
     assert numbers["target_tokens"] == 400 * 4096
     assert found["probe"]["limit"] == "compute"
-    # the vocabulary that the tokenizer will have, not that of the preset
+    # the vocabulary of the future tokenizer, not of the preset
     assert found["parameters"] < 2_000_000
 
 
@@ -210,7 +210,7 @@ NOTHING_MOVED = ("to_gpu_gb", "to_host_gb", "transfer_s")
 def test_probe_of_a_config_for_a_gpu_without_one() -> None:
     options = ("--set", "run.device=cuda", "--set", "memory.stash_on=host")
     printed = lowres_here("plan", CONFIGS / "tiny.toml", *options, "--probe").stdout
-    assert "those of this CPU" in printed and "tokens/s" in printed
+    assert "are for this CPU" in printed and "tokens/s" in printed
     refused = lowres_here(
         "plan", CONFIGS / "tiny.toml", "--set", "memory.budget_gib=0.001", "--probe", code=3
     )

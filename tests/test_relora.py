@@ -1,4 +1,4 @@
-"""ReLoRA as a user has it: plans, runs of two parts, and what is refused."""
+"""ReLoRA for a user: plans, runs of two parts, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TRAINED = {
 
 
 def options_in(folder: Path, **changed: str) -> list[str]:
-    """A config and its `--set`s, on a text of its own. changed: section__key=value."""
+    """A config with its `--set` options, on its own text. changed: section__key=value."""
     (folder / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 400)
     (folder / "c.toml").write_text("")
     keys = TRAINED | {"data.source": str(folder / "text.txt"), "data.cache": str(folder / "cache")}
@@ -87,14 +87,14 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
 
     scores = json.loads(lowres_here("eval", run, "--json").stdout)
     assert scores["val_loss"] == pytest.approx(records[-1]["val_loss"], rel=1e-6)
-    # what samples and evaluates uses the adapters: it is what a copy with them merged computes
+    # sampling and evaluation use the adapters: the result equals that of a copy with merged adapters
     config, engine, _ = open_run(run)
     merged = empty_units(config.model, "fp32", "fp32", ROOMS)
     initialize_from(merged.values(), run)
     plain = make_engine(make_config(model=config.model.model_dump()), merged, None, ROOMS, Choice(4))
     tokens = make_batch(3, 16)[:, :-1]
     torch.testing.assert_close(engine.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)
-    # and so does another run that starts from it
+    # and so does another run that starts from this one
     warm = options_in(tmp_path, relora__enabled="false", memory__weights="fp32", memory__embeddings="bf16")
     lowres_here("train", *warm, "--run", tmp_path / "warm", "--init-from", run)
     first = json.loads((tmp_path / "warm" / "metrics.jsonl").read_text().splitlines()[0])
@@ -191,7 +191,7 @@ def test_the_plan_shows_what_each_part_trains(tmp_path: Path, capsys: pytest.Cap
     assert second["q"] | {"optimizer": "frozen", "lr": 0.0, "state": "none", "state_bytes": 0} == second["q"]
     assert second["q.lora_a"]["lr"] == second["q.lora_b"]["lr"] == pytest.approx(0.03)
     assert second["embedding"] == first["embedding"] and second["norm"] == first["norm"]
-    for part in parts.values():  # all of the state, beside the counts of updates
+    for part in parts.values():  # all of the state, except the counts of updates
         state = sum(c["bytes"] for c in part["components"] if c["name"] == "optimizer state")
         counts = state - sum(row["tensors"] * row["state_bytes"] for row in part["optimizer"])
         assert 0 < counts <= 2 * 256 * 10

@@ -1,4 +1,4 @@
-"""Homes in host memory, bands and lossy stashes: what they change, and that homes change nothing."""
+"""Homes in host memory, bands and lossy stashes: homes and bands change no result."""
 
 import pytest
 import torch
@@ -122,7 +122,17 @@ def test_lossless_boundaries_give_back_what_they_got() -> None:
         rooms = Rooms(CPU)
         layout = Layout(SMALL, {}, EngineSettings(3, torch.float32))
         slabs = layout.boundaries(7, 16, 2, homes.stash, homes.carry)
-        kept = Boundaries(rooms, Mover(CPU), slabs, Plain(torch.float32), 64, torch.float32, 7, 3, 16)
+        kept = Boundaries(
+            rooms,
+            Mover(CPU),
+            slabs,
+            encoding=Plain(torch.float32),
+            dim=64,
+            compute=torch.float32,
+            sequences=7,
+            micro_batch=3,
+            length=16,
+        )
         kept.cut(7, 16)
         pieces = list(torch.randn(7, 16, 64).split(3))
         for boundary in (kept.carry, *kept.stash):
@@ -136,7 +146,7 @@ def test_lossless_boundaries_give_back_what_they_got() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_boundary_is_right_to_half_a_code_of_its_group(dtype: torch.dtype) -> None:
-    """Also beside channels a thousand times larger, which only spoil their own group."""
+    """Even with channels that are a thousand times larger: they only affect their own group."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 50, 128, generator=generator)
     x[..., 5] *= 1000
@@ -177,7 +187,7 @@ def test_gradients_with_an_int8_stash_point_the_right_way(exact_forward: bool) -
 @pytest.mark.parametrize("master", ["none", "fp32", "bf16"])
 @pytest.mark.parametrize("name", ["apollo-mini", "apollo", "adamw"])
 def test_a_rehearsal_changes_nothing(name: str, master: str) -> None:
-    """Neither before the first step nor later."""
+    """Both before the first step and later."""
     kept = {} if master == "none" else {"master": "host", "master_dtype": master}
     config = make_config(optim={"name": name, "weight_decay": 0.1}, memory={"weights": "int8", **kept})
     rooms = Rooms(CPU)
@@ -197,7 +207,7 @@ def test_a_rehearsal_changes_nothing(name: str, master: str) -> None:
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_master_copy_takes_the_updates(kind: str) -> None:
-    """It is what fp32 (or bf16) weights would be, and the int8 weights are it, rounded to nearest."""
+    """It equals fp32 (or bf16) weights, and the int8 weights are the copy rounded to nearest."""
     config = make_config(
         memory={"weights": "int8", "master": "host", "master_dtype": kind},
         optim={"name": "adamw", "lr": 1e-5, "weight_decay": 0.1},

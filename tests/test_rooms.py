@@ -1,4 +1,4 @@
-"""Slabs, what is held, and how live tensors are counted."""
+"""Slabs, the memory they hold, and how live tensors are counted."""
 
 import pytest
 import torch
@@ -30,11 +30,11 @@ def test_memory_that_cannot_be_had_is_one_line() -> None:
 
 
 class FaultError(RuntimeError):
-    """As the error of an accelerator."""
+    """Like the error of an accelerator."""
 
 
 def test_what_is_no_lack_of_memory_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any call may report the fault of an earlier kernel; that is a bug, and no budget would help."""
+    """Any call may report the failure of an earlier kernel; that is a bug, and a budget cannot help."""
 
     def fails_with(error: Exception) -> None:
         def failing(*_: object, **__: object) -> None:
@@ -53,7 +53,7 @@ def test_what_is_no_lack_of_memory_is_not_taken_for_one(monkeypatch: pytest.Monk
 
 
 class Stream:
-    """In the place of a CUDA stream: remembers whom it was told to wait for."""
+    """Replaces a CUDA stream: records the streams for which it waits."""
 
     def __init__(self) -> None:
         self.waited: list[object] = []
@@ -63,7 +63,7 @@ class Stream:
 
 
 def test_joining_waits_for_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the device: the one wait of a step is for its results, and these come after all copies."""
+    """The device waits, not the host: a step waits once, for its results, and these come after all copies."""
     computing, mover = Stream(), Mover(CPU)
     mover.join()  # on a CPU every copy is done when the call returns
     coming, going = Stream(), Stream()
@@ -82,7 +82,7 @@ def test_live_tensors_by_room_and_phase() -> None:
         inside = rooms.slab("stash", HOST, 500)
         rooms.phase = "backward"
         a = torch.empty(100, dtype=torch.uint8)
-        b = a[10:]  # a view is no new memory
+        b = a[10:]  # a view is not new memory
         c = a + 1
         del c
         rooms.phase = "update"

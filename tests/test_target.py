@@ -1,4 +1,4 @@
-"""What code does differs by the kind of device, also for a plan of another one."""
+"""Code behaves by the kind of device, also in a plan for another kind."""
 
 import pytest
 import torch

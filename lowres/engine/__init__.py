@@ -1,8 +1,8 @@
 """Engines: one optimizer step, three ways, behind one interface.
 
 `layerwise` takes all micro-batches of a step through one layer before the next. `autograd` runs the
-whole model for each micro-batch with PyTorch's own differentiation, and is the reference. `zero` is that
-under DeepSpeed, on one or many ranks.
+whole model for each micro-batch with PyTorch's own differentiation, and is the reference. `zero` does the
+same under DeepSpeed, on one or many ranks.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = [
 
 
 class Engine(Protocol):
-    """One step, whatever the order of its work."""
+    """The interface of all engines."""
 
     def reserve(self, sequences: int, length: int, training: bool) -> object:
-        """Allocate what a batch of that size needs now, instead of when it comes."""
+        """Allocate now what a batch of this size needs, instead of at its first step."""
 
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         """One optimizer step on batch int64 [sequences, seq_len + 1].
 
         step: completed steps before this one. schedule: factor on the peak learning rates. rehearsal: do
-        everything, but refuse the update, so that neither weights nor state change.
+        everything, but refuse the update, so that weights and state do not change.
         """
 
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
@@ -51,15 +51,15 @@ class Engine(Protocol):
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
 
     def units(self, write: bool = False) -> Iterator[Unit]:
-        """Every unit in turn, in the order of the forward pass: whole, and here until the next one is asked
-        for. write: all of its tensors will be given a value, which the engine keeps."""
+        """Every unit, in the order of the forward pass. A unit is complete and valid until the next one is
+        requested. write: the caller gives all of its tensors a value, and the engine keeps it."""
 
 
 def make_engine(
     config: Config, units: Units, optimizer: Updater | None, rooms: Rooms, choice: Choice
 ) -> Engine:
-    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate,
-    and also the layerwise one serves a run of deepspeed. choice: see the plan."""
+    """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate;
+    the layerwise engine then also serves a deepspeed run. choice: see the plan."""
     settings = EngineSettings.of(config, choice, rooms.device, is_adapted(units))
     engine = AutogradEngine if config.memory.engine == "autograd" else LayerwiseEngine
     return engine(config.model, units, optimizer, rooms, settings)

@@ -1,7 +1,7 @@
 """The ordinary step: the whole model and PyTorch's autograd, one micro-batch after another.
 
-The reference for the layer-major engine, and of use where memory does not matter. It holds the
-whole model in compute precision and a gradient for every parameter, so it needs many times more.
+It is the reference for the layer-major engine, and useful if memory does not matter. It holds the
+whole model in compute precision and a gradient for every parameter, so it needs many times more memory.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class AutogradEngine:
 
     @torch.no_grad()
     def _load(self) -> None:
-        """Bring the module up to date with the stored weights."""
+        """Copy the stored weights into the module."""
         for unit in self._units.values():
             for name, storage in unit.weights.items():
                 parameter = self.model.get_parameter(name)
                 parameter.copy_(storage.dense(parameter.dtype))
 
     def reserve(self, sequences: int, length: int, training: bool) -> None:
-        """Nothing: autograd allocates as it goes."""
+        """Does nothing: autograd allocates during the step."""
 
     def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
@@ -79,7 +79,7 @@ class AutogradEngine:
             return self._update(grads, total / count, step, schedule, rehearsal)
 
     def _here(self, tokens: Tensor) -> Tensor:
-        """A micro-batch on the device. The host does not wait, as it is page-locked."""
+        """A micro-batch on the device. It is page-locked, so the host does not wait for the copy."""
         return tokens.to(self.device, non_blocking=True)
 
     def _update(

@@ -1,8 +1,9 @@
 """The residual stream between layers, for all micro-batches of a step: the stash and the carry.
 
 The stash keeps the input of every band of layers until the backward pass. The carry is the boundary
-that moves: the output of the last band, then the gradient on its way down. Each has its home on the
-GPU or in host memory; from there it passes through the GPU a micro-batch at a time, one ahead.
+that moves: the output of the last band, then the gradient on its way down. The home of each is the GPU
+or host memory. From host memory it passes through the GPU one micro-batch at a time; the next one is
+fetched ahead.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ GROUP = 32  # values along the width that share a scale in the INT8 stash
 
 
 class Plain:
-    """A boundary in a floating-point format; free if it is that of the computation."""
+    """A boundary in a floating-point format; without cost if it is the compute format."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def is_free(self, compute: torch.dtype) -> bool:
-        """Whether reading needs no memory: what is stored is used as it is."""
+        """Whether reading needs no memory because the stored values are used directly."""
         return self.dtype == compute
 
     def nbytes(self, tokens: int, dim: int) -> int:
@@ -41,10 +42,10 @@ class Plain:
 
 
 class Grouped:
-    """INT8 codes with a bf16 scale for every GROUP neighbours along the width, 1.06 bytes a value.
+    """INT8 codes with a bf16 scale for every GROUP neighbours along the width, 1.06 bytes per value.
 
-    The groups are small because some channels of the residual stream are far larger than the rest and
-    would take the precision of all that share their scale. Rounded to nearest.
+    The groups are small because some channels of the residual stream are far larger than the rest, and
+    all values that share a scale with them lose precision. Rounded to nearest.
     """
 
     def is_free(self, compute: torch.dtype) -> bool:
@@ -59,7 +60,7 @@ class Grouped:
             *(t.split(_ROWS) for t in (x.reshape(-1, GROUP), codes, scales)), strict=True
         ):
             wide = part.float()
-            # the scale may be rounded down, and 127.4 is still 127
+            # bf16 may round the scale down, so a value can come to 127.4, which is still 127
             scale.copy_(wide.abs().amax(1, keepdim=True).div_(127))
             kept.copy_((wide / scale.float().clamp_(min=1e-30)).round_().clamp_(-127, 127))
 
@@ -82,7 +83,7 @@ Encoding = Plain | Grouped
 
 
 def make_encoding(kind: str, compute: torch.dtype) -> Encoding:
-    """What memory.stash_dtype means: auto (that of the computation), fp32, bf16 or int8."""
+    """The encoding for memory.stash_dtype: auto (the compute format), fp32, bf16 or int8."""
     if kind == "int8":
         return Grouped()
     return Plain(compute if kind == "auto" else DENSE_DTYPES[kind])
@@ -93,12 +94,14 @@ class Door:
 
     def __init__(self, mover: Mover, slots: list[Tensor]) -> None:
         self._mover, self._in, self._out = mover, slots[:2], slots[2:]
-        self._left: list[Event] = [None, None]  # when the last copy out of a slot is done
-        self._written: dict[tuple[int, int], Event] = {}  # and into the piece at a place
-        self._coming: dict[int, tuple[tuple[int, int] | None, Event]] = {}  # by slot: its piece and arrival
+        self._left: list[Event] = [None, None]  # when the last copy out of each slot is done
+        self._written: dict[tuple[int, int], Event] = {}  # and the last copy to each piece's home
+        self._coming: dict[
+            int, tuple[tuple[int, int] | None, Event]
+        ] = {}  # by slot: which piece, and when it is there
 
     def fetch(self, piece: Tensor, following: Tensor | None, index: int) -> Tensor:
-        """A piece of a host boundary on the GPU, until two more were fetched; starts on the next."""
+        """A piece of a host boundary on the GPU, valid until two more are fetched; starts the next fetch."""
         slot = index % 2
         coming, event = self._coming.pop(slot, (None, None))
         if coming != place(piece):
@@ -113,18 +116,18 @@ class Door:
         return self._mover.fetch([copy], [self._written.get(place(piece))])
 
     def leave(self, index: int, nbytes: int) -> Tensor:
-        """Where to put a piece that is to leave."""
+        """Memory for a piece that is to be stored."""
         self._mover.wait(self._left[index % 2])
         return self._out[index % 2][:nbytes]
 
     def store(self, index: int, piece: Tensor) -> None:
-        """Send what was put there to its home."""
+        """Copy what was put there to its home, `piece`."""
         copy = (piece, self._out[index % 2][: piece.numel()])
         self._left[index % 2] = self._written[place(piece)] = self._mover.store([copy])
 
 
 class Boundary:
-    """The residual stream at one place, [sequences, T, D], cut into micro-batches."""
+    """The residual stream at one place, [sequences, T, D], split into micro-batches."""
 
     def __init__(
         self, slab: Tensor, encoding: Encoding, dim: int, compute: torch.dtype, door: Door | None
@@ -134,7 +137,7 @@ class Boundary:
         self._shapes: list[tuple[int, int]] = []
 
     def cut(self, shapes: list[tuple[int, int]]) -> None:
-        """Sequences and length of each micro-batch that follows."""
+        """Set the micro-batches: sequences and length of each."""
         self._shapes = shapes
         sizes = [aligned(self._encoding.nbytes(b * t, self._dim)) for b, t in shapes]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -144,7 +147,7 @@ class Boundary:
         return self._slab[self._starts[i] :][: self._encoding.nbytes(b * t, self._dim)]
 
     def put(self, i: int, x: Tensor) -> None:
-        """Keep x [b, T, D] as micro-batch i."""
+        """Store x [b, T, D] as micro-batch i."""
         region = self._region(i)
         if self._door is None:
             self._encoding.encode(x, region)
@@ -153,7 +156,7 @@ class Boundary:
         self._door.store(i, region)
 
     def get(self, i: int) -> Tensor:
-        """Micro-batch i [b, T, D]. It may be the stored memory, or a slot: use it before getting i + 2."""
+        """Micro-batch i [b, T, D]. It may be the stored memory or a slot: use it before reading i + 2."""
         region = self._region(i)
         if self._door is not None:
             following = self._region(i + 1) if i + 1 < len(self._shapes) else None
@@ -170,8 +173,8 @@ def boundary_bytes(encoding: Encoding, dim: int, sequences: int, micro_batch: in
 
 @dataclass(frozen=True)
 class BoundarySlabs:
-    """The slabs of stash and carry. One of the stash is a band's; those on the host come first. Through the
-    four slots of a door pass all that are on the host, of the carry each through a door of its own."""
+    """The slabs of stash and carry. stash: on the host (the first bands), then on the GPU; one slab per band.
+    All stash slabs on the host share a door of four slots; each carry on the host has its own."""
 
     stash: tuple[Slab, Slab]
     stash_door: Slab
@@ -191,6 +194,7 @@ class Boundaries:
         rooms: Rooms,
         mover: Mover,
         slabs: BoundarySlabs,
+        *,
         encoding: Encoding,
         dim: int,
         compute: torch.dtype,
@@ -198,7 +202,7 @@ class Boundaries:
         micro_batch: int,
         length: int,
     ) -> None:
-        """slabs: made for these sizes (`Layout.boundaries`). encoding: of the stash."""
+        """slabs: for these sizes (`Layout.boundaries`). encoding: of the stash."""
         self.capacity = (sequences, length, sum(slab.count for slab in slabs.stash))
         self._micro_batch = micro_batch
 
@@ -212,16 +216,16 @@ class Boundaries:
         for i, memory in enumerate(rooms.make(slabs.carry)):
             own = Door(mover, slots[4 * i : 4 * i + 4]) if slots else None
             carries.append(Boundary(memory, Plain(compute), dim, compute, own))
-        # the output of the last band has a place of its own if two backward passes are to begin there
+        # with two carries the last band's output has its own memory, as two backward passes begin with it
         self.carry, self.output = carries[0], carries[-1]
 
     def holds(self, sequences: int, length: int, bands: int) -> bool:
-        """Whether a batch fits into what there is."""
+        """Whether a batch fits into the slabs."""
         most, longest, kept = self.capacity
         return sequences <= most and length == longest and bands <= kept
 
     def cut(self, sequences: int, length: int) -> None:
-        """Cut all boundaries into micro-batches of a batch."""
+        """Split all boundaries into the micro-batches of a batch."""
         counts = [min(self._micro_batch, sequences - s) for s in range(0, sequences, self._micro_batch)]
         for boundary in (self.carry, self.output, *self.stash):
             boundary.cut([(count, length) for count in counts])

@@ -1,4 +1,4 @@
-"""What the engines share: their settings, the report of a step, and how a batch is cut."""
+"""What the engines share: their settings, the report of a step, and how a batch is split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAD = 16  # 32 bytes in bf16, and 16 in INT8
 
 
 class Updater(Protocol):
-    """What an engine needs of an optimizer; see `lowres.optim.Optimizer.update`."""
+    """What an engine needs from an optimizer; see `lowres.optim.Optimizer.update`."""
 
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
@@ -27,8 +27,8 @@ class Updater(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """What the config may leave to the plan. band: layers that are recomputed and differentiated together.
-    homes: where units, stash and carry live."""
+    """What the plan decides if the config says "auto". band: layers that are recomputed and differentiated
+    together. homes: where units, stash and carry live."""
 
     micro_batch: int
     band: int = 1
@@ -37,15 +37,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is told beside model, weights and optimizer.
+    """The settings of an engine, in addition to model, weights and optimizer.
 
-    micro_batch, band, homes: see `Choice`; the units were made accordingly. compute: number format of the
-    activations. loss_chunk: tokens whose logits exist at one time. stash_dtype: see
-    `boundaries.make_encoding`. exact_forward: if the stash is lossy, the forward pass goes on from the exact
-    values instead of the stored ones. grad_clip: largest global gradient norm; if not 0, the layer-major
-    engine finds the norm in a backward pass and updates in a second one. adapters: those that the units
-    have, if any. seed: of the run, names the masks of dropout. pad: working copies have a multiple of so many
-    elements along the inner dimension (`TensorSpec.inner`), as tensor cores want rows of whole 16 bytes.
+    micro_batch, band, homes: see `Choice`; the units must have been made with the same homes. compute:
+    number format of the activations. loss_chunk: tokens whose logits exist at one time. stash_dtype: see
+    `boundaries.make_encoding`. exact_forward: if the stash is lossy, the forward pass continues from the
+    exact values instead of the stored ones. grad_clip: largest global gradient norm; if not 0, the
+    layer-major engine finds the norm in one backward pass and updates in a second one. adapters: settings of
+    the adapters, if the units have some. seed: the run's seed; names the dropout masks. pad: the inner
+    dimension of working copies is a multiple of this many elements (`TensorSpec.inner`), because tensor
+    cores want rows of a multiple of 16 bytes.
     """
 
     micro_batch: int
@@ -62,10 +63,10 @@ class EngineSettings:
 
     @classmethod
     def of(cls, config: Config, choice: Choice, device: torch.device, adapted: bool) -> EngineSettings:
-        """Those of a run, with adapters or without."""
+        """The settings of a run, with adapters or without."""
         kept = config.memory
         compute = compute_dtype(kept.compute, device)
-        # weights in the format of the computation are used as they are stored, without a copy
+        # weights stored in the compute format are used without a copy
         copied = compute == torch.bfloat16 and FORMATS[kept.weights].dtype != compute
         return cls(
             choice.micro_batch,
@@ -83,12 +84,12 @@ class EngineSettings:
 
     @property
     def scaling(self) -> float:
-        """Of what adapters add."""
+        """Factor on the output of adapters."""
         return self.adapters.scaling if self.adapters else 1.0
 
     @property
     def dropout(self) -> float:
-        """On what goes into adapters."""
+        """Dropout probability on the input of adapters."""
         return self.adapters.dropout if self.adapters else 0.0
 
 
@@ -96,8 +97,8 @@ class EngineSettings:
 class StepReport:
     """What happened in a step. loss: mean over the targets, nats. grad_norm: global, before limiting.
 
-    skipped: units (embedding, blocks, head) that were not updated because the loss, or a gradient at
-    or above them, was not finite. 0 in a normal step.
+    skipped: units (embedding, blocks, head) that were not updated because the loss was not finite, or the
+    gradient of this unit or of a later one in the forward pass. 0 in a normal step.
     """
 
     loss: float
@@ -106,18 +107,18 @@ class StepReport:
 
 
 def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
-    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], still in host memory, and how
-    many targets count (at least 1, to divide by)."""
+    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], still in host memory, and the
+    number of targets that count (at least 1, because it is a divisor)."""
     with rooms.allocate_in(HOST):
         inputs, targets = inputs_and_targets(batch)
         count = max(1, int((targets != IGNORED).sum()))
-        if rooms.device.type == "cuda":  # so that a copy to the device waits for nothing
+        if rooms.device.type == "cuda":  # so that the host does not wait for the copy to the device
             inputs, targets = inputs.contiguous().pin_memory(), targets.contiguous().pin_memory()
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
 
 
 def sum_of_squares(grads: Mapping[str, Tensor]) -> Tensor:
     """Squared norm of all gradients together, fp64 scalar on the device."""
-    # on a CPU `norm` takes twice the time of a dot product, and errs by 0.3 % for 45 M elements
+    # on a CPU `norm` takes twice the time of a dot product, and is 0.3 % off for 45 M elements
     flat = (grad.view(-1) for grad in grads.values())
     return torch.stack([torch.dot(grad, grad).double() for grad in flat]).sum()

@@ -3,20 +3,21 @@
     forward:   for each layer: keep its inputs (the stash), run every micro-batch, no graph
     head:      loss and its gradient, a chunk of tokens at a time
     backward:  for each layer from the last: recompute and differentiate every micro-batch,
-               gradients adding up in one fp32 buffer; update the layer; reuse the buffer
+               accumulate the gradients in one fp32 buffer; update the layer; reuse the buffer
 
 So gradients take the memory of one unit, a weight is dequantised once per direction and step, and
-accumulation is exact at any batch size. Each unit is touched once a direction, so it may live in host
-memory (`residence`), and so may the stash and the carry, which pass by a micro-batch at a time
-(`boundaries`). The layer order is that of L2L (arXiv 2002.05645); its union with INT8 weights and a
-fused per-layer update is this project's own.
+accumulation is exact at any batch size. Each unit is used once per direction, so it may live in host
+memory (`residence`). So may the stash and the carry, which pass through the GPU one micro-batch at a
+time (`boundaries`). The layer order comes from L2L (arXiv 2002.05645); the combination with INT8
+weights and a fused update per layer is this project's own.
 
-A band is as many neighbouring layers as are recomputed and differentiated together. The stash keeps
-the input of each band only; a band has the gradient buffers and activations of all its layers.
+A band is a group of neighbouring layers that are recomputed and differentiated together. The stash
+keeps only the input of each band; a band needs gradient buffers and activations for all its layers.
 
-There is no global gradient norm before the first update. A loss that is not finite therefore skips
-the step before anything changed; a gradient that is not finite poisons all below it, so it ends the
-step's updates there. Both are decided on the device: nothing here waits for it before the end.
+There is no global gradient norm before the first update. If the loss is not finite, the step is
+skipped before anything has changed. If a gradient is not finite, all layers below it would get such
+gradients too, so the updates of the step end there. Both are decided on the device: nothing here
+waits for the device before the end.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ R = TypeVar("R")
 def _settled(
     method: Callable[Concatenate[LayerwiseEngine, P], R],
 ) -> Callable[Concatenate[LayerwiseEngine, P], R]:
-    """Leaves no copy under way when it is interrupted or fails: the memory may be given back, or read by the
-    CPU, next."""
+    """Finish all copies if the method is interrupted or fails, because the memory may be freed, or read by
+    the CPU, next."""
 
     @wraps(method)
     def settled(self: LayerwiseEngine, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -84,11 +85,11 @@ class LayerwiseEngine:
         self.compute, self.device, self.rooms = settings.compute, rooms.device, rooms
         self.dropout = Dropout(settings.dropout, settings.seed)
         if self.device.type == "cuda":
-            adds_wide()  # now, as it waits for the device
+            adds_wide()  # now, because it waits for the device
         self._units = units
         self.layout = Layout(config, {n: _bytes_of(u, settings) for n, u in units.items()}, settings)
         self.bands = self.layout.bands
-        # two, so that a layer on its way does not hold up the pieces of a boundary
+        # two, so that the copy of a layer does not delay the pieces of a boundary
         self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
         slots = rooms.make(self.layout.slots(self.layout.hosted(settings.homes)))
         self._residence = Residence(units, settings.homes, slots, self._units_mover)
@@ -96,7 +97,7 @@ class LayerwiseEngine:
         self._copies = copies.view(self.compute)
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
-        self._rope: tuple[Tensor, Tensor]  # for the length of what is reserved
+        self._rope: tuple[Tensor, Tensor]  # for the reserved length
 
     def _forward_visits(self) -> list[Visit]:
         return [Visit(("embed",)), *(Visit(band) for band in self.bands)]
@@ -106,7 +107,7 @@ class LayerwiseEngine:
         return [Visit(("head",), update=True), *blocks, Visit(("embed",), update=True)]
 
     def _gradient_buffers(self) -> dict[str, dict[str, Tensor]]:
-        """fp32 gradients of every unit as views of one buffer; a tied embedding has one of its own."""
+        """fp32 gradients of every unit as views of one buffer; a tied embedding has its own buffer."""
         dtype = gradient_dtype(self.compute)
         shared, own = (self.rooms.make(slab)[0].view(dtype) for slab in self.layout.gradients())
         found = {}
@@ -121,21 +122,21 @@ class LayerwiseEngine:
         return found
 
     def reserve(self, sequences: int, length: int, training: bool) -> Boundaries:
-        """Stash, carry and rotary tables for batches of this size, cut for one of them."""
+        """Stash, carry and rotary tables for batches of this size, split for one of them."""
         bands, homes = len(self.bands) if training else 0, self.settings.homes
         if self._boundaries is None or not self._boundaries.holds(sequences, length, bands):
-            self._boundaries = None  # before its successor is allocated
+            self._boundaries = None  # free the memory before the new ones are allocated
             self._rope = self._rotary_tables(length)
             self._boundaries = Boundaries(
                 self.rooms,
                 self._boundaries_mover,
                 self.layout.boundaries(sequences, length, bands, homes.stash, homes.carry),
-                self.layout.encoding,
-                self.config.dim,
-                self.compute,
-                sequences,
-                self.settings.micro_batch,
-                length,
+                encoding=self.layout.encoding,
+                dim=self.config.dim,
+                compute=self.compute,
+                sequences=sequences,
+                micro_batch=self.settings.micro_batch,
+                length=length,
             )
         self._boundaries.cut(sequences, length)
         return self._boundaries
@@ -180,7 +181,7 @@ class LayerwiseEngine:
         """Run all layers and keep the output of the last. In training, the stash is filled."""
         self.rooms.phase = "forward"
         stash = kept.stash if training else []
-        # the next boundary is the next band's entry in the stash, so that it is written once
+        # the next boundary is the next band's entry in the stash, so it is written only once
         through_stash = training and not self.settings.exact_forward
         places = [*stash, kept.output] if through_stash else [kept.carry] * len(self.bands) + [kept.output]
         with self._residence.visit() as (embed,):
@@ -223,7 +224,7 @@ class LayerwiseEngine:
     def _loss_and_backward(
         self, w: dict[str, Any], kept: Boundaries, targets: list[Tensor], count: int
     ) -> Tensor:
-        """Mean loss; its gradient goes into the carry, and those of norm and head into their buffers."""
+        """Mean loss. Its gradient goes into the carry, the gradients of norm and head into their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING_NAME].zero_() if self.config.tie_embeddings else None
         head = self._head_matrix(w, tied)
@@ -248,7 +249,7 @@ class LayerwiseEngine:
         return total / count
 
     def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Tokens whose loss is found together: which, their part of x [B, T, D] and their targets."""
+        """Tokens whose loss is computed together: their range, their part of x [B, T, D], their targets."""
         x, flat = x.flatten(0, 1), targets.to(self.device, non_blocking=True).flatten()
         return ((part, x[part], flat[part]) for part in chunks(len(x), self.settings.loss_chunk))
 
@@ -261,7 +262,8 @@ class LayerwiseEngine:
         carry: Boundary,
         count: int,
     ) -> None:
-        """Gradients of a band into its buffers; the carry from the gradient of its output to its input's."""
+        """Add the gradients of a band to its buffers; turn the carry from the gradient of the band's output
+        into the gradient of its input."""
         for i in range(count):
             x, self.dropout.first = stash.get(i).detach().requires_grad_(), i * self.settings.micro_batch
             outputs, dy = self._recompute(x, layers), carry.get(i)
@@ -271,7 +273,7 @@ class LayerwiseEngine:
             del x, outputs, dy  # before the next micro-batch makes its own
 
     def _recompute(self, x: Tensor, layers: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """The two terms of a band's output, with their graph; the second is not computed."""
+        """The two terms of a band's output, with their graph; the value of the second is not computed."""
         with torch.enable_grad():
             for w in layers[:-1]:
                 x = block(x, w, self._rope, self.config)
@@ -305,10 +307,10 @@ class LayerwiseEngine:
         schedule: float,
         rehearsal: bool,
     ) -> list[Tensor]:
-        """All work of a step, without waiting for any. inputs, targets, count: see `split`.
+        """Enqueue all work of a step and wait for none of it. inputs, targets, count: see `split`.
 
         Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated.
-        When the host has read them, all copies are done and host slabs are complete.
+        Once the host has read them, all copies are done and host slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
         kept = self.reserve(sum(map(len, inputs)), inputs[0].shape[1], training=True)
@@ -318,7 +320,7 @@ class LayerwiseEngine:
         self.dropout.step = step
         self._forward(inputs, kept, training=True)
 
-        # filled there: a copy from here would wait
+        # filled on the device: a copy from the host would wait
         accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
         shrink = None
         if clip:
@@ -343,7 +345,7 @@ class LayerwiseEngine:
         return [loss, squares.sqrt(), updated.double()]
 
     def _join(self) -> None:
-        """Let what is enqueued next wait for all copies, so that host slabs are complete once its result is
+        """Let what is enqueued next wait for all copies. So host slabs are complete as soon as its result is
         there."""
         for mover in (self._units_mover, self._boundaries_mover):
             mover.join()
@@ -351,7 +353,7 @@ class LayerwiseEngine:
     def _norm(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        """Norm of the gradient of all weights, at the price of a backward pass; and the loss."""
+        """Norm of the gradient of all weights, which costs one backward pass; and the loss."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for _, grads, mean_loss in self._gradients(inputs, targets, count, kept):
             squares += sum_of_squares(grads)
@@ -361,7 +363,7 @@ class LayerwiseEngine:
     def _gradients(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
     ) -> Iterator[tuple[Unit, dict[str, Tensor], Tensor]]:
-        """Every unit from the head down with its gradients, which last until the next, and the mean loss."""
+        """Every unit from the head down, its gradients (valid until the next unit), and the mean loss."""
         stash = list(kept.stash)
         for visit in self._backward_visits():
             with self._residence.visit() as units:

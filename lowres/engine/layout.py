@@ -1,7 +1,8 @@
 """What the layer-major engine allocates before its first step, described before it exists.
 
-The engine makes its slabs from these descriptions and the plan lists the same ones, so there is one
-arithmetic. What lives only between operations is in no slab; the plan traces that (`lowres.memory.trace`).
+The engine makes its slabs from these descriptions and the plan lists the same ones, so sizes are computed in
+one place. Tensors that live only between operations are in no slab; the plan traces them
+(`lowres.memory.trace`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def aligned_elements(numel: int) -> int:
 
 @dataclass(frozen=True)
 class UnitBytes:
-    """Bytes of a unit. weights, state: at rest. copied: of its matrices in compute precision, where they are
-    kept in another. gradients: of what is trained."""
+    """Bytes of a unit. weights, state: at rest. copied: its matrices in compute precision, if they are
+    stored in another one. gradients: of the trained tensors."""
 
     weights: int
     state: int
@@ -55,8 +56,8 @@ def gradient_dtype(compute: torch.dtype) -> torch.dtype:
 
 
 class Hosted:
-    """Units whose home is the host, moved there one at a time. slot: bytes that the largest visit fetches.
-    total: bytes that left the GPU."""
+    """Units whose home is the host, added one at a time. slot: bytes that the largest visit fetches.
+    total: bytes that are no longer on the GPU."""
 
     def __init__(self, groups: Iterable[tuple[str, ...]], units: Mapping[str, UnitBytes]) -> None:
         """groups: the units of each visit."""
@@ -74,7 +75,7 @@ class Hosted:
 
 
 class Layout:
-    """The slabs of an engine for a model of some units, by name in the order of the forward pass."""
+    """The slabs of an engine. units: by name, in the order of the forward pass."""
 
     def __init__(self, model: ModelConfig, units: Mapping[str, UnitBytes], settings: EngineSettings) -> None:
         self.model, self.units, self.settings = model, units, settings
@@ -82,20 +83,20 @@ class Layout:
         blocks, band = [name for name in units if name not in ("embed", "head")], settings.band
         self.bands = [tuple(blocks[i : i + band]) for i in range(0, len(blocks), band)]
         self.groups = [*self.bands, ("head",), ("embed",)]  # units that are visited together
-        # the tied embedding collects its gradient from the head's use until the embedding's own, while the
+        # the gradient of a tied embedding is accumulated from the head to the embedding; in between, the
         # layers use the shared buffer
         self.own_gradient = ("embed",) if model.tie_embeddings else ()
 
     def copies(self) -> Slab:
-        """Room for the matrices of the largest visit in compute precision, where they are kept otherwise."""
+        """Memory for those matrices of the largest visit that are not stored in compute precision."""
         tied = self.model.tie_embeddings
-        # of the embedding rows are looked up; as the head it is a matrix
+        # the embedding only looks up rows; a tied one is a matrix when it is used as the head
         used = [*self.bands, ("embed",) if tied else ("head",)]
         size = max(sum(self.units[name].copied for name in group) for group in used)
         return Slab("layers in compute precision", GPU, size)
 
     def gradients(self) -> tuple[Slab, Slab]:
-        """The buffer that visits share, and that of a tied embedding."""
+        """The buffer that visits share, and the buffer of a tied embedding."""
         shared = [group for group in self.groups if group != self.own_gradient]
         sizes = (
             max(sum(self.units[name].gradients for name in group) for group in shared),
@@ -111,14 +112,14 @@ class Layout:
         return found
 
     def slots(self, hosted: Hosted) -> Slab:
-        """Two, of the size of the largest visit."""
+        """Two slots, each of the size of the largest visit."""
         return Slab("transfer of layers", GPU, hosted.slot, 2 if hosted.slot else 0)
 
     def boundaries(
         self, sequences: int, length: int, bands: int, stash_on_host: int, carry_on_host: bool
     ) -> BoundarySlabs:
-        """bands: boundaries that the stash has; 0 for evaluation. With clipping the output of the last band
-        has a place of its own, so that two backward passes can begin there."""
+        """bands: number of boundaries in the stash; 0 for evaluation. With clipping, the output of the last
+        band has its own memory, because two backward passes begin with it."""
         settings, dim = self.settings, self.model.dim
         exact, carries = Plain(settings.compute), 2 if settings.grad_clip else 1
         tokens = min(settings.micro_batch, sequences) * length
@@ -140,23 +141,23 @@ class Layout:
         return Slab("rotary tables", GPU, 2 * 4 * length * self.model.head_dim)
 
     def fixed(self, length: int) -> tuple[Slab, ...]:
-        """What does not depend on homes."""
+        """Slabs that do not depend on homes."""
         return self.copies(), *self.gradients(), self.rotary(length)
 
     def movable(
         self, hosted: Hosted, sequences: int, length: int, stash_on_host: int, carry_on_host: bool
     ) -> tuple[Slab, ...]:
-        """What depends on homes, for training on batches of a size."""
+        """Slabs that depend on homes, for training on batches of this size."""
         kept = self.boundaries(sequences, length, len(self.bands), stash_on_host, carry_on_host)
         return self.slots(hosted), *kept.all()
 
     def traffic(self, homes: Homes, sequences: int, length: int) -> tuple[int, int]:
         """Bytes that a step moves from the host to the GPU, and back.
 
-        Weights on the host are fetched in both directions, but those of the head once; state once; both are
-        written back. A boundary of the stash is written once and read in the forward and in the backward. The
-        carry passes once a band in the backward, and around the loss; with exact_forward the forward reads
-        and writes it instead of the stash.
+        Weights on the host are fetched in both passes, except the head's, which are fetched once. State is
+        fetched once. Both are written back. A boundary of the stash is written once and read in the forward
+        and in the backward pass. The carry is read and written once per band in the backward pass, and around
+        the loss; with exact_forward the forward pass reads and writes it instead of the stash.
         """
         fetched = stored = 0
         for name in homes.weights:

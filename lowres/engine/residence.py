@@ -1,7 +1,7 @@
-"""Units at hand: those that live in host memory are fetched one visit ahead and written back.
+"""Brings units from host memory to the GPU one visit ahead, and writes them back after their update.
 
-Two sets of slots on the GPU, taken in turns. While one visit computes, the units of the next arrive in
-the other set, and what an update changed leaves. A unit whose home is the GPU is used where it is.
+There are two slots on the GPU, used in turn. While one visit computes, the units of the next one arrive in
+the other slot, and updated units are copied back. A unit whose home is the GPU is used where it is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lowres.storage import Unit
 
 @dataclass(frozen=True)
 class Visit:
-    """Units that are needed together. update: with their state, and they will change."""
+    """Units that are needed together. update: they are changed, so their state is needed too."""
 
     units: tuple[str, ...]
     update: bool = False
 
 
 class Residence:
-    """Brings the units of every visit to the GPU, in the order that `begin` was told."""
+    """Brings the units of every visit to the GPU, in the order given to `begin`."""
 
     def __init__(
         self,
@@ -34,20 +34,20 @@ class Residence:
         slots: list[Tensor],
         mover: Mover,
     ) -> None:
-        """slots: two that the largest visit's hosted units fit into; none if all are on the GPU."""
+        """slots: two, each large enough for the hosted units of any visit; none if all are on the GPU."""
         self._units, self._homes, self._slots, self._mover = units, homes, slots, mover
-        # when the last copy out of a slot, and into the home of a unit, is done. A step of the engine ends
-        # when all copies have, and updates a unit once: it would do without the second, other visits not
+        # when the last copy out of a slot, and into the home of a unit, is done. The engine does not need
+        # the second, as a step updates a unit once and ends after all copies; other orders of visits do
         self._left: list[Event] = [None, None]
         self._written: dict[str, Event] = {}
         self._visits: list[Visit] = []
         self._at = 0
-        # of the visit that is on its way: its units on the GPU and when they are complete
+        # the units of the next visit on the GPU, and when they are complete
         self._coming: tuple[list[Unit], Event] = ([], None)
 
     def begin(self, visits: Sequence[Visit]) -> None:
-        """The visits that follow, in order. The first is fetched now, each other one when the one before it
-        begins; so that one may not update the same units."""
+        """Set the visits that follow, in order. The first is fetched now, every other one when the visit
+        before it begins. So two neighbouring visits must not update the same units."""
         self._visits, self._at = list(visits), 0
         self._coming = self._fetch(0)
 

@@ -1,6 +1,6 @@
-"""Matrices while their layer is visited: products whose weight gradients go straight into an fp32 buffer.
+"""Matrices during the visit of their layer: products that add their weight gradients to an fp32 buffer.
 
-A block (`lowres.model.block`) takes these in the place of its weights.
+A block (`lowres.model.block`) uses these in place of its weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lowres.model import Dropout, lora
 from lowres.storage import Storage, TensorSpec
 from lowres.target import kind_of
 
-# elements of a weight gradient in another precision that exist before they are added to the buffer
+# elements of a weight gradient that exist at one time before they are added to a buffer of another precision
 PRODUCT_CHUNK = 1 << 24
 
 
 def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 2-D matrices with the result in fp32 where the inputs are bf16."""
+    """a @ b of 2-D matrices; the result is fp32 if the inputs are bf16."""
     if a.dtype != torch.bfloat16:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if kind_of(a.device) == "cuda" else (a @ b).float()
@@ -33,14 +33,14 @@ def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def adds_wide() -> bool:
-    """Whether this PyTorch adds a bf16 product to an fp32 matrix in place. It does so only on CUDA, and its
-    first versions have the overload but want a bf16 matrix, so it is tried where there is a GPU. Waits for
-    the device; engines ask when they are built."""
+    """Whether this PyTorch can add a bf16 product to an fp32 matrix in place. It can only do so on CUDA. The
+    first versions with this overload require a bf16 matrix, so it is tried if there is a GPU. This waits for
+    the device, so engines call it when they are built."""
     if "dtype_out" not in torch.ops.aten.addmm.overloads():
         return False
-    if not torch.cuda.is_available():  # a plan for one takes it to be so
+    if not torch.cuda.is_available():  # a plan for a GPU assumes it
         return True
-    with _disable_current_modes():  # the answer outlives a trace
+    with _disable_current_modes():  # the cached answer is also used after a trace
         try:
             a = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
             total = torch.full((16, 16), 0.25, device="cuda")
@@ -51,14 +51,14 @@ def adds_wide() -> bool:
 
 
 def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad. Further
-    columns of dy and x are padding."""
+    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad. If dy and x
+    have more columns, those are padding."""
     dy, x = dy[:, : grad.shape[0]], x[:, : grad.shape[1]]
     if dy.dtype == grad.dtype:
         grad.addmm_(dy.T, x)
         return
     if dy.dtype == torch.bfloat16 and kind_of(grad.device) == "cuda" and adds_wide():
-        torch.addmm(grad, dy.T, x, out_dtype=grad.dtype, out=grad)  # the product never exists by itself
+        torch.addmm(grad, dy.T, x, out_dtype=grad.dtype, out=grad)  # no memory for the product
         return
     rows = max(1, PRODUCT_CHUNK // grad.shape[1])
     for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
@@ -66,8 +66,8 @@ def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
 
 
 def working_copy(storage: Storage, spec: TensorSpec, free: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """A matrix in the dtype of `free`, and what is left of that memory: the stored tensor where it has that
-    dtype, else a copy at the start of `free`, with zeros where it is padded (see `EngineSettings`)."""
+    """A matrix in the dtype of `free`, and the unused rest of `free`. The matrix is the stored tensor if that
+    has this dtype, else a copy at the start of `free`, padded with zeros (see `EngineSettings`)."""
     if storage.tensors()[""].dtype == free.dtype:
         return storage.dense(free.dtype), free
     (rows, columns), shape = spec.shape, spec.padded(pad)
@@ -79,17 +79,17 @@ def working_copy(storage: Storage, spec: TensorSpec, free: Tensor, pad: int) -> 
 
 
 class WorkingMatrix:
-    """A matrix while its layer is visited: its values in compute precision and its gradient buffer."""
+    """A matrix during the visit of its layer: its values in compute precision and its gradient buffer."""
 
     def __init__(self, value: Tensor, grad: Tensor | None) -> None:
-        """grad: None if there is none, in the forward pass or of a frozen matrix."""
+        """grad: None in the forward pass and for a frozen matrix."""
         self.value, self.grad = value, grad
 
     def __call__(self, x: Tensor) -> Tensor:
         return _Multiply.apply(x, self) if torch.is_grad_enabled() else self.product(x)
 
     def last(self, x: Tensor) -> Tensor:
-        """The product, to be differentiated, in the place of one whose value nobody needs."""
+        """The product as a node to differentiate; its value is not needed and not computed."""
         return _Last.apply(x, self)
 
     @property
@@ -118,7 +118,7 @@ class AdaptedMatrix(WorkingMatrix):
         dropout: Dropout,
         spec: TensorSpec,
     ) -> None:
-        """spec: of the frozen matrix; its name and width name the masks."""
+        """spec: of the frozen matrix; its name names the dropout masks, its width is theirs."""
         super().__init__(frozen.value, None)
         self.a, self.b, self.dropout, self.spec = a, b, dropout, spec
         self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
@@ -127,20 +127,20 @@ class AdaptedMatrix(WorkingMatrix):
         return lora.product(x, self._mask(x), self.matrices)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
-        """Add to the gradients of A and B; return that of x."""
+        """Add to the gradients of A and B; return the gradient of x."""
         assert self.a.grad is not None and self.b.grad is not None
         add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
         return lora.gradients(dy, x, self._mask(x), self.matrices, add_a, add_b)
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        """The dropout mask of x. Random numbers are named by element, so it is drawn without the padding."""
+        """The dropout mask of x. Random numbers are named by element, so the padding gets none."""
         width = self.spec.shape[1]
         mask = self.dropout.mask(self.spec.name, x[..., :width])
         return mask if mask is None else F.pad(mask, (0, x.shape[-1] - width))
 
 
 class _Multiply(torch.autograd.Function):
-    """x W^T whose weight gradient goes straight into an fp32 buffer instead of through autograd."""
+    """x W^T; its weight gradient is added to an fp32 buffer and does not pass through autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
@@ -155,7 +155,7 @@ class _Multiply(torch.autograd.Function):
 
 
 class _Last(torch.autograd.Function):
-    """`_Multiply` for the last product of a recomputation, whose value nobody needs: it is not computed."""
+    """`_Multiply` for the last product of a recomputation. Its value is not needed, so it is not computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: WorkingMatrix) -> Tensor:
@@ -167,10 +167,10 @@ class _Last(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are used up.
+    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are overwritten.
 
-    With a weight they become the gradient of weight times that sum; all in place, so that a chunk
-    has its logits in memory once.
+    With a weight, they become the gradient of weight times that sum. All of it is done in place, so that
+    the logits of a chunk are in memory only once.
     """
     counts = targets != IGNORED
     index = targets.clamp_min(0).unsqueeze(1)

@@ -1,15 +1,15 @@
-"""The plan: how many bytes each component of a run takes on GPU, host and disk, before any exists.
+"""The plan: how many bytes each component of a run takes on GPU, host and disk, before any of them exists.
 
-Slabs follow from the specifications and are exact. What lives only for a while (activations inside a
-layer, the loss chunk) is counted for the moment when it is largest, and belongs to a phase of the step;
-the peak is everything that stays plus the largest phase. `lowres.meter` measures the same quantities.
+Slabs follow from the specifications and are exact. A component that lives only for a while (activations
+inside a layer, the loss chunk) belongs to a phase of the step and is counted at its largest. The peak is
+everything that stays plus the largest phase. `lowres.meter` measures the same quantities.
 
 The plan also decides what the config leaves open: the micro-batch, the band, and what lives in host
-memory. On a machine without a GPU the same tensors live in the same memory; the plan still says what
-the GPU would need, so that a run can be planned anywhere.
+memory. On a machine without a GPU all tensors live in one memory; the plan still says what a GPU would
+need, so a run can be planned anywhere.
 
-plan        the plan as a record: what does not fit, and how that is said
-footprint   the arithmetic: bytes of every component
+plan        the plan as a record: what does not fit, and the messages about it
+footprint   the bytes of every component
 choice      the search for what fits
 """
 

@@ -1,6 +1,6 @@
-"""What the config leaves open, chosen so that it fits: the band, the micro-batch, what lives on the host.
+"""Chooses what the config leaves open so that a run fits: band, micro-batch, and what lives on the host.
 
-Where DeepSpeed does not fit, also the settings with which a run would.
+If a run with DeepSpeed does not fit, it also finds settings that would.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lowres.memory.footprint import Footprint
 from lowres.memory.plan import GIB, Crew, Plan, device_bytes, host_bytes
 from lowres.rooms import GPU, HOST, Homes
 
-ADAPTERS = "adapters"  # the part of a run that has them
-# tokens in a micro-batch beyond which a matrix product is no faster
+ADAPTERS = "adapters"  # the name of the part of a run that has adapters
+# with more tokens in a micro-batch, matrix products do not get faster
 USEFUL_TOKENS = {"cuda": 8192, "cpu": 2048}
 BANDS = (1, 2, 4, 8)
-# what no plan lists and a GPU needs: kernels that are loaded when they are first used, the cuBLAS workspace
-# of the thread that runs autograd, and memory between the allocator's blocks
+# memory on a GPU that no plan lists: kernels that are loaded at their first use, the cuBLAS workspace of the
+# thread that runs autograd, and gaps between the allocator's blocks
 LEFT_TO_CUDA = GIB
-# for the deepspeed engine: what may fit where a config does not, from the least change to the largest
+# for the deepspeed engine: changes that may make a config fit, from the smallest to the largest
 _STAGE_3 = {"deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
 _BF16 = {"memory.weights": "bf16", "memory.moments": "bf16"}
 _LAYERWISE = {"memory.engine": "layerwise"}
@@ -45,7 +45,7 @@ _INSTEAD = (
 def make_plans(
     config: Config, device: torch.device, on_this_machine: bool = False, crew: Crew | None = None
 ) -> dict[str, Plan]:
-    """The plan of each part of a run by name: the whole run, or with ReLoRA warm start and adapters."""
+    """The plan of each part of a run by name: `run`; with ReLoRA `warm start` and `adapters`."""
     relora, parts = config.relora, ["run"]
     if relora.enabled and relora.start_step < config.train.total_steps:
         parts = ["warm start", ADAPTERS] if relora.start_step else [ADAPTERS]
@@ -59,11 +59,11 @@ def make_plan(
     adapted: bool = False,
     crew: Crew | None = None,
 ) -> Plan:
-    """The plan of a run: the first that fits of bands from small to large, with the largest useful
-    micro-batch, and as little as possible on the host.
+    """The plan of a run: the smallest band that fits, with the largest useful micro-batch and as little as
+    possible on the host.
 
-    on_this_machine: a budget that the config leaves open is what the machine has, or the least that any
-    rank has. adapted: with the adapters of ReLoRA. crew: default the ranks that were started.
+    on_this_machine: a budget that the config leaves open is the memory of this machine, or with several
+    ranks the smallest of theirs. adapted: with the adapters of ReLoRA. crew: default: the started ranks.
     """
     crew = crew or Crew(ranks.size(), ranks.size_here())
     found: dict[str, int | None] = {GPU: None, HOST: None}
@@ -86,13 +86,13 @@ def make_plan(
 
 
 def _free_on(device: torch.device) -> int:
-    """Bytes that a plan may use where the config says nothing; 0 if that is not known."""
+    """Bytes that a plan may use if the config sets no budget; 0 if not known."""
     free = device_bytes(device) or 0
     return max(1, free - LEFT_TO_CUDA) if free and device.type == "cuda" else free
 
 
 def _named(config: Config, keys: dict[str, Any]) -> str:
-    """The settings that differ from those of a config: `a=1 with b=2, c=3`."""
+    """The keys whose values differ from the config, as text: `a=1 with b=2, c=3`."""
     before = config.model_dump()
     first, *rest = [
         f"{key}={value}" for key, value in keys.items() if before[(k := key.split("."))[0]][k[1]] != value
@@ -101,7 +101,7 @@ def _named(config: Config, keys: dict[str, Any]) -> str:
 
 
 def _changed(config: Config, keys: dict[str, Any]) -> Config | None:
-    """The config with other values, or None if they do not go with the rest of it."""
+    """The config with other values, or None if they contradict its other keys."""
     values = config.model_dump()
     for key, value in keys.items():
         section, name = key.split(".")
@@ -126,7 +126,7 @@ def _first_that_fits(
 
 @dataclass(frozen=True)
 class _Moved:
-    """How much has its home on the host: of the stash boundaries, of state and weights units, in order."""
+    """How much has its home on the host, counted in order: stash boundaries; units for state and weights."""
 
     units: tuple[str, ...]
     stash: int = 0
@@ -151,7 +151,7 @@ class _Planner:
         crew: Crew,
     ) -> None:
         self.config, self.device, self.budgets, self.crew = config, device, budgets, crew
-        self.sequences = -(-config.batch_sequences // crew.ranks)  # of a rank, in a step
+        self.sequences = -(-config.batch_sequences // crew.ranks)  # per rank and step
         self.footprint = Footprint(config, device, adapters, crew.ranks)
 
     def bands(self) -> tuple[int, ...]:
@@ -167,11 +167,11 @@ class _Planner:
             return self.place(min(asked, self.sequences), band)
         most = max(1, min(self.sequences, USEFUL_TOKENS[self.device.type] // config.data.seq_len))
         best = self.place(most, band)
-        if most == 1 or not best.problems:  # often, and each size is a trace
+        if most == 1 or not best.problems:  # the usual case; every other size costs a trace
             return best
         best = self.place(1, band)
         low, high = 1, most - 1
-        while low < high and not best.problems:  # the largest that fits, by halving
+        while low < high and not best.problems:  # binary search for the largest that fits
             middle = (low + high + 1) // 2
             plan = self.place(middle, band)
             if plan.problems:
@@ -181,7 +181,7 @@ class _Planner:
         return best
 
     def place(self, micro_batch: int, band: int) -> Plan:
-        """The plan that has least on the host; if nothing fits, the one with all there that may be."""
+        """The plan with as little as possible on the host; if none fits, the one with most there."""
         *steps, (everything, least) = self.steps(micro_batch, band)
         last = self.plan(Choice(micro_batch, band, everything.homes()))
         budget = self.budgets[GPU]
@@ -193,8 +193,8 @@ class _Planner:
         return last
 
     def steps(self, micro_batch: int, band: int) -> Iterator[tuple[_Moved, int]]:
-        """From what must be on the host to all that may be, in the order of `_cheapest_first`; and what of it
-        is on the GPU (`Footprint.movable`)."""
+        """What is on the host, from the least to the most that the config allows, in the order of
+        `_cheapest_first`; with each, the bytes on the GPU (`Footprint.movable`)."""
         kept = self.config.memory
         if kept.engine != "layerwise":
             yield _Moved(()), 0
@@ -229,9 +229,9 @@ class _Planner:
                 yield found()
 
     def _cheapest_first(self, layout: Layout, start: _Moved, limits: dict[str, int]) -> list[str]:
-        """What may move, from what costs least traffic in a step for each byte that it frees. By that the
-        carry comes last and state before weights. State costs less than the stash too, unless its slots take
-        what leaves, as those of an embedding do where the blocks have little."""
+        """What may move, sorted by the traffic in a step per byte that it frees on the GPU. So the carry
+        comes last, and state before weights. State also costs less than the stash, unless its slots take as
+        much as it frees: so it is if the embedding has state and the blocks have little."""
         sequences, length = self.config.batch_sequences, self.config.data.seq_len
 
         def measured(moved: _Moved) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""The bytes of every component of a run, once the choice is made.
+"""The bytes of every component of a run for a given choice.
 
-What is at rest follows from the specifications, slabs from the engine's layout, and what lives between
+Weights and state follow from the specifications, slabs from the engine's layout, and what lives between
 operations from traces. What DeepSpeed allocates is in `lowres.engine.zero_memory`.
 """
 
@@ -36,9 +36,9 @@ from lowres.storage import (
     weight_fields,
 )
 
-# what cuBLAS takes for itself, at most: PyTorch gives it 32 MiB on Hopper and 8 MiB elsewhere
+# the largest workspace of cuBLAS: PyTorch gives it 32 MiB on Hopper and 8 MiB elsewhere
 CUBLAS_WORKSPACE = 32 << 20
-# what the plan calls weights, by their kind
+# names of weights in the plan, by kind
 _GROUPS = {
     MATRIX: "block matrices",
     EMBEDDING: "embedding and head",
@@ -49,7 +49,7 @@ _GROUPS = {
 
 
 class Footprint:
-    """Everything that does not depend on the choice, computed once; then the components of a choice."""
+    """Computes once what does not depend on the choice; then gives the components of any choice."""
 
     def __init__(
         self, config: Config, device: torch.device, adapters: ReloraConfig | None, ranks: int
@@ -83,7 +83,7 @@ class Footprint:
         return EngineSettings.of(self.config, choice, self.device, self.adapters is not None)
 
     def _weights(self, unit: UnitSpec) -> dict[str, int]:
-        """Bytes of a unit's weights by component: what they are, and in which format."""
+        """Bytes of a unit's weights by component, which is their kind and format."""
         found: dict[str, int] = {}
         sizes = field_bytes(weight_fields(unit, {s.name: self.kinds[s.name] for s in unit.tensors}))
         for spec in unit.tensors:
@@ -93,7 +93,7 @@ class Footprint:
         return found
 
     def components(self, choice: Choice) -> tuple[Component, ...]:
-        """All that is alive at some moment of the run, and what a checkpoint takes on the disk."""
+        """Everything that is alive at some time of the run, and the size of a checkpoint on disk."""
         if self.config.memory.engine == "deepspeed":
             found = self._deepspeed(choice)
         elif self.config.memory.engine == "layerwise":
@@ -107,8 +107,8 @@ class Footprint:
         return tuple(c for c in found if c.bytes)
 
     def movable(self, layout: Layout, hosted: Hosted, stash_on_host: int, carry_on_host: bool) -> int:
-        """Bytes on the GPU of what may have its home there or on the host, and of what moves it. It is alive
-        always, so that of two choices that differ in their homes alone the peaks differ by this."""
+        """Bytes on the GPU of everything that may live there or on the host, and of the slots to move it.
+        All of it is always alive, so the peaks of two choices that differ only in homes differ by this."""
         slabs = layout.movable(
             hosted, self.config.batch_sequences, self.config.data.seq_len, stash_on_host, carry_on_host
         )
@@ -139,7 +139,7 @@ class Footprint:
         ]
 
     def _updates(self) -> list[Component]:
-        """What updates take, and leave."""
+        """Memory during updates, and memory that they keep."""
         found = self.trace.updates()
         block, rest = found.kept
         return [
@@ -148,7 +148,7 @@ class Footprint:
         ]
 
     def _autograd(self, choice: Choice) -> list[Component]:
-        """What the autograd engine adds: the whole model and two gradients of what is trained."""
+        """What the autograd engine adds: the whole model, and two gradients of every trained tensor."""
         model, width = self.config.model, self.compute.itemsize
         boundary = choice.micro_batch * self.config.data.seq_len * model.dim * width
         inside = self.trace.block(choice.micro_batch, self.compute, keeps_gradients=True)
@@ -156,7 +156,7 @@ class Footprint:
         block = sum(s.numel for s in self.units[self.blocks[0]].trained) * width
         gradients, embedding = trained * width, model.vocab * model.dim * width
         kept = boundary * (model.n_layers + 1)  # until the last block is differentiated
-        # the embedding's gradient comes last; if it is tied, beside that of its use as the head
+        # the embedding's gradient comes last; if it is tied, its gradient as the head exists too
         twice = embedding if model.tie_embeddings else 0
         first_block = boundary * 2 + inside + gradients - block - embedding + twice
         backward = max(kept + embedding + inside, first_block, boundary + gradients + twice)
@@ -170,7 +170,7 @@ class Footprint:
         ]
 
     def _deepspeed(self, choice: Choice) -> list[Component]:
-        """All of the deepspeed engine: that of autograd with gradients that leave as they come."""
+        """All components of the deepspeed engine. It is like autograd, but frees each gradient at once."""
         model = self.config.model
         dtype = torch.bfloat16 if self.config.memory.weights == "bf16" else self.compute
         tokens = choice.micro_batch * self.config.data.seq_len
@@ -187,7 +187,7 @@ class Footprint:
 
 
 def _listed(slabs: Iterable[Slab]) -> list[Component]:
-    """The components that slabs belong to."""
+    """Slabs as components."""
     found: dict[tuple[str, str], int] = {}
     for slab in slabs:
         key = slab.component, slab.room

@@ -1,4 +1,4 @@
-"""The plan as a record: components against budgets and the memory of this machine, in lines for the user."""
+"""The plan as a record: its components, compared with budgets and this machine, and messages for the user."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Crew:
 
 @dataclass(frozen=True)
 class Plan:
-    """All components of a run, or of one of its ranks, and what was chosen for it."""
+    """All components of a run, or of one of its ranks, and the choice for it."""
 
     components: tuple[Component, ...]
     choice: Choice
@@ -35,7 +35,7 @@ class Plan:
     batch_tokens: int
     budgets: dict[str, int | None]  # bytes by room; None is no limit
     crew: Crew = Crew()
-    alternatives: tuple[tuple[str, Plan], ...] = ()  # settings that may fit where this does not
+    alternatives: tuple[tuple[str, Plan], ...] = ()  # settings that may fit if this does not
 
     @property
     def micro_batch(self) -> int:
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """What does not fit, and what to change; a line each."""
+        """What does not fit, and what to change; one line per problem."""
         found = []
         for room, key in ((GPU, "memory.budget_gib"), (HOST, "memory.host_budget_gib")):
             budget, peak = self.budgets[room], self.peak(room)
@@ -69,7 +69,7 @@ class Plan:
                 largest = max((c for c in self.components if c.room == room), key=lambda c: c.bytes)
                 fitting = [name for name, other in self.alternatives if not other.problems]
                 found.append(
-                    f"{key}: {self._whose} needs {peak / GIB:.2f} GiB of {room} memory, there are "
+                    f"{key}: {self._whose} needs {peak / GIB:.2f} GiB of {room} memory, but the budget is "
                     f"{budget / GIB:.2f} GiB; the largest part is the {largest.name} "
                     f"({largest.bytes / GIB:.2f} GiB); "
                     f"{_would_fit(fitting) or _REMEDIES.get(largest.name, _SMALLER)}"
@@ -81,8 +81,8 @@ class Plan:
         return "the run" if self.crew.ranks == 1 else f"each of {self.crew.ranks} ranks"
 
     def lacks(self, device: torch.device) -> dict[str, tuple[int, int]]:
-        """Bytes needed and bytes free of what this machine has not got, right now, by room; those of the
-        host for all ranks here."""
+        """Rooms in which this machine has too little memory right now: bytes needed and bytes free. For the
+        host, the need of all ranks on this machine."""
         needs = {GPU: self.peak(GPU), HOST: self.peak(HOST) * self.crew.here}
         if device.type == "cpu":  # one memory for both
             needs = {HOST: needs[GPU] * self.crew.here + needs[HOST]}
@@ -129,7 +129,9 @@ class Plan:
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
         )
         if self.crew.ranks > 1:
-            lines.append(f"all this for each of {self.crew.ranks} ranks, {self.crew.here} on a machine")
+            lines.append(
+                f"these numbers are per rank; {self.crew.ranks} ranks, {self.crew.here} on each machine"
+            )
         if self._hosted() or not any(c.room == HOST for c in self.components):
             lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
         return "\n".join(lines)
@@ -152,7 +154,7 @@ _REMEDIES = {
     "gradient buffer": "lower memory.band",
     "activations inside a layer": "lower train.micro_batch or memory.band",
     "loss chunk": "lower memory.loss_chunk",
-    "optimizer state": "set memory.moments=int8, or optim.name=apollo-mini, which needs next to none",
+    "optimizer state": "set memory.moments=int8, or optim.name=apollo-mini, which needs almost none",
     "master copy": "set memory.master_dtype=bf16 or memory.master=none",
     "accumulated gradients": "set memory.engine=layerwise",
     "model in compute precision": "set memory.engine=layerwise",
@@ -160,7 +162,7 @@ _REMEDIES = {
 
 
 def _would_fit(names: list[str]) -> str:
-    """The least change that keeps DeepSpeed, and the least that does not."""
+    """The smallest change that keeps DeepSpeed, and the smallest that does not."""
     kinds = [[n for n in names if n.startswith("memory.engine") is other] for other in (False, True)]
     least = [kind[0] for kind in kinds if kind]
     return "what fits: " + ", or ".join(least) if least else ""
@@ -173,23 +175,23 @@ def require_fit(plan: Plan) -> None:
 
 
 def require_machine(plan: Plan, device: torch.device) -> None:
-    """Raise DoesNotFit with one line if this machine has not got, right now, what the plan takes."""
+    """Raise DoesNotFit with one line if this machine has less free memory than the plan needs."""
     for room, (need, free) in plan.lacks(device).items():
         fitting = [name for name, p in plan.alternatives if not (p.problems or p.lacks(device))]
         raise DoesNotFit(
             f"the run needs {need / GIB:.2f} GiB of {room} memory, this machine has {free / GIB:.2f} GiB "
-            f"free; {_would_fit(fitting) or '`lowres plan` shows what takes it'}"
+            f"free; {_would_fit(fitting) or '`lowres plan` shows what needs it'}"
         )
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """Memory of the room that the plan calls gpu: free on a CUDA device, that of the host on a CPU."""
+    """Free memory of the room `gpu`: of the CUDA device, or of the host on a CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_bytes()
 
 
 def host_bytes() -> int | None:
-    """Host memory that can be had without swapping, also in a container; None where the system does not
-    say."""
+    """Host memory that is available without swapping, also in a container; None if the system does not
+    report it."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -203,7 +205,8 @@ def host_bytes() -> int | None:
 
 
 def _container_bytes() -> list[int]:
-    """What is left of the limit of this process's control group, if it has one; cached files give way."""
+    """What is left of the memory limit of this process's control group, if it has one. Cached files count
+    as free."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))

@@ -1,12 +1,12 @@
-"""What lives between operations, found by running the code of a step on tensors without memory.
+"""Memory that lives between operations, found by running the code of a step on tensors without memory.
 
-The engine and the optimizer are the real ones; `torch._subclasses.fake_tensor` gives every tensor its shape,
+The engine and the optimizer are the real ones. `torch._subclasses.fake_tensor` gives every tensor a shape,
 and `lowres.meter` counts. Widths, vocabulary, micro-batch and length are real too. The model is cut to one
-band of layers, as a step takes one at a time, and to two micro-batches, as the second finds what the first
-has left. Slabs are subtracted: they are described in `lowres.engine.layout`.
+band, because a step works on one at a time, and the batch to two micro-batches, because what the first one
+leaves is alive during the second. Slabs are subtracted: `lowres.engine.layout` describes them.
 
-Traces are on CPU tensors also for CUDA (`lowres.target`). What a kernel allocates inside itself no trace can
-see; `inside_kernel` adds it.
+Traces use CPU tensors, also for CUDA (`lowres.target`). A trace cannot see what a kernel allocates inside
+itself; `inside_kernel` adds it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _aten = torch.ops.aten
 
 
 class Traced(LiveTensors):
-    """Counts tensors without memory. A question for a number on the device is answered with one or yes, so
-    that all that happens only sometimes (an update, a new projection) does."""
+    """Counts tensors without memory. Reading a number from the device returns 1 or True, so everything that
+    happens only sometimes (an update, a new projection) happens."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -56,13 +56,13 @@ class Traced(LiveTensors):
 
 
 def inside_kernel(func: Callable[..., Any], args: Any) -> int:
-    """Bytes that the kernel of an operation takes for itself while it runs.
+    """Bytes that the kernel of an operation allocates for itself while it runs.
 
     Backward of flash attention on CUDA (PyTorch's aten/.../flash_attn/flash_api.cpp, `mha_bwd`): an fp32
-    accumulator of dq and one number a row, both of a length rounded up to 128 and heads to 32, and for
-    grouped keys dk and dv of every head. In fp32 the memory-efficient kernel takes the one number a row
+    accumulator of dq and one number per row, with the length rounded up to 128 and the head width to 32; and
+    dk and dv of every head if keys are grouped. In fp32 the memory-efficient kernel needs one number per row
     (`_efficient_attention_backward`). Singular values (BatchLinearAlgebra.cpp, `linalg_svd`): a copy of the
-    matrix, which the solver destroys.
+    matrix, which the solver overwrites.
     """
     if func is _aten._linalg_svd.default:
         return int(args[0].nbytes)
@@ -85,14 +85,14 @@ def _rounded(number: int, multiple: int) -> int:
 
 @contextmanager
 def without_memory(kind: str, rooms: Rooms | None = None, brief: bool = False) -> Iterator[Traced]:
-    """Tensors made in the block have no memory, and are counted; code works as on that kind of device."""
+    """Tensors made in the block have no memory and are counted; code behaves as on this kind of device."""
     live = Traced(rooms)
     with planned_for(kind, brief), FakeTensorMode(allow_non_fake_inputs=True), live:
         yield live
 
 
 class _Still:
-    """In the place of an optimizer, where only activations are of interest."""
+    """An optimizer that does nothing, for traces of activations."""
 
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
@@ -100,7 +100,7 @@ class _Still:
 
 
 class _Watched:
-    """An optimizer, and the bytes that its updates of each unit left behind."""
+    """An optimizer, and the bytes that remain after its updates of each unit."""
 
     def __init__(self, updater: Updater, live: LiveTensors) -> None:
         self._updater, self._live = updater, live
@@ -117,20 +117,20 @@ class _Watched:
 
 @dataclass(frozen=True)
 class Updates:
-    """workspace: most bytes beside gradients and state while a unit is updated. kept: bytes that stay from
-    step to step of a block, and of the other units together."""
+    """workspace: peak bytes in addition to gradients and state while a unit is updated. kept: bytes that stay
+    from step to step: for one block, and for all other units together."""
 
     workspace: int
     kept: tuple[int, int]
 
 
-# bands above this one take for each more layer what its last one took: the same is kept of all
+# above this band, every further layer adds as many bytes as the last traced one
 _TRACED_BAND = 3
 
 
 def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
-    """The traces of a run on a kind of device; of runs that differ in nothing they depend on the same ones,
-    as a run is planned more than once."""
+    """The traces of a run on a kind of device. They are cached by everything they depend on, because a run is
+    planned more than once."""
     homes = {f"{what}_on" for what in ("weights", "state", "stash", "carry")}
     budgets = {"budget_gib", "host_budget_gib", "rehearse"}
     parts = [
@@ -149,7 +149,7 @@ tracers: dict[tuple[object, ...], Tracer] = {}
 
 
 class Tracer:
-    """Traces of a run on a kind of device, each made when it is asked for first."""
+    """Traces of a run on a kind of device; each is made at its first use."""
 
     def __init__(self, config: Config, kind: str, adapters: ReloraConfig | None) -> None:
         self._config, self._kind, self._adapters = config, kind, adapters
@@ -159,7 +159,7 @@ class Tracer:
         self.loss = cache(self._loss)
 
     def phases(self, micro_batch: int, band: int, several: bool) -> dict[str, int]:
-        """Most bytes beyond the slabs by phase of a layer-major step, but for the update. several: whether a
+        """Peak bytes beyond the slabs by phase of a layer-major step, except the update. several: whether a
         step has more than one micro-batch."""
         found = self._traced(micro_batch, min(band, _TRACED_BAND), several)
         if band <= _TRACED_BAND:
@@ -176,7 +176,7 @@ class Tracer:
             return _beyond_slabs(live, rooms)
 
     def _updates(self) -> Updates:
-        """Of the first step, one with new projections beside the old ones, and one that merges."""
+        """Traces the first step, a step that replaces projections, and a step that merges."""
         rooms, config = Rooms(_CPU), _installed(self._config)
         relora = config.relora
         steps = [0, config.optim.refresh_every or 1]
@@ -217,14 +217,14 @@ class Tracer:
     # the whole model and PyTorch's autograd
 
     def _block(self, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> int:
-        """Most bytes while a block of `Llama` is recomputed and differentiated, beyond its input and the
-        gradient of its output; with the gradients of its own weights, if they are kept."""
+        """Peak bytes while a block of `Llama` is recomputed and differentiated, beyond its input and the
+        gradient of its output. Includes the gradients of its weights if they are kept."""
         model = self._config.model.model_copy(update={"n_layers": 1, "vocab_size": 2})
         return self._differentiated(model, self._adapters, micro_batch, dtype, keeps_gradients, 2)
 
     def _loss(self, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> int:
-        """Most bytes from the last block's output, which is not counted, to its gradient; with the gradient
-        of the head."""
+        """Peak bytes from the last block's output, which is not counted, to its gradient. Includes the
+        gradient of the head if it is kept."""
         model = self._config.model.model_copy(update={"n_layers": 0, "tie_embeddings": False})
         return self._differentiated(model, None, micro_batch, dtype, keeps_gradients, 1)
 
@@ -237,7 +237,7 @@ class Tracer:
         keeps_gradients: bool,
         boundaries: int,
     ) -> int:
-        """Peak of a micro-batch through a small `Llama`, without its parameters and so many boundaries."""
+        """Peak of a micro-batch through a small `Llama`, minus its parameters and this many boundaries."""
         config = self._config
         dropout = Dropout(adapters.dropout if adapters else 0.0, 0)
         dropout.step = 0
@@ -249,7 +249,7 @@ class Tracer:
                     parameter.data = parameter.data.to(dtype)
                 if parameter.requires_grad and not keeps_gradients:
                     parameter.register_post_accumulate_grad_hook(_drop)
-            # its own gradient comes when all else is gone
+            # its gradient is made after everything else is freed
             embedding.requires_grad_(False)
             embedding.register_forward_hook(lambda *found: found[-1].requires_grad_())
             tokens = torch.zeros(micro_batch, config.data.seq_len, dtype=torch.int64)
@@ -270,8 +270,8 @@ def _beyond_slabs(live: LiveTensors, rooms: Rooms) -> dict[str, int]:
 
 
 def _installed(config: Config) -> Config:
-    """The config; or where bitsandbytes is missing, one whose moments take no less to work on. Such a run
-    cannot start here, but it can be planned."""
+    """The config; or, if it needs bitsandbytes and that is missing, one whose moments need at least as much
+    workspace. Such a run cannot start here, but it can be planned."""
     optim, kept = config.optim, config.memory
     if optim.name == "adamw8bit" or kept.moments == "int8":
         try:

@@ -1,11 +1,11 @@
-"""How fast a run will be: a few seconds of measuring give rates, and the work of a planned step is divided by
-them.
+"""Predicts how fast a run will be: measures rates for a few seconds, and divides the work of a planned step
+by them.
 
-work        what a step does, counted: operations, elements, bytes
-rates       what the machine does in a second, measured
-prediction  the first divided by the second
+work        the work of a step, counted: operations, elements, bytes
+rates       the rates of this machine, measured
+prediction  work divided by rates
 
-What is in no rate: reading the batch, the embedding's lookup, evaluation and checkpoints.
+Not included: reading the batch, the embedding lookup, evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ __all__ = [
 def probe(config: Config, plan: Plan) -> Probe:
     """Measure the device that the run would use, or the CPU if it has none, and predict."""
     if config.memory.engine == "deepspeed":
-        raise UserError("--probe: knows nothing of DeepSpeed's steps; leave it out, or use engine=layerwise")
+        raise UserError(
+            "--probe: it measures layer-major steps only; leave it out, or set memory.engine=layerwise"
+        )
     missing = config.run.device == "cuda" and not torch.cuda.is_available()
     device = torch.device("cpu") if missing else pick_device(config)
     note = ""
     if missing:
-        note = "there is no CUDA device here: rates and prediction are those of this CPU"
+        note = "there is no CUDA device here: rates and prediction are for this CPU"
     rates = measure(config, plan, device)
     target = config.train.total_steps * config.train.batch_tokens
     prediction = predict(config, plan, rates, device)

@@ -1,4 +1,4 @@
-"""How long a planned step will take: its work divided by what the machine does."""
+"""How long a planned step will take: its work divided by the machine's rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prediction:
     gflops_per_token: float
     to_gpu_gb: float  # moved in a step, 10^9 bytes
     to_host_gb: float
-    products_s: float  # seconds of a step; these four are compute_s
+    products_s: float  # seconds of a step; compute_s is the sum of these four
     beside_products_s: float
     dequantise_s: float
     update_s: float
@@ -37,8 +37,8 @@ class Prediction:
 
 
 def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> Prediction:
-    """Seconds of a step. On CUDA transfers run beside the computation and each other, in both directions;
-    on a CPU they are copies in its own time."""
+    """Seconds of a step. On CUDA, computation and the transfers in both directions run in parallel; on a CPU,
+    transfers are copies that take time of their own."""
     tokens, model = config.train.batch_tokens, config.model
     engine = config.memory.engine
     compute = compute_dtype(config.memory.compute, device)
@@ -50,14 +50,14 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
         forward / (rates.products_tflops * 1e12) + backward / (rates.backward_products_tflops * 1e12)
     )
     block_us = rates.block_forward_us + rates.block_backward_us
-    beside = tokens * (model.n_layers * block_us + rates.loss_us) / 1e6
+    beside_products = tokens * (model.n_layers * block_us + rates.loss_us) / 1e6
     dequantise = (
         dequantised_elements(config, compute) / (rates.dequantise_g_s * 1e9) if rates.dequantise_g_s else 0.0
     )
     update = plan.parameters / (rates.update_g_s * 1e9)
-    compute_s = products + beside + dequantise + update
+    compute_s = products + beside_products + dequantise + update
 
-    # the plan's boundaries have the format of the device that the plan is for, which may not be here
+    # boundaries have the compute format of the planned device, which may not be in this machine
     planned_for = torch.device("cuda" if config.run.device == "cuda" else device.type)
     fetched, stored = step_bytes(config, plan, compute_dtype(config.memory.compute, planned_for))
     directions = fetched / (rates.to_gpu_gb_s * 1e9), stored / (rates.to_host_gb_s * 1e9)
@@ -68,7 +68,7 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
         to_gpu_gb=fetched / 1e9,
         to_host_gb=stored / 1e9,
         products_s=products,
-        beside_products_s=beside,
+        beside_products_s=beside_products,
         dequantise_s=dequantise,
         update_s=update,
         compute_s=compute_s,
@@ -83,7 +83,7 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Rates, what they mean for a run, and a note on where they are from."""
+    """Rates, the prediction for a run, and a note on where they were measured."""
 
     rates: Rates
     prediction: Prediction
@@ -107,16 +107,16 @@ class Probe:
             [
                 *([f"note: {self.note}"] if self.note else []),
                 f"{r.device}: {r.compute} products {r.products_tflops:.3g} TFLOPS, backward "
-                f"{r.backward_products_tflops:.3g}; beside them {r.block_forward_us:.3g} and "
-                f"{r.block_backward_us:.3g} us a token and block, loss {r.loss_us:.3g} us a token",
+                f"{r.backward_products_tflops:.3g}; other work {r.block_forward_us:.3g} and "
+                f"{r.block_backward_us:.3g} us per token and block, loss {r.loss_us:.3g} us per token",
                 f"copies to the GPU {r.to_gpu_gb_s:.3g} GB/s, to the host {r.to_host_gb_s:.3g} GB/s; "
                 f"{dequantised} G elements/s dequantised, {r.update_g_s:.3g} updated",
-                f"a step: {p.gflops_per_token:.3g} GFLOPs a token; products {p.products_s:.3g} s, beside "
-                f"them {p.beside_products_s:.3g} s, dequantising {p.dequantise_s:.3g} s, updates "
+                f"a step: {p.gflops_per_token:.3g} GFLOPs per token; products {p.products_s:.3g} s, other "
+                f"work {p.beside_products_s:.3g} s, dequantising {p.dequantise_s:.3g} s, updates "
                 f"{p.update_s:.3g} s: compute {p.compute_s:.3g} s",
                 f"transfers {p.to_gpu_gb:.3g} GB to the GPU, {p.to_host_gb:.3g} GB to the host: "
                 f"{p.transfer_s:.3g} s; {p.limit} {'limits' if p.limit == 'compute' else 'limit'} the step",
                 f"predicted: {p.tokens_per_s:,.4g} tokens/s, {p.days_to_target:,.3g} days for "
-                f"{self.target_tokens:,} tokens, {p.days_per_billion_tokens:,.3g} days a billion tokens",
+                f"{self.target_tokens:,} tokens, {p.days_per_billion_tokens:,.3g} days per billion tokens",
             ]
         )

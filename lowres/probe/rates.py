@@ -1,7 +1,7 @@
-"""What a machine does in a second, measured for a few of them with the run's own functions.
+"""The rates of a machine, measured for a few seconds with the functions that a run uses.
 
-The numbers are random, since a chip may be faster on zeros. On CUDA all shapes are the real ones; on a CPU
-they are cut to slices of a layer, so that a 7B model takes seconds too.
+Inputs are random, because a chip may be faster on zeros. On CUDA all shapes are the real ones; on a CPU they
+are cut to slices of a layer, so that a 7B model also takes only seconds.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms
 from lowres.storage import BIAS, DENSE_DTYPES, MATRIX, TensorSpec, Unit, compute_dtype
 
-# a measurement is repeated so often, or fewer times once it has taken so many seconds
+# each measurement is repeated this often, or until it has taken this many seconds
 REPEATS, ENOUGH_SECONDS = 5, 0.6
-WARM_UP_SECONDS = 0.05  # on CUDA, so that clocks are up
-# slices on a CPU: tokens and operations of a product, elements of the residual stream, and logits
+WARM_UP_SECONDS = 0.05  # on CUDA, so that the clocks are at full speed
+# sizes of slices on a CPU: tokens and operations of a product, elements of the residual stream, logits
 CPU_TOKENS, CPU_FLOPS, CPU_ELEMENTS, CPU_LOGITS = 512, 4_000_000_000, 1 << 20, 1 << 23
 COPY_BYTES = {"cuda": 256 << 20, "cpu": 64 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a machine does. None: the run has nothing of the kind."""
+    """The rates of a machine. None: the run does no such work."""
 
     device: str
     compute: str  # number format of the products
     products_tflops: float  # x W^T, with the shapes of a block
     backward_products_tflops: float  # dy W, and dy^T x added to a gradient
-    block_forward_us: float  # microseconds a token and block beside the products: norms, attention, SwiGLU
+    block_forward_us: float  # microseconds per token and block without products: norms, attention, SwiGLU
     block_backward_us: float  # recomputed and differentiated
-    loss_us: float  # microseconds a token from logits to their gradient
-    to_gpu_gb_s: float  # 10^9 bytes a second
+    loss_us: float  # microseconds per token from logits to their gradient
+    to_gpu_gb_s: float  # 10^9 bytes per second
     to_host_gb_s: float
-    dequantise_g_s: float | None  # 10^9 elements a second
+    dequantise_g_s: float | None  # 10^9 elements per second
     update_g_s: float  # the rule and the rounding into the stored format
 
 
 def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
-    """Measure for a few seconds. Raises DoesNotFit if the GPU has no room for a layer."""
+    """Measure for a few seconds. Raises DoesNotFit if a layer does not fit on the GPU."""
     compute = compute_dtype(config.memory.compute, device)
     try:
         forward, backward = _products(config, plan, device, compute)
-        beside = _beside_products(config, plan, device, compute)
+        others = _beside_products(config, plan, device, compute)
         loss = _loss(config, plan, device, compute)
         to_gpu, to_host = _copies(device)
         dequantise, update = _weights(config, device, compute)
@@ -66,15 +66,15 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
         if not is_out_of_memory(error):
             raise
         raise DoesNotFit(
-            f"--probe: no room on the GPU ({str(error).splitlines()[0]}); end what else uses it"
+            f"--probe: the GPU is full ({str(error).splitlines()[0]}); end other programs that use it"
         ) from None
     return Rates(
         device=_device_name(device),
         compute=str(compute).removeprefix("torch."),
         products_tflops=forward / 1e12,
         backward_products_tflops=backward / 1e12,
-        block_forward_us=beside[0] * 1e6,
-        block_backward_us=beside[1] * 1e6,
+        block_forward_us=others[0] * 1e6,
+        block_backward_us=others[1] * 1e6,
         loss_us=loss * 1e6,
         to_gpu_gb_s=to_gpu / 1e9,
         to_host_gb_s=to_host / 1e9,
@@ -117,7 +117,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _products(config: Config, plan: Plan, device: torch.device, compute: torch.dtype) -> tuple[float, float]:
-    """Operations a second of the products of a block, forward and backward, over all its matrices."""
+    """Operations per second of the products of a block, forward and backward, over all its matrices."""
     tokens = plan.micro_batch * config.data.seq_len
     if device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
@@ -148,7 +148,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 
 
 class _Ready(torch.autograd.Function):
-    """In the place of a product: its result and the gradient of its input are there already."""
+    """Replaces a product: its result and the gradient of its input exist already."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, dx: Tensor) -> Tensor:
@@ -163,8 +163,8 @@ class _Ready(torch.autograd.Function):
 def _beside_products(
     config: Config, plan: Plan, device: torch.device, compute: torch.dtype
 ) -> tuple[float, float]:
-    """Seconds a token that a block takes beside its matrix products: in the forward pass, and in
-    recomputation with backward. On a CPU some heads are measured and counted for all."""
+    """Seconds per token of everything in a block except its matrix products: in the forward pass, and in
+    recomputation with backward. On a CPU some heads are measured, and the time is scaled to all."""
     length, sequences = config.data.seq_len, plan.micro_batch
     model = _slice(config.model, length, device)
     if device.type == "cpu":
@@ -178,7 +178,9 @@ def _beside_products(
         if len(spec.shape) == 2:
             y, dx = streams[spec.shape[0]], streams[spec.shape[1]]
             weights[spec.role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
-        elif spec.kind != BIAS:  # which is added in the memory of a product; here that is shared
+        elif (
+            spec.kind != BIAS
+        ):  # no biases: they are added in place to a product, and here products share memory
             weights[spec.role] = torch.ones(spec.shape, device=device, requires_grad=True)
     rope = rope_tables(model, length, device)
     x, dy = _random((sequences, length, model.dim), compute, device), streams[model.dim]
@@ -196,7 +198,7 @@ def _beside_products(
 
 
 def _slice(model: ModelConfig, length: int, device: torch.device) -> ModelConfig:
-    """One layer and next to no vocabulary; on a CPU also fewer heads, with as much less of the rest."""
+    """One layer and almost no vocabulary; on a CPU also fewer heads, and the other widths in proportion."""
     group = model.n_heads // model.kv_heads
     heads = model.n_heads
     if device.type == "cpu":
@@ -214,7 +216,7 @@ def _slice(model: ModelConfig, length: int, device: torch.device) -> ModelConfig
 
 
 def _loss(config: Config, plan: Plan, device: torch.device, compute: torch.dtype) -> float:
-    """Seconds a token from logits to the loss and their gradient."""
+    """Seconds per token from logits to the loss and their gradient."""
     vocab = config.model.vocab
     chunk = min(config.memory.loss_chunk, plan.micro_batch * config.data.seq_len)
     if device.type == "cpu":
@@ -231,11 +233,11 @@ def _loss(config: Config, plan: Plan, device: torch.device, compute: torch.dtype
 
 
 def _copies(device: torch.device) -> tuple[float, float]:
-    """Bytes a second from host memory to the GPU, and back, as the engine copies."""
+    """Bytes per second from host memory to the GPU and back, copied as in the engine."""
     rooms, mover, size = Rooms(device), Mover(device), COPY_BYTES[device.type]
     on_gpu, on_host = (rooms.slab("probe", room, size) for room in (GPU, HOST))
     for slab in (on_gpu, on_host):
-        slab.fill_(1)  # untouched memory may be one page of zeros
+        slab.fill_(1)  # memory that was never written may be one shared page of zeros
     to_gpu = _seconds(lambda: mover.wait(mover.fetch([(on_gpu, on_host)])), device)
     to_host = _seconds(lambda: mover.wait(mover.store([(on_host, on_gpu)])), device)
     mover.finish()
@@ -243,7 +245,7 @@ def _copies(device: torch.device) -> tuple[float, float]:
 
 
 def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tuple[float | None, float]:
-    """Elements of a block that are dequantised a second (None if they are used as stored), and updated."""
+    """Elements of a block per second: dequantised (None if they are used as stored), and updated."""
     rooms, kept = Rooms(device), config.memory
     config = config.model_copy(update={"model": _slice(config.model, config.data.seq_len, device)})
     unit = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)["layers.0"]

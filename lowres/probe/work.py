@@ -1,5 +1,5 @@
-"""The work of a planned step, counted exactly: floating-point operations of the matrix products, elements
-that are dequantised, bytes that pass between the rooms.
+"""The work of a planned step, counted exactly: floating-point operations of the matrix products, dequantised
+elements, and bytes that are copied between the rooms.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from lowres.model import block_shapes, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
 from lowres.storage import DENSE_DTYPES, field_bytes, state_fields
 
-# causal attention: its backward computes the scores once more, so 5 products where the forward has 2
+# causal attention: its backward computes the scores again, so it has 5 products; the forward has 2
 ATTENTION_BACKWARD = 2.5
 
 
 def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "layerwise") -> dict[str, int]:
-    """Floating-point operations that the hardware does for a token of a step, by part.
+    """Floating-point operations of the hardware per token of a step, by part.
 
     forward, recomputation, backward: products of the blocks. The layer-major recomputation stops before
-    the down projection of a band's last layer; that of autograd does not, and repeats the head. head,
-    attention: in all directions; attention counts half of the square of positions.
+    the down projection of a band's last layer; the recomputation of autograd does not, and it also repeats
+    the head. head, attention: in all directions; attention counts half of the square of positions.
     """
     shapes = block_shapes(model)
     matrices = sum(s[0] * s[1] for s in shapes.values() if len(s) == 2)
@@ -63,7 +63,7 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
 
 
 def dequantised_elements(config: Config, compute: torch.dtype) -> int:
-    """Elements of matrices that a step turns into the number format of the computation."""
+    """Elements of matrices that a step converts to the compute format."""
     model, kept = config.model, config.memory
     kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
     found = 0
@@ -73,7 +73,7 @@ def dequantised_elements(config: Config, compute: torch.dtype) -> int:
                 if kept.engine == "autograd":
                     visits = 1
                 elif spec.role == "embedding":
-                    visits = int(model.tie_embeddings)  # rows are looked up; as the head it is a matrix
+                    visits = int(model.tie_embeddings)  # it looks up rows; tied, it is also the head
                 else:
                     visits = 1 if spec.role == "head" else 2
                 found += visits * spec.numel

@@ -1,0 +1,166 @@
+"""The `torch.optim.Optimizer` classes: which rule serves which parameter, and what is refused."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowres.optim import Apollo, ApolloMini, Fira, GaLore
+from lowres.optim.torch_optim import ADAMW
+from tests.rules import Make, adam_mini
+
+
+def test_groups_say_which_rule() -> None:
+    matrix, embedding, bias = (nn.Parameter(torch.randn(s)) for s in ((8, 4), (10, 4), (4,)))
+    named = Apollo([("x.weight", matrix), ("embed_tokens.weight", embedding), ("x.bias", bias)])
+    assert [spec.role for spec in named._parts[0].specs] == ["matrix", ADAMW, ADAMW]
+    groups: list[dict[str, Any]] = [
+        {"params": [embedding], "role": "matrix", "lr": 0.5, "rank": 2},
+        {"params": [matrix, bias], "role": ADAMW},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explicit = Apollo(groups, lr=0.1)
+    assert [[spec.role for spec in part.specs] for part in explicit._parts] == [["matrix"], [ADAMW, ADAMW]]
+    embedding.grad = torch.randn(10, 4)
+    explicit.step()
+    assert explicit.state[embedding]["exp_avg"].shape == (10, 2) and not explicit.state[matrix]
+    with pytest.warns(UserWarning, match=r"parameters without names.*model.named_parameters\(\)"):
+        plain = Apollo([matrix, bias])
+    assert [spec.role for spec in plain._parts[0].specs] == ["matrix", ADAMW]
+    with pytest.raises(ValueError, match="bias: has the shape"):
+        Apollo([{"params": [("x.bias", bias)], "role": "matrix"}])
+    with pytest.raises(ValueError, match="'attention' is not known"):
+        Apollo([{"params": [matrix], "role": "attention"}])
+    with pytest.raises(ValueError, match="float16"):
+        Apollo([("h", nn.Parameter(torch.zeros(4, 4, dtype=torch.float16)))])
+    with pytest.raises(ValueError, match="rank: 0 must be at least 1"):
+        Apollo([matrix], rank=0)
+
+
+@pytest.mark.parametrize(
+    "make, key, value",
+    [
+        *((make, "lr", -1.0) for make in (Apollo, ApolloMini, GaLore, Fira, adam_mini)),
+        (Apollo, "betas", (0.9, 1.0)),
+        (Apollo, "betas", (0.9,)),
+        (Apollo, "betas", 0.9),
+        (Apollo, "eps", 0.0),
+        (Apollo, "weight_decay", -0.1),
+        (Apollo, "moments", "fp8"),
+        (Apollo, "projection", "gauss"),
+        *((make, "rank", 0) for make in (Apollo, GaLore, Fira)),
+        (GaLore, "scale", 0.0),
+        (Fira, "refresh_every", 0),
+        (adam_mini, "n_heads", 0),
+        (adam_mini, "n_heads", 3),
+    ],
+)
+def test_bad_values_are_named(make: Make, key: str, value: object) -> None:
+    """As a default or in a group."""
+    named = [("q_proj.weight", nn.Parameter(torch.zeros(64, 64)))]
+    with pytest.raises(ValueError, match=f"^{key}: .* must be "):
+        make(named, **{key: value})
+    if key != "n_heads":
+        with pytest.raises(ValueError, match=f"^{key}: .* must be "):
+            make([{"params": named, key: value}])
+
+
+def test_what_cannot_be_updated_is_named() -> None:
+    with pytest.raises(ValueError, match=r"c: is torch\.complex64; only fp32, bf16 and fp64"):
+        Apollo([("c", nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64)))])
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4))
+    optimizer = Apollo(model.named_parameters())
+    model(torch.tensor([1])).sum().backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"^0\.weight: its gradient is sparse; use nn\.Embedding\(sparse=False\)"
+    ):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_flattened_parameters_are_refused() -> None:
+    """As ZeRO hands them on: nothing of a matrix is left to see."""
+    model = nn.Linear(4, 4)
+    optimizer = Apollo(model.named_parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"Apollo: parameters have other shapes than at the start.* ZeRO"):
+        optimizer.step()
+
+
+def test_odd_parameters_are_served() -> None:
+    """Scalars, convolutions, rows that are not contiguous, one that joins late, one without a gradient."""
+    odd = {
+        "scalar": nn.Parameter(torch.tensor(1.0)),
+        "half": nn.Parameter(torch.tensor(1.0, dtype=torch.bfloat16)),
+        "kernel": nn.Parameter(torch.randn(4, 3, 5, 5)),
+        "half_kernel": nn.Parameter(torch.randn(4, 3, 5, 5, dtype=torch.bfloat16)),
+        "turned": nn.Parameter(torch.randn(6, 8).T),
+        "late": nn.Parameter(torch.randn(8, 6)),
+        "double": nn.Parameter(torch.randn(8, 6, dtype=torch.float64)),
+        "frozen": nn.Parameter(torch.randn(8, 6)),
+    }
+    before = {key: p.detach().clone() for key, p in odd.items()}
+    optimizer = ApolloMini(odd.items(), lr=0.1)
+    for step in range(4):
+        for key, p in odd.items():
+            if key != "frozen" and (key != "late" or step > 1):
+                p.grad = torch.randn_like(p)
+        optimizer.step()
+    for key, p in odd.items():
+        assert torch.equal(before[key], p) == (key == "frozen"), key
+        assert p.isfinite().all()
+    assert optimizer.state[odd["late"]]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", (128, 64)),  # fused
+        ("model.layers.0.self_attn.q_proj.weight", (128, 64)),  # fused under an innocent name
+        ("model.layers.0.self_attn.q_proj.lora_A.default.weight", (8, 64)),
+        ("model.layers.0.mlp.experts.gate_up_proj", (4, 64, 192)),
+        ("model.layers.0.mlp.down_proj.weight", (4, 64, 96)),
+        ("transformer.h.0.attn.c_attn.weight", (64, 192)),
+        ("model.layers.0.scale", (64,)),
+    ],
+)
+def test_adam_mini_names_what_it_cannot_place(name: str, shape: tuple[int, ...]) -> None:
+    known = ("model.layers.0.self_attn.k_proj.weight", nn.Parameter(torch.zeros(32, 64)))
+    unknown = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match="AdamMini cannot place") as caught:
+        adam_mini([known, (name, unknown)])
+    assert f"{name} {list(shape)}" in str(caught.value) and known[0] not in str(caught.value)
+    optimizer = adam_mini([{"params": [known]}, {"params": [(name, unknown)], "role": ADAMW}])
+    assert [part.specs[0].role for part in optimizer._parts] == ["k", ADAMW]
+
+
+def test_adam_mini_goes_by_modules_not_by_parts_of_names() -> None:
+    """The reference takes "mlp_norm" for a part of the MLP."""
+    shapes = {"mlp_norm.weight": (64,), "self_attn.q_proj.bias": (64,), "mlp.down_proj.weight": (64, 96)}
+    optimizer = adam_mini([(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()])
+    assert [spec.role for spec in optimizer._parts[0].specs] == ["norm", ADAMW, "down"]
+    fields = [
+        rule.state_fields(spec)
+        for spec, rule in zip(optimizer._parts[0].specs, optimizer._parts[0].rules, strict=True)
+    ]
+    assert [f["exp_avg_sq"][1] for f in fields] == [(1,), (64,), (64,)]
+
+
+def test_adam_mini_knows_head_dim() -> None:
+    named = [("q_proj.weight", nn.Parameter(torch.zeros(4 * 32, 64)))]
+    with pytest.raises(ValueError, match="cannot place"):
+        adam_mini(named)
+    optimizer = adam_mini(named, head_dim=32)
+    assert optimizer.describe_partition().split()[:5] == ["q", "4", "blocks", "of", "32"]
+    with pytest.raises(ValueError, match=r"cannot place 0\.0"):
+        adam_mini([nn.Parameter(torch.zeros(64, 64))])
+    roles = adam_mini([{"params": [nn.Parameter(torch.zeros(64, 64))], "role": "q"}])
+    assert roles._parts[0].specs[0].role == "q"
+    with pytest.raises(ValueError, match="'attn' is not known"):
+        adam_mini([{"params": [nn.Parameter(torch.zeros(64, 64))], "role": "attn"}])
