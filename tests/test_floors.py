@@ -1,6 +1,8 @@
 """The house: a file imports only from floors below its own, or from its own package."""
 
 import ast
+import tomllib
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import lowres
@@ -78,3 +80,14 @@ def test_nothing_of_ours_is_a_pickle() -> None:
     for path in ROOT.rglob("*.py"):
         text = path.read_text("utf-8")
         assert "import pickle" not in text and "torch.save" not in text and "torch.load(" not in text, path
+
+
+def test_every_package_is_installed() -> None:
+    """Also without -e, where only the packages that pyproject.toml finds are copied."""
+    found = tomllib.loads((ROOT.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"][
+        "packages"
+    ]
+    packages = {".".join(p.parent.relative_to(ROOT.parent).parts) for p in ROOT.rglob("__init__.py")}
+    assert {"lowres", "lowres.rules"} < packages
+    assert packages == {p for p in packages if any(fnmatchcase(p, one) for one in found["find"]["include"])}
+    assert {p.parent for p in ROOT.rglob("*.py")} == {p.parent for p in ROOT.rglob("__init__.py")}
