@@ -8,6 +8,8 @@ from lowres.config import PRESETS, Config
 from lowres.config_file import changed_keys, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
 from lowres.reference import choices, describe, markdown
+from lowres.rules import KEYS, RULES
+from lowres.storage import FORMATS
 
 SURFACE = {
     "run": {"name", "seed", "init_from", "device"},
@@ -24,20 +26,9 @@ SURFACE = {
     }
     | {"tie_embeddings", "qkv_bias", "qk_norm"},
     "data": {"source", "val_source", "tokenizer", "vocab_size", "seq_len", "cache"},
-    "optim": {
-        "name",
-        "lr",
-        "embed_lr",
-        "betas",
-        "eps",
-        "weight_decay",
-        "grad_clip",
-        "rank",
-        "scale",
-        "refresh_every",
-    }
-    | {"norm_lr", "adamw_betas", "adamw_eps"}
-    | {"scale_front", "projection", "lr_over_batch", "batch_policy", "limiter", "decay_embeddings"},
+    "optim": {"name", "lr", "lr_over_batch", "batch_policy", "embed_lr", "norm_lr", "betas", "eps"}
+    | {"adamw_betas", "adamw_eps", "weight_decay", "decay_embeddings", "grad_clip", "limiter"}
+    | KEYS.keys(),  # what rules declare in their own files
     "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
     "relora": {
         "enabled",
@@ -88,7 +79,8 @@ def test_docs_hold_the_generated_reference() -> None:
 def test_choices_are_listed() -> None:
     """Also of keys whose names are registered elsewhere, and inside unions and lists."""
     fields = {s: f.annotation.model_fields for s, f in Config.model_fields.items()}  # type: ignore[union-attr]
-    assert choices(fields["memory"]["weights"]) == ["fp32", "bf16", "int8"]
+    assert choices(fields["memory"]["weights"]) == list(FORMATS)
+    assert set(choices(fields["optim"]["name"])) == set(RULES)
     assert choices(fields["memory"]["embeddings"]) == ["auto", "fp32", "bf16"]
     assert choices(fields["optim"]["projection"]) == ["random", "svd"]
     assert choices(fields["model"]["preset"]) == list(PRESETS)

@@ -43,7 +43,7 @@ from lowres.engine.working import (
     matmul_wide,
     working_copy,
 )
-from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_body, rms_norm, rope_tables
+from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_terms, rms_norm, rope_tables
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 from lowres.target import chunks
@@ -277,8 +277,7 @@ class LayerwiseEngine:
         with torch.enable_grad():
             for w in layers[:-1]:
                 x = block(x, w, self._rope, self.config)
-            residual, product = block_body(x, layers[-1], self._rope, self.config)
-            return residual, layers[-1]["down"].last(product)
+            return block_terms(x, layers[-1], self._rope, self.config)
 
     def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]

@@ -169,11 +169,15 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def normed(y: Tensor, w: Weights, role: str, config: ModelConfig) -> Tensor:
+    """The norm of what a matrix has produced, if the model has one there."""
+    return norm(y, w[f"{role}_norm"], config) if f"{role}_norm" in w else y
+
+
 def heads(x: Tensor, w: Weights, role: str, count: int, config: ModelConfig) -> Tensor:
     """Queries, keys or values [B, T, count, E] of normalised x [B, T, D]."""
     b, t, _ = x.shape
-    y = biased(x, w, role).view(b, t, count, config.head_dim)
-    return norm(y, w[f"{role}_norm"], config) if f"{role}_norm" in w else y
+    return normed(biased(x, w, role).view(b, t, count, config.head_dim), w, role, config)
 
 
 def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
@@ -192,11 +196,7 @@ def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelC
 def block_body(
     x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
 ) -> tuple[Tensor, Tensor]:
-    """A block without its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F].
-
-    The block's output is `residual + down(product)`. The backward pass needs these two but not the output,
-    so recomputation stops here.
-    """
+    """A block without its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F]."""
     x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
     h = norm(x, w["mlp_norm"], config)
     return x, F.silu(linear(h, w["gate"])) * linear(h, w["up"])
@@ -206,3 +206,17 @@ def block(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfi
     """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
     x, product = block_body(x, w, rope, config)
     return x + linear(product, w["down"])
+
+
+def not_recomputed(config: ModelConfig) -> tuple[str, ...]:
+    """Roles of matrices whose products a recomputation leaves out: no gradient depends on their values."""
+    return ("down",)
+
+
+def block_terms(
+    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
+) -> tuple[Tensor, Tensor]:
+    """Two terms whose sum is the output of a block, for its backward pass. A weight of `not_recomputed` must
+    have `last`: its product has a graph, but no value."""
+    x, product = block_body(x, w, rope, config)
+    return x, w["down"].last(product)

@@ -4,13 +4,15 @@ elements, and bytes that are copied between the rooms.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from lowres.config import Config, ModelConfig
 from lowres.engine import EngineSettings
 from lowres.engine.layout import Layout, UnitBytes
 from lowres.memory import Plan
-from lowres.model import block_shapes, storage_kinds, unit_specs
+from lowres.model import block_shapes, not_recomputed, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
 from lowres.storage import DENSE_DTYPES, field_bytes, state_fields
 
@@ -28,7 +30,8 @@ def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "
     shapes = block_shapes(model)
     matrices = sum(s[0] * s[1] for s in shapes.values() if len(s) == 2)
     layers, head = model.n_layers, model.vocab * model.dim
-    skipped = -(-layers // band) * shapes["down"][0] * shapes["down"][1] if engine == "layerwise" else 0
+    left_out = sum(math.prod(shapes[role]) for role in not_recomputed(model))
+    skipped = -(-layers // band) * left_out if engine == "layerwise" else 0
     attention = 2 * seq_len * model.dim  # scores and values, 2 operations each, half of the positions
     return {
         "forward": 2 * layers * matrices,

@@ -5,9 +5,13 @@ formats   the interface of a storage, and the registry of number formats
 dense     fp32 and bf16
 int8      codes and scales
 unit      a unit in memory: weights and optimizer state, each in one slab
+
+A file with another format registers it when it is imported, which happens here.
 """
 
-from lowres.storage import dense, int8
+import importlib
+import pkgutil
+
 from lowres.storage.dense import Dense
 from lowres.storage.formats import (
     DENSE_DTYPES,
@@ -43,6 +47,9 @@ from lowres.storage.unit import (
     state_fields,
     weight_fields,
 )
+
+for _file in sorted(pkgutil.iter_modules(__path__), key=lambda file: file.name):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [
     "ADAPTER",
