@@ -144,9 +144,10 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
         )
     rule = RULES[config.optim.name]
     used = {*rule.reads, *(key.name for key in rule.keys)}
-    for key in ("eps", *KEYS):
+    for key in ("betas", "eps", *KEYS):
         if key in values.get("optim", {}) and key not in used:
-            notes.append(f"optim.{key} is not used by {config.optim.name}")
+            other = "" if rule.for_all or key in KEYS else f"; optim.adamw_{key} is for the other tensors"
+            notes.append(f"optim.{key} is not used by {config.optim.name}{other}")
     for key in ("adamw_betas", "adamw_eps"):
         if key in values.get("optim", {}) and rule.for_all:
             notes.append(

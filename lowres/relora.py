@@ -25,7 +25,7 @@ from lowres import rng
 from lowres.config import ReloraConfig
 from lowres.model import fresh_adapter
 from lowres.optim import Clock, Optimizer
-from lowres.rules.base import NORM
+from lowres.rules.base import UPDATE_NORM
 from lowres.rules.moments import Moment
 from lowres.storage import (
     ADAPTERS,
@@ -169,8 +169,8 @@ def forget(
     """
     state = unit.state[spec.name]
     moments = [key for key in signed if key in state]
-    if NORM in state:
-        state[NORM].zero_()
+    if UPDATE_NORM in state:
+        state[UPDATE_NORM].zero_()
     if config.reset == "zero":
         for key in moments:
             for part in (key, f"{key}.absmax"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from lowres.config import Config
 from lowres.engine import Engine, make_engine
 from lowres.memory import Plan
@@ -11,7 +9,7 @@ from lowres.meter import LiveTensors
 from lowres.model import Units, empty_units
 from lowres.relora import Relora
 from lowres.rooms import GPU, HOST, Homes, Rooms
-from lowres.storage import MASTER, aligned
+from lowres.storage import FORMATS, MASTER, Unit, aligned
 from tests.helpers import make_optimizer
 
 # components that live in a phase of the step; all others stay from step to step
@@ -40,18 +38,20 @@ def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:
                     continue
                 if part == "state":
                     component = "master copy" if name.endswith(f".{MASTER}") else "optimizer state"
-                elif tensor.dtype == torch.int8:
-                    component = "block matrices: int8 codes"
-                elif name.endswith(".scales"):
-                    component = "block matrices: scales"
                 else:
-                    kind = {torch.float32: "fp32", torch.bfloat16: "bf16"}[tensor.dtype]
-                    what = "block matrices" if "layers" in name else "embedding and head"
-                    what = "adapters" if "lora" in name else what
-                    vectors = "biases" if name.endswith(".bias") else "norms"
-                    component = f"{what}: {kind}" if tensor.dim() == 2 else f"{vectors}: fp32"
+                    component = component_of(unit, name)
                 found[component, room] = found.get((component, room), 0) + aligned(tensor.nbytes)
     return found
+
+
+def component_of(unit: Unit, tensor: str) -> str:
+    """The component of the plan that a stored tensor of a weight belongs to."""
+    spec = next(spec for spec in unit.spec.tensors if tensor.startswith(spec.name))
+    part = FORMATS[unit.kinds[spec.name]].parts[tensor.removeprefix(spec.name)]
+    if len(spec.shape) == 1:
+        return f"{'biases' if spec.name.endswith('.bias') else 'norms'}: {part}"
+    what = "block matrices" if "layers" in spec.name else "embedding and head"
+    return f"{'adapters' if 'lora' in spec.name else what}: {part}"
 
 
 def phases(live: LiveTensors, rooms: Rooms) -> Bytes:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lowres import checkpoint
 from lowres.errors import DoesNotFit, UserError
 from lowres.meter import LiveTensors
+from lowres.storage import FORMATS
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -246,3 +247,8 @@ def test_every_tensor_must_be_used_and_fit(tmp_path: Path) -> None:
     checkpoint.load_unit(saved, "embed", fewer, all_used=False)
     with pytest.raises(UserError, match="norm is missing or has another shape or type"):
         checkpoint.load_unit(saved, "embed", tensors() | {"norm": torch.zeros(2)})
+
+
+def test_every_number_format_can_be_saved() -> None:
+    for found in FORMATS.values():
+        assert {dtype for dtype, _ in found.fields((2, 2)).values()} <= checkpoint.DTYPES.keys(), found.name

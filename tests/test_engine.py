@@ -40,9 +40,14 @@ from tests.helpers import (
 MODELS = {
     "plain": SMALL,
     "grouped": SMALL.model_copy(update={"n_kv_heads": 2}),
-    "tied": SMALL.model_copy(update={"tie_embeddings": True}),
     "qwen2": SMALL.model_copy(update={"n_kv_heads": 2, "qkv_bias": True}),
     "qwen3": SMALL.model_copy(update={"n_kv_heads": 2, "qk_norm": True}),
+    # every option, also one that comes later
+    **{
+        key: SMALL.model_copy(update={key: True})
+        for key, field in ModelConfig.model_fields.items()
+        if field.annotation is bool
+    },
 }
 
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from lowres.model import unit_specs
 from lowres.optim import Apollo, ApolloMini, Fira, GaLore
 from lowres.optim.torch_optim import ADAMW
+from lowres.optim.torch_optim import CLASSES as REGISTERED
 from tests.helpers import SMALL, make_config, make_optimizer, make_units
 from tests.rules import Make, Waits, adam_mini
 
 # few steps between two projections, so that the tests see new ones
 CLASSES: dict[str, tuple[Make, dict[str, Any]]] = {
+    **{made.definition.name: (made, {}) for made in REGISTERED.values()},
     "apollo": (Apollo, {"refresh_every": 3, "rank": 8}),
     "apollo svd": (Apollo, {"refresh_every": 3, "projection": "svd"}),
     "apollo-mini": (ApolloMini, {"refresh_every": 3}),

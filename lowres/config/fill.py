@@ -71,7 +71,8 @@ def _optimizer(values: Values) -> Values:
     rule = RULES[name]
     optim = rule.defaults | {"name": name} | optim
     if not rule.for_all:
-        optim = {"adamw_betas": optim["betas"], "adamw_eps": optim["eps"]} | optim
+        betas, eps = rule.adamw(optim["betas"], optim["eps"])
+        optim = {"adamw_betas": betas, "adamw_eps": eps} | optim
     # with DeepSpeed, `checks` refuses such an optimizer by its name
     if rule.moments is not None and memory.get("engine") != "deepspeed":
         values = values | {"memory": memory | {"moments": rule.moments}}

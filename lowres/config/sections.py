@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
 from lowres.config.base import Count, OneOf, Positive, Rate, Section, resumable
 from lowres.rules import KEYS, RULES
+from lowres.rules.limiter import GROWTH
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -144,12 +146,20 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
+
+
 class GeneralOptim(Section):
     """The optimizer. Defaults that depend on its name are filled in when the config is read."""
 
-    name: Annotated[str, OneOf(RULES)] = "apollo-mini"
-    """Optimizer of the matrices of the blocks. adamw, adamw8bit, adam-mini and sgd also update every other
-    tensor; with the other optimizers, AdamW updates embedding, head, norms and biases."""
+    name: Annotated[str, OneOf(RULES)] = Field(
+        default="apollo-mini",
+        description="Updates the matrices of the blocks, and every other tensor too if it is "
+        f"{_listed(rule.name for rule in RULES.values() if rule.for_all)}; with the others, AdamW updates "
+        "embedding, head, norms and biases.",
+    )
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate; default lr_over_batch times the batch if that is given, otherwise the optimizer's
     default."""
@@ -181,11 +191,14 @@ class GeneralOptim(Section):
     grad_clip: Annotated[float, Field(ge=0)] = 0.0
     """Clip the global gradient norm to this; 0 = off. The layerwise engine needs a second backward pass for
     it, because it does not know the global norm before its first update."""
-    limiter: float | None = None
-    """Fira's norm-growth limiter: the largest factor by which the norm of a tensor's update may grow from one
-    step to the next (without the learning rate); 0 = off. It applies to every tensor that the named optimizer
-    updates, not to those that AdamW updates instead; with fira, to the part of the gradient outside the
-    projection. Default 1.01 for apollo, apollo-mini and fira, otherwise 0."""
+    limiter: float | None = Field(
+        default=None,
+        description="Fira's norm-growth limiter: the largest factor by which the norm of a tensor's update "
+        "may grow from one step to the next (without the learning rate); 0 = off. It applies to every tensor "
+        "that the named optimizer updates, not to those that AdamW updates instead; with fira, to the part of "
+        "the gradient outside the projection. Default 0, but 1.01 for "
+        f"{_listed(rule.name for rule in RULES.values() if rule.limiter == GROWTH)}.",
+    )
 
     @model_validator(mode="after")
     def _check_limiter(self) -> GeneralOptim:

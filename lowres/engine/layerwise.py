@@ -277,7 +277,7 @@ class LayerwiseEngine:
         with torch.enable_grad():
             for w in layers[:-1]:
                 x = block(x, w, self._rope, self.config)
-            return block_terms(x, layers[-1], self._rope, self.config)
+            return block_terms(x, layers[-1], self._rope, self.config, recomputed=True)
 
     def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]

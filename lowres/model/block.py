@@ -193,30 +193,28 @@ def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelC
     return linear(y.transpose(1, 2).reshape(b, t, -1), w["o"])
 
 
-def block_body(
-    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
-) -> tuple[Tensor, Tensor]:
-    """A block without its down projection: the residual stream [B, T, D] and the SwiGLU product [B, T, F]."""
-    x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
-    h = norm(x, w["mlp_norm"], config)
-    return x, F.silu(linear(h, w["gate"])) * linear(h, w["up"])
-
-
 def block(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
     """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
-    x, product = block_body(x, w, rope, config)
-    return x + linear(product, w["down"])
+    x, y = block_terms(x, w, rope, config)
+    return x + y
 
 
 def not_recomputed(config: ModelConfig) -> tuple[str, ...]:
-    """Roles of matrices whose products a recomputation leaves out: no gradient depends on their values."""
+    """Roles of matrices whose products a recomputation leaves out, as no gradient depends on them."""
     return ("down",)
 
 
 def block_terms(
-    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig
+    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, recomputed: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Two terms whose sum is the output of a block, for its backward pass. A weight of `not_recomputed` must
-    have `last`: its product has a graph, but no value."""
-    x, product = block_body(x, w, rope, config)
-    return x, w["down"].last(product)
+    """Two terms [B, T, D] whose sum is the output of a block.
+
+    recomputed: only for the backward pass. Products of `not_recomputed` then have a graph and no value; the
+    weight provides them as `last`.
+    """
+    x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
+    h = norm(x, w["mlp_norm"], config)
+    product = F.silu(linear(h, w["gate"])) * linear(h, w["up"])
+    if recomputed and "down" in not_recomputed(config):
+        return x, w["down"].last(product)
+    return x, linear(product, w["down"])

@@ -71,7 +71,7 @@ def _state(optimizer: Optimizer, spec: TensorSpec) -> str:
         if key in words:
             parts.append(words[key])
         elif shape == spec.shape:
-            parts.append(f"{key} {KIND[dtype]}")
+            parts.append(f"{key} {KIND.get(dtype, str(dtype).removeprefix('torch.'))}")
         elif not key.endswith(".absmax"):  # these are part of an int8 moment
             parts.append(f"{key} {list(shape)}" if shape else key)
     return ", ".join([*parts, *([words[""]] if "" in words else [])]) or "none"

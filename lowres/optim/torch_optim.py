@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -158,7 +158,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, p in zip(names, params, strict=True):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
-        own, adamw = self._rule(group), RULES["adamw"].make(self._settings(group))
+        betas, eps = self.definition.adamw(group["betas"], group["eps"])
+        settings = replace(self._settings(group), betas=betas, eps=eps)
+        own, adamw = self._rule(group), RULES["adamw"].make(settings)
         roles = self._roles(group, names)
         # a scalar is treated as a 1-D tensor with one element
         specs = [
@@ -210,7 +212,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         # parameters may have been added later, and may be on several devices
         together: dict[tuple[bool, torch.device, int], list[int]] = {}
         for i, (p, spec, rule) in enumerate(zip(group["params"], part.specs, part.rules, strict=True)):
-            rule.betas, rule.eps = group["betas"], group["eps"]  # some schedulers change them
+            betas, eps = group["betas"], group["eps"]  # some schedulers change them
+            if spec.role == ADAMW:
+                betas, eps = self.definition.adamw(betas, eps)
+            rule.betas, rule.eps = betas, eps
             if p.grad is None:
                 continue
             if not self.state[p]:

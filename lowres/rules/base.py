@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 Betas = tuple[float, float]
 
 # names of state tensors: element-wise moments, and the norm of the last update, which a limiter reads
-EXP_AVG, EXP_AVG_SQ, MOMENTUM, NORM = "exp_avg", "exp_avg_sq", "momentum", "norm"
+EXP_AVG, EXP_AVG_SQ, MOMENTUM, UPDATE_NORM = "exp_avg", "exp_avg_sq", "momentum", "norm"
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Rule(ABC):
     moments: ClassVar[Mapping[str, bool]] = {}
     """Its moments of the gradient: state key (first moment first) -> whether it can be negative."""
 
+    # read at every update, as schedulers may change them
     betas: Betas
     eps: float
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lowres.rules import lowrank
-from lowres.rules.base import NORM, State
+from lowres.rules.base import UPDATE_NORM, State
 from lowres.storage import Fields
 
 GROWTH = 1.01  # the published gamma
 # how fast the remembered norm may fall per step: otherwise one tiny gradient would keep the updates small
 # for a thousand steps, because growth is limited to 1 % per step
 SLOWEST_FALL = 0.5
-NORM_FIELDS: Fields = {NORM: (torch.float32, ())}
+NORM_FIELDS: Fields = {UPDATE_NORM: (torch.float32, ())}
 
 
 def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -> Tensor:
@@ -29,7 +29,7 @@ def limit(norms: Tensor, states: list[State], accepted: Tensor, growth: float) -
     Only accepted norms are stored, in `state["norm"]`. A gradient of zero does not change it. The first
     norm is stored and not limited.
     """
-    kept = [state[NORM] for state in states]
+    kept = [state[UPDATE_NORM] for state in states]
     last = torch.stack(kept)
     excess = torch.where(last > 0, (norms / (last + 1e-8)).clamp(min=growth) / growth, 1.0)
     new = torch.maximum(norms / excess, last * SLOWEST_FALL)

@@ -50,7 +50,8 @@ class Definition:
 
     about: a phrase for help and docs, with the source. make: builds the rule for matrices. lr, eps, betas,
     limiter, keys: defaults. reads: the general keys that the rule uses. for_all: it also updates embedding,
-    head, norms and biases; otherwise AdamW updates them. limits_itself: the rule limits the part that its
+    head, norms and biases; otherwise AdamW updates them, with adamw_betas and adamw_eps, by default those of
+    the rule. limits_itself: the rule limits the part that its
     paper limits; for other rules the optimizer limits the whole update. moments: the number format of its
     element-wise moments, if only one is possible. class_name: its `torch.optim` class in `lowres.optim`, if
     it has one.
@@ -66,6 +67,8 @@ class Definition:
     keys: Mapping[Key, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ("betas", "eps")
     for_all: bool = False
+    adamw_betas: Betas | None = None
+    adamw_eps: float | None = None
     limits_itself: bool = False
     moments: str | None = None
     class_name: str | None = None
@@ -76,6 +79,10 @@ class Definition:
         follow from the batch."""
         own = {key.name: value for key, value in self.keys.items()}
         return {"eps": self.eps, "betas": self.betas, "limiter": self.limiter} | own
+
+    def adamw(self, betas: Betas, eps: float) -> tuple[Betas, float]:
+        """betas and eps of the AdamW for the other tensors, for a rule with these."""
+        return self.adamw_betas or betas, self.adamw_eps or eps
 
 
 RULES: dict[str, Definition] = {}
