@@ -195,8 +195,8 @@ class GeneralOptim(Section):
         default=None,
         description="Fira's norm-growth limiter: the largest factor by which the norm of a tensor's update "
         "may grow from one step to the next (without the learning rate); 0 = off. It applies to every tensor "
-        "that the named optimizer updates, not to those that AdamW updates instead; with fira, to the part of "
-        "the gradient outside the projection. Default 0, but 1.01 for "
+        "that the named optimizer updates, not to those that AdamW updates instead; with fira, to the part "
+        "of the gradient outside the projection. Default 0, but 1.01 for "
         f"{_listed(rule.name for rule in RULES.values() if rule.limiter == GROWTH)}.",
     )
 
