@@ -376,7 +376,7 @@ def _verify(parsed: argparse.Namespace) -> None:
         print(f"{folder}: {'; '.join(problems) or 'ok'}")
     if damaged:
         raise CheckFailed(
-            f"{damaged} of the checkpoints in {parsed.folder} is damaged; older ones are used by --resume"
+            f"damaged checkpoints in {parsed.folder}: {damaged}; --resume uses the newest valid one"
         )
 
 
