@@ -268,7 +268,7 @@ def _plan(parsed: argparse.Namespace) -> None:
     config = _load(parsed)
     if parsed.probe and config.memory.engine == "deepspeed":
         raise UserError(
-            "--probe: it measures layer-major steps only; leave it out, or set memory.engine=layerwise"
+            "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
         )
     # the vocabulary that the data will have, if the config gives it
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
@@ -376,7 +376,7 @@ def _verify(parsed: argparse.Namespace) -> None:
         print(f"{folder}: {'; '.join(problems) or 'ok'}")
     if damaged:
         raise CheckFailed(
-            f"{damaged} of the checkpoints in {parsed.folder} is damaged; older ones are used by --resume"
+            f"damaged checkpoints in {parsed.folder}: {damaged}; --resume uses the newest valid one"
         )
 
 

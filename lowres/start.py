@@ -145,12 +145,12 @@ def _meet(config: Config, device: torch.device) -> None:
     engine, source = config.memory.engine, config.data.source
     if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
-            f"memory.engine: {engine} runs in one process, but {ranks.size()} were started; use deepspeed, "
+            f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, "
             "or `lowres train` without a launcher"
         )
     if ranks.size() > 1 and is_stream(source):
         raise UserError(
-            f"data.source: {source} is a stream, but several ranks need a prepared folder; make one with "
+            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
             f"`lowres data prepare {source} OUT`"
         )
     if engine == "deepspeed":

@@ -452,7 +452,7 @@ def test_biases_are_updated_element_by_element(name: str) -> None:
     value.fill_(0.5)
     grads = {s.name: torch.ones(s.shape) for s in unit.spec.tensors}
     grads[spec.name] = torch.linspace(-3, 3, spec.numel)
-    wanted = value - 1e-2 * grads[spec.name].sign()  # Adam's first update, whatever the gradient's size
+    wanted = value - 1e-2 * grads[spec.name].sign()  # Adam's first update, for any size of gradient
     optimizer.update(unit, grads, 0, 1.0, torch.tensor(True))
     torch.testing.assert_close(value, wanted, rtol=0, atol=1e-4)
 

@@ -175,14 +175,14 @@ def test_transfers_hide_behind_the_computation_on_a_gpu_only() -> None:
     config = planned(memory={"stash_on": "host", "compute": "bf16"})
     plan = make_plan(config, CUDA)
     boundary = 100_000 * 1024 * 2
-    beside = predict(config, plan, RATES, CUDA)
+    parallel = predict(config, plan, RATES, CUDA)
     there, back = 8 * boundary / 20e9, 4 * boundary / 10e9
-    assert beside.transfer_s == pytest.approx(max(there, back)) and beside.limit == "compute"
-    assert beside.step_s == beside.compute_s
-    assert predict(config, plan, RATES, CPU).step_s == pytest.approx(beside.compute_s + there + back)
+    assert parallel.transfer_s == pytest.approx(max(there, back)) and parallel.limit == "compute"
+    assert parallel.step_s == parallel.compute_s
+    assert predict(config, plan, RATES, CPU).step_s == pytest.approx(parallel.compute_s + there + back)
     slow = Rates(**{**asdict(RATES), "to_gpu_gb_s": 0.01})
     limited = predict(config, plan, slow, CUDA)
-    assert limited.limit == "transfers" and limited.step_s == limited.transfer_s > beside.step_s
+    assert limited.limit == "transfers" and limited.step_s == limited.transfer_s > parallel.step_s
 
 
 def test_plan_with_a_probe() -> None:

@@ -38,7 +38,7 @@ def test_decisions_write_nothing(config: Path, tmp_path: Path) -> None:
     changed, _ = load_config(config, ["train.batch_tokens=2048"])
     resumed = decide(changed, run, resume=True)
     assert resumed.found == run / "checkpoints" / "step_00000012" and resumed.step == 12
-    # 12 steps of 16 sequences are behind it; 12 of now would have 32
+    # it did 12 steps of 16 sequences; 12 steps of the present batch would have 32 each
     assert resumed.offset == 12 * 16 - 12 * 32
     assert resumed.started_with == fresh.started_with
     assert len(resumed.lines) == 1 and "from 16 to 32 sequences" in resumed.lines[0]

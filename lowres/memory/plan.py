@@ -130,7 +130,7 @@ class Plan:
         )
         if self.crew.ranks > 1:
             lines.append(
-                f"these numbers are per rank; {self.crew.ranks} ranks, {self.crew.here} on each machine"
+                f"the numbers are for each of {self.crew.ranks} ranks, {self.crew.here} on a machine"
             )
         if self._hosted() or not any(c.room == HOST for c in self.components):
             lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")

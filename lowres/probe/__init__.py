@@ -37,7 +37,7 @@ def probe(config: Config, plan: Plan) -> Probe:
     """Measure the device that the run would use, or the CPU if it has none, and predict."""
     if config.memory.engine == "deepspeed":
         raise UserError(
-            "--probe: it measures layer-major steps only; leave it out, or set memory.engine=layerwise"
+            "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
         )
     missing = config.run.device == "cuda" and not torch.cuda.is_available()
     device = torch.device("cpu") if missing else pick_device(config)
