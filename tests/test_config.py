@@ -76,6 +76,20 @@ def test_docs_hold_the_generated_reference() -> None:
     assert markdown() == Path("docs/reference.md").read_text("utf-8"), "run python scripts/write_docs.py"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [f"model.{key}={10**23}" for key in ("dim", "ffn_dim", "n_heads", "n_kv_heads", "vocab_size")]
+    + ["model.n_layers=100_000", f"data.seq_len={2**63}", f"train.batch_tokens={2**63}"]
+    + [f"train.micro_batch={10**23}", f"memory.band={10**23}", f"memory.loss_chunk={10**23}"]
+    + [f"train.steps={10**23}", "memory.budget_gib=1e300", "memory.host_budget_gib=1e300"],
+)
+def test_absurd_sizes_are_refused_by_name(tmp_path: Path, setting: str) -> None:
+    """They overflow what PyTorch counts bytes with, or would be planned for minutes."""
+    (tmp_path / "c.toml").write_text("")
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .*less than or equal to"):
+        load_config(tmp_path / "c.toml", [setting])
+
+
 def test_choices_are_listed() -> None:
     """Also of keys whose names are registered elsewhere, and inside unions and lists."""
     fields = {s: f.annotation.model_fields for s, f in Config.model_fields.items()}  # type: ignore[union-attr]

@@ -8,9 +8,15 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import core_schema
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# Upper limits are beyond any use. They keep products of sizes, in bytes, within 63 bits, which is as far as
+# PyTorch counts, and a plan of all layers within seconds.
+Positive = Annotated[int, Field(ge=1, le=1 << 53)]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Batch = Annotated[int, Field(ge=1, le=1 << 32)]
 Rate = Annotated[float, Field(gt=0)]
+Gib = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def resumable(default: Any, **limits: Any) -> Any:

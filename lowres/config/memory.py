@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lowres.config.base import OneOf, Positive, Rate, Section, resumable
+from lowres.config.base import Gib, OneOf, Section, Size, resumable
 from lowres.storage import FORMATS
 
 
@@ -51,14 +51,14 @@ class MemoryConfig(Section):
     """With a lossy stash, continue the forward pass from the exact values instead of the stored ones. This
     costs one more round trip of the carry per band, and the recomputation sees other values than the forward
     pass."""
-    band: Positive | Literal["auto"] = resumable("auto")
+    band: Size | Literal["auto"] = resumable("auto")
     """Layers that are recomputed together. The stash is divided by this number; gradient buffer and
     activations are multiplied by it. auto: 1 if that fits, otherwise 2, 4 or 8."""
-    loss_chunk: Positive = resumable(1024)
+    loss_chunk: Size = resumable(1024)
     """Tokens whose logits exist at one time."""
-    budget_gib: Rate | None = resumable(None)
+    budget_gib: Gib | None = resumable(None)
     """GPU memory that the run may take; default: what is free there, less 1 GiB."""
-    host_budget_gib: Rate | None = resumable(None)
+    host_budget_gib: Gib | None = resumable(None)
     """Host memory that the run may use; default: all that the machine has."""
     rehearse: bool | Literal["auto"] = resumable("auto")
     """Rehearse the largest training, evaluation and saving step before the first step; auto: on CUDA."""

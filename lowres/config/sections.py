@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from lowres.config.base import Count, OneOf, Positive, Rate, Section, resumable
+from lowres.config.base import Batch, Count, Layers, OneOf, Positive, Rate, Section, Size, resumable
 from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
 
@@ -53,17 +53,17 @@ class ModelConfig(Section):
 
     preset: Annotated[str, OneOf(PRESETS)] | None = None
     """Name of a shape from the GaLore, ReLoRA and APOLLO papers."""
-    dim: Positive = 128
+    dim: Size = 128
     """Width of the residual stream."""
-    n_layers: Positive = 4
+    n_layers: Layers = 4
     """Number of transformer blocks."""
-    n_heads: Positive = 4
+    n_heads: Size = 4
     """Number of query heads; must divide dim, and dim / n_heads must be even (RoPE)."""
-    n_kv_heads: Positive | None = None
+    n_kv_heads: Size | None = None
     """Number of key and value heads (grouped-query attention); must divide n_heads, which is the default."""
-    ffn_dim: Positive = 352
+    ffn_dim: Size = 352
     """Hidden width of the SwiGLU feed-forward layer."""
-    vocab_size: Annotated[int, Field(ge=2)] | None = None
+    vocab_size: Annotated[Size, Field(ge=2)] | None = None
     """Rows of the embedding; default: as many as the tokenizer of the data has pieces."""
     rope_theta: Rate = 10000.0
     """Base of the rotary position embedding."""
@@ -128,10 +128,10 @@ class DataConfig(Section):
     """Validation text; default (also if empty): documents held out from the source."""
     tokenizer: str | None = None
     """Path of a SentencePiece model; default: one is trained on the source."""
-    vocab_size: Annotated[int, Field(ge=260)] | None = None
+    vocab_size: Annotated[Size, Field(ge=260)] | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[Size, Field(ge=2)] = 256
     """Tokens in a sequence."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
@@ -342,10 +342,10 @@ class TrainConfig(Section):
     """Optimizer steps of the run; default 1000 (give steps or tokens, not both)."""
     tokens: Positive | None = resumable(None)
     """Length of the run in tokens instead of steps; rounded up to whole steps."""
-    batch_tokens: Positive = resumable(8192)
+    batch_tokens: Batch = resumable(8192)
     """Tokens per optimizer step; a multiple of data.seq_len. When it changes, optim.batch_policy decides how
     the learning rate changes."""
-    micro_batch: Positive | Literal["auto"] = resumable("auto")
+    micro_batch: Size | Literal["auto"] = resumable("auto")
     """Sequences in a micro-batch, which pass a layer together; auto: the largest useful number within
     memory.budget_gib."""
     eval_every: Count = resumable(200)
