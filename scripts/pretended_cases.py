@@ -324,6 +324,8 @@ def card(key: str) -> str:
         keys, refused = ("memory.compute=fp32",), f"; refused without {keys_of(error)}"
         config = config_of(f"llama_7b_{size}gb", "data.source=stdlib", *keys)
     plan = memory.make_plan(config, CUDA, on_this_machine=True)
+    if plan.problems and refused:  # fp32 takes more than the preset is made for
+        return f"{here.name}, {here.gib} GB, with the {size} GB preset{refused}, with it: {plan.problems[0]}"
     if plan.problems:
         raise WrongError(f"{size} GB preset refused: {plan.problems[0]}")
     lacking = plan.lacks(CUDA).get(GPU)
