@@ -90,6 +90,13 @@ def test_absurd_sizes_are_refused_by_name(tmp_path: Path, setting: str) -> None:
         load_config(tmp_path / "c.toml", [setting])
 
 
+@pytest.mark.parametrize("name", [".", "..", "a/b", ""])
+def test_the_name_of_a_run_is_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(UserError, match=r"run\.name"):
+        parse_config({"run": {"name": name}})
+    assert parse_config({"run": {"name": "a.b-1"}})[0].run.name == "a.b-1"
+
+
 def test_choices_are_listed() -> None:
     """Also of keys whose names are registered elsewhere, and inside unions and lists."""
     fields = {s: f.annotation.model_fields for s, f in Config.model_fields.items()}  # type: ignore[union-attr]

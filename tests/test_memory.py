@@ -155,6 +155,12 @@ AUTOGRAD: dict[str, dict[str, Mapping[str, object]]] = {
     for name in ("fp32", "int8", "bf16 compute", "deep", "wide vocabulary", "tied", "adamw")
 }
 AUTOGRAD |= {
+    "tied, short micro-batches": {
+        "model": {"tie_embeddings": True, "vocab_size": 16000},
+        "data": {"seq_len": 64},
+        "train": {"batch_tokens": 4 * 64, "micro_batch": 1},
+        "optim": {"name": "sgd"},
+    },
     "adapters": {"relora": RELORA},
     "adapters, some targets": {"relora": RELORA | {"targets": ["q", "v", "down"]}},
     "adapters, dropout": {"relora": RELORA | {"dropout": 0.1}},

@@ -38,7 +38,7 @@ SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size
 class RunConfig(Section):
     """General keys of the run."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")] = resumable("run")
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]*[\w-][\w.-]*$")] = resumable("run")
     """Name of the run; its folder is runs/<name> unless --run says otherwise."""
     seed: Count = 0
     """Seed of everything random: initial weights, data order, rounding, projections."""

@@ -156,10 +156,11 @@ class Footprint:
         block = sum(s.numel for s in self.units[self.blocks[0]].trained) * width
         gradients, embedding = trained * width, model.vocab * model.dim * width
         kept = boundary * (model.n_layers + 1)  # until the last block is differentiated
-        # the embedding's gradient comes last; if it is tied, its gradient as the head exists too
-        twice = embedding if model.tie_embeddings else 0
-        first_block = boundary * 2 + inside + gradients - block - embedding + twice
-        backward = max(kept + embedding + inside, first_block, boundary + gradients + twice)
+        # the embedding's gradient comes last; if it is tied, the gradient of its use as the head has existed
+        # since the loss, and autograd adds the two into a third
+        tied = embedding if model.tie_embeddings else 0
+        first_block = boundary * 2 + inside + gradients - block - embedding + tied
+        backward = max(kept + embedding + inside, first_block, boundary + gradients + 2 * tied)
         loss = kept + self.trace.loss(choice.micro_batch, self.compute, keeps_gradients=True)
         return [
             Component("model in compute precision", GPU, self.parameters * width),
