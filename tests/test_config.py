@@ -8,93 +8,16 @@ from lowres.config import PRESETS, Config
 from lowres.config_file import changed_keys, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
 from lowres.reference import choices, describe, markdown
-from lowres.rules import KEYS, RULES
+from lowres.rules import RULES
 from lowres.storage import FORMATS
-
-SURFACE = {
-    "run": {"name", "seed", "init_from", "device"},
-    "model": {
-        "preset",
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "ffn_dim",
-        "vocab_size",
-        "rope_theta",
-        "norm_eps",
-    }
-    | {"tie_embeddings", "qkv_bias", "qk_norm"},
-    "data": {"source", "val_source", "tokenizer", "vocab_size", "seq_len", "cache"},
-    "optim": {"name", "lr", "lr_over_batch", "batch_policy", "embed_lr", "norm_lr", "betas", "eps"}
-    | {"adamw_betas", "adamw_eps", "weight_decay", "decay_embeddings", "grad_clip", "limiter"}
-    | KEYS.keys(),  # what rules declare in their own files
-    "schedule": {"name", "warmup_steps", "min_ratio", "cycle_steps", "rewarmup_steps", "cooldown_steps"},
-    "relora": {
-        "enabled",
-        "rank",
-        "alpha",
-        "start_step",
-        "cycle_steps",
-        "rewarmup_steps",
-        "lr_factor",
-        "reset",
-        "reset_keep",
-        "targets",
-        "dropout",
-        "log_rank",
-    },
-    "train": {
-        "steps",
-        "tokens",
-        "batch_tokens",
-        "micro_batch",
-        "eval_every",
-        "eval_tokens",
-        "checkpoint_every",
-    }
-    | {"keep_checkpoints"},
-    "memory": {"engine", "weights", "embeddings", "compute", "loss_chunk", "budget_gib", "host_budget_gib"}
-    | {"weights_on", "state_on", "stash_on", "carry_on", "stash_dtype", "band", "rehearse"}
-    | {"exact_forward"}
-    | {"moments", "master", "master_dtype"},
-    "deepspeed": {"stage", "offload_optimizer", "offload_param", "nvme_path", "pin_memory", "overlap"}
-    | {"config_file"},
-    "log": {"progress", "sample_prompt", "sample_tokens"},
-}
 
 
 def test_the_surface_is_frozen() -> None:
-    """A new key is announced here, and documented where it is defined."""
-    assert {s: set(f.annotation.model_fields) for s, f in Config.model_fields.items()} == SURFACE  # type: ignore[union-attr]
+    """docs/reference.md has every key, default and choice: one that comes, goes or changes is announced there."""
+    assert markdown() == Path("docs/reference.md").read_text("utf-8"), "run python scripts/write_docs.py"
     for field in Config.model_fields.values():
         for key, info in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert info.description, key
-
-
-def test_docs_hold_the_generated_reference() -> None:
-    assert markdown() == Path("docs/reference.md").read_text("utf-8"), "run python scripts/write_docs.py"
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [f"model.{key}={10**23}" for key in ("dim", "ffn_dim", "n_heads", "n_kv_heads", "vocab_size")]
-    + ["model.n_layers=100_000", f"data.seq_len={2**63}", f"train.batch_tokens={2**63}"]
-    + [f"train.micro_batch={10**23}", f"memory.band={10**23}", f"memory.loss_chunk={10**23}"]
-    + [f"train.steps={10**23}", "memory.budget_gib=1e300", "memory.host_budget_gib=1e300"],
-)
-def test_absurd_sizes_are_refused_by_name(tmp_path: Path, setting: str) -> None:
-    """They overflow what PyTorch counts bytes with, or would be planned for minutes."""
-    (tmp_path / "c.toml").write_text("")
-    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .*less than or equal to"):
-        load_config(tmp_path / "c.toml", [setting])
-
-
-@pytest.mark.parametrize("name", [".", "..", "a/b", ""])
-def test_the_name_of_a_run_is_a_folder_of_its_own(name: str) -> None:
-    with pytest.raises(UserError, match=r"run\.name"):
-        parse_config({"run": {"name": name}})
-    assert parse_config({"run": {"name": "a.b-1"}})[0].run.name == "a.b-1"
 
 
 def test_choices_are_listed() -> None:
