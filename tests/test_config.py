@@ -13,11 +13,32 @@ from lowres.storage import FORMATS
 
 
 def test_the_surface_is_frozen() -> None:
-    """docs/reference.md has every key, default and choice: one that comes, goes or changes is announced there."""
+    """docs/reference.md has every key, default and choice: whatever changes is announced there."""
     assert markdown() == Path("docs/reference.md").read_text("utf-8"), "run python scripts/write_docs.py"
     for field in Config.model_fields.values():
         for key, info in field.annotation.model_fields.items():  # type: ignore[union-attr]
             assert info.description, key
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [f"model.{key}={10**23}" for key in ("dim", "ffn_dim", "n_heads", "n_kv_heads", "vocab_size")]
+    + ["model.n_layers=100_000", f"data.seq_len={2**63}", f"train.batch_tokens={2**63}"]
+    + [f"train.micro_batch={10**23}", f"memory.band={10**23}", f"memory.loss_chunk={10**23}"]
+    + [f"train.steps={10**23}", "memory.budget_gib=1e300", "memory.host_budget_gib=1e300"],
+)
+def test_absurd_sizes_are_refused_by_name(tmp_path: Path, setting: str) -> None:
+    """They overflow what PyTorch counts bytes with, or would be planned for minutes."""
+    (tmp_path / "c.toml").write_text("")
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]}: .*less than or equal to"):
+        load_config(tmp_path / "c.toml", [setting])
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", ""])
+def test_the_name_of_a_run_is_a_folder_of_its_own(name: str) -> None:
+    with pytest.raises(UserError, match=r"run\.name"):
+        parse_config({"run": {"name": name}})
+    assert parse_config({"run": {"name": "a.b-1"}})[0].run.name == "a.b-1"
 
 
 def test_choices_are_listed() -> None:
