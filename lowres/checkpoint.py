@@ -118,9 +118,13 @@ def require_disk(checkpoints: Path, bytes_per_checkpoint: int, keep: int) -> Non
         # not for keep = 1: the next lower value, 0, keeps all
         fewer = f" or lower train.keep_checkpoints = {keep}" if keep > 1 and all_kept == needed else ""
         raise DoesNotFit(
-            f"checkpoints {checkpoints}: the disk has {free / 2**30:.2f} GiB free, but "
-            f"{needed / 2**30:.2f} GiB are needed; make room, choose another --run DIR{fewer}"
+            f"checkpoints {checkpoints}: the disk has {_size(free)} free, but "
+            f"{_size(needed)} are needed; make room, choose another --run DIR{fewer}"
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 1 << 28 else f"{nbytes / 2**20:.2f} MiB"
 
 
 def _bytes_in(folders: Iterable[Path]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +161,7 @@ def _meet(config: Config, device: torch.device) -> None:
 
 def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint of a resumed run, the same on all ranks; notes on damaged ones."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--run: {folder} is a file; give a folder")
+    _require_folder(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if resume and not (folder / CONFIG).exists():
         raise UserError(f"--resume: {folder} is not a run; start one without --resume")
@@ -176,6 +176,19 @@ def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]
     own = checkpoint.step_of(found) if found else -1
     (step,) = ranks.total(own if ranks.is_first() else 0)
     return (None if step < 0 else checkpoint.step_folder(checkpoints, int(step))), notes
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise UserError if there cannot be a folder of this name, or if nothing may be written there."""
+    there = folder.absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    if there.is_symlink() and not there.exists():
+        raise UserError(f"--run: {there} is a link to something that does not exist; give a folder")
+    if not there.is_dir():
+        raise UserError(f"--run: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--run: {there} may not be written to; give another folder")
 
 
 def _with_origin(config: Config, saved: Config | None) -> Config:

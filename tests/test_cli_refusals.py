@@ -1,6 +1,7 @@
 """What the command line refuses: one line that names the key or file, before anything is written."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["train", str(config), "--run", str(tmp_path / "run")]) == 3
     error = capfd.readouterr().err.strip()
-    assert "GiB" in error and len(error.splitlines()) == 1
+    assert "the disk has 0.00 MiB free, but 0." in error and len(error.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -146,7 +147,7 @@ def test_a_large_config_without_a_gpu_names_what_works(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
+def test_bad_files(config: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object, saying: str, run: bool = True) -> None:
         more = ("--run", tmp_path / "run") if run else ()
         error = lowres_here(*arguments, *more, code=2).stderr.strip()
@@ -179,6 +180,16 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path) -> None:
     refused = lowres_here("train", config, "--run", tmp_path / "file", code=2).stderr
     assert "file is a file; give a folder" in refused
     refused = lowres_here("train", config, "--run", tmp_path / "file" / "run", code=2).stderr
-    assert str(tmp_path / "file") in refused and len(refused.splitlines()) == 1
+    assert refused == f"lowres: --run: {tmp_path / 'file'} is a file; give a folder\n"
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        refused = lowres_here("train", config, "--run", folder, code=2).stderr
+        assert refused.startswith(
+            f"lowres: --run: {tmp_path / 'link'} is a link to something that does not exist"
+        )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+        refused = lowres_here("train", config, "--run", tmp_path / "new", code=2).stderr
+    assert refused == f"lowres: --run: {tmp_path} may not be written to; give another folder\n"
     fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is not a run", run=False)
     fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)
