@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowres.config import Config
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
+from lowres.probe.rates import timed
 from lowres.rooms import GPU, HOST, Mover, Rooms
 from lowres.storage import MATRIX, Unit, compute_dtype
 
@@ -49,23 +50,13 @@ SHAPES = {
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median time of a call; on a GPU the device time only."""
-    cuda, began = device.type == "cuda", time.perf_counter()
+    began = time.perf_counter()
     found: list[float] = []
     work()
     while len(found) < LEAST_REPEATS or (
         len(found) < MOST_REPEATS and time.perf_counter() - began < ENOUGH_SECONDS
     ):
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        else:
-            before = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - before)
+        found.append(timed(work, device))
     return statistics.median(found)
 
 

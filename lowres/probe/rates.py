@@ -89,30 +89,33 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call; on a GPU the device time only."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median time of a call, after warm-up calls."""
-    cuda = device.type == "cuda"
     began = time.perf_counter()
     while True:
         work()
-        if not cuda:
+        if device.type != "cuda":
             break
         torch.cuda.synchronize(device)
         if time.perf_counter() - began > WARM_UP_SECONDS:
             break
     found: list[float] = []
     while len(found) < REPEATS and sum(found) < ENOUGH_SECONDS:
-        if cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - began)
+        found.append(timed(work, device))
     return statistics.median(found)
 
 
