@@ -34,6 +34,11 @@ def test_flops_of_llama_7b() -> None:
     # scores and values, half of 2048 positions: 2 * 2048 * 4096 operations; forward 1, again 1, backward 2.5
     assert found["attention"] == 2 * 2048 * 4096 * 32 * 9 // 2 == 2_415_919_104
     assert sum(found.values()) == pytest.approx(52.1e9, rel=1e-3)
+    # clipped: a second backward pass, with its recomputation
+    twice = flops_per_token(config.model, 2048, 1, passes=2)
+    assert sum(twice.values()) - sum(found.values()) == (
+        found["recomputation"] + found["backward"] + found["head"] + found["attention"] * 7 // 9
+    )
     full = flops_per_token(config.model, 2048, 1, "autograd")
     assert full["recomputation"] == full["forward"]
     assert sum(full.values()) - full["head"] // 4 == pytest.approx(55.0e9, rel=1e-3)
@@ -56,6 +61,8 @@ def test_dequantised_elements() -> None:
     assert elements(torch.float32) == 2 * blocks + head
     assert elements(torch.float32, weights="fp32") == 0
     assert elements(torch.float32, engine="autograd") == blocks + 2 * head
+    clipped = make_config(optim={"grad_clip": 1.0})  # a second backward pass
+    assert dequantised_elements(clipped, torch.float32) == 3 * blocks + 2 * head
     tied = make_config(model={"tie_embeddings": True})
     assert dequantised_elements(tied, torch.float32) == 2 * blocks + head
 
@@ -95,13 +102,16 @@ VARIANTS: dict[str, Mapping[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied, clip", [(False, 0.0), (True, 0.0), (False, 1.0)])
 @pytest.mark.parametrize("memory", VARIANTS)
 def test_counted_bytes_are_those_that_a_step_copies(
-    memory: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+    memory: str, tied: bool, clip: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(
-        model={"tie_embeddings": tied, "n_layers": 5}, train={"micro_batch": 3}, memory=VARIANTS[memory]
+        model={"tie_embeddings": tied, "n_layers": 5},
+        train={"micro_batch": 3},
+        memory=VARIANTS[memory],
+        optim={"grad_clip": clip},
     )
     plan, kept = make_plan(config, CPU), config.memory
     room, choice = Rooms(CPU), plan.choice

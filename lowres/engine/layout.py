@@ -157,11 +157,12 @@ class Layout:
         Weights on the host are fetched in both passes, except the head's, which are fetched once. State is
         fetched once. Both are written back. A boundary of the stash is written once and read in the forward
         and in the backward pass. The carry is read and written once per band in the backward pass, and around
-        the loss; with exact_forward the forward pass reads and writes it instead of the stash.
+        the loss; with exact_forward the forward pass reads and writes it instead of the stash. With clipping
+        there are two backward passes.
         """
-        fetched = stored = 0
+        fetched, stored, backward = 0, 0, 2 if self.settings.grad_clip else 1
         for name in homes.weights:
-            fetched += (1 if name == "head" else 2) * self.units[name].weights
+            fetched += (backward + (name != "head")) * self.units[name].weights
             stored += self.units[name].weights
         for name in homes.state:
             fetched += self.units[name].state
@@ -169,7 +170,6 @@ class Layout:
         bands, exact = len(self.bands), self.settings.exact_forward
         kept = self.boundaries(sequences, length, bands, homes.stash, homes.carry)
         stash, carry = kept.stash[0].total, kept.carry.bytes if homes.carry else 0
-        passes = bands + 2 + (bands if exact else 0)
-        fetched += (1 if exact else 2) * stash + passes * carry
-        stored += stash + passes * carry
+        fetched += (backward + (not exact)) * stash + (backward * (bands + 2) + exact * bands) * carry
+        stored += stash + (1 + backward * (bands + 1) + exact * bands) * carry
         return fetched, stored

@@ -10,7 +10,7 @@ import torch
 from lowres.config import Config
 from lowres.memory import Plan
 from lowres.probe.rates import Rates
-from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
+from lowres.probe.work import backward_passes, dequantised_elements, flops_per_token, step_bytes
 from lowres.storage import compute_dtype
 
 SECONDS_A_DAY = 86400
@@ -42,15 +42,16 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
     tokens, model = config.train.batch_tokens, config.model
     engine = config.memory.engine
     compute = compute_dtype(config.memory.compute, device)
-    flops = flops_per_token(model, config.data.seq_len, plan.choice.band, engine)
-    head_backward = 4 * model.vocab * model.dim
+    passes = backward_passes(config)
+    flops = flops_per_token(model, config.data.seq_len, plan.choice.band, engine, passes)
+    head_backward = passes * 4 * model.vocab * model.dim
     forward = flops["forward"] + flops["recomputation"] + flops["head"] - head_backward
     backward = flops["backward"] + head_backward
     products = tokens * (
         forward / (rates.products_tflops * 1e12) + backward / (rates.backward_products_tflops * 1e12)
     )
-    block_us = rates.block_forward_us + rates.block_backward_us
-    beside_products = tokens * (model.n_layers * block_us + rates.loss_us) / 1e6
+    block_us = rates.block_forward_us + passes * rates.block_backward_us
+    beside_products = tokens * (model.n_layers * block_us + passes * rates.loss_us) / 1e6
     dequantise = (
         dequantised_elements(config, compute) / (rates.dequantise_g_s * 1e9) if rates.dequantise_g_s else 0.0
     )

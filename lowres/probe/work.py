@@ -20,12 +20,20 @@ from lowres.storage import DENSE_DTYPES, field_bytes, state_fields
 ATTENTION_BACKWARD = 2.5
 
 
-def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "layerwise") -> dict[str, int]:
+def backward_passes(config: Config) -> int:
+    """How many a step has: to clip, the layer-major engine takes one for the norm and one for the updates."""
+    return 2 if config.optim.grad_clip and config.memory.engine == "layerwise" else 1
+
+
+def flops_per_token(
+    model: ModelConfig, seq_len: int, band: int, engine: str = "layerwise", passes: int = 1
+) -> dict[str, int]:
     """Floating-point operations of the hardware per token of a step, by part.
 
     forward, recomputation, backward: products of the blocks. The layer-major recomputation stops before
     the down projection of a band's last layer; the recomputation of autograd does not, and it also repeats
-    the head. head, attention: in all directions; attention counts half of the square of positions.
+    the head. head, attention: in all directions; attention counts half of the square of positions. passes:
+    backward passes.
     """
     shapes = block_shapes(model)
     matrices = sum(s[0] * s[1] for s in shapes.values() if len(s) == 2)
@@ -35,10 +43,10 @@ def flops_per_token(model: ModelConfig, seq_len: int, band: int, engine: str = "
     attention = 2 * seq_len * model.dim  # scores and values, 2 operations each, half of the positions
     return {
         "forward": 2 * layers * matrices,
-        "recomputation": 2 * (layers * matrices - skipped),
-        "backward": 4 * layers * matrices,
-        "head": (6 if engine == "layerwise" else 8) * head,
-        "attention": int((2 + ATTENTION_BACKWARD) * attention * layers),
+        "recomputation": passes * 2 * (layers * matrices - skipped),
+        "backward": passes * 4 * layers * matrices,
+        "head": passes * (6 if engine == "layerwise" else 8) * head,
+        "attention": int((1 + passes * (1 + ATTENTION_BACKWARD)) * attention * layers),
     }
 
 
@@ -60,6 +68,7 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
         band=choice.band,
         stash_dtype=kept.stash_dtype,
         exact_forward=kept.exact_forward,
+        grad_clip=config.optim.grad_clip,
     )
     layout = Layout(model, units, settings)
     return layout.traffic(choice.homes, config.batch_sequences, config.data.seq_len)
@@ -69,15 +78,15 @@ def dequantised_elements(config: Config, compute: torch.dtype) -> int:
     """Elements of matrices that a step converts to the compute format."""
     model, kept = config.model, config.memory
     kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
-    found = 0
+    found, passes = 0, backward_passes(config)
     for unit in unit_specs(model):
         for spec in unit.tensors:
             if len(spec.shape) == 2 and DENSE_DTYPES.get(kinds[spec.name]) != compute:
                 if kept.engine == "autograd":
                     visits = 1
                 elif spec.role == "embedding":
-                    visits = int(model.tie_embeddings)  # it looks up rows; tied, it is also the head
+                    visits = passes * int(model.tie_embeddings)  # it looks up rows; tied, it is also the head
                 else:
-                    visits = 1 if spec.role == "head" else 2
+                    visits = passes + (spec.role != "head")
                 found += visits * spec.numel
     return found
