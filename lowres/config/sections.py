@@ -146,9 +146,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
 
 
-def _listed(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str], word: str = "or") -> str:
     *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last
+    return f"{', '.join(most)} {word} {last}" if most else last
 
 
 class GeneralOptim(Section):
@@ -215,9 +215,9 @@ def describe_key(name: str) -> str:
     for rule in RULES.values():
         for key, value in rule.keys.items():
             if key.name == name:
-                text = json.dumps(value) if value is not None else "no"
+                text = json.dumps(value) if value is not None else "none"
                 defaults.setdefault(text, []).append(rule.name)
-    texts = (f"{text} for {' and '.join(names)}" for text, names in defaults.items())
+    texts = (f"{text} for {_listed(names, 'and')}" for text, names in defaults.items())
     return f"{KEYS[name].about} Default {', '.join(texts)}."
 
 
