@@ -15,6 +15,8 @@ CUDA, CPU = "cuda", "cpu"
 # how many chunks of a loop a brief trace runs: during the second one, what the first left is still alive;
 # later ones need no more, because all chunks but the last have the same size
 ENOUGH_CHUNKS = 2
+# elements whose fp32 temporaries exist at one time: as fits the L2 cache of a CPU core, or fills a GPU
+CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 
 
 class _Planned:
@@ -44,3 +46,14 @@ def chunks(numel: int, size: int) -> list[slice]:
     first few."""
     starts = range(0, numel, size)
     return [slice(i, min(i + size, numel)) for i in (starts[:ENOUGH_CHUNKS] if _Planned.brief else starts)]
+
+
+def chunk_elements(device: torch.device) -> int:
+    """How many elements may have temporaries at one time on a device."""
+    return CHUNK_CUDA if kind_of(device) == CUDA else CHUNK_CPU
+
+
+def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
+    """Slices of rows that together cover a tensor, none much larger than the chunk size."""
+    length = 1 if len(shape) == 1 else shape[1]
+    return chunks(shape[0], max(1, chunk_elements(device) // length))

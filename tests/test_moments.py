@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowres import target
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
 from lowres.optim import Clock
@@ -14,7 +15,6 @@ from lowres.rules.adam_mini import AdamMiniRule
 from lowres.rules.adamw import AdamWRule
 from lowres.rules.base import Rule
 from lowres.rules.moments import KINDS, Moment, flat_chunks, moment_fields
-from lowres.storage import formats
 from tests.helpers import CPU, ROOMS, SMALL, make_batch, make_config, make_optimizer, make_units
 from tests.rules import BETAS, new_state, random_grads, run_rule, spec_of, state_bytes
 
@@ -107,7 +107,7 @@ def test_the_chunk_size_changes_nothing(name: str, kind: str, monkeypatch: pytes
     start, grads = torch.randn(40, 53), random_grads((40, 53), 5)
     results = []
     for chunk in (1 << 17, 1000, 1):
-        monkeypatch.setattr(formats, "CHUNK_CPU", chunk)
+        monkeypatch.setattr(target, "CHUNK_CPU", chunk)
         weight, state, _ = run_rule(rule_of(name, kind), start, grads, 1e-2, role="q")
         results.append(state | {"weight": weight})
     assert len(flat_chunks(40 * 53, CPU)) == 9 and flat_chunks(40 * 53, CPU)[-1] == slice(2048, 2120)
@@ -120,7 +120,7 @@ def test_the_chunk_size_changes_nothing(name: str, kind: str, monkeypatch: pytes
 def test_no_temporary_is_as_large_as_the_gradient(
     name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK_CPU", 1 << 13)
+    monkeypatch.setattr(target, "CHUNK_CPU", 1 << 13)
     rule, spec = rule_of(name, kind), spec_of((512, 1024))
     state, grad = new_state(rule, spec), torch.randn(spec.shape)
     rule.directions([spec], [grad], [state], 1e-3, clock(0))

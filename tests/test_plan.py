@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres import rng
+from lowres import rng, target
 from lowres.config_file import load_config, parse_config
 from lowres.engine import LayerwiseEngine, layerwise, working
 from lowres.errors import UserError
@@ -23,7 +23,6 @@ from lowres.memory.trace import Tracer, without_memory
 from lowres.model import block
 from lowres.rng import round_to_integer
 from lowres.rooms import GPU, HOST, Homes, Rooms
-from lowres.storage import formats
 from tests.helpers import CPU, make_config
 from tests.measuring import PHASES, Bytes, build, held, phases, planned
 
@@ -125,7 +124,7 @@ def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     trace.tracers.clear()
     monkeypatch.setattr(rng, "round_to_integer", rounding)
-    monkeypatch.setattr(formats, "CHUNK_CUDA", 1 << 12)
+    monkeypatch.setattr(target, "CHUNK_CUDA", 1 << 12)
     with pytest.raises(AssertionError):
         check("configs/tiny.toml", "run", brief=False)
     trace.tracers.clear()

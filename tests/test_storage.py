@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from lowres import rng
-from lowres.storage import Dense, Int8, Storage, formats
-from lowres.storage.int8 import RESCALED_CODE
+from lowres import rng, target
+from lowres.kernels.update import RESCALED_CODE
+from lowres.storage import Dense, Int8, Storage
 from tests.helpers import new_storage
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_apply_follows_its_formula(kind: str, factor_shape: tuple[int, ...]) -> 
 def test_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for chunk in (1, 1000, 1 << 17):
-        monkeypatch.setattr(formats, "CHUNK_CPU", chunk)
+        monkeypatch.setattr(target, "CHUNK_CPU", chunk)
         kept = filled(kind, weights())
         kept.apply(torch.ones(M, N) * 1e-3, ONE, torch.tensor(0.01), key(0))
         results.append(kept.tensors())

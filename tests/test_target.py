@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lowres import target
-from lowres.storage import compute_dtype, formats, row_chunks
-from lowres.target import chunks, kind_of, planned_for
+from lowres.storage import compute_dtype
+from lowres.target import chunks, kind_of, planned_for, row_chunks
 from tests.helpers import CPU
 
 
@@ -13,7 +13,7 @@ def test_a_plan_works_as_on_its_device() -> None:
     assert kind_of(CPU) == "cpu" and kind_of(torch.device("cuda")) == "cuda"
     with pytest.raises(ZeroDivisionError), planned_for("cuda"):
         assert kind_of(CPU) == "cuda" and compute_dtype("auto", CPU) == torch.bfloat16
-        assert row_chunks((1 << 13, 1 << 10), CPU)[0] == slice(0, formats.CHUNK_CUDA >> 10)
+        assert row_chunks((1 << 13, 1 << 10), CPU)[0] == slice(0, target.CHUNK_CUDA >> 10)
         with planned_for("cpu"):
             assert kind_of(torch.device("cuda")) == "cpu"
         assert kind_of(CPU) == "cuda"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowres.kernels import groups
+from lowres.kernels.groups import GROUP
 from lowres.rooms import Event, Mover, Rooms, Slab, place
 from lowres.storage import DENSE_DTYPES, aligned
-
-GROUP = 32  # values along the width that share a scale in the INT8 stash
 
 
 class Plain:
@@ -56,27 +56,18 @@ class Grouped:
 
     def encode(self, x: Tensor, region: Tensor) -> None:
         codes, scales = self._split(region, x.numel())
-        for part, kept, scale in zip(
-            *(t.split(_ROWS) for t in (x.reshape(-1, GROUP), codes, scales)), strict=True
-        ):
-            wide = part.float()
-            # bf16 may round the scale down, so a value can come to 127.4, which is still 127
-            scale.copy_(wide.abs().amax(1, keepdim=True).div_(127))
-            kept.copy_((wide / scale.float().clamp_(min=1e-30)).round_().clamp_(-127, 127))
+        groups.encode(x, codes, scales)
 
     def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         codes, scales = self._split(region, torch.Size(shape).numel())
         out = torch.empty(shape, dtype=dtype, device=region.device)
-        torch.mul(codes, scales, out=out.view(-1, GROUP))
+        groups.decode(codes, scales, out)
         return out
 
     @staticmethod
     def _split(region: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         codes, scales = region[:numel], region[numel:]
         return codes.view(torch.int8).view(-1, GROUP), scales.view(torch.bfloat16).view(-1, 1)
-
-
-_ROWS = 1 << 15  # groups that are encoded at one time
 
 
 Encoding = Plain | Grouped

@@ -22,9 +22,9 @@ from lowres.storage import (
     Unit,
     UnitSpec,
     field_bytes,
-    row_chunks,
     weight_fields,
 )
+from lowres.target import row_chunks
 
 # standard deviation of every matrix at the start, as in the LLaMA, GaLore and APOLLO code
 INIT_STD = 0.02

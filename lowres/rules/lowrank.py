@@ -22,8 +22,8 @@ from lowres import rng
 from lowres.rooms import Event
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Clock, Rule, State
 from lowres.rules.registry import Key, Settings
-from lowres.storage import Fields, TensorSpec, chunk_elements
-from lowres.target import kind_of
+from lowres.storage import Fields, TensorSpec
+from lowres.target import chunk_elements, kind_of
 
 # a random projection with more numbers than this is drawn again in every step instead of being kept
 KEPT_PROJECTION = 1 << 14

@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres import rng
 from lowres.errors import UserError
+from lowres.kernels.rounding import round_to_bf16
 from lowres.rules.base import Clock, State
-from lowres.storage import Fields, TensorSpec, chunk_elements
-from lowres.target import chunks
+from lowres.storage import Fields, TensorSpec
+from lowres.target import chunk_elements, chunks
 
 KINDS = ("fp32", "bf16", "int8")
 BLOCK = 256  # elements that share a scale in int8
@@ -78,7 +79,7 @@ class Moment:
     def write(self, values: Tensor, part: slice) -> None:
         """Store `values`, which are the result of `read`, updated in place."""
         if self.dtype == torch.bfloat16:
-            self.value[part] = rng.round_to_bf16(values, self.rounding, part.start)
+            round_to_bf16(values, self.value[part], self.rounding, part.start)
         elif self.dtype == torch.uint8:
             codes, scale = self.functional.quantize_blockwise(values, code=self.map, blocksize=BLOCK)
             # the signed map ends at -0.993 and 1, so a negative absmax would shrink with every refused update

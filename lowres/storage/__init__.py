@@ -18,9 +18,7 @@ from lowres.storage.formats import (
     FORMATS,
     Format,
     Storage,
-    chunk_elements,
     compute_dtype,
-    row_chunks,
 )
 from lowres.storage.int8 import Int8
 from lowres.storage.specs import (
@@ -74,13 +72,11 @@ __all__ = [
     "Unit",
     "UnitSpec",
     "aligned",
-    "chunk_elements",
     "compute_dtype",
     "dense",
     "field_bytes",
     "fields_in",
     "int8",
-    "row_chunks",
     "state_fields",
     "weight_fields",
 ]

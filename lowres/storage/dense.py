@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.storage.formats import DENSE_DTYPES, Format, factor_of, register, row_chunks
+from lowres.kernels.update import bf16_update
+from lowres.storage.formats import DENSE_DTYPES, Format, register
 
 
 class Dense:
@@ -37,13 +38,7 @@ class Dense:
                 self.value.mul_(1 - decay)
             self.value.addcmul_(direction, factor.to(self.value.dtype), value=-1)
             return
-        length = self.value[0].numel()
-        for rows in row_chunks(self.shape, self.value.device):
-            value = self.value[rows].float()
-            if decay is not None:
-                value.mul_(1 - decay)
-            value.addcmul_(direction[rows], factor_of(factor, rows), value=-1)
-            self.value[rows] = rng.round_to_bf16(value, key, rows.start * length)
+        bf16_update(self.value, direction, factor, decay, key)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.value}

@@ -25,10 +25,8 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.storage.specs import Fields
-from lowres.target import chunks, kind_of
+from lowres.target import kind_of
 
-# elements whose fp32 temporaries exist at one time: as fits the L2 cache of a CPU core, or fills a GPU
-CHUNK_CPU, CHUNK_CUDA = 1 << 17, 1 << 22
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -96,19 +94,3 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if kind_of(device) == "cuda" else "fp32"
     return DENSE_DTYPES[name]
-
-
-def chunk_elements(device: torch.device) -> int:
-    """How many elements may have temporaries at one time on a device."""
-    return CHUNK_CUDA if kind_of(device) == "cuda" else CHUNK_CPU
-
-
-def row_chunks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
-    """Slices of rows that together cover a tensor, none much larger than the chunk size."""
-    length = 1 if len(shape) == 1 else shape[1]
-    return chunks(shape[0], max(1, chunk_elements(device) // length))
-
-
-def factor_of(factor: Tensor, rows: slice) -> Tensor:
-    """The part of an update's factor that belongs to these rows."""
-    return factor[rows] if factor.dim() and factor.shape[0] > 1 else factor

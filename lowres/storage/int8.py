@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from lowres import rng
-from lowres.storage.formats import Format, factor_of, register, row_chunks
-
-MAX_CODE = 127
-# code of a row's largest value when the row gets a new scale: leaves room to grow before the next new scale
-RESCALED_CODE = 120
+from lowres.kernels.rounding import dequantise, int8_fill
+from lowres.kernels.update import int8_update
+from lowres.storage.formats import Format, register
 
 
 class Int8:
@@ -31,37 +29,18 @@ class Int8:
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(self.shape, self.codes.device):
-            out[rows] = self.codes[rows] * self.scales[rows]
-        return out
+        return dequantise(self.codes, self.scales, out)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return (self.codes[index] * self.scales[index]).to(dtype)
 
     def fill(self, values: Iterator[tuple[int, Tensor]]) -> None:
         for first, rows in values:
-            scales = rows.abs().amax(1, keepdim=True).div_(RESCALED_CODE).clamp_(min=1e-8)
-            self.scales[first : first + len(rows)] = scales
-            self.codes[first : first + len(rows)] = (rows / scales).round_().to(torch.int8)
+            part = slice(first, first + len(rows))
+            int8_fill(rows, self.codes[part], self.scales[part])
 
     def apply(self, direction: Tensor, factor: Tensor, decay: Tensor | None, key: rng.Key) -> None:
-        for rows in row_chunks(self.shape, self.codes.device):
-            codes, scales = self.codes[rows].float(), self.scales[rows]
-            change = direction[rows] * (factor_of(factor, rows) / -scales)
-            if decay is not None:
-                change.addcmul_(codes, decay, value=-1)
-            new = codes + change
-            top = new.abs().amax(1, keepdim=True)
-            unchanged = change.abs().amax(1, keepdim=True) == 0
-            fits = ((top >= MAX_CODE // 2 + 1) | unchanged | (top == 0)) & (top <= MAX_CODE)
-            grow = torch.where(fits, 1.0, top / RESCALED_CODE)
-            # codes: the part that is exact already. rest: what must be rounded, the change or the new value
-            codes.mul_(fits)
-            rest = torch.where(fits, change, new.div_(grow))
-            rounded = rng.round_to_integer(rest, key, rows.start * self.shape[1])
-            # fp32 may have rounded 127.000004 to 127; rounded up to 128 it would wrap around
-            self.codes[rows] = codes.add_(rounded).clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
-            self.scales[rows] = scales * grow
+        int8_update(self.codes, self.scales, direction, factor, decay, key)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"": self.codes, ".scales": self.scales}

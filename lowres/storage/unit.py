@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lowres import rng
 from lowres.storage.dense import Dense
-from lowres.storage.formats import FORMATS, Storage, row_chunks
+from lowres.storage.formats import FORMATS, Storage
 from lowres.storage.specs import Fields, UnitSpec
+from lowres.target import row_chunks
 
 ALIGNMENT = 256  # bytes; every tensor of a slab starts at a multiple of this
 

@@ -1,0 +1,70 @@
+"""Which form of a kernel runs.
+
+    plain   operations of PyTorch: the definition
+    native  compiled C++, on a CPU
+    triton  on CUDA
+    traced  nothing runs: a plan traces tensors without memory, and a compiled kernel has only its outputs
+
+Compiled forms are off until `enable` turns them on: a small run does not pay for a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lowres.kernels import native
+from lowres.target import CPU, CUDA, kind_of
+
+PLAIN, NATIVE, TRITON, TRACED = "plain", "native", "triton", "traced"
+COMPILED = {CPU: NATIVE, CUDA: TRITON}
+
+# the state of this process: the form by kind of device
+_forms = {CPU: PLAIN, CUDA: PLAIN}
+
+
+def form_of(x: Tensor) -> str:
+    """The form for this tensor."""
+    found = _forms[kind_of(x.device)]
+    return TRACED if found != PLAIN and isinstance(x, FakeTensor) else found
+
+
+def enable(kind: str) -> str:
+    """Use compiled forms on a kind of device (cpu or cuda) from now on. If that is not possible, returns a
+    line that says why, and plain forms remain."""
+    try:
+        if kind == CPU:
+            native.load()
+        else:
+            import triton  # noqa: F401
+    except native.UnavailableError as error:
+        return f"{error}; PyTorch's operations are used instead, which is slower"
+    except ImportError:
+        return "Triton is not installed; PyTorch's operations are used instead, which is slower"
+    _forms[kind] = COMPILED[kind]
+    return ""
+
+
+def disable(kind: str) -> None:
+    """Use plain forms on a kind of device from now on."""
+    _forms[kind] = PLAIN
+
+
+def compiled(kind: str) -> bool:
+    """Whether compiled forms are used on a kind of device."""
+    return _forms[kind] != PLAIN
+
+
+@contextmanager
+def using(kind: str, wanted: bool) -> Iterator[None]:
+    """In the block, compiled forms are used on a kind of device, or plain ones. For plans, which need no
+    compiler, and for tests."""
+    before = _forms[kind]
+    _forms[kind] = COMPILED[kind] if wanted else PLAIN
+    try:
+        yield
+    finally:
+        _forms[kind] = before

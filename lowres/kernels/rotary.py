@@ -1,0 +1,26 @@
+"""Rotary position embedding (arXiv 2104.09864) in the rotate-half form, in place. Arithmetic is fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowres.kernels import native
+from lowres.kernels.forms import NATIVE, PLAIN, TRITON, form_of
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
+    """Rotate x [B, T, H, E], contiguous, in place. cos, sin: fp32 [T, E], whose halves are equal. inverse:
+    rotate back, which is also what turns the gradient of the result into that of x."""
+    form, sign = form_of(x), -1.0 if inverse else 1.0
+    b, t, heads, width = x.shape
+    if form == NATIVE:
+        native.call(f"rotate_{native.suffix(x.dtype)}", x, cos, sin, sign, b * t, t, heads, width)
+    elif form == TRITON:
+        from lowres.kernels.gpu import rotary
+
+        rotary.rotate(x, cos, sin, sign)
+    elif form == PLAIN:
+        first, second = x.float().chunk(2, dim=-1)
+        c, s = (table[:t, : width // 2].unsqueeze(1) for table in (cos, sin * sign))
+        x.copy_(torch.cat((first * c - second * s, second * c + first * s), dim=-1))
