@@ -68,7 +68,7 @@ def pick_device(config: Config) -> torch.device:
     name = f"{torch.cuda.get_device_name(_own())} (compute capability {capability[0]}.{capability[1]})"
     if capability < OLDEST:
         raise UserError(f"run.device: {name} is too old, the minimum is 7.5; use --set run.device=cpu")
-    if lacks_bf16() and compute_dtype(config.memory.compute, device) == torch.bfloat16:
+    if lacks_bf16() and compute_dtype(config.memory.activations_in, device) == torch.bfloat16:
         wide = "fp32" if config.memory.engine == "deepspeed" else "int8"
         weights = f" --set memory.weights={wide}" if config.memory.weights == "bf16" else ""
         raise UserError(

@@ -150,7 +150,7 @@ def layer(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
         assert unit.state_slab is not None
         least = 4 * numel + 2 * (unit.weights_slab.numel() + unit.state_slab.numel())
         yield f"update, {name}", _rate(numel, least, seconds(update, device), bandwidth)
-    compute = compute_dtype(config.memory.compute, device)
+    compute = compute_dtype(config.memory.activations_in, device)
     specs = [spec for spec in unit.spec.tensors if spec.kind == MATRIX]
     out = torch.empty(max(spec.numel for spec in specs), dtype=compute, device=device)
 

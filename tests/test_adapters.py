@@ -49,14 +49,17 @@ def test_the_arithmetic_equals_autograd(masked: bool) -> None:
     mask = (torch.rand(2, 5, 12, generator=generator) < 0.7).double() / 0.7 if masked else None
     leaves = {n: v.clone().requires_grad_(n != "frozen") for n, v in t.items()}
     wanted = lora.plain_product(
-        leaves["x"], mask, lora.Matrices(leaves["frozen"], leaves["a"], leaves["b"], 0.3)
+        leaves["x"], mask, leaves["frozen"], lora.Adapter(leaves["a"], leaves["b"], 0.3)
     )
-    w = lora.Matrices(t["frozen"], t["a"], t["b"], 0.3)
-    torch.testing.assert_close(lora.product(t["x"], mask, w), wanted, rtol=1e-12, atol=1e-12)
+    w = lora.Adapter(t["a"], t["b"], 0.3)
+    torch.testing.assert_close(
+        lora.add_product(t["x"] @ t["frozen"].T, t["x"], mask, w), wanted, rtol=1e-12, atol=1e-12
+    )
     dy = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64)
     wanted.backward(dy)
     found: dict[str, torch.Tensor] = {}
-    found["x"] = lora.gradients(
+    found["x"] = lora.add_gradients(
+        dy @ t["frozen"],
         dy,
         t["x"],
         mask,

@@ -27,7 +27,20 @@ class MemoryConfig(Section):
     embeddings: Annotated[str, OneOf(["auto", *(f.name for f in FORMATS.values() if f.any_shape)])] = "auto"
     """Number format of embedding and head; auto: fp32 with fp32 weights, otherwise bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
-    """Number format of activations and matrix products; auto: bf16 on CUDA, fp32 on CPU."""
+    """Number format of matrix products and activations. int8: the products of the blocks multiply the INT8
+    codes of the weights by activations and gradients that are quantised to INT8; see `activations`. auto:
+    what is fastest on this machine, measured when a run starts; a resumed run keeps it. On a CPU small runs
+    take fp32."""
+    activations: Literal["auto", "bf16", "fp32"] = "auto"
+    """compute = int8: number format of activations, and of what is not a product of a block: attention and
+    the head. auto: bf16 on CUDA, fp32 on a CPU."""
+    compute_wgrad: Literal["int8", "dense"] = "int8"
+    """compute = int8: number format of the products for the gradients of weights. dense: the format of
+    activations."""
+    kernels: Literal["auto", "fused", "plain"] = "auto"
+    """fused: norms, SwiGLU, rotary embedding and the loss run as one kernel each. plain: as single operations
+    of PyTorch, and updates too. The results differ by rounding; updates are the same bit for bit. auto: fused
+    on CUDA and with INT8 products; on a CPU also where compute = auto measured that it is faster."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
     """Number format of optimizer moments that have one number per element of a matrix: both of AdamW, the
     first of Adam-mini, and those of embedding and head with apollo. int8: in blocks of 256, with
@@ -66,7 +79,9 @@ class MemoryConfig(Section):
     @model_validator(mode="after")
     def _built(self) -> MemoryConfig:
         if self.compute == "int8":
-            raise ValueError("compute: 'int8' is not built yet; use auto, bf16 or fp32")
+            self._check_int8()
+        if self.kernels == "fused" and self.engine != "layerwise":
+            raise ValueError(f"kernels: the {self.engine} engine has no fused kernels; use auto or plain")
         if self.engine == "deepspeed":
             self._check_formats_of_deepspeed()
         if self.engine != "layerwise":
@@ -85,6 +100,25 @@ class MemoryConfig(Section):
             inexact = " or ".join(found.name for found in FORMATS.values() if not found.exact)
             raise ValueError(f"master: {self.weights} weights need no master copy; use weights={inexact}")
         return self
+
+    def _check_int8(self) -> None:
+        if self.engine != "layerwise":
+            raise ValueError(
+                f"compute: the {self.engine} engine does not multiply INT8; use auto, bf16 or fp32, or "
+                "engine=layerwise"
+            )
+        if self.weights != "int8":
+            raise ValueError(
+                f"compute: int8 multiplies the codes of INT8 weights, and weights are {self.weights}; use "
+                "weights=int8 (with master=host for a more precise copy), or another compute"
+            )
+        if self.kernels == "plain":
+            raise ValueError("kernels: INT8 products need fused kernels; use auto, or another compute")
+
+    @property
+    def activations_in(self) -> str:
+        """Number format of activations: auto, bf16 or fp32."""
+        return self.activations if self.compute == "int8" else self.compute
 
     def _check_formats_of_deepspeed(self) -> None:
         """DeepSpeed has one format for all weights and for the state of its optimizer: fp32 or bf16."""

@@ -13,6 +13,7 @@ from lowres.config import Config, ReloraConfig
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.rooms import HOST, Homes, Rooms
 from lowres.storage import FORMATS, Unit, compute_dtype
+from lowres.target import kind_of
 
 PAD = 16  # 32 bytes in bf16, and 16 in INT8
 
@@ -46,7 +47,9 @@ class EngineSettings:
     layer-major engine finds the norm in one backward pass and updates in a second one. adapters: settings of
     the adapters, if the units have some. seed: the run's seed; names the dropout masks. pad: the inner
     dimension of working copies is a multiple of this many elements (`TensorSpec.inner`), because tensor
-    cores want rows of a multiple of 16 bytes.
+    cores want rows of a multiple of 16 bytes. int8: multiply the codes of INT8 weights; wide_gradients:
+    except in the products for their gradients. transposes: INT8 products need both operands contiguous along
+    the sum, so the backward pass transposes codes. fused: see `lowres.engine.fused`.
     """
 
     micro_batch: int
@@ -60,14 +63,19 @@ class EngineSettings:
     adapters: ReloraConfig | None = None
     seed: int = 0
     pad: int = 1
+    int8: bool = False
+    wide_gradients: bool = False
+    transposes: bool = False
+    fused: bool = False
 
     @classmethod
     def of(cls, config: Config, choice: Choice, device: torch.device, adapted: bool) -> EngineSettings:
         """The settings of a run, with adapters or without."""
         kept = config.memory
-        compute = compute_dtype(kept.compute, device)
+        compute, on_gpu = compute_dtype(kept.activations_in, device), kind_of(device) == "cuda"
         # weights stored in the compute format are used without a copy
         copied = compute == torch.bfloat16 and FORMATS[kept.weights].dtype != compute
+        int8 = kept.compute == "int8"
         return cls(
             choice.micro_batch,
             compute,
@@ -79,7 +87,11 @@ class EngineSettings:
             config.optim.grad_clip,
             config.relora if adapted else None,
             config.run.seed,
-            PAD if copied and device.type == "cuda" else 1,
+            PAD if copied and on_gpu else 1,
+            int8,
+            int8 and kept.compute_wgrad == "dense",
+            int8 and on_gpu,
+            int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu),
         )
 
     @property

@@ -33,16 +33,20 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
 from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
+from lowres.engine.fused import FusedWeights
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.residence import Residence, Visit
 from lowres.engine.working import (
-    AdaptedMatrix,
+    PlainWeights,
+    Room,
     WorkingMatrix,
     adds_wide,
     cross_entropy,
     matmul_wide,
     working_copy,
 )
+from lowres.kernels import loss as loss_kernels
+from lowres.kernels import norm as norm_kernels
 from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_terms, rms_norm, rope_tables
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
@@ -93,8 +97,9 @@ class LayerwiseEngine:
         self._units_mover, self._boundaries_mover = Mover(self.device), Mover(self.device)
         slots = rooms.make(self.layout.slots(self.layout.hosted(settings.homes)))
         self._residence = Residence(units, settings.homes, slots, self._units_mover)
-        (copies,) = rooms.make(self.layout.copies())
-        self._copies = copies.view(self.compute)
+        (self._copies,) = rooms.make(self.layout.copies())
+        self._plain_weights = PlainWeights(settings, self.dropout)
+        self._weights = FusedWeights(settings, self.dropout) if settings.fused else self._plain_weights
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
         self._rope: tuple[Tensor, Tensor]  # for the reserved length
@@ -152,15 +157,15 @@ class LayerwiseEngine:
 
     def _working(self, units: list[Unit], grads: bool = False) -> list[dict[str, Any]]:
         """The weights of each unit by role, ready for use; with `grads`, also their zeroed buffers."""
-        found, free = [], self._copies
+        found, room = [], Room(self._copies)
         for unit in units:
             working: dict[str, Any] = {}
+            made = self._weights if unit.spec.name.startswith("layers") else self._plain_weights
             for spec in unit.spec.tensors:
                 storage = unit.weights[spec.name]
                 grad = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
                 if len(spec.shape) == 2:
-                    value, free = working_copy(storage, spec, free, self.settings.pad)
-                    working[spec.role] = WorkingMatrix(value, grad)
+                    working[spec.role] = made.matrix(storage, spec, grad, room, grads)
                     continue
                 norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
                 if grad is not None:
@@ -169,9 +174,7 @@ class LayerwiseEngine:
             for spec in unit.spec.tensors:
                 if spec.frozen:
                     a, b = (working.pop(spec.role + part) for part in (LORA_A, LORA_B))
-                    working[spec.role] = AdaptedMatrix(
-                        working[spec.role], a, b, self.settings.scaling, self.dropout, spec
-                    )
+                    working[spec.role] = made.adapted(working[spec.role], a, b, spec)
             found.append(working)
         return found
 
@@ -196,7 +199,7 @@ class LayerwiseEngine:
                     if training and not through_stash:
                         stash[band].put(i, x)
                     for w in layers:
-                        x = block(x, w, self._rope, self.config)
+                        x = block(x, w, self._rope, self.config, self._weights.operations)
                     there.put(i, x)
 
     # head
@@ -206,7 +209,8 @@ class LayerwiseEngine:
             return working["head"]
         embed = self._units["embed"]  # tied, so it lives on the GPU
         (spec,) = embed.spec.tensors
-        return WorkingMatrix(working_copy(embed.weights[EMBEDDING_NAME], spec, self._copies, 1)[0], grad)
+        table = working_copy(embed.weights[EMBEDDING_NAME], spec, self.compute, Room(self._copies), 1)
+        return WorkingMatrix(table, grad)
 
     def _loss(self, output: Boundary, targets: list[Tensor]) -> Tensor:
         """Sum of the loss, fp64 scalar."""
@@ -217,8 +221,7 @@ class LayerwiseEngine:
             head = self._head_matrix(w, None)
             for i, wanted in enumerate(targets):
                 for _, h, t in self._chunks(output.get(i), wanted):
-                    normed = rms_norm(h, w["norm"], self.config.norm_eps)
-                    total += cross_entropy(matmul_wide(normed, head.value.T), t, None)
+                    total += self._loss_of(h, t, w["norm"], head, None)[0]
         return total
 
     def _loss_and_backward(
@@ -233,20 +236,40 @@ class LayerwiseEngine:
             dx = x if kept.output is kept.carry else torch.empty_like(x)
             gradient = dx.flatten(0, 1)
             for part, h, t in self._chunks(x, wanted):
-                leaf = h.detach().requires_grad_()
-                with torch.enable_grad():
-                    normed = rms_norm(leaf, w["norm"], self.config.norm_eps)
-                logits = matmul_wide(normed.detach(), head.value.T)
-                total += cross_entropy(logits, t, 1 / count)
+                loss, logits, normed = self._loss_of(h, t, w["norm"], head, 1 / count)
+                total += loss
                 d_logits = logits.to(self.compute)
                 del logits  # in bf16 both are large
-                d_normed = head.backward(d_logits, normed.detach())
-                del d_logits
-                torch.autograd.backward(normed, d_normed)
-                assert leaf.grad is not None
-                gradient[part] = leaf.grad
+                d_normed = head.backward(d_logits, normed)
+                del d_logits, normed
+                gradient[part] = self._norm_backward(d_normed, h, w["norm"])
             kept.carry.put(i, dx)
         return total / count
+
+    def _loss_of(
+        self, h: Tensor, targets: Tensor, norm: Tensor, head: WorkingMatrix, weight: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a chunk of tokens h [tokens, D]: the sum of the loss; the gradient of `weight` times that sum by
+        the logits; and the normalised h."""
+        if not self.settings.fused:
+            normed = rms_norm(h, norm, self.config.norm_eps)
+            logits = matmul_wide(normed, head.value.T)
+            return cross_entropy(logits, targets, weight), logits, normed
+        normed = norm_kernels.rms_norm(h, norm, self.config.norm_eps)
+        # a CPU has no product of bf16 numbers with an fp32 result
+        logits = normed @ head.value.T if self.device.type == "cpu" else matmul_wide(normed, head.value.T)
+        return loss_kernels.cross_entropy(logits, targets, weight), logits, normed
+
+    def _norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of x [tokens, D] under the final norm; that of the weight is added to its buffer."""
+        if self.settings.fused:
+            return norm_kernels.rms_norm_backward(dy, x, weight, self.config.norm_eps, weight.grad)
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = rms_norm(leaf, weight, self.config.norm_eps)
+        torch.autograd.backward(normed, dy)
+        assert leaf.grad is not None
+        return leaf.grad
 
     def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Tokens whose loss is computed together: their range, their part of x [B, T, D], their targets."""
@@ -275,9 +298,10 @@ class LayerwiseEngine:
     def _recompute(self, x: Tensor, layers: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """The two terms of a band's output, with their graph; the value of the second is not computed."""
         with torch.enable_grad():
+            operations = self._weights.operations
             for w in layers[:-1]:
-                x = block(x, w, self._rope, self.config)
-            return block_terms(x, layers[-1], self._rope, self.config, recomputed=True)
+                x = block(x, w, self._rope, self.config, operations)
+            return block_terms(x, layers[-1], self._rope, self.config, operations, recomputed=True)
 
     def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]
@@ -401,7 +425,7 @@ class LayerwiseEngine:
         for _ in self.bands:
             with self._residence.visit() as units:
                 for w in self._working(units):
-                    x = block(x, w, rope, self.config)
+                    x = block(x, w, rope, self.config, self._weights.operations)
         with self._residence.visit() as units:
             (w,) = self._working(units)
             normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)
@@ -413,7 +437,7 @@ class LayerwiseEngine:
 
 def _bytes_of(unit: Unit, settings: EngineSettings) -> UnitBytes:
     state = 0 if unit.state_slab is None else unit.state_slab.numel()
-    return UnitBytes.of(unit.spec, unit.kinds, state, settings.compute, settings.pad)
+    return UnitBytes.of(unit.spec, unit.kinds, state, settings)
 
 
 def _shape(batch: Tensor) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from lowres.config import ModelConfig
 from lowres.engine.boundaries import BoundarySlabs, Plain, boundary_bytes, make_encoding
 from lowres.engine.common import EngineSettings
 from lowres.rooms import GPU, HOST, Homes, Slab
-from lowres.storage import UnitSpec, field_bytes, weight_fields
+from lowres.storage import TensorSpec, UnitSpec, field_bytes, weight_fields
 
 ALIGNMENT = 64  # elements between tensors in the flat buffers, so that every view is aligned
 
@@ -28,8 +28,8 @@ def aligned_elements(numel: int) -> int:
 
 @dataclass(frozen=True)
 class UnitBytes:
-    """Bytes of a unit. weights, state: at rest. copied: its matrices in compute precision, if they are
-    stored in another one. gradients: of the trained tensors."""
+    """Bytes of a unit. weights, state: at rest. copied: its working copies during a visit. gradients: of the
+    trained tensors."""
 
     weights: int
     state: int
@@ -37,18 +37,25 @@ class UnitBytes:
     gradients: int
 
     @classmethod
-    def of(
-        cls, spec: UnitSpec, kinds: Mapping[str, str], state: int, compute: torch.dtype, pad: int = 1
-    ) -> UnitBytes:
-        """pad: see `EngineSettings`."""
+    def of(cls, spec: UnitSpec, kinds: Mapping[str, str], state: int, settings: EngineSettings) -> UnitBytes:
         weights = weight_fields(spec, {s.name: kinds[s.name] for s in spec.tensors})
-        matrices = [s for s in spec.tensors if len(s.shape) == 2 and weights[s.name][0] != compute]
+        matrices = [s for s in spec.tensors if len(s.shape) == 2]
         return cls(
             sum(field_bytes(weights).values()),
             state,
-            sum(aligned_elements(math.prod(s.padded(pad))) for s in matrices) * compute.itemsize,
-            sum(aligned_elements(s.numel) for s in spec.trained) * gradient_dtype(compute).itemsize,
+            sum(_copied(s, weights[s.name][0], settings) for s in matrices),
+            sum(aligned_elements(s.numel) for s in spec.trained) * gradient_dtype(settings.compute).itemsize,
         )
+
+
+def _copied(spec: TensorSpec, stored: torch.dtype, settings: EngineSettings) -> int:
+    """Bytes of the working copies of a matrix: in the format of the activations if it is stored in another
+    one. INT8 products use the codes as they are, unless they need padding, and the transposed codes."""
+    padded = spec.padded(settings.pad)
+    numel = aligned_elements(math.prod(padded))
+    if settings.int8 and stored == torch.int8:
+        return numel * (settings.transposes + (padded != spec.shape))
+    return 0 if stored == settings.compute else numel * settings.compute.itemsize
 
 
 def gradient_dtype(compute: torch.dtype) -> torch.dtype:
@@ -93,7 +100,9 @@ class Layout:
         # the embedding only looks up rows; a tied one is a matrix when it is used as the head
         used = [*self.bands, ("embed",) if tied else ("head",)]
         size = max(sum(self.units[name].copied for name in group) for group in used)
-        return Slab("layers in compute precision", GPU, size)
+        return Slab(
+            "transposed codes of a layer" if self.settings.int8 else "layers in compute precision", GPU, size
+        )
 
     def gradients(self) -> tuple[Slab, Slab]:
         """The buffer that visits share, and the buffer of a tied embedding."""

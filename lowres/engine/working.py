@@ -10,13 +10,13 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres.data.batches import IGNORED
+from lowres.engine.common import EngineSettings
 from lowres.engine.layout import aligned_elements
-from lowres.model import Dropout, lora
+from lowres.model import PLAIN, Dropout, lora
 from lowres.storage import Storage, TensorSpec
 from lowres.target import kind_of
 
@@ -62,20 +62,31 @@ def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
         return
     rows = max(1, PRODUCT_CHUNK // grad.shape[1])
     for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
-        part.add_(matmul_wide(columns.T, x))
+        part.add_(columns.T @ x if kind_of(x.device) == "cpu" else matmul_wide(columns.T, x))
 
 
-def working_copy(storage: Storage, spec: TensorSpec, free: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """A matrix in the dtype of `free`, and the unused rest of `free`. The matrix is the stored tensor if that
-    has this dtype, else a copy at the start of `free`, padded with zeros (see `EngineSettings`)."""
-    if storage.tensors()[""].dtype == free.dtype:
-        return storage.dense(free.dtype), free
-    (rows, columns), shape = spec.shape, spec.padded(pad)
-    room = free[: math.prod(shape)].view(shape)
-    storage.dense(free.dtype, room[:rows, :columns])
-    room[rows:].zero_()
-    room[:, columns:].zero_()
-    return room, free[aligned_elements(room.numel()) :]
+class Room:
+    """Memory for the working copies of a visit, taken from the start to the end."""
+
+    def __init__(self, slab: Tensor) -> None:
+        self._slab, self._taken = slab, 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        numel = math.prod(shape)
+        start, self._taken = self._taken, self._taken + aligned_elements(numel) * dtype.itemsize
+        return self._slab[start : start + numel * dtype.itemsize].view(dtype).view(shape)
+
+
+def working_copy(storage: Storage, spec: TensorSpec, dtype: torch.dtype, room: Room, pad: int) -> Tensor:
+    """A matrix in this dtype: the stored tensor if that has it, else a copy in `room`, padded with zeros (see
+    `EngineSettings`)."""
+    if storage.tensors()[""].dtype == dtype:
+        return storage.dense(dtype)
+    (rows, columns), copy = spec.shape, room.take(spec.padded(pad), dtype)
+    storage.dense(dtype, copy[:rows, :columns])
+    copy[rows:].zero_()
+    copy[:, columns:].zero_()
+    return copy
 
 
 class WorkingMatrix:
@@ -121,22 +132,42 @@ class AdaptedMatrix(WorkingMatrix):
         """spec: of the frozen matrix; its name names the dropout masks, its width is theirs."""
         super().__init__(frozen.value, None)
         self.a, self.b, self.dropout, self.spec = a, b, dropout, spec
-        self.matrices = lora.Matrices(frozen.value, a.value, b.value, scaling)
+        self.adapter = lora.Adapter(a.value, b.value, scaling)
 
     def product(self, x: Tensor) -> Tensor:
-        return lora.product(x, self._mask(x), self.matrices)
+        return lora.add_product(super().product(x), x, self._mask(x), self.adapter)
 
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add to the gradients of A and B; return the gradient of x."""
         assert self.a.grad is not None and self.b.grad is not None
         add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
-        return lora.gradients(dy, x, self._mask(x), self.matrices, add_a, add_b)
+        dx = dy @ self.value
+        return lora.add_gradients(dx, dy, x, self._mask(x), self.adapter, add_a, add_b)
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        """The dropout mask of x. Random numbers are named by element, so the padding gets none."""
-        width = self.spec.shape[1]
-        mask = self.dropout.mask(self.spec.name, x[..., :width])
-        return mask if mask is None else F.pad(mask, (0, x.shape[-1] - width))
+        return lora.padded_mask(self.dropout, self.spec, x)
+
+
+class PlainWeights:
+    """Makes the matrices of a visit, for a block that computes with PyTorch's operations."""
+
+    operations = PLAIN
+
+    def __init__(self, settings: EngineSettings, dropout: Dropout) -> None:
+        self._settings, self._dropout = settings, dropout
+
+    def matrix(
+        self, storage: Storage, spec: TensorSpec, grad: Tensor | None, room: Room, backward: bool
+    ) -> WorkingMatrix:
+        """grad: the buffer of its gradient, if it has one. backward: whether the visit differentiates."""
+        value = working_copy(storage, spec, self._settings.compute, room, self._settings.pad)
+        return WorkingMatrix(value, grad)
+
+    def adapted(
+        self, frozen: WorkingMatrix, a: WorkingMatrix, b: WorkingMatrix, spec: TensorSpec
+    ) -> AdaptedMatrix:
+        """spec: of the frozen matrix."""
+        return AdaptedMatrix(frozen, a, b, self._settings.scaling, self._dropout, spec)
 
 
 class _Multiply(torch.autograd.Function):

@@ -189,7 +189,7 @@ def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str
     share = config.batch_sequences // ranks.size()
     pinned = cuda if asked.pin_memory == "auto" else asked.pin_memory
     place = {"pin_memory": pinned} | ({"nvme_path": asked.nvme_path} if asked.nvme_path else {})
-    bf16: dict[str, Any] = {"enabled": lean or compute_dtype(kept.compute, device) == torch.bfloat16}
+    bf16: dict[str, Any] = {"enabled": lean or compute_dtype(kept.activations_in, device) == torch.bfloat16}
     if lean:
         bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     numel = sum(spec.numel for unit in unit_specs(config.model) for spec in unit.tensors)

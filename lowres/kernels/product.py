@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowres.kernels import native
-from lowres.kernels.forms import NATIVE, TRACED, TRITON, form_of
+from lowres.kernels.forms import NATIVE, PLAIN, TRACED, TRITON, form_of
 from lowres.kernels.quantise import Quantised
 from lowres.target import CPU, CUDA, kind_of
 
@@ -33,10 +33,8 @@ def multiply(a: Quantised, b: Tensor, b_scales: Tensor | None, out: Tensor, add:
         return out
     acc = int32_product(a.codes, b)
     if form == NATIVE:
-        name = f"epilogue_{native.suffix(out.dtype)}"
-        rows, columns = out.shape
-        scales = a.scales, b_scales, native.Strided(out)
-        native.call(name, acc, *scales, int(add), rows, columns, out.stride(0))
+        name, (m, n) = f"epilogue_{native.suffix(out.dtype)}", out.shape
+        native.call(name, acc, a.scales, b_scales, native.Strided(out), int(add), m, n, out.stride(0))
         return out
     if form == TRACED:
         return out
@@ -55,12 +53,17 @@ def int32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())
 
 
-def along_sum(codes: Tensor) -> Tensor:
-    """The transposed codes: contiguous on CUDA, a view on a CPU, where PyTorch's product takes any layout."""
+def along_sum(codes: Tensor, out: Tensor | None = None) -> Tensor:
+    """The transposed codes: contiguous on CUDA, in `out` if that is given; a view on a CPU, where PyTorch's
+    product takes any layout."""
     if kind_of(codes.device) == CPU:
         return codes.t()
+    if out is None:
+        out = torch.empty(codes.shape[::-1], dtype=torch.int8, device=codes.device)
     if form_of(codes) == TRITON:
         from lowres.kernels.gpu import product
 
-        return product.transposed(codes)
-    return codes.t().contiguous()
+        product.transposed(codes, out)
+    elif form_of(codes) == PLAIN:
+        out.copy_(codes.t())
+    return out

@@ -18,11 +18,9 @@ def dequantise(codes: Tensor, scales: Tensor, out: Tensor) -> Tensor:
     """out [m, n] = codes [m, n] * scales [m, 1]. out: fp32 or bf16, perhaps part of a wider matrix."""
     form = form_of(codes)
     if form == NATIVE and out.dtype in native.DTYPES:
-        rows, columns = codes.shape
-        native.call(
-            f"dequantise_{native.suffix(out.dtype)}", codes, scales, native.Strided(out), rows, columns,
-            out.stride(0),
-        )  # fmt: skip
+        m, n = codes.shape
+        name = f"dequantise_{native.suffix(out.dtype)}"
+        native.call(name, codes, scales, native.Strided(out), m, n, out.stride(0))
     elif form == TRITON:
         from lowres.kernels.gpu import rounding
 

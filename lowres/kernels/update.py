@@ -35,11 +35,11 @@ def int8_update(
     """
     form = form_of(codes)
     if form == NATIVE:
-        rows, columns = codes.shape
+        m, n = codes.shape
         mode, (k0, k1) = mode_of(factor), key
         native.call(
             *("int8_update", codes, scales, direction.contiguous(), factor.contiguous(), mode, decay),
-            *(k0, k1, rows, columns),
+            *(k0, k1, m, n),
         )
     elif form == TRITON:
         from lowres.kernels.gpu import update
@@ -86,11 +86,11 @@ def bf16_update(value: Tensor, direction: Tensor, factor: Tensor, decay: Tensor 
     """Update a bf16 tensor [m, n] or [n] in place; the arithmetic is fp32, rounded once, stochastically."""
     form = form_of(value)
     if form == NATIVE:
-        rows, columns = value.shape if value.dim() == 2 else (1, value.numel())
+        m, n = value.shape if value.dim() == 2 else (1, value.numel())
         mode, (k0, k1) = mode_of(factor), key
         native.call(
             *("bf16_update", value, direction.contiguous(), factor.contiguous(), mode, decay),
-            *(k0, k1, rows, columns),
+            *(k0, k1, m, n),
         )
     elif form == TRITON:
         from lowres.kernels.gpu import update

@@ -58,7 +58,7 @@ class Footprint:
         model, kept = config.model, config.memory
         self.units = {unit.name: unit for unit in unit_specs(model, adapters)}
         self.kinds = storage_kinds(self.units.values(), kept.weights, kept.embeddings_kept_in)
-        self.compute = compute_dtype(kept.compute, device)
+        self.compute = compute_dtype(kept.activations_in, device)
         self.trace = tracer(config, device.type, adapters)
         optimizer = make_optimizer(config)
         self.weights = {name: self._weights(unit) for name, unit in self.units.items()}
@@ -69,9 +69,9 @@ class Footprint:
         self.at_rest = sum(
             sum(own.values()) for found in (self.weights, self.state) for own in found.values()
         )
-        pad = self._settings(Choice(1)).pad
+        settings = self._settings(Choice(1))
         self.bytes = {
-            name: UnitBytes.of(unit, self.kinds, sum(self.state[name].values()), self.compute, pad)
+            name: UnitBytes.of(unit, self.kinds, sum(self.state[name].values()), settings)
             for name, unit in self.units.items()
         }
         self.layout = cache(self._layout)

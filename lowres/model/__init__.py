@@ -7,6 +7,8 @@ llama    the whole model as an ordinary `nn.Module`, used as the reference
 """
 
 from lowres.model.block import (
+    PLAIN,
+    Operations,
     Weight,
     attention,
     block,
@@ -19,6 +21,7 @@ from lowres.model.block import (
     rms_norm,
     rope_tables,
     rotate,
+    split_heads,
 )
 from lowres.model.llama import Llama
 from lowres.model.lora import Dropout, fresh_adapter
@@ -39,8 +42,10 @@ __all__ = [
     "EMBEDDING_NAME",
     "HEAD_NAME",
     "INIT_STD",
+    "PLAIN",
     "Dropout",
     "Llama",
+    "Operations",
     "Units",
     "Weight",
     "attention",
@@ -58,6 +63,7 @@ __all__ = [
     "rms_norm",
     "rope_tables",
     "rotate",
+    "split_heads",
     "storage_kind",
     "storage_kinds",
     "unit_specs",

@@ -96,9 +96,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return F.linear(x, weight) if isinstance(weight, Tensor) else weight(x)
 
 
-def biased(x: Tensor, w: Weights, role: str) -> Tensor:
-    """`linear` plus the bias [out], if the model has one and the weight does not add it itself."""
-    y = linear(x, w[role])
+def biased(y: Tensor, w: Weights, role: str) -> Tensor:
+    """The product y plus the bias [out], if the model has one and the weight has not added it itself."""
     bias = w.get(f"{role}_bias")
     return y if bias is None else _AddBias.apply(y, bias)
 
@@ -169,33 +168,66 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
-def normed(y: Tensor, w: Weights, role: str, config: ModelConfig) -> Tensor:
-    """The norm of what a matrix has produced, if the model has one there."""
-    return norm(y, w[f"{role}_norm"], config) if f"{role}_norm" in w else y
+def heads(y: Tensor, w: Weights, role: str, config: ModelConfig) -> Tensor:
+    """Queries, keys or values of all heads [B, T, H * E] from the product y of that shape."""
+    y = biased(y, w, role)
+    if f"{role}_norm" not in w:
+        return y
+    return norm(y.unflatten(-1, (-1, config.head_dim)), w[f"{role}_norm"], config).flatten(-2)
 
 
-def heads(x: Tensor, w: Weights, role: str, count: int, config: ModelConfig) -> Tensor:
-    """Queries, keys or values [B, T, count, E] of normalised x [B, T, D]."""
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """x [B, T, H * width] as [B, H, T, width]."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+class Operations:
+    """How the parts of a block are computed: with PyTorch's operations, which autograd differentiates. An
+    engine may have others (`lowres.engine.fused`)."""
+
+    def products(
+        self, x: Tensor, w: Weights, normed_by: str, roles: tuple[str, ...], config: ModelConfig
+    ) -> list[Tensor]:
+        """The norm of x [B, T, D], times each of these matrices."""
+        h = norm(x, w[normed_by], config)
+        return [linear(h, w[role]) for role in roles]
+
+    def product(self, x: Tensor, weight: Weight) -> Tensor:
+        """x [B, T, in] times a matrix."""
+        return linear(x, weight)
+
+    def gated(self, gate: Tensor, up: Tensor, weight: Any, valued: bool) -> Tensor:
+        """SwiGLU of gate and up [B, T, F], times a matrix. valued: if not, only the graph is needed."""
+        product = F.silu(gate) * up
+        return linear(product, weight) if valued else weight.last(product)
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, T, H * E] with rotary position embedding, as [B, H, T, E]. x may be overwritten."""
+        return rotate(split_heads(x, rope[0].shape[1]), rope)
+
+
+PLAIN = Operations()
+
+
+def attention(
+    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, ops: Operations = PLAIN
+) -> Tensor:
+    """Norm and causal self-attention of x [B, T, D], without the residual."""
     b, t, _ = x.shape
-    return normed(biased(x, w, role).view(b, t, count, config.head_dim), w, role, config)
-
-
-def attention(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
-    """Causal self-attention of normalised x [B, T, D], without the residual."""
-    b, t, _ = x.shape
-    q = heads(x, w, "q", config.n_heads, config).transpose(1, 2)  # [B, H, T, E]
-    k = heads(x, w, "k", config.kv_heads, config).transpose(1, 2)  # [B, K, T, E]
-    v = heads(x, w, "v", config.kv_heads, config).transpose(1, 2)
+    q, k, v = ops.products(x, w, "attn_norm", ("q", "k", "v"), config)
+    q = ops.rotate(heads(q, w, "q", config), rope)  # [B, H, T, E]
+    k = ops.rotate(heads(k, w, "k", config), rope)  # [B, K, T, E]
+    v = split_heads(heads(v, w, "v", config), config.head_dim)
     grouped = config.kv_heads != config.n_heads
-    y = F.scaled_dot_product_attention(
-        rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=grouped
-    )
-    return linear(y.transpose(1, 2).reshape(b, t, -1), w["o"])
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return ops.product(y.transpose(1, 2).reshape(b, t, -1), w["o"])
 
 
-def block(x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig) -> Tensor:
+def block(
+    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, ops: Operations = PLAIN
+) -> Tensor:
     """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
-    x, y = block_terms(x, w, rope, config)
+    x, y = block_terms(x, w, rope, config, ops)
     return x + y
 
 
@@ -205,16 +237,19 @@ def not_recomputed(config: ModelConfig) -> tuple[str, ...]:
 
 
 def block_terms(
-    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, recomputed: bool = False
+    x: Tensor,
+    w: Weights,
+    rope: tuple[Tensor, Tensor],
+    config: ModelConfig,
+    ops: Operations = PLAIN,
+    recomputed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Two terms [B, T, D] whose sum is the output of a block.
 
     recomputed: only for the backward pass. Products of `not_recomputed` then have a graph and no value; the
     weight provides them as `last`.
     """
-    x = x + attention(norm(x, w["attn_norm"], config), w, rope, config)
-    h = norm(x, w["mlp_norm"], config)
-    product = F.silu(linear(h, w["gate"])) * linear(h, w["up"])
-    if recomputed and "down" in not_recomputed(config):
-        return x, w["down"].last(product)
-    return x, linear(product, w["down"])
+    x = x + attention(x, w, rope, config, ops)
+    gate, up = ops.products(x, w, "mlp_norm", ("gate", "up"), config)
+    valued = not (recomputed and "down" in not_recomputed(config))
+    return x, ops.gated(gate, up, w["down"], valued)

@@ -56,8 +56,8 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         mask = self.dropout.mask(self.name, x) if self.dropout is not None else None
-        w = lora.Matrices(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
-        y = lora.plain_product(x, mask, w)
+        w = lora.Adapter(self.lora_A.weight, self.lora_B.weight, self.scaling)
+        y = lora.plain_product(x, mask, self.weight, w)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 

@@ -2,8 +2,8 @@
 
     y = x W^T + scaling * dropout(x) A^T B^T       W [m, n] frozen, A [rank, n], B [m, rank]
 
-`plain_product` is the definition, and autograd differentiates it. `product` and `gradients` compute the same
-in less memory, for the layer-major engine; a test compares them.
+`plain_product` is the definition, and autograd differentiates it. `add_product` and `add_gradients` compute
+the same in less memory, for the layer-major engine; a test compares them.
 """
 
 from __future__ import annotations
@@ -70,10 +70,9 @@ class Dropout:
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """W, A and B in use, in the number format of the computation."""
+class Adapter:
+    """A [rank, n] and B [m, rank] in use, in the number format of the computation."""
 
-    frozen: Tensor
     a: Tensor
     b: Tensor
     scaling: float
@@ -82,27 +81,36 @@ class Matrices:
 Add = Callable[[Tensor, Tensor], None]  # adds dy^T x to a gradient, for dy [tokens, out] and x [tokens, in]
 
 
-def plain_product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
+def padded_mask(dropout: Dropout, spec: TensorSpec, x: Tensor) -> Tensor | None:
+    """The dropout mask of x [B, T, in], the input of this matrix. Random numbers are named by element, so
+    columns that are padding get none."""
+    width = spec.shape[1]
+    mask = dropout.mask(spec.name, x[..., :width])
+    return mask if mask is None else F.pad(mask, (0, x.shape[-1] - width))
+
+
+def plain_product(x: Tensor, mask: Tensor | None, frozen: Tensor, w: Adapter) -> Tensor:
     """y [..., m] for x [..., n]. mask: the dropout mask, or None."""
     dropped = x if mask is None else x * mask
-    return F.linear(x, w.frozen) + w.scaling * F.linear(F.linear(dropped, w.a), w.b)
+    return F.linear(x, frozen) + w.scaling * F.linear(F.linear(dropped, w.a), w.b)
 
 
-def product(x: Tensor, mask: Tensor | None, w: Matrices) -> Tensor:
-    """`plain_product` without a graph."""
-    y = x @ w.frozen.T
+def add_product(y: Tensor, x: Tensor, mask: Tensor | None, w: Adapter) -> Tensor:
+    """`plain_product` without a graph, in place, for y = x W^T."""
     inner = (x if mask is None else x * mask) @ w.a.T
     y.flatten(0, -2).addmm_(inner.flatten(0, -2), w.b.T, alpha=w.scaling)
     return y
 
 
-def gradients(dy: Tensor, x: Tensor, mask: Tensor | None, w: Matrices, add_a: Add, add_b: Add) -> Tensor:
-    """The gradient of x from dy, the gradient of y; the gradients of A and B go to `add_a` and `add_b`."""
+def add_gradients(
+    dx: Tensor, dy: Tensor, x: Tensor, mask: Tensor | None, w: Adapter, add_a: Add, add_b: Add
+) -> Tensor:
+    """Adds the adapter's part to dx = dy W, the gradient of x; the gradients of A and B go to `add_a` and
+    `add_b`."""
     dropped = x if mask is None else x * mask
     # the scaling is applied to the smallest tensors
     add_b(dy.flatten(0, -2), (dropped @ w.a.T).mul_(w.scaling).flatten(0, -2))
     inner = (dy @ w.b).mul_(w.scaling)
-    dx = dy @ w.frozen
     add_a(inner.flatten(0, -2), dropped.flatten(0, -2))
     if mask is not None:
         return dx.addcmul_(inner @ w.a, mask)

@@ -41,7 +41,7 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
     transfers are copies that take time of their own."""
     tokens, model = config.train.batch_tokens, config.model
     engine = config.memory.engine
-    compute = compute_dtype(config.memory.compute, device)
+    compute = compute_dtype(config.memory.activations_in, device)
     passes = backward_passes(config)
     flops = flops_per_token(model, config.data.seq_len, plan.choice.band, engine, passes)
     head_backward = passes * 4 * model.vocab * model.dim
@@ -60,7 +60,7 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
 
     # boundaries have the compute format of the planned device, which may not be in this machine
     planned_for = torch.device("cuda" if config.run.device == "cuda" else device.type)
-    fetched, stored = step_bytes(config, plan, compute_dtype(config.memory.compute, planned_for))
+    fetched, stored = step_bytes(config, plan, compute_dtype(config.memory.activations_in, planned_for))
     directions = fetched / (rates.to_gpu_gb_s * 1e9), stored / (rates.to_host_gb_s * 1e9)
     transfer_s = max(directions) if device.type == "cuda" else sum(directions)
     step_s = max(compute_s, transfer_s) if device.type == "cuda" else compute_s + transfer_s

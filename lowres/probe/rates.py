@@ -55,7 +55,7 @@ class Rates:
 
 def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
     """Measure for a few seconds. Raises DoesNotFit if a layer does not fit on the GPU."""
-    compute = compute_dtype(config.memory.compute, device)
+    compute = compute_dtype(config.memory.activations_in, device)
     try:
         forward, backward = _products(config, plan, device, compute)
         others = _beside_products(config, plan, device, compute)

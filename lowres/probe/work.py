@@ -14,7 +14,7 @@ from lowres.engine.layout import Layout, UnitBytes
 from lowres.memory import Plan
 from lowres.model import block_shapes, not_recomputed, storage_kinds, unit_specs
 from lowres.optim import make_optimizer
-from lowres.storage import DENSE_DTYPES, field_bytes, state_fields
+from lowres.storage import DENSE_DTYPES, MATRIX, field_bytes, state_fields
 
 # causal attention: its backward computes the scores again, so it has 5 products; the forward has 2
 ATTENTION_BACKWARD = 2.5
@@ -57,11 +57,7 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
         return 0, 0
     model, kept, optimizer = config.model, config.memory, make_optimizer(config)
     kinds = storage_kinds(unit_specs(model), kept.weights, kept.embeddings_kept_in)
-    units = {}
-    for unit in unit_specs(model):
-        state = sum(field_bytes(state_fields(optimizer.unit_fields(unit))).values())
-        units[unit.name] = UnitBytes.of(unit, kinds, state, compute)
-    choice = plan.choice
+    choice, units = plan.choice, {}
     settings = EngineSettings(
         choice.micro_batch,
         compute,
@@ -70,6 +66,9 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
         exact_forward=kept.exact_forward,
         grad_clip=config.optim.grad_clip,
     )
+    for unit in unit_specs(model):
+        state = sum(field_bytes(state_fields(optimizer.unit_fields(unit))).values())
+        units[unit.name] = UnitBytes.of(unit, kinds, state, settings)
     layout = Layout(model, units, settings)
     return layout.traffic(choice.homes, config.batch_sequences, config.data.seq_len)
 
@@ -81,7 +80,8 @@ def dequantised_elements(config: Config, compute: torch.dtype) -> int:
     found, passes = 0, backward_passes(config)
     for unit in unit_specs(model):
         for spec in unit.tensors:
-            if len(spec.shape) == 2 and DENSE_DTYPES.get(kinds[spec.name]) != compute:
+            multiplied = kept.compute == "int8" and spec.kind == MATRIX  # as stored
+            if len(spec.shape) == 2 and DENSE_DTYPES.get(kinds[spec.name]) != compute and not multiplied:
                 if kept.engine == "autograd":
                     visits = 1
                 elif spec.role == "embedding":
