@@ -9,11 +9,15 @@ import torch
 from lowres import ranks
 from lowres.config import Config
 from lowres.errors import UserError
+from lowres.kernels import forms, product
 from lowres.rooms import EXACT_LOCKING
 from lowres.storage import compute_dtype
+from lowres.target import CPU, CUDA, kind_of
 
 # a model of this width is not trained on a CPU
 LARGE_WIDTH = 2048
+# updated numbers: PyTorch's operations take some seconds for these, and a compiler takes one or two
+WORTH_COMPILING = 2_000_000_000
 # compute capabilities: the oldest supported one (Turing, which emulates bf16), the first with bf16 (Ampere)
 OLDEST, BF16 = (7, 5), (8, 0)
 # PyTorch's allocator reads the first of these that is set; PyTorch 2.8 knows only the first name
@@ -76,6 +80,27 @@ def pick_device(config: Config) -> torch.device:
             f"use --set memory.compute=fp32{weights}, which is correct but slower"
         )
     return device
+
+
+def use_kernels(config: Config, device: torch.device, parameters: int) -> list[str]:
+    """Turn the compiled kernels on or off for a run; returns notes for the user. On a CPU a small run does
+    without: its updates take less time than the compiler. Raises UserError if INT8 products are not
+    possible."""
+    kept, kind = config.memory, kind_of(device)
+    int8, updates = kept.compute == "int8", parameters * config.train.total_steps
+    wanted = kept.kernels == "fused" or int8 or kind == CUDA or updates >= WORTH_COMPILING
+    if kept.kernels == "plain" or not wanted:
+        forms.disable(kind)
+        return []
+    notes = [note] if (note := forms.enable(kind)) else []
+    if int8 and kind == CUDA and notes:
+        raise UserError("memory.compute: INT8 products on a GPU need Triton: pip install triton, or use bf16")
+    if int8 and kind == CPU and not product.is_exact():
+        notes.append(
+            "this CPU has no exact INT8 product (VNNI or AMX), so memory.compute=int8 multiplies in fp32 "
+            "here, which gives the same result but is slower than memory.compute=fp32"
+        )
+    return notes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

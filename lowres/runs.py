@@ -28,7 +28,7 @@ from lowres import checkpoint, memory, ranks
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_config
 from lowres.data import TokenData, Tokenizer
-from lowres.device import lacks_bf16, pick_device, prepare_cuda
+from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
@@ -159,6 +159,8 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
     config = _for_use(config)
+    for note in use_kernels(config, pick_device(config), 0):
+        tqdm.write(f"note: {note}", file=sys.stderr)
     rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)

@@ -23,10 +23,11 @@ from lowres.config import Config
 from lowres.config_file import changed_keys, follow_batch, load_config, to_toml
 from lowres.data import TokenData, open_data
 from lowres.data.sources import is_stream
-from lowres.device import is_out_of_memory, pick_device
+from lowres.device import is_out_of_memory, pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
-from lowres.model import initialize
+from lowres.model import count_parameters, initialize
+from lowres.probe.fastest import as_chosen, choose
 from lowres.ranks import say
 from lowres.runs import (
     CHECKPOINTS,
@@ -112,6 +113,7 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
     notes: list[str] = []
     started_with = state.get("start") or _rates(saved or config)
     if saved is not None:
+        config = as_chosen(config, saved)
         _require_same_settings(config, saved, folder)
         config, notes = follow_batch(config, saved, started_with)
     if state:
@@ -119,11 +121,13 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
         config = _with_tokens_left(config, state)
         offset = state["tokens"] // config.data.seq_len - step * config.batch_sequences
 
+    config, chosen = choose(config, device) if saved is None else (config, [])
+    chosen += use_kernels(config, device, count_parameters(config.model))
     plans = _check_room(config, device, folder)
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
     if origin is not None:
         require_same_shape(config, origin)
-    lines = [f"note: {note}" for note in damaged + data.notes + notes]
+    lines = [f"note: {note}" for note in damaged + data.notes + notes + chosen]
     if resume and found is None:
         lines.append(f"{folder} has no checkpoint yet: starting at step 0")
     return Start(

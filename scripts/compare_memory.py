@@ -1,10 +1,11 @@
 """Do memory-saving number formats train as well as full precision?
 
-    python scripts/compare_memory.py weights|stash [CONFIG] [--seeds 0 1 2] [--set section.key=value ...]
+    python scripts/compare_memory.py SUBJECT [CONFIG] [--seeds 0 1 2] [--set section.key=value ...]
 
-weights: INT8 against fp32 weights. stash: the inputs of the layers stored in INT8 instead of the format of
-the computation; the forward pass continues from the stored or from the exact values. Trains the config once
-per seed with each variant, prints a table and writes benchmarks/results/int8_SUBJECT.json. Runs are kept in
+weights: INT8 against fp32 weights. products: INT8 weights that are multiplied in INT8 or in fp32. stash: the
+inputs of the layers stored in INT8 instead of the format of the computation; the forward pass continues from
+the stored or from the exact values. Trains the config once per seed with each variant, prints a table and
+writes benchmarks/results/int8_SUBJECT.json, with the training curves as .png. Runs are kept in
 runs/compare_memory and are not repeated.
 """
 
@@ -22,6 +23,15 @@ from lowres.config_file import load_config
 
 # subject -> overrides by name; the others are compared with the first
 SUBJECTS = {
+    "products": {
+        "fp32 products": ["memory.weights=int8", "memory.compute=fp32"],
+        "int8 products": ["memory.weights=int8", "memory.compute=int8"],
+        "int8, fp32 for weight gradients": [
+            "memory.weights=int8",
+            "memory.compute=int8",
+            "memory.compute_wgrad=dense",
+        ],
+    },
     "weights": {"fp32": ["memory.weights=fp32"], "int8": ["memory.weights=int8"]},
     "stash": {
         "exact": ["memory.stash_dtype=auto"],
@@ -71,7 +81,9 @@ def main() -> None:
         "arms": summaries,
         "table": table.splitlines(),
     }
-    records.write(parsed.out or Path(f"benchmarks/results/int8_{parsed.subject}.json"), record)
+    out = parsed.out or Path(f"benchmarks/results/int8_{parsed.subject}.json")
+    records.write(out, record)
+    comparison.draw_differences(out.with_suffix(".png"), runs, first, f"int8 {parsed.subject}")
 
 
 if __name__ == "__main__":

@@ -141,11 +141,9 @@ def draw_curves(path: Path, arms: Mapping[str, list[dict[str, Any]]], title: str
     plot = figure.subplots()
     lowest, highest = math.inf, -math.inf
     for i, (name, runs) in enumerate(arms.items()):
-        logs = [[r for r in metrics.read(Path(run["run"]) / "metrics.jsonl") if "loss" in r] for run in runs]
-        losses = [statistics.fmean(r["loss"] or math.nan for r in step) for step in zip(*logs, strict=True)]
-        width = max(1, round(SMOOTHED * len(losses)))
-        smooth = [statistics.fmean(losses[max(0, j - width + 1) : j + 1]) for j in range(len(losses))]
-        tokens = [r["tokens"] for r in logs[0]]
+        losses = [statistics.fmean(step) for step in zip(*map(_losses, runs), strict=True)]
+        smooth = _smooth(losses)
+        tokens = [r["tokens"] for r in _records(runs[0])]
         colour, style = colormaps["tab10"](i % 10), "--" if i >= 10 else "-"
         plot.plot(tokens, smooth, style, color=colour, lw=1.2, label=name)
         ends = [run["val_loss"] for run in runs if run["val_loss"] is not None]
@@ -160,3 +158,54 @@ def draw_curves(path: Path, arms: Mapping[str, list[dict[str, Any]]], title: str
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def draw_differences(
+    path: Path, arms: Mapping[str, list[dict[str, Any]]], first: str, title: str
+) -> Path | None:
+    """Plot the difference of the training loss of each arm from the first one's over tokens: running mean of
+    the differences between runs of the same seed, each seed and their mean. None without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    plot = figure.subplots()
+    base = [_losses(run) for run in arms[first]]
+    widest = 0.0
+    for i, name in enumerate(n for n in arms if n != first):
+        colour = colormaps["tab10"](i)
+        pairs = [
+            [mine - other for mine, other in zip(_losses(run), losses, strict=False)]
+            for run, losses in zip(arms[name], base, strict=False)
+        ]
+        lines = [_smooth(pair) for pair in pairs]
+        mean = [statistics.fmean(step) for step in zip(*lines, strict=False)]
+        tokens = [r["tokens"] for r in _records(arms[name][0])][: len(mean)]
+        for line in lines:
+            plot.plot(tokens, line[: len(tokens)], color=colour, lw=0.6, alpha=0.4)
+        plot.plot(tokens, mean, color=colour, lw=1.6, label=name)
+        widest = max([widest, *(abs(v) for v in mean[len(mean) // 8 :])])
+    plot.axhline(0, color="black", lw=0.8)
+    plot.set_ylim(-3 * widest, 3 * widest)
+    plot.set(xlabel="tokens", title=f"{title}: training loss minus that of {first}", ylabel="nats a token")
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _records(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in metrics.read(Path(run["run"]) / "metrics.jsonl") if "loss" in r]
+
+
+def _losses(run: Mapping[str, Any]) -> list[float]:
+    return [r["loss"] or math.nan for r in _records(run)]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over SMOOTHED of the length."""
+    width = max(1, round(SMOOTHED * len(values)))
+    return [statistics.fmean(values[max(0, j - width + 1) : j + 1]) for j in range(len(values))]

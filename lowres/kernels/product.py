@@ -8,16 +8,20 @@ an operand for it.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres.kernels import native
 from lowres.kernels.forms import NATIVE, PLAIN, TRACED, TRITON, form_of
 from lowres.kernels.quantise import Quantised
-from lowres.target import CPU, CUDA, kind_of
+from lowres.target import CPU, CUDA, chunks, kind_of
 
 # above this, a sum of products of codes could exceed int32
 LONGEST_SUM = (2**31 - 1) // (127 * 127)
+FP32_SUM = 2**24 // (127 * 127)  # the same for exact sums in fp32
 
 
 def multiply(a: Quantised, b: Tensor, b_scales: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
@@ -45,12 +49,28 @@ def multiply(a: Quantised, b: Tensor, b_scales: Tensor | None, out: Tensor, add:
 
 
 def int32_product(a: Tensor, b: Tensor) -> Tensor:
-    """int32 [m, n] = a [m, k] b^T for codes b [n, k]."""
-    k = a.shape[1]
+    """int32 [m, n] = a [m, k] b^T for codes b [n, k], exact."""
     # PyTorch's kernel returns garbage for a sum of one number in one layout, and for one row in another
-    if k == 1 or len(a) == 1 or not a.shape[0] or len(b) == 1:
-        return (a.double() @ b.double().t()).to(torch.int32)
-    return torch._int_mm(a, b.t())
+    if min(len(a), len(b), a.shape[1]) > 1 and (kind_of(a.device) == CUDA or is_exact()):
+        return torch._int_mm(a, b.t())
+    total = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device)
+    for part in chunks(a.shape[1], FP32_SUM):
+        total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return total
+
+
+@cache
+def is_exact() -> bool:
+    """Whether PyTorch's INT8 product is right on this CPU. Without VNNI or AMX (on x86) it adds pairs of
+    products in 16 bits, which silently saturates for codes above 64."""
+    with _disable_current_modes():  # also correct if a plan asks first
+        steps = torch.arange(64 * 96, dtype=torch.int64).view(64, 96)
+        a, b = ((steps * step % 255 - 127).to(torch.int8) for step in (7, 13))
+        a[:8], b[:8] = 127, -127
+        b[8:16] = 127
+        wanted = a.long() @ b.long().t()
+        layouts = (b.t(), b.t().contiguous())
+        return all(torch.equal(torch._int_mm(a, other).long(), wanted) for other in layouts)
 
 
 def along_sum(codes: Tensor, out: Tensor | None = None) -> Tensor:

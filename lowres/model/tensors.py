@@ -53,6 +53,11 @@ def unit_specs(config: ModelConfig, adapters: ReloraConfig | None = None) -> lis
     return [*found, UnitSpec("head", tuple(head))]
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Numbers in the weights of a model."""
+    return sum(spec.numel for unit in unit_specs(config) for spec in unit.tensors)
+
+
 def storage_kind(spec: TensorSpec, matrices: str, embeddings: str) -> str:
     """Number format of a tensor: as given for matrices and embeddings, fp32 for norms, biases, adapters."""
     return {MATRIX: matrices, EMBEDDING: embeddings}.get(spec.kind, "fp32")
