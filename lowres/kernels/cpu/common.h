@@ -42,9 +42,9 @@ static inline int32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
 
 static inline float absolute(float x) { return float_of(bits_of(x) & 0x7fffffff); }
 
-// lowres.rng.random_bits
-static inline uint32_t random_bits(uint32_t index, uint32_t k0, uint32_t k1) {
-    uint32_t x = index + k0;
+// lowres.rng.random_bits, of one element or of several
+template <class U> static inline U random_bits(U index, uint32_t k0, uint32_t k1) {
+    U x = index + k0;
     x ^= x >> 17;
     x *= 0xED5AD4BBu;
     x += k1;
@@ -54,14 +54,6 @@ static inline uint32_t random_bits(uint32_t index, uint32_t k0, uint32_t k1) {
     x *= 0x31848BABu;
     x ^= x >> 14;
     return x;
-}
-
-// lowres.rng.round_to_integer
-static inline float round_to_integer(float x, uint32_t bits) {
-    float size = absolute(x), whole = floorf(size);
-    float uniform = ((float)(int32_t)(bits >> 8) + 0.5f) * 0x1p-24f;
-    whole += uniform < size - whole ? 1.0f : 0.0f;
-    return float_of(bits_of(whole) | (bits_of(x) & 0x80000000u));
 }
 
 // lowres.rng.round_to_bf16

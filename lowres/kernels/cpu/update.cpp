@@ -1,65 +1,81 @@
 // Updates of stored weights: see lowres/kernels/update.py.
 #include "common.h"
+#include <vector>
 
 enum { SCALAR = 0, PER_ROW = 1, PER_COLUMN = 2 };
 
-template <bool COLUMNS, bool DECAY>
-static inline float change_of(float direction, float code, float factor, float scale, float decay) {
-    float change = direction * (COLUMNS ? factor / -scale : factor);
-    if (DECAY) change = change + -code * decay;
-    return change;
+// lowres.rng.round_to_integer, for magnitudes below 2^31
+static inline int32_t round_to_integer(float x, uint32_t bits) {
+    float size = absolute(x);
+    int32_t whole = (int32_t)size;
+    float uniform = ((float)(int32_t)(bits >> 8) + 0.5f) * 0x1p-24f;
+    whole += uniform < size - (float)whole;
+    return x < 0 ? -whole : whole;
 }
+
+static const int64_t PART = 512; // numbers of a row between two prefetches
+
+// Every loop has numbers of one width, because compilers mix int8 and fp32 badly; so a row passes through these.
+struct Row {
+    std::vector<float> code, change;
+    std::vector<int32_t> sum;
+    Row(int64_t n) : code(n), change(n), sum(n) {}
+};
 
 template <bool COLUMNS, bool DECAY>
 static void int8_row(int8_t *codes, float *scale, const float *direction, const float *factor, float decay,
-                     uint32_t start, uint32_t k0, uint32_t k1, int64_t n) {
+                     uint32_t start, uint32_t k0, uint32_t k1, int64_t n, Row &row) {
     const float old = *scale, one = COLUMNS ? 0.0f : *factor / -old;
+    float *code = row.code.data(), *change = row.change.data();
+    int32_t *sum = row.sum.data();
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) code[j] = codes[j];
     int32_t top_bits = 0, change_bits = 0;
 #pragma omp simd reduction(max : top_bits, change_bits)
     for (int64_t j = 0; j < n; j++) {
-        float code = codes[j];
-        float change = change_of<COLUMNS, DECAY>(direction[j], code, COLUMNS ? factor[j] : one, old, decay);
-        int32_t a = magnitude(code + change), b = magnitude(change);
+        float c = direction[j] * (COLUMNS ? factor[j] / -old : one);
+        if (DECAY) c = c + -code[j] * decay;
+        change[j] = c;
+        int32_t a = magnitude(code[j] + c), b = magnitude(c);
         top_bits = a > top_bits ? a : top_bits;
         change_bits = b > change_bits ? b : change_bits;
     }
     const float top = float_of(top_bits);
     const bool fits = (top >= 64.0f || change_bits == 0 || top == 0.0f) && top <= 127.0f;
-    const float grow = fits ? 1.0f : top / 120.0f, kept = fits ? 1.0f : 0.0f;
-    if (fits) {
+    const float grow = fits ? 1.0f : top / 120.0f;
+    if (!fits) {
+        *scale = old * grow;
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) {
-            float code = codes[j];
-            float change = change_of<COLUMNS, DECAY>(direction[j], code, COLUMNS ? factor[j] : one, old, decay);
-            float sum = code + round_to_integer(change, random_bits(start + (uint32_t)j, k0, k1));
-            sum = sum < -127.0f ? -127.0f : (sum > 127.0f ? 127.0f : sum);
-            codes[j] = (int8_t)(int32_t)sum;
+        for (int64_t j = 0; j < n; j++) { // the new value is rounded as a whole, otherwise only the change
+            change[j] = (code[j] + change[j]) / grow;
+            code[j] = 0;
         }
-        return;
     }
+    for (int64_t begin = 0; begin < n; begin += PART) {
+        const int64_t end = begin + PART < n ? begin + PART : n;
+        // The next row, because the hardware's prefetching ends with this one; harmless beyond the last row.
+        for (int64_t j = begin; j < end; j += 16) __builtin_prefetch(direction + n + j);
+        for (int64_t j = begin; j < end; j += 64) __builtin_prefetch(codes + n + j, 1);
 #pragma omp simd
-    for (int64_t j = 0; j < n; j++) {
-        float code = codes[j];
-        float change = change_of<COLUMNS, DECAY>(direction[j], code, COLUMNS ? factor[j] : one, old, decay);
-        float rest = (code + change) / grow;
-        float sum = code * kept + round_to_integer(rest, random_bits(start + (uint32_t)j, k0, k1));
-        sum = sum < -127.0f ? -127.0f : (sum > 127.0f ? 127.0f : sum);
-        codes[j] = (int8_t)(int32_t)sum;
+        for (int64_t j = begin; j < end; j++)
+            sum[j] = (int32_t)code[j] + round_to_integer(change[j], random_bits(start + (uint32_t)j, k0, k1));
+#pragma omp simd
+        for (int64_t j = begin; j < end; j++)
+            codes[j] = (int8_t)(sum[j] < -127 ? -127 : (sum[j] > 127 ? 127 : sum[j]));
     }
-    *scale = old * grow;
 }
 
 API void int8_update(int8_t *codes, float *scales, const float *direction, const float *factor, int64_t mode,
                      const float *decay, int64_t k0, int64_t k1, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-        const float *own = factor + (mode == PER_ROW ? i : 0);
-        int8_t *to = codes + i * columns;
-        const float *from = direction + i * columns;
-        uint32_t start = (uint32_t)(i * columns);
-        auto row = mode == PER_COLUMN ? (decay ? int8_row<true, true> : int8_row<true, false>)
-                                      : (decay ? int8_row<false, true> : int8_row<false, false>);
-        row(to, scales + i, from, own, decay ? *decay : 0.0f, start, (uint32_t)k0, (uint32_t)k1, columns);
+    auto update = mode == PER_COLUMN ? (decay ? int8_row<true, true> : int8_row<true, false>)
+                                     : (decay ? int8_row<false, true> : int8_row<false, false>);
+#pragma omp parallel
+    {
+        Row row(columns);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++)
+            update(codes + i * columns, scales + i, direction + i * columns, factor + (mode == PER_ROW ? i : 0),
+                   decay ? *decay : 0.0f, (uint32_t)(i * columns), (uint32_t)k0, (uint32_t)k1, columns, row);
     }
 }
 
