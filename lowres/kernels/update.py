@@ -1,6 +1,7 @@
 """The second phase of an update, W <- (1 - decay) W - factor * direction, in one pass over a weight.
 
-Every form gives the same bits. factor: fp32, a scalar or one number per row [m, 1] or column [1, n].
+Every form gives the same bits. `addcmul` with a broadcast operand rounds once, as a fused multiply-add; so do
+the other forms, there and nowhere else. factor: fp32, a scalar or one number per row [m, 1] or column [1, n].
 """
 
 from __future__ import annotations

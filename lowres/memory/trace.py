@@ -12,7 +12,7 @@ itself; `inside_kernel` adds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.engine import Choice, EngineSettings, LayerwiseEngine
 from lowres.engine.common import Updater
 from lowres.errors import UserError
+from lowres.kernels import forms
 from lowres.meter import LiveTensors
 from lowres.model import Dropout, Llama, empty_units
 from lowres.optim import make_optimizer
@@ -84,10 +85,14 @@ def _rounded(number: int, multiple: int) -> int:
 
 
 @contextmanager
-def without_memory(kind: str, rooms: Rooms | None = None, brief: bool = False) -> Iterator[Traced]:
-    """Tensors made in the block have no memory and are counted; code behaves as on this kind of device."""
-    live = Traced(rooms)
-    with planned_for(kind, brief), FakeTensorMode(allow_non_fake_inputs=True), live:
+def without_memory(
+    kind: str, rooms: Rooms | None = None, brief: bool = False, plain: bool = False
+) -> Iterator[Traced]:
+    """Tensors made in the block have no memory and are counted; code behaves as on this kind of device.
+    plain: without compiled kernels, which otherwise are assumed on a GPU."""
+    live, compiled = Traced(rooms), not plain and (kind == CUDA or forms.compiled(kind))
+    without = FakeTensorMode(allow_non_fake_inputs=True)
+    with planned_for(kind, brief), forms.using(kind, compiled), without, live:
         yield live
 
 
@@ -139,7 +144,7 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.optim.model_dump_json(),
         config.relora.model_dump_json(),
     ]
-    key = (*parts, config.data.seq_len, kind, adapters is not None)
+    key = (*parts, config.data.seq_len, kind, adapters is not None, forms.compiled(kind))
     if key not in tracers:
         tracers[key] = Tracer(config, kind, adapters)
     return tracers[key]
@@ -169,7 +174,7 @@ class Tracer:
 
     def _trace(self, micro_batch: int, band: int, several: bool) -> dict[str, int]:
         rooms = Rooms(_CPU)
-        with without_memory(self._kind, rooms, brief=True) as live:
+        with self._without_memory(rooms) as live:
             engine = self._engine(rooms, Choice(micro_batch, band), _Still())
             shape = micro_batch, self._config.data.seq_len
             self._take_step(engine, live, shape, 2 if several else 1, 0)
@@ -182,7 +187,7 @@ class Tracer:
         steps = [0, config.optim.refresh_every or 1]
         if self._adapters is not None and relora.cycle_steps:
             steps.append(relora.start_step + relora.cycle_steps - 1)
-        with without_memory(self._kind, rooms, brief=True) as live:
+        with self._without_memory(rooms) as live:
             optimizer = make_optimizer(self._cut(config, 1))
             watched = _Watched(Relora(relora, optimizer), live)
             engine = self._engine(rooms, Choice(1), watched)
@@ -193,6 +198,10 @@ class Tracer:
         block = sum(size for name, size in watched.kept.items() if name not in ("embed", "head"))
         rest = sum(watched.kept.values()) - block
         return Updates(most - block - rest, (block, rest))
+
+    def _without_memory(self, rooms: Rooms) -> AbstractContextManager[Traced]:
+        plain = self._config.memory.kernels == "plain"
+        return without_memory(self._kind, rooms, brief=True, plain=plain)
 
     def _engine(self, rooms: Rooms, choice: Choice, updater: Updater) -> LayerwiseEngine:
         config, kept = self._cut(self._config, choice.band), self._config.memory

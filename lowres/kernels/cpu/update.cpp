@@ -34,7 +34,7 @@ static void int8_row(int8_t *codes, float *scale, const float *direction, const 
 #pragma omp simd reduction(max : top_bits, change_bits)
     for (int64_t j = 0; j < n; j++) {
         float c = direction[j] * (COLUMNS ? factor[j] / -old : one);
-        if (DECAY) c = c + -code[j] * decay;
+        if (DECAY) c = fmaf(-code[j], decay, c); // as addcmul, see update.py
         change[j] = c;
         int32_t a = magnitude(code[j] + c), b = magnitude(c);
         top_bits = a > top_bits ? a : top_bits;
@@ -86,7 +86,7 @@ static void bf16_row(bf16 *value, const float *direction, const float *factor, c
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
         float x = wide(value[j]) * keep;
-        x = x + -direction[j] * (COLUMNS ? factor[j] : *factor);
+        x = fmaf(-direction[j], COLUMNS ? factor[j] : *factor, x);
         put_stochastically(value[j], x, random_bits(start + (uint32_t)j, k0, k1));
     }
 }
