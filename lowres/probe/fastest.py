@@ -22,11 +22,10 @@ from lowres.model import count_parameters, empty_units, initialize
 from lowres.rooms import Rooms
 from lowres.storage import Unit
 
-# floating-point operations of a run that takes some ten minutes in fp32 on two cores; shorter runs do not
-# measure
-WORTH_MEASURING = 2e14
-# of a measured step of one layer
-MOST_FLOPS = {"cpu": 5e10, "cuda": 2e13}
+# floating-point operations of a run that takes minutes in fp32 on two cores; shorter runs do not measure
+WORTH_MEASURING = 3e13
+# of a measured step of one layer, if that leaves enough tokens for products as in the run
+MOST_FLOPS, LEAST_TOKENS = {"cpu": 1e11, "cuda": 2e13}, 64
 # a measurement is repeated this often, or until it has taken this many seconds
 REPEATS, ENOUGH_SECONDS = 3, 1.0
 # what is tried, by name
@@ -116,10 +115,11 @@ def _seconds(config: Config, device: torch.device, layers: int) -> float:
     rooms, kept = Rooms(device), config.memory
     cut = model.model_copy(update={"n_layers": layers})
     units = empty_units(cut, kept.weights, kept.embeddings_kept_in, rooms)
-    initialize(units.values(), config.run.seed, device)
+    # zeros take as long on a CPU, and a large embedding takes long to draw
+    initialize((u for n, u in units.items() if device.type == "cuda" or n.startswith("layers")), 0, device)
     one = model.model_copy(update={"n_layers": 1})
-    most = int(MOST_FLOPS[device.type] / (8 * count_parameters(one)))
-    length = min(length, max(16, most))
+    most = max(LEAST_TOKENS, int(MOST_FLOPS[device.type] / (8 * count_parameters(one))))
+    length = min(length, most)
     sequences = max(1, min(config.batch_sequences, 2048 // length, most // length))
     settings = EngineSettings.of(config, Choice(sequences), device, adapted=False)
     engine = LayerwiseEngine(cut, units, _Still(), rooms, settings)
