@@ -61,10 +61,15 @@ def _rms_norm_backward(
     inside = columns < n
     own = tl.load(weight + columns, mask=inside, other=0.0)[None, :]
     total = tl.zeros([HEIGHT, BLOCK], tl.float32)
+    # 64 bits only in the scalars, as pointers need many registers
+    first = tl.program_id(0) * ROWS
+    x += first.to(tl.int64) * n
+    dy += first.to(tl.int64) * n
+    dx += first.to(tl.int64) * n
     for start in range(0, ROWS, HEIGHT):
-        i = tl.program_id(0) * ROWS + start + tl.arange(0, HEIGHT)
-        mask = (i < rows)[:, None] & inside[None, :]
-        places = i.to(tl.int64)[:, None] * n + columns[None, :]
+        i = start + tl.arange(0, HEIGHT)
+        mask = (first + i < rows)[:, None] & inside[None, :]
+        places = i[:, None] * n + columns[None, :]
         value = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(dy + places, mask=mask, other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
