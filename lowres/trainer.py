@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lowres import __version__, metrics, ranks
 from lowres.config import Config
+from lowres.data.ahead import ReadAhead
 from lowres.engine import StepReport
 from lowres.errors import CheckFailed
 from lowres.evaluate import evaluate
@@ -47,6 +48,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
     silent = not (config.log.progress and ranks.is_first())
     bar = tqdm(total=total, initial=step, unit="step", disable=True if silent else None)
     skipped_in_a_row = 0
+    ahead = ReadAhead(lambda at: run.data.batch(at, config.batch_sequences, run.offset), total)
 
     while True:
         # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
@@ -64,7 +66,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         # ---- one step
         before, schedule = time.perf_counter(), factor(config, step)
         with run.parts.meter.watch("step"):
-            batch = run.data.batch(step, config.batch_sequences, run.offset)
+            batch = ahead.batch(step)
             report = run.parts.engine.step(batch, step, schedule)
         seconds = time.perf_counter() - before
         step += 1

@@ -17,6 +17,7 @@ from lowres.config import DataConfig
 from lowres.data import TokenData, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
+from lowres.data.ahead import ReadAhead
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.data.folder import Job
 from lowres.data.shards import HEADER_BYTES, open_shard
@@ -387,3 +388,20 @@ def test_stream_goes_on_where_it_was_without_reading_what_it_has(
     assert stream.has(6)
     stream.close()
     assert len(starts) == 1 and starts[0] > 10
+
+
+def test_the_next_batch_is_read_ahead_and_errors_keep_their_step() -> None:
+    started: list[int] = []
+
+    def read(step: int) -> torch.Tensor:
+        started.append(step)
+        if step == 3:
+            raise UserError("shard 7 is damaged")
+        return torch.tensor(step)
+
+    ahead = ReadAhead(read, end=5)
+    assert [int(ahead.batch(step)) for step in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="shard 7"):
+        ahead.batch(3)
+    assert int(ahead.batch(4)) == 4  # a step that was not read ahead
+    assert started == [0, 1, 2, 3, 4]  # nothing beyond the end

@@ -232,7 +232,8 @@ def test_groups_give_the_same_bits(dtype: torch.dtype) -> None:
     codes, scales = torch.zeros(80, 32, dtype=torch.int8), torch.zeros(80, 1, dtype=torch.bfloat16)
     found = both(lambda c, s: groups.encode(x, c, s), codes, scales)
     assert_equal(found)
-    assert_equal(both(lambda o: groups.decode(*found[0], o), x))
+    encoded, scale = found[0]
+    assert_equal(both(lambda o: groups.decode(encoded, scale, o), x))
 
 
 PRODUCTS = [(17, 50, 9), (1, 40, 9), (5, 1, 7), (6, 33, 1), (64, 5461, 33), (3, 20000, 4)]

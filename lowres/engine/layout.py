@@ -100,9 +100,8 @@ class Layout:
         # the embedding only looks up rows; a tied one is a matrix when it is used as the head
         used = [*self.bands, ("embed",) if tied else ("head",)]
         size = max(sum(self.units[name].copied for name in group) for group in used)
-        return Slab(
-            "transposed codes of a layer" if self.settings.int8 else "layers in compute precision", GPU, size
-        )
+        name = "transposed codes of a layer" if self.settings.transposes else "layers in compute precision"
+        return Slab(name, GPU, size)
 
     def gradients(self) -> tuple[Slab, Slab]:
         """The buffer that visits share, and the buffer of a tied embedding."""

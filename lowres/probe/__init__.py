@@ -4,6 +4,7 @@ by them.
 work        the work of a step, counted: operations, elements, bytes
 rates       the rates of this machine, measured
 prediction  work divided by rates
+fastest     which number format of products is fastest here
 
 Not included: reading the batch, the embedding lookup, evaluation and checkpoints.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 import torch
 
 from lowres.config import Config
-from lowres.device import pick_device
+from lowres.device import pick_device, use_kernels
 from lowres.errors import UserError
 from lowres.memory import Plan
+from lowres.probe.fastest import choose
 from lowres.probe.prediction import Prediction, Probe, predict
 from lowres.probe.rates import Rates, measure
 from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
@@ -44,7 +46,10 @@ def probe(config: Config, plan: Plan) -> Probe:
     note = ""
     if missing:
         note = "there is no CUDA device here: rates and prediction are for this CPU"
+    config, chosen = choose(config, device)
+    notes = [note] if note else []
+    notes += chosen + use_kernels(config, device, plan.parameters)
     rates = measure(config, plan, device)
     target = config.train.total_steps * config.train.batch_tokens
     prediction = predict(config, plan, rates, device)
-    return Probe(rates=rates, prediction=prediction, target_tokens=target, note=note)
+    return Probe(rates=rates, prediction=prediction, target_tokens=target, notes=notes)

@@ -84,12 +84,12 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Rates, the prediction for a run, and a note on where they were measured."""
+    """Rates, the prediction for a run, and notes on how they were measured."""
 
     rates: Rates
     prediction: Prediction
     target_tokens: int
-    note: str
+    notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
         """For `lowres plan --probe --json`."""
@@ -97,7 +97,7 @@ class Probe:
             **asdict(self.rates),
             **asdict(self.prediction),
             "target_tokens": self.target_tokens,
-            "note": self.note,
+            "notes": self.notes,
         }
 
     def table(self) -> str:
@@ -106,7 +106,7 @@ class Probe:
         dequantised = f"{r.dequantise_g_s:.3g}" if r.dequantise_g_s else "no"
         return "\n".join(
             [
-                *([f"note: {self.note}"] if self.note else []),
+                *(f"note: {note}" for note in self.notes),
                 f"{r.device}: {r.compute} products {r.products_tflops:.3g} TFLOPS, backward "
                 f"{r.backward_products_tflops:.3g}; other work {r.block_forward_us:.3g} and "
                 f"{r.block_backward_us:.3g} us per token and block, loss {r.loss_us:.3g} us per token",

@@ -20,10 +20,14 @@ from torch import Tensor
 from lowres.config import Config, ModelConfig
 from lowres.device import is_out_of_memory
 from lowres.engine.common import EngineSettings, sum_of_squares
+from lowres.engine.fused import DenseMatrix, FusedOperations, Int8Matrix, Operand
 from lowres.engine.working import WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit
+from lowres.kernels import loss as loss_kernels
+from lowres.kernels.product import along_sum
+from lowres.kernels.quantise import quantise_rows
 from lowres.memory import Plan
-from lowres.model import block, empty_units, initialize, rope_tables, unit_specs
+from lowres.model import PLAIN, block, empty_units, initialize, rope_tables, unit_specs
 from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms
 from lowres.storage import BIAS, DENSE_DTYPES, MATRIX, TensorSpec, Unit, compute_dtype
@@ -70,7 +74,7 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
         ) from None
     return Rates(
         device=_device_name(device),
-        compute=str(compute).removeprefix("torch."),
+        compute="int8" if config.memory.compute == "int8" else str(compute).removeprefix("torch."),
         products_tflops=forward / 1e12,
         backward_products_tflops=backward / 1e12,
         block_forward_us=others[0] * 1e6,
@@ -124,8 +128,8 @@ def _products(config: Config, plan: Plan, device: torch.device, compute: torch.d
     tokens = plan.micro_batch * config.data.seq_len
     if device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)
-    pad = EngineSettings.of(config, plan.choice, device, adapted=False).pad
-    shapes = Counter(s.padded(pad) for s in _block(config.model) if len(s.shape) == 2)
+    settings = EngineSettings.of(config, plan.choice, device, adapted=False)
+    shapes = Counter(s.padded(settings.pad) for s in _block(config.model) if len(s.shape) == 2)
     operations = forward = backward = 0.0
     for (rows, columns), count in shapes.items():
         part = rows
@@ -133,13 +137,30 @@ def _products(config: Config, plan: Plan, device: torch.device, compute: torch.d
             part = min(rows, max(1, CPU_FLOPS // (2 * tokens * columns)))
         x, dy = _random((tokens, columns), compute, device), _random((tokens, part), compute, device)
         grad = torch.zeros(part, columns, dtype=torch.promote_types(compute, torch.float32), device=device)
-        matrix = WorkingMatrix(_random((part, columns), compute, device), grad)
+        values = _random((part, columns), compute, device)
         with torch.no_grad():
+            ahead, back = _product(settings, values, grad, x, dy)
             times = count * rows / part
-            forward += times * _seconds(partial(matrix, x), device)
-            backward += times * _seconds(partial(matrix.backward, dy, x), device)
+            forward += times * _seconds(ahead, device)
+            backward += times * _seconds(back, device)
         operations += 2 * tokens * rows * columns * count
     return operations / forward, 2 * operations / backward
+
+
+def _product(
+    settings: EngineSettings, values: Tensor, grad: Tensor, x: Tensor, dy: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A product of a matrix as the run computes it, forward and backward. INT8 includes the quantisation of
+    gradients; that of activations is done with the norm or SwiGLU before the product."""
+    if not settings.fused:
+        plain = WorkingMatrix(values, grad)
+        return partial(plain, x), partial(plain.backward, dy, x)
+    matrix: DenseMatrix | Int8Matrix = DenseMatrix(values, grad)
+    if settings.int8:
+        weight = quantise_rows(values)
+        matrix = Int8Matrix(weight, along_sum(weight.codes), grad, settings.wide_gradients)
+    operand = Operand(x, quantise_rows(x) if settings.int8 else None, (len(x),))
+    return partial(matrix.product, operand, torch.empty_like(dy)), partial(matrix.backward, dy, operand, None)
 
 
 def _block(model: ModelConfig) -> tuple[TensorSpec, ...]:
@@ -148,6 +169,20 @@ def _block(model: ModelConfig) -> tuple[TensorSpec, ...]:
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).mul_(0.02).to(dtype)
+
+
+class _ReadyMatrix:
+    """`engine.fused.Matrix` whose result and the gradient of its input exist already."""
+
+    def __init__(self, y: Tensor, dx: Tensor, codes: bool) -> None:
+        self.codes, self.dense, self.rows = codes, not codes, y.shape[-1]
+        self._dx = dx.flatten(0, -2)
+
+    def product(self, x: Operand, out: Tensor) -> Tensor:
+        return out
+
+    def backward(self, dy: Tensor, x: Operand, dx: Tensor | None) -> Tensor:
+        return self._dx
 
 
 class _Ready(torch.autograd.Function):
@@ -172,6 +207,8 @@ def _beside_products(
     model = _slice(config.model, length, device)
     if device.type == "cpu":
         sequences = max(1, min(sequences, CPU_ELEMENTS // (length * model.dim)))
+    settings = EngineSettings.of(config, plan.choice, device, adapted=False)
+    operations = FusedOperations() if settings.fused else PLAIN
     streams = {
         width: _random((sequences, length, width), compute, device)
         for width in (model.dim, model.kv_heads * model.head_dim, model.ffn_dim)
@@ -180,7 +217,10 @@ def _beside_products(
     for spec in _block(model):
         if len(spec.shape) == 2:
             y, dx = streams[spec.shape[0]], streams[spec.shape[1]]
-            weights[spec.role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
+            if settings.fused:
+                weights[spec.role] = _ReadyMatrix(y, dx, settings.int8)
+            else:
+                weights[spec.role] = lambda x, y=y, dx=dx: _Ready.apply(x, y, dx)
         elif (
             spec.kind != BIAS
         ):  # no biases: they are added in place to a product, and here products share memory
@@ -190,11 +230,11 @@ def _beside_products(
 
     def forward() -> None:
         with torch.no_grad():
-            block(x, weights, rope, model)
+            block(x, weights, rope, model, operations)
 
     def backward() -> None:
         leaf = x.detach().requires_grad_()
-        torch.autograd.backward(block(leaf, weights, rope, model), dy)
+        torch.autograd.backward(block(leaf, weights, rope, model, operations), dy)
 
     scale = config.model.n_heads / model.n_heads / (sequences * length)
     return _seconds(forward, device) * scale, _seconds(backward, device) * scale
@@ -224,11 +264,14 @@ def _loss(config: Config, plan: Plan, device: torch.device, compute: torch.dtype
     chunk = min(config.memory.loss_chunk, plan.micro_batch * config.data.seq_len)
     if device.type == "cpu":
         chunk = min(chunk, max(1, CPU_LOGITS // vocab))
-    logits = _random((chunk, vocab), torch.promote_types(compute, torch.float32), device)
+    fused = EngineSettings.of(config, plan.choice, device, adapted=False).fused
+    # on a CPU the fused loss reads logits in the format of activations
+    wide = compute if fused and device.type == "cpu" else torch.promote_types(compute, torch.float32)
+    logits = _random((chunk, vocab), wide, device)
     targets = torch.arange(chunk, device=device) % vocab
 
     def loss() -> None:
-        cross_entropy(logits, targets, 1.0)
+        (loss_kernels.cross_entropy if fused else cross_entropy)(logits, targets, 1.0)
         logits.to(compute)
 
     with torch.no_grad():
@@ -256,7 +299,7 @@ def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tupl
     optimizer.attach([unit], rooms)
     initialize([unit], config.run.seed, device)
     dequantise = None
-    if DENSE_DTYPES.get(kept.weights) != compute:
+    if DENSE_DTYPES.get(kept.weights) != compute and kept.compute != "int8":
         dequantise = _dequantise(unit, device, compute)
     grads = {s.name: _random(s.shape, torch.float32, device) for s in unit.spec.tensors}
     accepted = torch.ones((), dtype=torch.bool, device=device)
