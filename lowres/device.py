@@ -94,7 +94,8 @@ def use_kernels(config: Config, device: torch.device, parameters: int) -> list[s
         return []
     notes = [note] if (note := forms.enable(kind)) else []
     if int8 and kind == CUDA and notes:
-        raise UserError("memory.compute: INT8 products on a GPU need Triton: pip install triton, or use bf16")
+        reason = notes[0].split(";")[0]
+        raise UserError(f"memory.compute: {reason}, so INT8 cannot be multiplied; use bf16 or fp32")
     if int8 and kind == CPU and not product.is_exact():
         notes.append(
             "this CPU has no exact INT8 product (VNNI or AMX), so memory.compute=int8 multiplies in fp32 "

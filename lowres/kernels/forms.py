@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,6 +23,8 @@ from lowres.target import CPU, CUDA, kind_of
 PLAIN, NATIVE, TRITON, TRACED = "plain", "native", "triton", "traced"
 COMPILED = {CPU: NATIVE, CUDA: TRITON}
 
+# Triton compiles no INT8 product for an older GPU
+TENSOR_CORES = (8, 0)
 # the state of this process: the form by kind of device
 _forms = {CPU: PLAIN, CUDA: PLAIN}
 
@@ -39,13 +42,23 @@ def enable(kind: str) -> str:
         if kind == CPU:
             native.load()
         else:
-            import triton  # noqa: F401
+            _require_triton()
     except native.UnavailableError as error:
         return f"{error}; PyTorch's operations are used instead, which is slower"
-    except ImportError:
-        return "Triton is not installed; PyTorch's operations are used instead, which is slower"
     _forms[kind] = COMPILED[kind]
     return ""
+
+
+def _require_triton() -> None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise native.UnavailableError("Triton is not installed (pip install triton)") from None
+    found = torch.cuda.get_device_capability()
+    if found < TENSOR_CORES:
+        raise native.UnavailableError(
+            f"kernels need compute capability 8.0, and this GPU has {found[0]}.{found[1]}"
+        )
 
 
 def disable(kind: str) -> None:

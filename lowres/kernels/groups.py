@@ -27,7 +27,8 @@ def encode(x: Tensor, codes: Tensor, scales: Tensor) -> None:
         ):
             wide = part.float()
             # bf16 may round the scale down, so a value can come to 127.4, which is still 127
-            scale.copy_(wide.abs().amax(1, keepdim=True).div_(127))
+            top = wide.abs().amax(1, keepdim=True)
+            scale.copy_(top.div_(torch.full_like(top, 127)))  # see update.py
             kept.copy_((wide / scale.float().clamp_(min=1e-30)).round_().clamp_(-127, 127))
 
 

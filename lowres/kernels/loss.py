@@ -19,7 +19,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tens
     losses = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     if form == NATIVE:
         name = f"cross_entropy_{native.suffix(logits.dtype)}"
-        native.call(name, logits, targets.contiguous(), losses, float(weight or 0), *logits.shape)
+        how = int(weight is not None), float(weight or 0)
+        native.call(name, logits, targets.contiguous(), losses, *how, *logits.shape)
     elif form == TRITON:
         from lowres.kernels.gpu import loss
 

@@ -80,8 +80,9 @@ def _scales(count: int, like: Tensor) -> Tensor:
 def _plain(wide: Tensor, axis: int, codes: Tensor, scales: Tensor) -> None:
     top = wide.abs().amax(axis, keepdim=True)
     usable = top.isfinite() & (top >= SMALLEST)
-    scales.copy_(torch.where(top.isfinite(), torch.where(usable, top / TOP_CODE, 0.0), torch.nan))
-    # `127 / top` would be 127 times a rounded reciprocal
-    inverse = torch.where(usable, torch.full_like(top, TOP_CODE) / top, 0.0)
+    # not `127 / top`, which is 127 times a rounded reciprocal; nor `top / 127`, which CUDA computes like that
+    most = torch.full_like(top, TOP_CODE)
+    scales.copy_(torch.where(top.isfinite(), torch.where(usable, top / most, 0.0), torch.nan))
+    inverse = torch.where(usable, most / top, 0.0)
     found = (wide * inverse).round_().clamp_(-TOP_CODE, TOP_CODE)
     codes.copy_(found.nan_to_num_(0.0))

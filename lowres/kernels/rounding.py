@@ -44,7 +44,8 @@ def int8_fill(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     elif form in (PLAIN, NATIVE):
         for rows in row_chunks(codes.shape, codes.device):
             wide = values[rows].float() if values.dtype == torch.bfloat16 else values[rows]
-            own = wide.abs().amax(1, keepdim=True).div_(RESCALED_CODE).clamp_(min=1e-8)
+            top = wide.abs().amax(1, keepdim=True)
+            own = top.div_(torch.full_like(top, RESCALED_CODE)).clamp_(min=1e-8)
             scales[rows] = own
             codes[rows] = (wide / own).round_().to(torch.int8)
 

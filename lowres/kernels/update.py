@@ -68,7 +68,8 @@ def _plain_int8(
     top = new.abs().amax(1, keepdim=True)
     unchanged = change.abs().amax(1, keepdim=True) == 0
     fits = ((top >= MAX_CODE // 2 + 1) | unchanged | (top == 0)) & (top <= MAX_CODE)
-    grow = torch.where(fits, 1.0, top / RESCALED_CODE)
+    # not `top / 120`, which CUDA multiplies by a reciprocal
+    grow = torch.where(fits, 1.0, top / torch.full_like(top, RESCALED_CODE))
     # old: the part that is exact already. rest: what must be rounded, the change or the new value
     old.mul_(fits)
     rest = torch.where(fits, change, new.div_(grow))

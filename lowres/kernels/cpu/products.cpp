@@ -36,10 +36,11 @@ API void epilogue_bf16(const int32_t *acc, const float *row_scale, const float *
     epilogue(acc, row_scale, column_scale, out, add, rows, n, stride);
 }
 
-// The loss of each row of logits [rows, n]; if weight is not 0, the logits become its gradient times weight.
+// The loss of each row of logits [rows, n]; if differentiated, the logits become its gradient times weight.
 // A negative target does not count.
 template <class T>
-static void cross_entropy(T *logits, const int64_t *targets, double *losses, float weight, int64_t rows, int64_t n) {
+static void cross_entropy(T *logits, const int64_t *targets, double *losses, bool differentiated, float weight,
+                          int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         T *row = logits + i * n;
@@ -51,23 +52,26 @@ static void cross_entropy(T *logits, const int64_t *targets, double *losses, flo
         for (int64_t j = 0; j < n; j++) sum += wide(row[j]) != wide(row[j]) ? NAN : exponential(wide(row[j]) - top);
         if (!(top < INFINITY)) sum = NAN; // such a row gives a loss of NaN, so that the step is skipped
         losses[i] = target < 0 ? 0.0 : (double)(logf(sum) - (wide(row[target]) - top));
-        if (weight == 0.0f) continue;
-        const float factor = target < 0 ? 0.0f : weight / sum;
-        const float picked = target < 0 ? 0.0f : wide(row[target]);
+        if (!differentiated) continue;
+        if (target < 0) {
+            memset(row, 0, n * sizeof(T));
+            continue;
+        }
+        const float factor = weight / sum, picked = wide(row[target]);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) put(row[j], exponential(wide(row[j]) - top) * factor);
-        if (target >= 0) put(row[target], exponential(picked - top) * factor - weight);
+        put(row[target], exponential(picked - top) * factor - weight);
     }
 }
 
-API void cross_entropy_fp32(float *logits, const int64_t *targets, double *losses, double weight, int64_t rows,
-                            int64_t n) {
-    cross_entropy(logits, targets, losses, (float)weight, rows, n);
+API void cross_entropy_fp32(float *logits, const int64_t *targets, double *losses, int64_t differentiated,
+                            double weight, int64_t rows, int64_t n) {
+    cross_entropy(logits, targets, losses, differentiated, (float)weight, rows, n);
 }
 
-API void cross_entropy_bf16(bf16 *logits, const int64_t *targets, double *losses, double weight, int64_t rows,
-                            int64_t n) {
-    cross_entropy(logits, targets, losses, (float)weight, rows, n);
+API void cross_entropy_bf16(bf16 *logits, const int64_t *targets, double *losses, int64_t differentiated,
+                            double weight, int64_t rows, int64_t n) {
+    cross_entropy(logits, targets, losses, differentiated, (float)weight, rows, n);
 }
 
 // The INT8 stash: groups of 32 numbers with a bf16 scale.
