@@ -27,6 +27,7 @@ from lowres.probe import probe
 from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import sample
+from lowres.speed import with_random_tokens
 from lowres.sweep import sweep
 from lowres.trainer import train
 
@@ -271,7 +272,7 @@ def _plan(parsed: argparse.Namespace) -> None:
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
         )
     # the vocabulary that the data will have, if the config gives it
-    config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
+    config = with_random_tokens(config)
     # a plan for a GPU does not need one
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     here = parsed.gpus or 1

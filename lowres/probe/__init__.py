@@ -18,7 +18,7 @@ from lowres.errors import UserError
 from lowres.memory import Plan
 from lowres.probe.prediction import Prediction, Probe, predict
 from lowres.probe.rates import Rates, measure
-from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
+from lowres.probe.work import dequantised_elements, flops_per_token, model_flops_per_token, step_bytes
 
 __all__ = [
     "Prediction",
@@ -27,6 +27,7 @@ __all__ = [
     "dequantised_elements",
     "flops_per_token",
     "measure",
+    "model_flops_per_token",
     "predict",
     "probe",
     "step_bytes",
