@@ -16,7 +16,7 @@ from typing import Any
 import gpu_rates
 import torch
 
-from lowres import checkpoint, probe, speed
+from lowres import checkpoint, speed
 from lowres import memory as planning
 from lowres.config import Config
 from lowres.config_file import load_config
@@ -138,8 +138,7 @@ def extrapolated(timed: dict[int, float], whole: int) -> float:
 
 def speeds(subject: Subject, timed: dict[int, float], peak_tflops: float) -> dict[str, Any]:
     """Speed of steps, by number of micro-batches, and their share of the peak rate of matrix products."""
-    config, plan, found = subject.config, subject.plan, {}
-    work = sum(probe.flops_per_token(config.model, config.data.seq_len, plan.choice.band).values())
+    config, found, work = subject.config, {}, subject.hardware_flops_per_token
     for count, seconds in timed.items():
         tokens = subject.sequences(count) * config.data.seq_len
         found[str(count)] = {

@@ -79,17 +79,13 @@ def ours(asked: dict[str, Any], channel: Channel) -> None:
     """The engine of a run, with the overrides of the arm."""
     config = ours_config(asked["preset"], asked["seq_len"], asked["batch_tokens"], asked["set"])
     subject, kept = Subject(config, CPU), config.memory
-    # fp32 or bf16; products may have a format of their own
-    activations = str(getattr(subject.engine, "compute", torch.float32)).removeprefix("torch.")
-    compute = {"float32": "fp32", "bfloat16": "bf16"}[activations] if kept.compute != "int8" else "int8"
-    passes = flops_per_token(config.model, config.data.seq_len, subject.plan.choice.band, kept.engine)
     channel.tell(
         what=f"lowres: {config.optim.name}, {kept.weights} weights, {kept.engine} engine",
         settings=asked["set"],
         micro_batch=subject.plan.micro_batch,
         parameters=subject.plan.parameters,
-        compute=compute,
-        hardware_flops_per_token=sum(passes.values()),
+        compute=subject.products_in,
+        hardware_flops_per_token=subject.hardware_flops_per_token,
     )
     for step in iter_steps(channel):
         seconds, loss = subject.step(None, step)

@@ -12,7 +12,6 @@ import speed_arms
 import torch
 
 from lowres.errors import UserError
-from lowres.probe import flops_per_token
 from lowres.speed import Subject
 
 MICRO_BATCH = 2  # sequences
@@ -37,7 +36,7 @@ def measure(
         for turn in range(repeats):
             for count in counts:
                 seconds[count].append(subject.step(count, turn + 1)[0])
-        flops = sum(flops_per_token(config.model, seq_len, subject.plan.choice.band).values())
+        flops = subject.hardware_flops_per_token
         for count, own in seconds.items():
             rate = count * MICRO_BATCH * seq_len / statistics.median(own)
             points.append(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowres.marks import DEQUANTISE, QUANTISE, mark
 from lowres.rooms import Event, Mover, Rooms, Slab, place
 from lowres.storage import DENSE_DTYPES, aligned
 
@@ -56,18 +57,20 @@ class Grouped:
 
     def encode(self, x: Tensor, region: Tensor) -> None:
         codes, scales = self._split(region, x.numel())
-        for part, kept, scale in zip(
-            *(t.split(_ROWS) for t in (x.reshape(-1, GROUP), codes, scales)), strict=True
-        ):
-            wide = part.float()
-            # bf16 may round the scale down, so a value can come to 127.4, which is still 127
-            scale.copy_(wide.abs().amax(1, keepdim=True).div_(127))
-            kept.copy_((wide / scale.float().clamp_(min=1e-30)).round_().clamp_(-127, 127))
+        with mark(QUANTISE, "stash"):
+            for part, kept, scale in zip(
+                *(t.split(_ROWS) for t in (x.reshape(-1, GROUP), codes, scales)), strict=True
+            ):
+                wide = part.float()
+                # bf16 may round the scale down, so a value can come to 127.4, which is still 127
+                scale.copy_(wide.abs().amax(1, keepdim=True).div_(127))
+                kept.copy_((wide / scale.float().clamp_(min=1e-30)).round_().clamp_(-127, 127))
 
     def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         codes, scales = self._split(region, torch.Size(shape).numel())
         out = torch.empty(shape, dtype=dtype, device=region.device)
-        torch.mul(codes, scales, out=out.view(-1, GROUP))
+        with mark(DEQUANTISE, "stash"):
+            torch.mul(codes, scales, out=out.view(-1, GROUP))
         return out
 
     @staticmethod

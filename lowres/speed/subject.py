@@ -11,8 +11,10 @@ from lowres import memory
 from lowres.config import Config
 from lowres.model import initialize
 from lowres.optim.schedule import factor
+from lowres.probe.work import backward_passes, flops_per_token
 from lowres.rooms import Rooms
 from lowres.runs import training_engine
+from lowres.storage import compute_dtype
 
 
 class Subject:
@@ -34,6 +36,21 @@ class Subject:
     def micro_batches(self) -> int:
         """Number of micro-batches in a whole step."""
         return -(-self.config.batch_sequences // self.plan.micro_batch)
+
+    @property
+    def products_in(self) -> str:
+        """Number format of the matrix products of the blocks: fp32, bf16 or int8."""
+        kept = self.config.memory
+        if kept.compute == "int8":
+            return "int8"
+        return "bf16" if compute_dtype(kept.compute, self.device) == torch.bfloat16 else "fp32"
+
+    @property
+    def hardware_flops_per_token(self) -> int:
+        """Floating-point operations of a step per token, with what is computed again."""
+        config, kept = self.config, self.config.memory
+        band, passes = self.plan.choice.band, backward_passes(config)
+        return sum(flops_per_token(config.model, config.data.seq_len, band, kept.engine, passes).values())
 
     def sequences(self, micro_batches: int | None = None) -> int:
         """Sequences of a step of so many micro-batches; default: of a whole one."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.marks import DEQUANTISE, mark
 from lowres.storage.formats import Format, factor_of, register, row_chunks
 
 MAX_CODE = 127
@@ -31,8 +32,9 @@ class Int8:
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in row_chunks(self.shape, self.codes.device):
-            out[rows] = self.codes[rows] * self.scales[rows]
+        with mark(DEQUANTISE, "weights"):
+            for rows in row_chunks(self.shape, self.codes.device):
+                out[rows] = self.codes[rows] * self.scales[rows]
         return out
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
