@@ -8,7 +8,8 @@ Arms (default: all): fp32, bf16, int8, auto: ours with this memory.compute; othe
 transformers' LLaMA of the same shape with gradient checkpointing, fused AdamW and accumulated micro-batches.
 hf-trainer: transformers' Trainer with layer-wise APOLLO-Mini. plain-bf16, hf-trainer-bf16: the same with bf16
 autocast. Each arm is a process of its own; they take turns of one optimizer step on random tokens (A B C A B
-C ...), after one untimed step each. An arm that refuses is recorded with its reason.
+C ...), after one untimed step each. A turn during which other processes used more than 5 % of the cores is
+repeated (--tries). An arm that refuses is recorded with its reason.
 
 Ratios are medians over turns of the same round. Shares are of the fastest large matrix product that was
 measured between the rounds in the arm's own number format: in model FLOPs (6 per parameter of a product, plus
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -46,6 +48,7 @@ from lowres.speed.peak import DTYPES, gemm_peak  # noqa: E402
 CPU = torch.device("cpu")
 OURS = {kind: [f"memory.compute={kind}"] for kind in ("fp32", "bf16", "int8", "auto")}
 RESULTS = Path("benchmarks/results")
+QUIET = 0.05  # share of all cores that other processes may use during a turn
 
 
 class Arm:
@@ -67,14 +70,37 @@ class Arm:
         return found
 
     def turn(self) -> dict[str, Any]:
-        """One optimizer step."""
+        """One optimizer step. others_cpu: the share of all cores that other processes used meanwhile."""
         assert self._process.stdin is not None
+        before = self._cpu_seconds()
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         found = self._answer()
         if "refused" in found:
             self.facts["refused"] = found["refused"]
+            return found
+        busy, own, whole = (b - a for a, b in zip(before, self._cpu_seconds(), strict=True))
+        return found | {"others_cpu": max(0.0, busy - own) / whole if whole else 0.0}
+
+    def quiet_turn(self, tries: int) -> dict[str, Any]:
+        """A turn during which others used little of the machine, or the least disturbed of so many."""
+        found = self.turn()
+        for _ in range(tries - 1):
+            if "refused" in found or found["others_cpu"] <= QUIET:
+                break
+            again = self.turn()
+            found = min(found, again, key=lambda turn: turn.get("others_cpu", 1.0))
         return found
+
+    def _cpu_seconds(self) -> tuple[float, float, float]:
+        """So far: of all processes, of this one, and of all cores busy or idle. Zeros without /proc."""
+        try:
+            fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+            own = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0, 0.0, 0.0
+        idle, tick = fields[3] + fields[4], 1 / os.sysconf("SC_CLK_TCK")
+        return (sum(fields) - idle) * tick, (int(own[11]) + int(own[12])) * tick, sum(fields) * tick
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -101,7 +127,7 @@ def compare(parsed: argparse.Namespace, preset: str) -> dict[str, Any]:
         "batch_tokens": parsed.batch_tokens,
         "micro_batch": parsed.micro_batch,
         "threads": parsed.threads,
-        "most_steps": parsed.rounds + 1,
+        "most_steps": parsed.rounds * parsed.tries + 1,
     }
     arms: list[Arm] = []
     peaks: list[dict[str, float | None]] = []
@@ -116,7 +142,7 @@ def compare(parsed: argparse.Namespace, preset: str) -> dict[str, Any]:
             peaks.append({kind: gemm_peak(dtype, CPU) for kind, dtype in DTYPES.items()})
             for arm in arms:
                 if not arm.refused:
-                    arm.steps.append(arm.turn())
+                    arm.steps.append(arm.quiet_turn(parsed.tries))
             print(f"{preset}, round {done + 1} of {parsed.rounds}", file=sys.stderr)
     finally:
         for arm in arms:
@@ -160,6 +186,7 @@ def summary(arm: Arm, first: Arm, tokens: int, flops: int, peaks: dict[str, floa
         "hardware_share_of_peak": None if share is None else share * facts["hardware_flops_per_token"],
         "peak_rss_gib": arm.steps[-1]["peak_rss_gib"],
         "losses": [step["loss"] for step in arm.steps],
+        "others_cpu": [round(step["others_cpu"], 3) for step in arm.steps],
     }
 
 
@@ -208,6 +235,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--micro-batch", type=int, default=4, help="sequences, of the plain arms; ours: what the plan chooses"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--tries", type=int, default=3, help="most steps of a turn, if other processes disturb it"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--against", default=speed_arms.PLAIN, metavar="ARM", help="default: plain")
     parser.add_argument(
