@@ -9,7 +9,8 @@ transformers' LLaMA of the same shape with gradient checkpointing, fused AdamW a
 hf-trainer: transformers' Trainer with layer-wise APOLLO-Mini. plain-bf16, hf-trainer-bf16: the same with bf16
 autocast. Each arm is a process of its own; they take turns of one optimizer step on random tokens (A B C A B
 C ...), after one untimed step each. A turn during which other processes used more than 5 % of the cores is
-repeated (--tries). An arm that refuses is recorded with its reason.
+repeated (--tries). An arm that refuses is recorded with its reason. On a machine that is never quiet, --clock
+cpu with one thread counts the seconds that the processor spent on the arm instead of those that passed.
 
 Ratios are medians over turns of the same round. Shares are of the fastest large matrix product that was
 measured between the rounds in the arm's own number format: in model FLOPs (6 per parameter of a product, plus
@@ -26,7 +27,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from lowres.speed.peak import DTYPES, gemm_peak  # noqa: E402
 CPU = torch.device("cpu")
 OURS = {kind: [f"memory.compute={kind}"] for kind in ("fp32", "bf16", "int8", "auto")}
 RESULTS = Path("benchmarks/results")
+CLOCKS: dict[str, Callable[[], float] | None] = {"wall": None, "cpu": time.process_time}
 QUIET = 0.05  # share of all cores that other processes may use during a turn
 
 
@@ -139,10 +142,12 @@ def compare(parsed: argparse.Namespace, preset: str) -> dict[str, Any]:
                 arms[-1].turn()
             print(f"{preset}, {name}: {arms[-1].refused or 'ready'}", file=sys.stderr)
         for done in range(parsed.rounds):
-            peaks.append({kind: gemm_peak(dtype, CPU) for kind, dtype in DTYPES.items()})
+            peaks.append(
+                {kind: gemm_peak(dtype, CPU, clock=CLOCKS[parsed.clock]) for kind, dtype in DTYPES.items()}
+            )
             for arm in arms:
                 if not arm.refused:
-                    arm.steps.append(arm.quiet_turn(parsed.tries))
+                    arm.steps.append(arm.quiet_turn(1 if parsed.clock == "cpu" else parsed.tries))
             print(f"{preset}, round {done + 1} of {parsed.rounds}", file=sys.stderr)
     finally:
         for arm in arms:
@@ -161,16 +166,19 @@ def compare(parsed: argparse.Namespace, preset: str) -> dict[str, Any]:
         "arms": {
             arm.name: {"refused": arm.refused}
             if arm.refused or first is None
-            else summary(arm, first, parsed.batch_tokens, flops, fastest)
+            else summary(arm, first, parsed.batch_tokens, flops, fastest, parsed.clock)
             for arm in arms
         },
     }
 
 
-def summary(arm: Arm, first: Arm, tokens: int, flops: int, peaks: dict[str, float | None]) -> dict[str, Any]:
+def summary(
+    arm: Arm, first: Arm, tokens: int, flops: int, peaks: dict[str, float | None], clock: str
+) -> dict[str, Any]:
     """Medians and spread of an arm, and its ratio to the first one."""
-    seconds = [step["seconds"] for step in arm.steps]
-    others = [step["seconds"] for step in first.steps]
+    key = {"wall": "seconds", "cpu": "cpu_seconds"}[clock]
+    seconds = [step[key] for step in arm.steps]
+    others = [step[key] for step in first.steps]
     median, facts = statistics.median(seconds), arm.facts
     ratios = [other / mine for mine, other in zip(seconds, others, strict=True)]
     peak = peaks[facts["compute"]]
@@ -238,6 +246,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tries", type=int, default=3, help="most steps of a turn, if other processes disturb it"
     )
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: needs --threads 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--against", default=speed_arms.PLAIN, metavar="ARM", help="default: plain")
     parser.add_argument(
@@ -266,6 +275,8 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in parsed.arms:
         if name not in known:
             parser.error(f"there is no arm {name}; there are {', '.join(known)}")
+    if parsed.clock == "cpu" and parsed.threads != 1:
+        parser.error("--clock cpu: threads that wait for each other use the processor too; add --threads 1")
     if parsed.batch_tokens % parsed.seq_len:
         parser.error("--batch-tokens: must be a multiple of --seq-len")
     return parsed

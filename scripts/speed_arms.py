@@ -47,10 +47,18 @@ class Channel:
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+        self._cpu = 0.0
 
     def wait(self) -> bool:
         """Until a step is asked for; False: there will be none."""
-        return bool(sys.stdin.readline())
+        found = bool(sys.stdin.readline())
+        self._cpu = time.process_time()
+        return found
+
+    def did(self, seconds: float, loss: float | None) -> None:
+        """A step is done."""
+        cpu = time.process_time() - self._cpu
+        self.tell(seconds=seconds, cpu_seconds=cpu, loss=loss, peak_rss_gib=rss_gib())
 
     def tell(self, **found: Any) -> None:
         self._out.write(json.dumps(found) + "\n")
@@ -89,7 +97,7 @@ def ours(asked: dict[str, Any], channel: Channel) -> None:
     )
     for step in iter_steps(channel):
         seconds, loss = subject.step(None, step)
-        channel.tell(seconds=seconds, loss=loss, peak_rss_gib=rss_gib())
+        channel.did(seconds, loss)
 
 
 def iter_steps(channel: Channel) -> Iterator[int]:
@@ -155,7 +163,7 @@ def plain(asked: dict[str, Any], channel: Channel) -> None:
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        channel.tell(seconds=time.perf_counter() - began, loss=total, peak_rss_gib=rss_gib())
+        channel.did(time.perf_counter() - began, total)
 
 
 def hf_trainer(asked: dict[str, Any], channel: Channel) -> None:
@@ -186,7 +194,7 @@ def hf_trainer(asked: dict[str, Any], channel: Channel) -> None:
             self.began = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            channel.tell(seconds=time.perf_counter() - self.began, loss=None, peak_rss_gib=rss_gib())
+            channel.did(time.perf_counter() - self.began, None)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -22,6 +22,7 @@ SMALL = ("--preset", "9m", "--seq-len", "16", "--batch-tokens", "64", "--micro-b
 def test_arms_take_turns_and_one_that_refuses_does_not_end_the_others(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
     command = [sys.executable, "scripts/bench_speed.py", "fp32", "bad", "plain-bf16", "hf-trainer"]
+    command += ["--threads", "1", "--clock", "cpu"]
     command += ["--ours", "bad:memory.stash_on=host,memory.engine=autograd", "--against", "fp32"]
     done = subprocess.run(
         [*command, *SMALL, "--out", str(out)],
@@ -53,6 +54,7 @@ def test_arms_take_turns_and_one_that_refuses_does_not_end_the_others(tmp_path: 
     [
         (["nothing"], "there is no arm nothing; there are fp32, "),
         (["--ours", "fast"], "write it as NAME:section.key=value"),
+        (["--clock", "cpu", "--threads", "2"], "add --threads 1"),
         (["--batch-tokens", "100"], "must be a multiple of --seq-len"),
     ],
 )

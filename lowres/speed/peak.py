@@ -24,14 +24,22 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return statistics.median(_times(work, device))
 
 
-def _times(work: Callable[[], object], device: torch.device) -> list[float]:
+def _times(
+    work: Callable[[], object], device: torch.device, clock: Callable[[], float] | None = None
+) -> list[float]:
+    def of_clock() -> float:
+        assert clock is not None
+        start = clock()
+        work()
+        return clock() - start
+
     began = time.perf_counter()
     found: list[float] = []
     work()
     while len(found) < LEAST_REPEATS or (
         len(found) < MOST_REPEATS and time.perf_counter() - began < ENOUGH_SECONDS
     ):
-        found.append(timed(work, device))
+        found.append(timed(work, device) if clock is None else of_clock())
     return found
 
 
@@ -42,15 +50,20 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.randn(shape, dtype=torch.float32, device=device).mul_(0.02).to(dtype)
 
 
-def gemm_peak(dtype: torch.dtype, device: torch.device, side: int | None = None) -> float | None:
+def gemm_peak(
+    dtype: torch.dtype,
+    device: torch.device,
+    side: int | None = None,
+    clock: Callable[[], float] | None = None,
+) -> float | None:
     """10^12 operations per second of the fastest large square product in a number format (fp32, bf16 or int8
     tensors): the best time with the second matrix by rows or by columns. None: this machine has no such
-    product."""
+    product. clock: another one for a CPU, in seconds; default: wall time."""
     side = side or SIDES[device.type]
     a, b = random((side, side), dtype, device), random((side, side), dtype, device)
     product = torch._int_mm if dtype == torch.int8 else torch.mm
     try:
-        best = min(min(_times(partial(product, a, second), device)) for second in (b.T, b))
+        best = min(min(_times(partial(product, a, second), device, clock)) for second in (b.T, b))
     except (RuntimeError, NotImplementedError):
         return None
     return 2 * side**3 / best / 1e12
