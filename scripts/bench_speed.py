@@ -285,15 +285,16 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     parsed = options()
     torch.set_num_threads(parsed.threads)
+    clock = CLOCKS[parsed.clock] or time.perf_counter
     if parsed.update:
-        record = speed_update.measure(parsed.pairs)
+        record = speed_update.measure(parsed.pairs, clock=clock)
         print(record["table"])
         out = parsed.out or RESULTS / "speed_update.json"
     elif parsed.linear:
         counts = [int(n) for n in parsed.micro_batches.split(",")]
         out = parsed.out or RESULTS / "speed_linear.json"
         presets = parsed.preset or ["20m", "60m", "130m", "350m"]
-        record = speed_linear.measure(presets, counts, parsed.seq_len, parsed.overrides, parsed.rounds)
+        record = speed_linear.measure(presets, counts, parsed.seq_len, parsed.overrides, parsed.rounds, clock)
         print(record["table"])
         record["plot"] = speed_linear.draw(record, out.with_suffix(".png"))
     else:

@@ -24,7 +24,12 @@ LR = 1e-4
 UPDATE, APPLY, ADAMW = "optimizer.update", "storage.apply", "torch AdamW"
 
 
-def measure(pairs: int, preset: str = "7b", device: torch.device | None = None) -> dict[str, Any]:
+def measure(
+    pairs: int,
+    preset: str = "7b",
+    clock: Callable[[], float] = time.perf_counter,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
     """Medians over turns, and ratios to AdamW of the same turn."""
     works = works_of(preset, device or torch.device("cpu"))
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -32,10 +37,10 @@ def measure(pairs: int, preset: str = "7b", device: torch.device | None = None) 
         for turn in range(-2, pairs):
             for name, (prepare, work) in works.items():
                 prepare()
-                began = time.perf_counter()
+                began = clock()
                 work()
                 if turn >= 0:
-                    times[name].append(time.perf_counter() - began)
+                    times[name].append(clock() - began)
     found: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
         ratios = [mine / other for mine, other in zip(own, times[ADAMW], strict=True)]
