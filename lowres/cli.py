@@ -27,6 +27,7 @@ from lowres.probe import probe
 from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import sample
+from lowres.speed import bench, with_random_tokens
 from lowres.sweep import sweep
 from lowres.trainer import train
 
@@ -94,6 +95,13 @@ def _command(commands: Commands, name: str, function: Any, text: str, **more: An
 def _add_training(commands: Commands) -> None:
     sub = _command(commands, "train", _train, "Train a model, or continue a run.")
     _add_train(sub)
+    sub.add_argument(
+        "--profile",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="show where the time of N steps goes, and write a trace into the run's folder",
+    )
 
     sub = _command(commands, "launch", _launch, "Train on several GPUs with memory.engine = deepspeed.")
     _add_train(sub)
@@ -138,6 +146,16 @@ def _add_plan(commands: Commands) -> None:
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
     sub.add_argument("--optimizer", action="store_true", help="show the optimizer and state of every tensor")
+
+    sub = _command(
+        commands,
+        "bench",
+        _bench,
+        "Measure how fast a config trains, on random tokens; nothing is read or written.",
+    )
+    _add_config(sub)
+    sub.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps; default 5")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_data(commands: Commands) -> None:
@@ -243,7 +261,7 @@ def _train(parsed: argparse.Namespace) -> None:
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
-    train(config, folder, parsed.resume)
+    train(config, folder, parsed.resume, parsed.profile)
 
 
 def _launch(parsed: argparse.Namespace) -> int:
@@ -271,7 +289,7 @@ def _plan(parsed: argparse.Namespace) -> None:
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
         )
     # the vocabulary that the data will have, if the config gives it
-    config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
+    config = with_random_tokens(config)
     # a plan for a GPU does not need one
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     here = parsed.gpus or 1
@@ -300,6 +318,11 @@ def _plan(parsed: argparse.Namespace) -> None:
         tables.append(found.table())
     print(json.dumps(values, indent=1) if parsed.json else "\n".join(tables))
     memory.require_fit(plan)
+
+
+def _bench(parsed: argparse.Namespace) -> None:
+    found = bench(_load(parsed), parsed.steps)
+    print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowres.errors import DoesNotFit
+from lowres.marks import TRANSFER, mark
 
 GPU, HOST = "gpu", "host"
 # since PyTorch 2.13 its pinned allocator can be set not to round up, which `lowres.device` does
@@ -75,13 +76,25 @@ class Rooms:
     """Allocates slabs and knows which ones exist.
 
     For measurements: `phase` is the phase of the step, `allocating` the room that new tensors count to.
+    `on_phase` is called with the phase that begins; `phase` is still the one that ends.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.phase = ""
+        self.on_phase: list[Callable[[str], None]] = []
+        self._phase = ""
         self.allocating = GPU
         self._slabs: list[tuple[str, str, weakref.ref[torch.UntypedStorage]]] = []
+
+    @property
+    def phase(self) -> str:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        for told in self.on_phase:
+            told(phase)
+        self._phase = phase
 
     def slab(self, component: str, room: str, nbytes: int) -> Tensor:
         """uint8 [nbytes], all zero. Raises DoesNotFit if the memory cannot be allocated."""
@@ -211,8 +224,9 @@ class Mover:
 
 def _copy(stream: torch.cuda.Stream | None, copies: Copies, after: Iterable[Event]) -> Event:
     if stream is None:
-        for destination, source in copies:
-            destination.copy_(source)
+        with mark(TRANSFER, "between the rooms"):
+            for destination, source in copies:
+                destination.copy_(source)
         return None
     stream.wait_stream(torch.cuda.current_stream())
     for event in after:

@@ -29,21 +29,25 @@ from lowres.ranks import say
 from lowres.report import draw_loss
 from lowres.runs import METRICS, SUMMARY, Run, write_beside
 from lowres.sample import sample
+from lowres.speed import RunProfile
 from lowres.start import begin, is_finished
 
 # a run ends after this many steps in a row without an update
 MOST_SKIPPED = 50
 
 
-def train(config: Config, folder: Path, resume: bool) -> None:
-    """Train into a folder, or continue there."""
+def train(config: Config, folder: Path, resume: bool, profiled: int = 0) -> None:
+    """Train into a folder, or continue there. profiled: steps to profile, after the first few."""
     if resume and is_finished(config, folder):
         if ranks.is_first():
             print(f"{folder} is finished; to continue it, raise train.steps")
         return
     began = time.perf_counter()
+    profile = RunProfile(profiled if ranks.is_first() else 0, folder)
+    profile.require(config.train.total_steps)
     run, step = begin(config, folder, resume)
     config, resumed_at, total = run.config, step, run.config.train.total_steps
+    profile.require(total - step)
     log = metrics.MetricsLog(folder / METRICS, step or -1)
     silent = not (config.log.progress and ranks.is_first())
     bar = tqdm(total=total, initial=step, unit="step", disable=True if silent else None)
@@ -65,7 +69,7 @@ def train(config: Config, folder: Path, resume: bool) -> None:
 
         # ---- one step
         before, schedule = time.perf_counter(), factor(config, step)
-        with run.parts.meter.watch("step"):
+        with profile.step(run.parts.rooms, step), run.parts.meter.watch("step"):
             batch = ahead.batch(step)
             report = run.parts.engine.step(batch, step, schedule)
         seconds = time.perf_counter() - before
@@ -78,6 +82,8 @@ def train(config: Config, folder: Path, resume: bool) -> None:
         bar.set_postfix_str(_progress_text(record))
         if "merge_cosine" in record:
             say(f"step {step}: {_merge_text(record)}")
+        if text := profile.report():
+            say(text)
         skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
         if skipped_in_a_row == MOST_SKIPPED:
             raise CheckFailed(

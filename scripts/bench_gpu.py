@@ -223,7 +223,6 @@ def line_of(record: dict[str, Any]) -> str:
         )
     for key in (
         "ms_by_phase",
-        "ms_of_the_device",
         "ms_by_kind",
         "copies_gb_s",
         "update, apollo-mini",

@@ -5,8 +5,6 @@ On a GPU the shapes are those of LLaMA-7B. On a CPU they are small and only show
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowres.config import Config
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
-from lowres.probe.rates import timed
 from lowres.rooms import GPU, HOST, Mover, Rooms
+from lowres.speed import peak
+from lowres.speed.peak import random, seconds
 from lowres.storage import MATRIX, Unit, compute_dtype
 
 Load = Callable[..., Config]  # a config with the given overrides
-ENOUGH_SECONDS, LEAST_REPEATS, MOST_REPEATS = 0.3, 3, 20
 
 
 @dataclass(frozen=True)
@@ -48,30 +46,12 @@ SHAPES = {
 }
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call; on a GPU the device time only."""
-    began = time.perf_counter()
-    found: list[float] = []
-    work()
-    while len(found) < LEAST_REPEATS or (
-        len(found) < MOST_REPEATS and time.perf_counter() - began < ENOUGH_SECONDS
-    ):
-        found.append(timed(work, device))
-    return statistics.median(found)
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random numbers, because a chip may be faster on zeros."""
-    if dtype == torch.int8:
-        return torch.randint(-64, 65, shape, dtype=dtype, device=device)
-    return torch.randn(shape, dtype=torch.float32, device=device).mul_(0.02).to(dtype)
-
-
 def gemm_peak(device: torch.device) -> float:
     """TFLOPS of a large square product in the precision of training."""
-    side, dtype = SHAPES[device.type].square, compute_dtype("auto", device)
-    a, b = random((side, side), dtype, device), random((side, side), dtype, device)
-    return 2 * side**3 / seconds(lambda: a @ b.T, device) / 1e12
+    found = peak.gemm_peak(compute_dtype("auto", device), device, SHAPES[device.type].square)
+    if found is None:
+        raise RuntimeError(f"{device.type} has no products in the precision of training")
+    return found
 
 
 def products(device: torch.device) -> dict[str, Any]:

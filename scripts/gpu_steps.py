@@ -8,25 +8,21 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import gpu_rates
 import torch
-from torch import Tensor
 
-from lowres import checkpoint, probe
+from lowres import checkpoint, speed
 from lowres import memory as planning
 from lowres.config import Config
 from lowres.config_file import load_config
 from lowres.memory import GIB
 from lowres.meter import LiveTensors, rss_gib
-from lowres.model import initialize
-from lowres.optim.schedule import factor
 from lowres.rooms import GPU, HOST, Homes, Rooms
-from lowres.runs import training_engine
 
 # micro-batches in the steps that are timed first, if the batch has so many
 SHORT = (2, 4)
@@ -41,8 +37,7 @@ def load(path: Path, device: torch.device, overrides: list[str]) -> tuple[Config
     if config.memory.moments == "int8" and not importlib.util.find_spec("bitsandbytes"):
         notes.append("bitsandbytes is not installed: memory.moments=bf16 instead of int8")
         config, _ = load_config(path, [*overrides, f"run.device={device.type}", "memory.moments=bf16"])
-    vocab = config.model.vocab_size or config.data.vocab_size or config.model.vocab
-    return config.with_vocab(vocab), notes
+    return speed.with_random_tokens(config), notes
 
 
 class PhaseRooms(Rooms):
@@ -50,52 +45,27 @@ class PhaseRooms(Rooms):
     enqueued, and `phase` is also set then, so nothing has to wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self.peaks: dict[str, int] = {}
         self.reserved = 0
-        self.on_phase: list[Callable[[str], None]] = []  # called with the phase that begins
-        super().__init__(device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "phase":
-            if self.device.type == "cuda":
-                self.note()
-            for told in self.on_phase:
-                told(value)
-        super().__setattr__(name, value)
+        if device.type == "cuda":
+            self.on_phase.append(lambda _: self.note())
 
     def note(self) -> None:
         """Add the peak since the last call to the phase that ends."""
-        phase = self.__dict__.get("phase", "")
         peak = torch.cuda.max_memory_allocated(self.device)
-        self.peaks[phase] = max(self.peaks.get(phase, 0), peak)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak)
         self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
 
 
-class Subject:
-    """A run without data: its plan, its engine with first weights, and batches of random tokens."""
+class Subject(speed.Subject):
+    """A run without data that also measures its memory by phase."""
+
+    rooms: PhaseRooms
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.plan = planning.make_plan(config, device, on_this_machine=True)
-        planning.require_fit(self.plan)
-        # a stash larger than the host's memory would crash the machine
-        planning.require_machine(self.plan, device)
-        self.rooms = PhaseRooms(device)
-        self.engine, _ = training_engine(config, self.plan, self.rooms, adapted=False)
-        self.engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-        initialize(self.engine.units(write=True), config.run.seed, device)
-
-    @property
-    def micro_batches(self) -> int:
-        """Number of micro-batches in a whole step."""
-        return -(-self.config.batch_sequences // self.plan.micro_batch)
-
-    def batch(self, micro_batches: int, seed: int) -> Tensor:
-        sequences = min(self.config.batch_sequences, micro_batches * self.plan.micro_batch)
-        shape = sequences, self.config.data.seq_len + 1
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, self.config.model.vocab, shape, generator=generator)
+        super().__init__(config, device, PhaseRooms(device))
 
     def rehearse(self) -> float:
         """Do what a run does before its first step; returns the loss."""
@@ -107,13 +77,6 @@ class Subject:
             stored = ((unit.spec.name, unit.tensors()) for unit in some)
             checkpoint.save(Path(folder), 0, stored, {}, keep=0)
         return loss
-
-    def step(self, micro_batches: int, step: int) -> tuple[float, float]:
-        """Seconds and loss of a step, until the device is done."""
-        batch, schedule = self.batch(micro_batches, step + 1), factor(self.config, step)
-        began = time.perf_counter()
-        report = self.engine.step(batch, step, schedule)
-        return time.perf_counter() - began, report.loss
 
 
 def cap_allocator(device: torch.device, cap_gib: float | None) -> int | None:
@@ -175,10 +138,9 @@ def extrapolated(timed: dict[int, float], whole: int) -> float:
 
 def speeds(subject: Subject, timed: dict[int, float], peak_tflops: float) -> dict[str, Any]:
     """Speed of steps, by number of micro-batches, and their share of the peak rate of matrix products."""
-    config, plan, found = subject.config, subject.plan, {}
-    work = sum(probe.flops_per_token(config.model, config.data.seq_len, plan.choice.band).values())
+    config, found, work = subject.config, {}, subject.hardware_flops_per_token
     for count, seconds in timed.items():
-        tokens = min(config.batch_sequences, count * plan.micro_batch) * config.data.seq_len
+        tokens = subject.sequences(count) * config.data.seq_len
         found[str(count)] = {
             "tokens": tokens,
             "seconds": seconds,

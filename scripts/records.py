@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -37,9 +38,39 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}, {(names or ['unknown'])[0]}"
 
 
+# flags of /proc/cpuinfo that decide which matrix products a CPU has
+INSTRUCTIONS = {
+    "avx2": "avx2",
+    "avx512": "avx512f",
+    "vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "amx": "amx_tile",
+    "amx_bf16": "amx_bf16",
+    "amx_int8": "amx_int8",
+}
+
+
+def cpu() -> dict[str, Any]:
+    """Model, cores and instruction sets of this CPU, and how busy it is."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    values = {line.split(":", 1)[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    flags = values.get("flags", "").split()
+    return {
+        "model": values.get("model name", "unknown"),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": {name: flag in flags for name, flag in INSTRUCTIONS.items()},
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
 def versions() -> dict[str, str | None]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "bitsandbytes", "deepspeed"):
+    for package in ("triton", "bitsandbytes", "deepspeed", "transformers", "accelerate", "apollo-torch"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

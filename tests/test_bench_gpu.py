@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_gpu  # noqa: E402
-import gpu_profile  # noqa: E402
 import gpu_steps  # noqa: E402
 
 SMALL = (
@@ -75,7 +72,9 @@ def test_every_benchmark_in_small(tmp_path: Path) -> None:
     assert rates["products_tflops"]["128 x 64"]["torch.int8"]["dy w, second by rows"] > 0
     assert rates["attention"]["kernel"] and rates["update, adamw"]["share_of_copy"] > 0
     spent = records["profile"]
-    assert {"gemm", "attention", "pointwise and other"} <= spent["ms_by_kind"].keys()
+    kinds = spent["ms_by_kind"]
+    assert all(kinds[kind] > 0 for kind in ("GEMM", "attention", "quantisation", "transfers"))
+    assert sum(kinds.values()) == pytest.approx(spent["profiled_step_ms"], rel=1e-3)
     phases = {"forward", "loss", "backward", "update"}
     assert phases <= spent["ms_by_phase_and_kind"].keys() and phases <= spent["ms_by_phase"].keys()
     assert 0 < sum(spent["ms_by_phase"].values()) <= spent["step_ms"]
@@ -135,68 +134,3 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 def test_a_whole_step_is_extrapolated_from_two_short_ones() -> None:
     assert gpu_steps.extrapolated({2: 5.0, 4: 9.0}, 16) == pytest.approx(33.0)
     assert gpu_steps.extrapolated({2: 5.0, 4: 4.9}, 16) == pytest.approx(4.9)  # noise does not go below
-
-
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "gemm"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "gemm"),
-        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_s161616gemm_bf16_16x16_128x2_tn_align8>", "gemm"),
-        ("void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<128>>", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
-        ("Memcpy HtoD (Pinned -> Device)", "copy between gpu and host"),
-        ("Memcpy DtoH (Device -> Pinned)", "copy between gpu and host"),
-        ("Memcpy DtoD (Device -> Device)", "copy and fill"),
-        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reduction"),
-        (
-            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
-            "pointwise",
-        ),
-    ],
-)
-def test_kinds_of_kernels(name: str, kind: str) -> None:
-    assert gpu_profile.kind_of(name).startswith(kind)
-
-
-@dataclass
-class Event:
-    """An event of the profiler; times in microseconds."""
-
-    name: str
-    start: float
-    end: float
-    on_gpu: bool = False
-    kernels: list[Any] = field(default_factory=list)
-    self_cpu_time_total: float = 0.0
-
-    @property
-    def time_range(self) -> Any:
-        return SimpleNamespace(start=self.start, end=self.end)
-
-    @property
-    def device_type(self) -> Any:
-        types = torch.autograd.DeviceType
-        return types.CUDA if self.on_gpu else types.CPU
-
-
-def test_a_profile_of_a_gpu_is_summed_up() -> None:
-    """The host is ahead: a kernel counts to the phase in which it was launched, though it runs later."""
-    gemm, copy = (SimpleNamespace(name=n, duration=d) for n, d in (("nvjet_x", 3000), ("Memcpy DtoH", 2000)))
-    events = [
-        Event("phase: forward", 0, 10),
-        Event("phase: update", 10, 20),
-        Event("aten::mm", 1, 2, kernels=[gemm]),
-        Event("aten::copy_", 11, 12, kernels=[copy]),
-        Event("phase: forward", 90, 9000, on_gpu=True),
-        Event("nvjet_x", 100, 3100, on_gpu=True),
-        Event("Memcpy DtoH", 2100, 4100, on_gpu=True),
-        Event("nvjet_x", 5100, 6100, on_gpu=True),
-    ]
-    found = gpu_profile.summary(events, cuda=True)
-    assert found["ms_by_phase_and_kind"] == {
-        "forward": {"gemm": 3.0},
-        "update": {"copy between gpu and host": 2.0},
-    }
-    times = found["ms_of_the_device"]
-    assert times == {"span": 6.0, "computing": 4.0, "copying": 2.0, "only copying": 1.0, "idle": 1.0}

@@ -64,6 +64,7 @@ class AutogradEngine:
         }
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
+        self.rooms.phase = "forward and backward"
         for tokens, wanted in zip(inputs, targets, strict=True):
             loss = self.model(self._here(tokens), self._here(wanted), self.settings.loss_chunk)
             (loss / count).backward()
@@ -75,8 +76,11 @@ class AutogradEngine:
                 parameter.grad = None
             self.dropout.first += len(tokens)
         self.dropout.step = None
+        self.rooms.phase = "update"
         with torch.no_grad():
-            return self._update(grads, total / count, step, schedule, rehearsal)
+            report = self._update(grads, total / count, step, schedule, rehearsal)
+        self.rooms.phase = ""
+        return report
 
     def _here(self, tokens: Tensor) -> Tensor:
         """A micro-batch on the device. It is page-locked, so the host does not wait for the copy."""

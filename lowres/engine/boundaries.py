@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowres.kernels import groups
 from lowres.kernels.groups import GROUP
+from lowres.marks import DEQUANTISE, QUANTISE, mark
 from lowres.rooms import Event, Mover, Rooms, Slab, place
 from lowres.storage import DENSE_DTYPES, aligned
 
@@ -56,12 +57,14 @@ class Grouped:
 
     def encode(self, x: Tensor, region: Tensor) -> None:
         codes, scales = self._split(region, x.numel())
-        groups.encode(x, codes, scales)
+        with mark(QUANTISE, "stash"):
+            groups.encode(x, codes, scales)
 
     def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         codes, scales = self._split(region, torch.Size(shape).numel())
         out = torch.empty(shape, dtype=dtype, device=region.device)
-        groups.decode(codes, scales, out)
+        with mark(DEQUANTISE, "stash"):
+            groups.decode(codes, scales, out)
         return out
 
     @staticmethod

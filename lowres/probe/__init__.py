@@ -20,7 +20,7 @@ from lowres.memory import Plan
 from lowres.probe.fastest import choose
 from lowres.probe.prediction import Prediction, Probe, predict
 from lowres.probe.rates import Rates, measure
-from lowres.probe.work import dequantised_elements, flops_per_token, step_bytes
+from lowres.probe.work import dequantised_elements, flops_per_token, model_flops_per_token, step_bytes
 
 __all__ = [
     "Prediction",
@@ -29,6 +29,7 @@ __all__ = [
     "dequantised_elements",
     "flops_per_token",
     "measure",
+    "model_flops_per_token",
     "predict",
     "probe",
     "step_bytes",

@@ -73,7 +73,7 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
             f"--probe: the GPU is full ({str(error).splitlines()[0]}); end other programs that use it"
         ) from None
     return Rates(
-        device=_device_name(device),
+        device=device_name(device),
         compute="int8" if config.memory.compute == "int8" else str(compute).removeprefix("torch."),
         products_tflops=forward / 1e12,
         backward_products_tflops=backward / 1e12,
@@ -87,7 +87,8 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """For people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -50,6 +50,15 @@ def flops_per_token(
     }
 
 
+def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:
+    """Floating-point operations per token that the mathematics of a step needs: 6 for each parameter of a
+    matrix product, and causal attention three times (forward, and two gradients). Without what is computed
+    again, so it is the same for every trainer of a model."""
+    matrices = sum(s[0] * s[1] for s in block_shapes(model).values() if len(s) == 2)
+    products = model.n_layers * matrices + model.vocab * model.dim
+    return 6 * products + 3 * model.n_layers * 2 * seq_len * model.dim
+
+
 def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, int]:
     """Bytes that a step moves from host memory to the GPU, and back. compute: number format of the
     activations."""

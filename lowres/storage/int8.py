@@ -16,6 +16,7 @@ from torch import Tensor
 from lowres import rng
 from lowres.kernels.rounding import dequantise, int8_fill
 from lowres.kernels.update import int8_update
+from lowres.marks import DEQUANTISE, mark
 from lowres.storage.formats import Format, register
 
 
@@ -29,7 +30,8 @@ class Int8:
     def dense(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        return dequantise(self.codes, self.scales, out)
+        with mark(DEQUANTISE, "weights"):
+            return dequantise(self.codes, self.scales, out)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return (self.codes[index] * self.scales[index]).to(dtype)

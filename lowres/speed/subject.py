@@ -1,0 +1,75 @@
+"""A run without data: the engine of a config, its plan and first weights, and random tokens."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lowres import memory
+from lowres.config import Config
+from lowres.model import initialize
+from lowres.optim.schedule import factor
+from lowres.probe.work import backward_passes, flops_per_token
+from lowres.rooms import Rooms
+from lowres.runs import training_engine
+from lowres.storage import compute_dtype
+
+
+class Subject:
+    """What is measured. Nothing is read and nothing is written. `rooms` may have more methods than Rooms."""
+
+    def __init__(self, config: Config, device: torch.device, rooms: Rooms | None = None) -> None:
+        """config: with a vocabulary. Raises DoesNotFit, as a run does."""
+        self.config, self.device = config, device
+        self.plan = memory.make_plan(config, device, on_this_machine=True)
+        memory.require_fit(self.plan)
+        # a stash larger than the host's memory would crash the machine
+        memory.require_machine(self.plan, device)
+        self.rooms = rooms or Rooms(device)
+        self.engine, _ = training_engine(config, self.plan, self.rooms, adapted=False)
+        self.engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        initialize(self.engine.units(write=True), config.run.seed, device)
+
+    @property
+    def micro_batches(self) -> int:
+        """Number of micro-batches in a whole step."""
+        return -(-self.config.batch_sequences // self.plan.micro_batch)
+
+    @property
+    def products_in(self) -> str:
+        """Number format of the matrix products of the blocks: fp32, bf16 or int8."""
+        kept = self.config.memory
+        if kept.compute == "int8":
+            return "int8"
+        return "bf16" if compute_dtype(kept.compute, self.device) == torch.bfloat16 else "fp32"
+
+    @property
+    def hardware_flops_per_token(self) -> int:
+        """Floating-point operations of a step per token, with what is computed again."""
+        config, kept = self.config, self.config.memory
+        band, passes = self.plan.choice.band, backward_passes(config)
+        return sum(flops_per_token(config.model, config.data.seq_len, band, kept.engine, passes).values())
+
+    def sequences(self, micro_batches: int | None = None) -> int:
+        """Sequences of a step of so many micro-batches; default: of a whole one."""
+        whole = self.config.batch_sequences
+        return whole if micro_batches is None else min(whole, micro_batches * self.plan.micro_batch)
+
+    def batch(self, micro_batches: int | None, seed: int) -> Tensor:
+        shape = self.sequences(micro_batches), self.config.data.seq_len + 1
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.config.model.vocab, shape, generator=generator)
+
+    def step(self, micro_batches: int | None, step: int) -> tuple[float, float]:
+        """Seconds and loss of a step, until the device is done."""
+        batch, schedule = self.batch(micro_batches, step + 1), factor(self.config, step)
+        began = time.perf_counter()
+        report = self.engine.step(batch, step, schedule)
+        return time.perf_counter() - began, report.loss
+
+
+def with_random_tokens(config: Config) -> Config:
+    """The config with a vocabulary, although there is no tokenizer: the one it gives, or its model's."""
+    return config.with_vocab(config.model.vocab_size or config.data.vocab_size or config.model.vocab)
