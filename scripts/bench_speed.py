@@ -4,7 +4,8 @@
     python scripts/bench_speed.py --update [--pairs 9]        # time of the update of a 7B layer
     python scripts/bench_speed.py --linear [--preset 20m ...] [--micro-batches 1,2,4,8]
 
-Arms (default: all): fp32, bf16, int8, auto: ours with this memory.compute; others of ours with --ours. plain:
+Arms (default: all): fp32, bf16, int8, auto: ours with this memory.compute (int8 with activations in bf16);
+bf16-fused: with fused kernels too; others of ours with --ours. plain:
 transformers' LLaMA of the same shape with gradient checkpointing, fused AdamW and accumulated micro-batches.
 hf-trainer: transformers' Trainer with layer-wise APOLLO-Mini. plain-bf16, hf-trainer-bf16: the same with bf16
 autocast. Each arm is a process of its own; they take turns of one optimizer step on random tokens (A B C A B
@@ -48,7 +49,13 @@ from lowres.probe import model_flops_per_token  # noqa: E402
 from lowres.speed.peak import DTYPES, gemm_peak  # noqa: E402
 
 CPU = torch.device("cpu")
-OURS = {kind: [f"memory.compute={kind}"] for kind in ("fp32", "bf16", "int8", "auto")}
+OURS = {
+    "fp32": ["memory.compute=fp32"],
+    "bf16": ["memory.compute=bf16"],
+    "bf16-fused": ["memory.compute=bf16", "memory.kernels=fused"],
+    "int8": ["memory.compute=int8", "memory.activations=bf16"],
+    "auto": ["memory.compute=auto"],
+}
 RESULTS = Path("benchmarks/results")
 CLOCKS: dict[str, Callable[[], float] | None] = {"wall": None, "cpu": time.process_time}
 QUIET = 0.05  # share of all cores that other processes may use during a turn

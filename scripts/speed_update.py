@@ -1,5 +1,5 @@
-"""How long the update of a layer takes: ours on INT8 weights, against torch.optim.AdamW(fused=True) on fp32
-tensors of the same shapes. The three take turns."""
+"""How long the update of a layer takes: ours on INT8 weights, with compiled kernels and with PyTorch's
+operations, against torch.optim.AdamW(fused=True) on fp32 tensors of the same shapes. They take turns."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowres import rng
 from lowres.config import ModelConfig
 from lowres.config_file import parse_config
+from lowres.kernels import forms
 from lowres.model import empty_units
 from lowres.optim import make_optimizer
 from lowres.rooms import Rooms
@@ -22,6 +23,7 @@ from lowres.storage import MATRIX
 
 LR = 1e-4
 UPDATE, APPLY, ADAMW = "optimizer.update", "storage.apply", "torch AdamW"
+PLAIN = "PyTorch's operations: "  # what there is without compiled kernels
 
 
 def measure(
@@ -104,4 +106,20 @@ def works_of(preset: str, device: torch.device) -> dict[str, tuple[Work, Work]]:
             direction: Tensor = grads[spec.name]
             unit.weights[spec.name].apply(direction, factor, None, rng.make_key(0, "bench", spec.name, done))
 
-    return {UPDATE: (restore, update), APPLY: (restore, apply), ADAMW: (lambda: None, adamw.step)}
+    def prepared(compiled: bool) -> Work:
+        def prepare() -> None:
+            restore()
+            if compiled:
+                forms.enable(device.type)
+            else:
+                forms.disable(device.type)
+
+        return prepare
+
+    return {
+        UPDATE: (prepared(True), update),
+        APPLY: (prepared(True), apply),
+        PLAIN + UPDATE: (prepared(False), update),
+        PLAIN + APPLY: (prepared(False), apply),
+        ADAMW: (lambda: None, adamw.step),
+    }

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowres import marks
+from lowres.marks import mark
+
 SOURCES = Path(__file__).parent / "cpu"
 # results must not depend on which additions the compiler fuses with multiplications; rounding modes and
 # floating-point traps are never changed, so loops may be vectorised freely
@@ -34,23 +37,23 @@ TUNED = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-
 
 # what a profile counts a kernel as, by its name without the number format
 KINDS = {
-    "int8_update": "update",
-    "int8": "update",
-    "bf16_update": "update",
-    "bf16": "update",
-    "int8_fill": "update",
-    "dequantise": "dequantise",
-    "quantise_rows": "quantise",
-    "quantise_columns": "quantise",
-    "norm": "norm",
-    "norm_backward": "norm",
-    "swiglu": "swiglu",
-    "swiglu_backward": "swiglu",
-    "rotate": "rope",
-    "epilogue": "gemm",
-    "cross_entropy": "loss",
-    "group_encode": "quantise",
-    "group_decode": "dequantise",
+    "int8_update": marks.UPDATE,
+    "int8": marks.UPDATE,
+    "bf16_update": marks.UPDATE,
+    "bf16": marks.UPDATE,
+    "int8_fill": marks.UPDATE,
+    "dequantise": marks.DEQUANTISE,
+    "quantise_rows": marks.QUANTISE,
+    "quantise_columns": marks.QUANTISE,
+    "norm": marks.NORM,
+    "norm_backward": marks.NORM,
+    "swiglu": marks.SWIGLU,
+    "swiglu_backward": marks.SWIGLU,
+    "rotate": marks.ROPE,
+    "epilogue": marks.GEMM,
+    "cross_entropy": marks.LOSS,
+    "group_encode": marks.QUANTISE,
+    "group_decode": marks.DEQUANTISE,
 }
 
 
@@ -90,10 +93,7 @@ Argument = Tensor | Strided | int | float | None
 def call(name: str, *arguments: Argument) -> None:
     """Call a kernel. Tensors are passed as addresses, int as int64 and float as double."""
     function = getattr(load(), name)
-    if not torch._C._autograd._profiler_enabled():
-        function(*map(_passed, arguments))
-        return
-    with torch.profiler.record_function(f"lowres::{KINDS[name.rsplit('_', 1)[0]]}: {name}"):
+    with mark(KINDS[name.rsplit("_", 1)[0]], name):
         function(*map(_passed, arguments))
 
 

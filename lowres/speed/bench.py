@@ -23,6 +23,7 @@ class Bench:
     """What was measured. Shares of the peak are None if this machine has no such products by themselves."""
 
     device: str
+    notes: list[str]
     parameters: int
     tokens_per_step: int
     micro_batch: int
@@ -47,6 +48,7 @@ class Bench:
         """For people."""
         low, high = (self.tokens_per_step / time for time in (max(self.seconds), min(self.seconds)))
         lines = [
+            *(f"note: {note}" for note in self.notes),
             f"{self.device}: {self.parameters / 1e6:,.2f} M parameters, {self.tokens_per_step:,} tokens "
             f"a step in micro-batches of {self.micro_batch} sequences",
             f"{self.tokens_per_s:,.0f} tokens/s, median of {len(self.seconds)} steps "
@@ -117,6 +119,7 @@ def _measure(subject: Subject, steps: int) -> Bench:
     shares = [None if peak is None else rate * own / (peak * 1e12) for own in flops]
     return Bench(
         device=device_name(device),
+        notes=subject.notes,
         parameters=subject.plan.parameters,
         tokens_per_step=tokens,
         micro_batch=subject.plan.micro_batch,

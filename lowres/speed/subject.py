@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lowres import memory
 from lowres.config import Config
-from lowres.model import initialize
+from lowres.device import use_kernels
+from lowres.model import count_parameters, initialize
 from lowres.optim.schedule import factor
+from lowres.probe.fastest import choose
 from lowres.probe.work import backward_passes, flops_per_token
 from lowres.rooms import Rooms
 from lowres.runs import training_engine
@@ -21,7 +23,9 @@ class Subject:
     """What is measured. Nothing is read and nothing is written. `rooms` may have more methods than Rooms."""
 
     def __init__(self, config: Config, device: torch.device, rooms: Rooms | None = None) -> None:
-        """config: with a vocabulary. Raises DoesNotFit, as a run does."""
+        """config: with a vocabulary. `notes`: on what was chosen. Raises DoesNotFit, as a run does."""
+        config, self.notes = choose(config, device)
+        self.notes += use_kernels(config, device, count_parameters(config.model))
         self.config, self.device = config, device
         self.plan = memory.make_plan(config, device, on_this_machine=True)
         memory.require_fit(self.plan)
@@ -43,7 +47,7 @@ class Subject:
         kept = self.config.memory
         if kept.compute == "int8":
             return "int8"
-        return "bf16" if compute_dtype(kept.compute, self.device) == torch.bfloat16 else "fp32"
+        return "bf16" if compute_dtype(kept.activations_in, self.device) == torch.bfloat16 else "fp32"
 
     @property
     def hardware_flops_per_token(self) -> int:

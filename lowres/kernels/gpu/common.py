@@ -9,6 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lowres import marks
+from lowres.marks import mark
+
+# what a profile counts a kernel as, by its file
+KINDS = {
+    "update": marks.UPDATE,
+    "rounding": marks.DEQUANTISE,
+    "quantise": marks.QUANTISE,
+    "product": marks.GEMM,
+    "norm": marks.NORM,
+    "swiglu": marks.SWIGLU,
+    "rotary": marks.ROPE,
+    "loss": marks.LOSS,
+    "groups": marks.QUANTISE,
+}
 # adding and subtracting it rounds a number below 2^22 to the nearest integer, ties to even
 _SHIFT = tl.constexpr(12582912.0)
 _TO_UNIT = tl.constexpr(2.0**-24)
@@ -19,7 +34,8 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, warps: int, **more: Any) -> None:
     """Start a kernel on the device of its first argument, which need not be the current one."""
-    with torch.cuda.device_of(first):
+    file = kernel.__module__.rpartition(".")[2]
+    with torch.cuda.device_of(first), mark(KINDS[file], kernel.__name__):
         kernel[grid](first, *others, num_warps=warps, enable_fp_fusion=False, **more)
 
 
