@@ -1,9 +1,10 @@
-"""All benchmarks of this project that need a GPU, the most valuable first, in 5 minutes.
+"""All benchmarks of this project that need a GPU, the most valuable first, in 8 minutes.
 
     python scripts/bench_gpu.py [NAME ...] [--budget-seconds N] [--out DIR] [--set section.key=value ...]
 
-steps_24gb, steps_12gb, steps_8gb: optimizer steps of the 7B presets on random tokens, with the allocator
-capped at the size of the card. Does it fit, is the plan right, how fast is it? First steps of a few
+steps_12gb_bf16, steps_12gb_int8, steps_24gb_int8, steps_8gb_int8: optimizer steps of the 7B presets on random
+tokens, with the allocator capped at the size of the card; products in bf16 or in INT8. Does it fit, is the
+plan right, how fast is it? First steps of a few
 micro-batches, then a whole one if there is time. rates: the operations of a step, each measured alone.
 profile: where the time of a step goes. uncapped: the 12 GB preset with the whole card, to show the cost of
 the cap.
@@ -58,20 +59,35 @@ class Benchmark:
     config: Path
     cap_gib: float | None
     measure: Callable[[Benchmark, argparse.Namespace], Iterator[dict[str, Any]]]
+    overrides: tuple[str, ...] = ()
+
+
+INT8, BF16 = ("memory.compute=int8",), ("memory.compute=bf16",)
 
 
 def benchmarks(parsed: argparse.Namespace) -> list[Benchmark]:
     """All benchmarks, the most valuable first."""
-    subjects = [(f"steps_{gib}gb", Path(f"configs/llama_7b_{gib}gb.toml"), float(gib)) for gib in (24, 12, 8)]
     if parsed.config:
-        subjects = [("steps", parsed.config, parsed.cap_gib)]
-    _, config, cap = subjects[min(1, len(subjects) - 1)]
+        config, cap = parsed.config, parsed.cap_gib
+        steps = [
+            Benchmark("steps", 45.0, config, cap, bench_steps),
+            Benchmark("steps_int8", 45.0, config, cap, bench_steps, INT8),
+        ]
+    else:
+        config, cap = _preset(12), 12.0
+        steps = [Benchmark("steps_12gb_bf16", 45.0, config, cap, bench_steps, BF16)]
+        for gib in (12, 24, 8):
+            steps.append(Benchmark(f"steps_{gib}gb_int8", 45.0, _preset(gib), float(gib), bench_steps, INT8))
     return [
-        *(Benchmark(name, 45.0, path, gib, bench_steps) for name, path, gib in subjects),
+        *steps,
         Benchmark("rates", 35.0, config, None, bench_rates),
-        Benchmark("profile", 60.0, config, cap, bench_profile),
-        Benchmark("uncapped", 50.0, config, None, bench_uncapped),
+        Benchmark("profile", 60.0, config, cap, bench_profile, INT8),
+        Benchmark("uncapped", 50.0, config, None, bench_uncapped, INT8),
     ]
+
+
+def _preset(gib: int) -> Path:
+    return Path(f"configs/llama_7b_{gib}gb.toml")
 
 
 # ---- the benchmarks, each in its own process
@@ -79,11 +95,12 @@ def benchmarks(parsed: argparse.Namespace) -> list[Benchmark]:
 
 def bench_steps(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device, until = torch.device(parsed.device), time.perf_counter() + parsed.seconds
-    yield from gpu_steps.measure(own.config, device, parsed.overrides, own.cap_gib, until)
+    overrides = [*own.overrides, *parsed.overrides]
+    yield from gpu_steps.measure(own.config, device, overrides, own.cap_gib, until)
 
 
 def bench_uncapped(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    overrides = list(parsed.overrides)
+    overrides = [*own.overrides, *parsed.overrides]
     if parsed.device == "cuda":
         size = torch.cuda.get_device_properties(0).total_memory / GIB * MOST_OF_A_CARD
         overrides.append(f"memory.budget_gib={size:.1f}")
@@ -103,7 +120,7 @@ def bench_rates(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str
 
 def bench_profile(own: Benchmark, parsed: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = torch.device(parsed.device)
-    config, notes = gpu_steps.load(own.config, device, parsed.overrides)
+    config, notes = gpu_steps.load(own.config, device, [*own.overrides, *parsed.overrides])
     yield {"config": str(own.config), "notes": notes}
     gpu_steps.cap_allocator(device, own.cap_gib)
     yield from gpu_profile.measure(gpu_steps.Subject(config, device), PROFILED)
@@ -243,7 +260,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="instead of the presets")
     parser.add_argument("--cap-gib", type=float, help="with --config: most that the allocator may take")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--budget-seconds", type=float, default=300.0, help="for all of them; default 300")
+    parser.add_argument("--budget-seconds", type=float, default=450.0, help="for all of them; default 450")
     parser.add_argument("--commit", help="default: what git says")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # one, in this process
     parser.add_argument("--seconds", type=float, default=600.0, help=argparse.SUPPRESS)

@@ -16,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowres.config import Config
+from lowres.kernels import forms
+from lowres.kernels.product import along_sum, multiply
+from lowres.kernels.quantise import quantise_columns, quantise_rows
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms
@@ -79,8 +82,28 @@ def products(device: torch.device) -> dict[str, Any]:
                 wide = {"out_dtype": torch.float32} if device.type == "cuda" else {}
                 works["dy^T x, to fp32"] = partial(torch.mm, dy.T, x, **wide)
             own[str(kind)] = {name: tried(partial(rate, work)) for name, work in works.items()}
+        own["int8, as the step computes"] = {
+            name: tried(partial(rate, work)) for name, work in _int8_works(device, rows, columns).items()
+        }
         found[f"{rows} x {columns}"] = own
     return found
+
+
+def _int8_works(device: torch.device, rows: int, columns: int) -> dict[str, Callable[[], object]]:
+    """The three products of a matrix with all that belongs to them, on `lowres.kernels`."""
+    sizes, dtype = SHAPES[device.type], compute_dtype("auto", device)
+    x, dy = random((sizes.tokens, columns), dtype, device), random((sizes.tokens, rows), dtype, device)
+    weight, a = quantise_rows(random((rows, columns), dtype, device)), quantise_rows(x)
+    transposed, grad = along_sum(weight.codes), torch.zeros(rows, columns, device=device)
+    y, dx, along = torch.empty_like(dy), torch.empty_like(x), along_sum(a.codes)
+    return {
+        "quantise x, x w^T": lambda: multiply(quantise_rows(x), *weight, y),
+        "x w^T": lambda: multiply(a, *weight, y),
+        "quantise dy, dy w": lambda: multiply(quantise_rows(dy, weight.scales), transposed, None, dx),
+        "quantise dy, dy^T x added to fp32": lambda: multiply(
+            quantise_columns(dy, a.scales), along, None, grad, add=True
+        ),
+    }
 
 
 def tried(measure: Callable[[], Any]) -> Any:
@@ -209,6 +232,7 @@ def attention(device: torch.device) -> dict[str, Any]:
 
 def measure(load: Load, device: torch.device) -> Iterator[tuple[str, Any]]:
     """Every rate by name, as soon as it is measured."""
+    forms.enable(device.type)
     yield "copies_gb_s", copies(device)
     yield from layer(load, device)
     yield "products_tflops", products(device)

@@ -49,7 +49,7 @@ def record(folder: Path, name: str) -> dict[str, Any]:
 
 def test_every_benchmark_in_small(tmp_path: Path) -> None:
     printed = bench(*SMALL, "--out", tmp_path, code=0).stdout
-    names = ("steps", "rates", "profile", "uncapped")
+    names = ("steps", "steps_int8", "rates", "profile", "uncapped")
     assert [line.split(":")[0] for line in printed.splitlines()] == list(names)
     records = {name: record(tmp_path, name) for name in names}
     for name, found in records.items():
@@ -128,7 +128,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "nothing"])
     with pytest.raises(SystemExit, match="2"):
         bench_gpu.main()
-    assert "steps_24gb" in capsys.readouterr().err
+    assert "steps_24gb_int8" in capsys.readouterr().err
 
 
 def test_a_whole_step_is_extrapolated_from_two_short_ones() -> None:

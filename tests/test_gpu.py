@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 from lowres import checkpoint, metrics
 from lowres.config import Config
 from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine
+from lowres.kernels import forms, loss, norm, product, quantise, rounding, swiglu, update
+from lowres.kernels.quantise import Quantised
 from lowres.memory import make_plans
 from lowres.meter import LiveTensors
 from lowres.model import initialize
@@ -85,7 +87,81 @@ def assert_near(found: list[float], wanted: list[float], distance: float) -> Non
         assert abs(here - there) < distance, (step, found, wanted)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> Iterator[None]:
+    """Compiled kernels, as in a run; without Triton PyTorch's operations."""
+    forms.enable(DEVICE.type)
+    yield
+    forms.disable(DEVICE.type)
+
+
 # ---- the same numbers as on a CPU
+
+
+def on_both(work: Callable[..., Any], *tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Tensors that a kernel returns or changes: on the device, and in the plain form on a CPU."""
+    found = []
+    for device in (DEVICE, CPU):
+        copies = [t.to(device, copy=True) for t in tensors]
+        with forms.using(device.type, device != CPU or not ON_CUDA):
+            result = work(*copies)
+        results = list(result) if isinstance(result, tuple) else [] if result is None else [result]
+        found.append([t.cpu() for t in (*results, *copies)])
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 256), (37, 5461), (1, 300), (130, 11008)])
+def test_kernels_give_the_results_of_the_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What stores weights and what adds integers has the same bits; norms, SwiGLU and the loss round
+    differently."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    scales, direction = torch.rand(shape[0], 1, generator=generator) * 1e-3 + 1e-5, dy.float() * 3
+    weight, fold, key = torch.rand(shape[1], generator=generator) + 0.5, x[:, 0].float().abs(), (7, 11)
+    row = torch.rand(shape[0], 1, generator=generator)
+    same = on_both(
+        lambda c, s, d, f: update.int8_update(c, s, d, f, None, key), codes, scales, direction, row
+    )
+    same += on_both(lambda v, d, f: update.bf16_update(v, d, f, None, key), x.bfloat16(), direction, row)
+    same += on_both(rounding.int8_fill, x, codes, scales)
+    same += on_both(rounding.dequantise, codes, scales, x)
+    same += on_both(quantise.quantise_rows, x, weight)
+    same += on_both(quantise.quantise_columns, x, fold)
+    for add in (False, True):
+        y = torch.zeros(shape[0], shape[0]).to(dtype)
+        same += on_both(
+            lambda a, s, b, y, add=add: product.multiply(Quantised(a, s), b, s, y, add),
+            codes,
+            scales,
+            codes,
+            y,
+        )
+    for here, there in same:
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+    near = on_both(lambda x, w: norm.rms_norm(x, w, 1e-5), x, weight)
+    near += on_both(lambda d, x, w, g: norm.rms_norm_backward(d, x, w, 1e-5, g), dy, x, weight, weight)
+    near += on_both(swiglu.swiglu, x, dy)
+    near += on_both(lambda d, g, u: swiglu.swiglu_backward(d, g, u), dy, x, dy)
+    targets = torch.arange(shape[0]) % shape[1]
+    near += on_both(lambda x, t: loss.cross_entropy(x, t, 0.5), x * 3, targets)
+    for here, there in near:
+        allowed = 2**-7 if there.dtype == torch.bfloat16 else 3e-5
+        assert (here.double() - there.double()).abs().max() <= allowed * there.double().abs().max()
+
+
+@pytest.mark.parametrize("wgrad", ["int8", "dense"])
+@pytest.mark.parametrize("activations, distance", [("fp32", 0.01), ("bf16", 0.03)])
+def test_int8_products_train_like_the_cpu(activations: str, distance: float, wgrad: str) -> None:
+    """The MLP is 173 wide, so that copies are padded."""
+    config = make_config(
+        model={"ffn_dim": 173},
+        train={"micro_batch": 3},
+        memory={"compute": "int8", "activations": activations, "compute_wgrad": wgrad},
+        optim={"lr": 2e-3},
+    )
+    assert_near(Run(config).steps(20), Run(config, CPU).steps(20), distance)
 
 
 @pytest.mark.parametrize(
