@@ -31,6 +31,7 @@ from lowres.config_file import load_config, to_toml  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
 from lowres.engine import layerwise, working  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
+from lowres.kernels import forms  # noqa: E402
 from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
@@ -121,7 +122,8 @@ def plan_of(config: Config, adapted: bool = False) -> memory.Plan:
 @contextmanager
 def trainee(config: Config, adapted: bool = False) -> Iterator[Trainee]:
     plan = plan_of(config, adapted)
-    with pretended_cuda.pretended(ROOT / "lowres") as waits:
+    compiled = config.memory.kernels != "plain"
+    with pretended_cuda.pretended(ROOT / "lowres") as waits, forms.using("cuda", compiled):
         yield Trainee(config, plan, waits, adapted)
 
 
@@ -266,11 +268,11 @@ def deepspeed() -> str:
         raise SkippedError(f"stops at {where(error)}: {first_line(error)}") from None
 
 
-def live_memory(name: str) -> str:
+def live_memory(name: str, *overrides: str) -> str:
     """Memory in a step of two micro-batches at real depth, with slabs for the whole batch, compared with the
     plan by component and by phase."""
     needs_bitsandbytes(())
-    config = config_of(name)
+    config = config_of(name, *overrides)
     with trainee(config) as trained:
         plan, live = trained.plan, LiveTensors(trained.rooms)
         with live:
@@ -357,6 +359,16 @@ def cases() -> dict[str, Callable[[], str]]:
     found["apollo svd"] = partial(
         train, seven, bf16, "optim.name=apollo", "optim.projection=svd", "optim.rank=256", steps=(0, 1)
     )
+    int8 = "memory.compute=int8"
+    found["int8 products"] = partial(train, seven, fp32, int8)
+    found["int8 products, padded"] = partial(train, "llama_1b_8gb", fp32, int8)
+    found["int8 products, bf16 for weight gradients"] = partial(
+        train, seven, fp32, int8, "memory.compute_wgrad=dense"
+    )
+    found["int8 products under adapters"] = partial(
+        train, "relora_7b_24gb", fp32, int8, "relora.start_step=0", *CYCLES, steps=(0, 1), adapted=True
+    )
+    found["plain kernels"] = partial(train, seven, fp32, "memory.kernels=plain")
     found["clip"] = partial(train, seven, fp32, "optim.grad_clip=1.0")
     found["int8 stash"] = partial(train, seven, fp32, "memory.stash_dtype=int8")
     found["exact forward"] = partial(
@@ -396,7 +408,9 @@ def cases() -> dict[str, Callable[[], str]]:
     found["benchmarks"] = benchmarks
     found["deepspeed"] = deepspeed
     for preset in DEEP:
-        found[f"memory {preset.removeprefix('llama_')}"] = partial(live_memory, preset)
+        short = preset.removeprefix("llama_")
+        found[f"memory {short}"] = partial(live_memory, preset)
+        found[f"memory {short}, int8 products"] = partial(live_memory, preset, int8)
     for key in CARDS:
         found[f"card {key}"] = partial(card, key)
     return found

@@ -32,14 +32,14 @@ MICRO_BATCHES = 2
 NOT_OF_THE_STEP = ("cuBLAS workspace", "saving")
 
 
-def whole_step(path: str, part: str, brief: bool) -> tuple[Plan, Bytes]:
+def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan, Bytes]:
     """The plan of a part of a run, and the memory of a step of it. brief: see `target.planned_for`."""
-    config, _ = load_config(path)
+    config, _ = load_config(path, list(overrides))
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or 0)
     plan, rooms, adapted = make_plans(config, CUDA)[part], Rooms(CPU), part == ADAPTERS
     relora, length = config.relora, config.data.seq_len
     count = min(MICRO_BATCHES, -(-config.batch_sequences // plan.micro_batch))
-    with without_memory("cuda", rooms, brief) as live:
+    with without_memory("cuda", rooms, brief, config.memory.kernels == "plain") as live:
         units, engine = build(config, plan, rooms, adapted)
         engine.reserve(config.batch_sequences, length, training=True)
         with rooms.allocate_in(HOST):
@@ -67,10 +67,10 @@ def parts() -> list[tuple[str, str]]:
     return found
 
 
-def check(path: str, part: str, brief: bool) -> None:
+def check(path: str, part: str, brief: bool, *overrides: str) -> None:
     """Every component and every phase agree to 1 %. Projections are small and exist from the first update on,
     so in this step they count in some phases and not in others."""
-    plan, found = whole_step(path, part, brief)
+    plan, found = whole_step(path, part, brief, *overrides)
     projections = plan.size("projections")
     wanted = {key: size for key, size in planned(plan).items() if key[0] not in NOT_OF_THE_STEP}
     wanted["projections", GPU] = projections
@@ -96,6 +96,35 @@ def test_the_plan_is_what_a_whole_step_takes(path: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name, part, keys",
+    [
+        ("tiny", "run", ["memory.compute=int8"]),
+        ("llama_1b_8gb", "run", ["memory.compute=int8"]),  # its MLP is 5,461 wide, so copies are padded
+        ("llama_7b_8gb", "run", ["memory.compute=int8"]),
+        ("llama_7b_8gb", "run", ["memory.compute=int8", "memory.compute_wgrad=dense"]),
+        ("llama_7b_8gb", "run", ["memory.compute=bf16", "memory.kernels=plain"]),
+        ("relora_7b_24gb", ADAPTERS, ["memory.compute=int8"]),
+    ],
+)
+def test_and_with_other_arithmetic(name: str, part: str, keys: list[str]) -> None:
+    check(f"configs/{name}.toml", part, True, *keys)
+
+
+def test_int8_products_need_less_memory_than_a_copy_of_a_layer() -> None:
+    config = load_config("configs/llama_7b_12gb.toml")[0].with_vocab(32000)
+    plans = {
+        compute: make_plan(
+            config.model_copy(update={"memory": config.memory.model_copy(update={"compute": compute})}), CUDA
+        )
+        for compute in ("bf16", "int8")
+    }
+    codes = plans["int8"].size("transposed codes of a layer")
+    assert 2 * codes == plans["bf16"].size("layers in compute precision") > 0
+    assert plans["int8"].size("layers in compute precision") == 0
+    assert plans["int8"].peak(GPU) < plans["bf16"].peak(GPU)
+
+
+@pytest.mark.parametrize(
     "name", ["tiny", "llama_1b_8gb", pytest.param("llama_7b_24gb", marks=pytest.mark.slow)]
 )
 def test_and_with_all_chunks_of_every_loop(name: str) -> None:
@@ -116,6 +145,7 @@ def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(AssertionError):
             check("configs/tiny.toml", "run", brief=True)
     left.clear()
+    trace.tracers.clear()
     check("configs/tiny.toml", "run", brief=True)
 
     def rounding(x: Tensor, *arguments: Any) -> Tensor:
@@ -126,7 +156,7 @@ def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rng, "round_to_integer", rounding)
     monkeypatch.setattr(target, "CHUNK_CUDA", 1 << 12)
     with pytest.raises(AssertionError):
-        check("configs/tiny.toml", "run", brief=False)
+        check("configs/tiny.toml", "run", False, "memory.kernels=plain", "memory.compute=bf16")
     trace.tracers.clear()
 
 
