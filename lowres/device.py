@@ -10,6 +10,7 @@ from lowres import ranks
 from lowres.config import Config
 from lowres.errors import UserError
 from lowres.kernels import forms, product
+from lowres.model import count_parameters
 from lowres.rooms import EXACT_LOCKING
 from lowres.storage import compute_dtype
 from lowres.target import CPU, CUDA, kind_of
@@ -82,14 +83,21 @@ def pick_device(config: Config) -> torch.device:
     return device
 
 
-def use_kernels(config: Config, device: torch.device, parameters: int) -> list[str]:
-    """Turn the compiled kernels on or off for a run; returns notes for the user. On a CPU a small run does
-    without: its updates take less time than the compiler. Raises UserError if INT8 products are not
-    possible."""
-    kept, kind = config.memory, kind_of(device)
-    int8, updates = kept.compute == "int8", parameters * config.train.total_steps
-    wanted = kept.kernels == "fused" or int8 or kind == CUDA or updates >= WORTH_COMPILING
-    if kept.kernels == "plain" or not wanted:
+def wants_kernels(config: Config, kind: str) -> bool:
+    """Whether a run on this kind of device uses compiled kernels, if it can. On a CPU a small run does
+    without: its updates take less time than the compiler."""
+    kept = config.memory
+    if kept.kernels == "plain":
+        return False
+    updates = count_parameters(config.model) * config.train.total_steps
+    return kept.kernels == "fused" or kept.compute == "int8" or kind == CUDA or updates >= WORTH_COMPILING
+
+
+def use_kernels(config: Config, device: torch.device) -> list[str]:
+    """Turn the compiled kernels on or off for a run; returns notes for the user. Raises UserError if INT8
+    products are not possible."""
+    kind, int8 = kind_of(device), config.memory.compute == "int8"
+    if not wants_kernels(config, kind):
         forms.disable(kind)
         return []
     notes = [note] if (note := forms.enable(kind)) else []

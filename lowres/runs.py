@@ -159,7 +159,7 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     folder = Path(folder)
     config, found = _newest(folder, [f"run.device={device}"] if device else [])
     config = _for_use(config)
-    for note in use_kernels(config, pick_device(config), 0):
+    for note in use_kernels(config, pick_device(config)):
         tqdm.write(f"note: {note}", file=sys.stderr)
     rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)

@@ -26,7 +26,7 @@ from lowres.data.sources import is_stream
 from lowres.device import is_out_of_memory, pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
-from lowres.model import count_parameters, initialize
+from lowres.model import initialize
 from lowres.probe.fastest import as_chosen, choose
 from lowres.ranks import say
 from lowres.runs import (
@@ -122,7 +122,7 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
         offset = state["tokens"] // config.data.seq_len - step * config.batch_sequences
 
     config, chosen = choose(config, device) if saved is None else (config, [])
-    chosen += use_kernels(config, device, count_parameters(config.model))
+    chosen += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
     if origin is not None:

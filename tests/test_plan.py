@@ -39,7 +39,7 @@ def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan
     plan, rooms, adapted = make_plans(config, CUDA)[part], Rooms(CPU), part == ADAPTERS
     relora, length = config.relora, config.data.seq_len
     count = min(MICRO_BATCHES, -(-config.batch_sequences // plan.micro_batch))
-    with without_memory("cuda", rooms, brief, config.memory.kernels == "plain") as live:
+    with without_memory("cuda", rooms, brief, config.memory.kernels != "plain") as live:
         units, engine = build(config, plan, rooms, adapted)
         engine.reserve(config.batch_sequences, length, training=True)
         with rooms.allocate_in(HOST):
@@ -163,7 +163,7 @@ def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 def test_larger_bands_are_what_the_layers_of_smaller_ones_take() -> None:
     """The plan traces three layers of a band and assumes that further ones are like the last."""
     config = make_config(model={"n_layers": 6, "n_kv_heads": 2}, train={"batch_tokens": 6 * 32})
-    found = Tracer(config, "cuda", None)
+    found = Tracer(config, "cuda", None, compiled=True)
     assert found.phases(2, 5, True) == found._trace(2, 5, True)
 
 

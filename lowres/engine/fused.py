@@ -270,7 +270,7 @@ class _Node(torch.autograd.Function):
             operand.dense = prepare.dense(*flat)
         dx = None
         for matrix, dy in zip(ctx.matrices, dys, strict=True):
-            dx = matrix.backward(dy.flatten(0, -2), operand, dx)
+            dx = matrix.backward(dy.flatten(0, -2).contiguous(), operand, dx)
         ctx.operand = operand = None
         grads = prepare.backward(dx, *flat)
         leading = dys[0].shape[:-1]

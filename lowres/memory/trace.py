@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowres.config import Config, ModelConfig, ReloraConfig
+from lowres.device import wants_kernels
 from lowres.engine import Choice, EngineSettings, LayerwiseEngine
 from lowres.engine.common import Updater
 from lowres.errors import UserError
@@ -86,12 +87,11 @@ def _rounded(number: int, multiple: int) -> int:
 
 @contextmanager
 def without_memory(
-    kind: str, rooms: Rooms | None = None, brief: bool = False, plain: bool = False
+    kind: str, rooms: Rooms | None = None, brief: bool = False, compiled: bool = False
 ) -> Iterator[Traced]:
-    """Tensors made in the block have no memory and are counted; code behaves as on this kind of device.
-    plain: without compiled kernels, which otherwise are assumed on a GPU."""
-    live, compiled = Traced(rooms), not plain and (kind == CUDA or forms.compiled(kind))
-    without = FakeTensorMode(allow_non_fake_inputs=True)
+    """Tensors made in the block have no memory and are counted; code behaves as on this kind of device, and
+    as with compiled kernels or without them."""
+    live, without = Traced(rooms), FakeTensorMode(allow_non_fake_inputs=True)
     with planned_for(kind, brief), forms.using(kind, compiled), without, live:
         yield live
 
@@ -144,9 +144,10 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.optim.model_dump_json(),
         config.relora.model_dump_json(),
     ]
-    key = (*parts, config.data.seq_len, kind, adapters is not None, forms.compiled(kind))
+    compiled = forms.compiled(kind) or wants_kernels(config, kind)
+    key = (*parts, config.data.seq_len, kind, adapters is not None, compiled)
     if key not in tracers:
-        tracers[key] = Tracer(config, kind, adapters)
+        tracers[key] = Tracer(config, kind, adapters, compiled)
     return tracers[key]
 
 
@@ -156,8 +157,10 @@ tracers: dict[tuple[object, ...], Tracer] = {}
 class Tracer:
     """Traces of a run on a kind of device; each is made at its first use."""
 
-    def __init__(self, config: Config, kind: str, adapters: ReloraConfig | None) -> None:
-        self._config, self._kind, self._adapters = config, kind, adapters
+    def __init__(
+        self, config: Config, kind: str, adapters: ReloraConfig | None, compiled: bool = False
+    ) -> None:
+        self._config, self._kind, self._adapters, self._compiled = config, kind, adapters, compiled
         self._traced = cache(self._trace)
         self.updates = cache(self._updates)
         self.block = cache(self._block)
@@ -200,8 +203,7 @@ class Tracer:
         return Updates(most - block - rest, (block, rest))
 
     def _without_memory(self, rooms: Rooms) -> AbstractContextManager[Traced]:
-        plain = self._config.memory.kernels == "plain"
-        return without_memory(self._kind, rooms, brief=True, plain=plain)
+        return without_memory(self._kind, rooms, brief=True, compiled=self._compiled)
 
     def _engine(self, rooms: Rooms, choice: Choice, updater: Updater) -> LayerwiseEngine:
         config, kept = self._cut(self._config, choice.band), self._config.memory

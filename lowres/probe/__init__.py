@@ -49,7 +49,7 @@ def probe(config: Config, plan: Plan) -> Probe:
         note = "there is no CUDA device here: rates and prediction are for this CPU"
     config, chosen = choose(config, device)
     notes = [note] if note else []
-    notes += chosen + use_kernels(config, device, plan.parameters)
+    notes += chosen + use_kernels(config, device)
     rates = measure(config, plan, device)
     target = config.train.total_steps * config.train.batch_tokens
     prediction = predict(config, plan, rates, device)

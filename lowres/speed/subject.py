@@ -10,7 +10,7 @@ from torch import Tensor
 from lowres import memory
 from lowres.config import Config
 from lowres.device import use_kernels
-from lowres.model import count_parameters, initialize
+from lowres.model import initialize
 from lowres.optim.schedule import factor
 from lowres.probe.fastest import choose
 from lowres.probe.work import backward_passes, flops_per_token
@@ -25,7 +25,7 @@ class Subject:
     def __init__(self, config: Config, device: torch.device, rooms: Rooms | None = None) -> None:
         """config: with a vocabulary. `notes`: on what was chosen. Raises DoesNotFit, as a run does."""
         config, self.notes = choose(config, device)
-        self.notes += use_kernels(config, device, count_parameters(config.model))
+        self.notes += use_kernels(config, device)
         self.config, self.device = config, device
         self.plan = memory.make_plan(config, device, on_this_machine=True)
         memory.require_fit(self.plan)
