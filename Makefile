@@ -17,7 +17,7 @@ help:
 	@echo "                        also $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
 	@echo "make pretrain-7b-24gb-deepspeed   the same with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
 	@echo "make pretrain-relora-7b-24gb   the same with ReLoRA; pretrain-relora-tiny is a small example"
-	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, half an hour)"
+	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, 10 to 30 minutes)"
 	@echo "make test               run the tests"
 	@echo "make lint               run ruff and mypy on everything"
 

@@ -70,6 +70,27 @@ def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config
     return config, _notes(config, values)
 
 
+# keys of [memory] that a run chooses when it starts, if they are "auto"
+CHOSEN = ("compute", "activations", "kernels")
+
+
+def chosen_keys(config: Config, saved: Config) -> dict[str, str]:
+    """What the config of a run leaves open and the run has chosen, as its saved config says: keys of [memory]
+    and their values. A choice belongs together, so if the config asks for other products, nothing is kept."""
+    ours, theirs = config.memory, saved.memory
+    if ours.compute not in ("auto", theirs.compute):
+        return {}
+    return {
+        key: getattr(theirs, key) for key in CHOSEN if getattr(ours, key) == "auto" != getattr(theirs, key)
+    }
+
+
+def as_chosen(config: Config, saved: Config) -> Config:
+    """The config of a resumed run: what it leaves to choose is as the run began."""
+    memory = config.memory.model_copy(update=chosen_keys(config, saved))
+    return config.model_copy(update={"memory": memory})
+
+
 def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
     """The config of a resumed run, with learning rates that follow a batch different from the first one.
 

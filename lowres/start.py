@@ -20,14 +20,14 @@ import torch
 
 from lowres import checkpoint, memory, ranks, rates
 from lowres.config import Config
-from lowres.config_file import changed_keys, follow_batch, load_config, to_toml
+from lowres.config_file import as_chosen, changed_keys, follow_batch, load_config, to_toml
 from lowres.data import TokenData, open_data
 from lowres.data.sources import is_stream
 from lowres.device import is_out_of_memory, pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.model import initialize
-from lowres.probe.fastest import as_chosen, choose
+from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.runs import (
     CHECKPOINTS,

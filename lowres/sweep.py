@@ -13,6 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from lowres import metrics
 from lowres.config import Config
-from lowres.config_file import changed_keys, load_config, toml_value
+from lowres.config_file import as_chosen, changed_keys, chosen_keys, load_config, toml_value
 from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
 
@@ -75,7 +76,7 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
     records: list[dict[str, Any]] = []
     for number, point in enumerate(points, 1):
         _say(f"{number} of {len(points)}: {point.folder}")
-        records.append(point.train())
+        records.append(point.train(points[0].chosen()))
         found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
         _write(folder / SWEEP, json.dumps(found, indent=1))
 
@@ -131,6 +132,7 @@ class _Point:
         saved, _ = load_config(self.folder / "config.toml")
         vocab = self.config.model.vocab_size or saved.model.vocab_size
         config = self.config.with_vocab(vocab) if vocab else self.config
+        config = as_chosen(config, saved)
         differs = changed_keys(saved, config)
         for key in COMPARED:
             section, name = key.split(".")
@@ -152,9 +154,22 @@ class _Point:
             return None
         return summary
 
-    def train(self) -> dict[str, Any]:
-        """Train unless the run is finished; returns its record for sweep.json."""
+    def chosen(self) -> dict[str, str]:
+        """What the run has chosen that its config leaves open, once it has started: keys of [memory]."""
+        if not self._started():
+            return {}
+        return chosen_keys(self.config, load_config(self.folder / "config.toml")[0])
+
+    def train(self, chosen: dict[str, str]) -> dict[str, Any]:
+        """Train unless the run is finished; returns its record for sweep.json. chosen: by the first point.
+        All compute alike, as their losses are compared."""
         error = None
+        if not self._started():
+            own = self.config.memory
+            same = [f"memory.{k}={v}" for k, v in chosen.items() if getattr(own, k) == "auto"]
+            with suppress(UserError):  # a point with other weights may not be able to
+                load_config(self.path, [*self.overrides, *same])
+                self.overrides += same
         if self._summary() is None:
             for note in self.notes:
                 _say(f"note: {note}")

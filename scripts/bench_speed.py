@@ -116,7 +116,8 @@ class Arm:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            if (code := self._process.wait()) < 0:
+                return {"refused": f"its process was killed by signal {-code}; memory may have run out"}
             self._errors.seek(0)
             last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
             return {"refused": f"its process ended: {last}"}

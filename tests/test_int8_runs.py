@@ -1,6 +1,7 @@
 """Runs with INT8 products from the command line: exact resuming, and the choice of memory.compute = auto."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from lowres.kernels import forms, product
 from lowres.probe import fastest
 from tests.helpers import CPU, lowres, lowres_here, make_config
 
-KEYS = (
-    *("memory.weights=int8", "run.device=cpu", "train.steps=6", "train.eval_every=3"),
+BASE = (
+    *("memory.weights=int8", "run.device=cpu", "train.eval_every=3"),
     *("train.checkpoint_every=3", "schedule.name=constant"),
 )
+KEYS = (*BASE, "train.steps=6")
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,24 @@ def test_auto_measures_once_and_a_resumed_run_keeps_the_choice(
     # and a run that began without a choice stays as it was
     lowres_here("train", config, *keys, "--set", "train.steps=8", "--run", small, "--resume")
     assert len(measured) == 2 and load_config(small / "config.toml")[0].memory.compute == "auto"
+
+
+def test_all_runs_of_a_sweep_compute_alike(config: Path, tmp_path: Path) -> None:
+    """The first one chooses; and a sweep that is repeated is not refused because of the choice."""
+    folder = tmp_path / "sweep"
+    sweep = ["sweep", config, "--grid", "optim.lr=0.001,0.002", "--tokens", "3072", "--run", folder]
+    sweep += [part for key in BASE for part in ("--set", key)]
+    lowres_here(*sweep)
+    first, second = sorted(path for path in folder.iterdir() if path.is_dir())
+    text = (first / "config.toml").read_text("utf-8")
+    for key, value in (("compute", "int8"), ("activations", "fp32")):  # as if it had measured
+        assert f'\n{key} = "auto"' in text
+        text = text.replace(f'\n{key} = "auto"', f'\n{key} = "{value}"')
+    (first / "config.toml").write_text(text, "utf-8")
+    shutil.rmtree(second)
+    lowres_here(*sweep)
+    kept = load_config(second / "config.toml")[0].memory
+    assert (kept.compute, kept.activations) == ("int8", "fp32")
 
 
 def test_measuring_finds_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

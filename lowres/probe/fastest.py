@@ -35,21 +35,6 @@ CANDIDATES = {
     "int8, rest in fp32": {"compute": "int8", "activations": "fp32"},
     "int8, rest in bf16": {"compute": "int8", "activations": "bf16"},
 }
-# keys of [memory] whose choice a run keeps
-CHOSEN = ("compute", "activations", "kernels")
-
-
-def as_chosen(config: Config, saved: Config) -> Config:
-    """The config of a resumed run: what it leaves to choose is as the run began."""
-    kept = {
-        key: getattr(saved.memory, key)
-        for key in CHOSEN
-        if getattr(config.memory, key) == "auto" != getattr(saved.memory, key)
-    }
-    # a choice belongs together: INT8 products without their activations would be another one
-    if config.memory.compute not in ("auto", saved.memory.compute):
-        return config
-    return config.model_copy(update={"memory": config.memory.model_copy(update=kept)}) if kept else config
 
 
 def choose(config: Config, device: torch.device) -> tuple[Config, list[str]]:
