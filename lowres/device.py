@@ -84,8 +84,12 @@ def pick_device(config: Config) -> torch.device:
 
 
 def wants_kernels(config: Config, kind: str) -> bool:
-    """Whether a run on this kind of device uses compiled kernels, if it can. On a CPU a small run does
-    without: its updates take less time than the compiler."""
+    """Whether a run on this kind of device uses compiled kernels, as far as is known before it starts."""
+    return _asks_for_kernels(config, kind) and forms.possible(kind)
+
+
+def _asks_for_kernels(config: Config, kind: str) -> bool:
+    """On a CPU a small run does without: its updates take less time than the compiler."""
     kept = config.memory
     if kept.kernels == "plain":
         return False
@@ -97,7 +101,7 @@ def use_kernels(config: Config, device: torch.device) -> list[str]:
     """Turn the compiled kernels on or off for a run; returns notes for the user. Raises UserError if INT8
     products are not possible."""
     kind, int8 = kind_of(device), config.memory.compute == "int8"
-    if not wants_kernels(config, kind):
+    if not _asks_for_kernels(config, kind):
         forms.disable(kind)
         return []
     notes = [note] if (note := forms.enable(kind)) else []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.device import use_kernels, wants_kernels
 from lowres.kernels import (
     forms,
     groups,
@@ -26,6 +27,7 @@ from lowres.kernels import (
     update,
 )
 from lowres.kernels.quantise import Quantised
+from tests.helpers import CPU, make_config
 
 KEY = rng.make_key(3, "test")
 SHAPES = [(64, 256), (37, 5461), (1, 300), (300, 1), (5, 33), (70, 16)]
@@ -298,10 +300,15 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.setenv("PATH", str(tmp_path / "empty"))
         with forms.using("cpu", False):
             assert "no C++ compiler" in forms.enable("cpu")
-            assert not forms.compiled("cpu")
+            assert not forms.compiled("cpu") and not forms.possible("cpu")
+            config = make_config(memory={"compute": "int8"})
+            assert not wants_kernels(config, "cpu") and "no C++ compiler" in use_kernels(config, CPU)[0]
         assert not list((tmp_path / "lowres").glob("*"))  # nothing is left over
     finally:
         native.load.cache_clear()
+        monkeypatch.undo()
+        with forms.using("cpu", False):
+            assert not forms.enable("cpu") and forms.possible("cpu")
 
 
 def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lowres.config import Config, ReloraConfig
 from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.kernels import forms
 from lowres.rooms import HOST, Homes, Rooms
 from lowres.storage import FORMATS, Unit, compute_dtype
-from lowres.target import kind_of
+from lowres.target import CUDA, kind_of
 
 PAD = 16  # 32 bytes in bf16, and 16 in INT8
 
@@ -91,7 +92,7 @@ class EngineSettings:
             int8,
             int8 and kept.compute_wgrad == "dense",
             int8 and on_gpu,
-            int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu),
+            int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu and forms.possible(CUDA)),
         )
 
     @property

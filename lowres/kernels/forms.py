@@ -25,8 +25,9 @@ COMPILED = {CPU: NATIVE, CUDA: TRITON}
 
 # Triton compiles no INT8 product for an older GPU
 TENSOR_CORES = (8, 0)
-# the state of this process: the form by kind of device
+# the state of this process: the form by kind of device, and where compiled forms have failed
 _forms = {CPU: PLAIN, CUDA: PLAIN}
+_failed: set[str] = set()
 
 
 def form_of(x: Tensor) -> str:
@@ -44,7 +45,10 @@ def enable(kind: str) -> str:
         else:
             _require_triton()
     except native.UnavailableError as error:
+        _failed.add(kind)
+        disable(kind)
         return f"{error}; PyTorch's operations are used instead, which is slower"
+    _failed.discard(kind)
     _forms[kind] = COMPILED[kind]
     return ""
 
@@ -59,6 +63,12 @@ def _require_triton() -> None:
         raise native.UnavailableError(
             f"kernels need compute capability 8.0, and this GPU has {found[0]}.{found[1]}"
         )
+
+
+def possible(kind: str) -> bool:
+    """Whether compiled forms can be used on a kind of device, as far as is known: plans for a GPU do not need
+    one."""
+    return kind not in _failed
 
 
 def disable(kind: str) -> None:
