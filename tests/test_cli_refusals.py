@@ -50,7 +50,7 @@ BAD_CONFIGS = {
         "schedule.name=sawtooth schedule.cycle_steps=10 schedule.rewarmup_steps=10",
         "schedule.rewarmup_steps: 10 steps fill the whole cycle of 10 steps; lower it or raise",
     ),
-    "not built": ("memory.compute=int8", "memory.compute: 'int8' is not built yet"),
+    "not built": ("deepspeed.offload_optimizer=nvme", "deepspeed.offload_optimizer: 'nvme' is not built yet"),
     "no host in autograd": (
         "memory.stash_on=host memory.engine=autograd",
         "memory.stash_on: the autograd engine does not move units; use gpu or engine=layerwise",

@@ -213,7 +213,7 @@ def test_a_weight_gradient_on_cuda_needs_no_memory_of_its_own(monkeypatch: pytes
     found = {}
     for able in (True, False):
         monkeypatch.setattr(working, "adds_wide", lambda able=able: able)
-        found[able] = Tracer(config, "cuda", None).phases(4, 1, True)["loss"]
+        found[able] = Tracer(config, "cuda", None, compiled=True).phases(4, 1, True)["loss"]
     assert 0 <= found[True] - logits < 1 << 20
     assert found[False] > product > 2 * found[True]
 

@@ -34,8 +34,8 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *others: Any, warps: int, **more: Any) -> None:
     """Start a kernel on the device of its first argument, which need not be the current one."""
-    file = kernel.__module__.rpartition(".")[2]
-    with torch.cuda.device_of(first), mark(KINDS[file], kernel.__name__):
+    file = kernel.fn.__module__.rpartition(".")[2]  # of the function, also if it is interpreted
+    with torch.cuda.device_of(first), mark(KINDS[file], kernel.fn.__name__):
         kernel[grid](first, *others, num_warps=warps, enable_fp_fusion=False, **more)
 
 
