@@ -21,7 +21,7 @@ from lowres import __version__, metrics, ranks
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
 from lowres.engine import StepReport
-from lowres.errors import CheckFailed
+from lowres.errors import CheckFailed, UserError
 from lowres.evaluate import evaluate
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
@@ -47,7 +47,11 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0) -> None
     profile.require(config.train.total_steps)
     run, step = begin(config, folder, resume)
     config, resumed_at, total = run.config, step, run.config.train.total_steps
-    profile.require(total - step)
+    try:
+        profile.require(total - step)
+    except UserError as error:  # the run has begun, so it goes on
+        say(f"note: {error}")
+        profile = RunProfile(0, folder)
     log = metrics.MetricsLog(folder / METRICS, step or -1)
     silent = not (config.log.progress and ranks.is_first())
     bar = tqdm(total=total, initial=step, unit="step", disable=True if silent else None)

@@ -3,7 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -286,39 +287,89 @@ def test_a_processor_without_exact_products_is_found() -> None:
         assert found[0] == "False"
 
 
-def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder for compiled kernels; no compiler but what a test puts into `bin`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'x.cpp:1: error: no' >&2\nexit 1\n")
-    broken.chmod(0o755)
+    monkeypatch.delenv("CXX", raising=False)
     native.load.cache_clear()
-    try:
-        monkeypatch.setenv("CXX", str(broken))
-        with pytest.raises(native.UnavailableError, match=r"cannot be built with .*: x\.cpp:1: error: no"):
-            native.load()
-        monkeypatch.delenv("CXX")
-        monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-        with forms.using("cpu", False):
-            assert "no C++ compiler" in forms.enable("cpu")
-            assert not forms.compiled("cpu") and not forms.possible("cpu")
-            config = make_config(memory={"compute": "int8"})
-            assert not wants_kernels(config, "cpu") and "no C++ compiler" in use_kernels(config, CPU)[0]
-        assert not list((tmp_path / "lowres").glob("*"))  # nothing is left over
-    finally:
-        native.load.cache_clear()
-        monkeypatch.undo()
-        with forms.using("cpu", False):
-            assert not forms.enable("cpu") and forms.possible("cpu")
+    yield tmp_path / "lowres"
+    monkeypatch.undo()
+    native.load.cache_clear()
+    with forms.using("cpu", False):
+        assert not forms.enable("cpu") and forms.possible("cpu")
 
 
-def test_the_library_is_built_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        native.load.cache_clear()
+BROKEN = {
+    "an error": ("echo 'x.cpp:1: error: no' >&2; exit 1", r"cannot be built with \S+: x\.cpp:1: error: no$"),
+    "no word": ("exit 3", r"cannot be built with \S+: it ended with 3$"),
+    "killed": ("kill -9 $$", r"cannot be built with \S+: it ended with -9$"),
+    "several lines": ("printf 'a\\nb\\n' >&2; exit 1", r"cannot be built with \S+: b$"),
+    "no object files": ("exit 0", r"cannot be built with \S+: .*$"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_compiler_is_one_line(
+    how: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, message = BROKEN[how]
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "c++").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(native.UnavailableError, match=message) as found:
         native.load()
-    (library,) = (tmp_path / "lowres").iterdir()
-    assert library.suffix == ".so"
+    assert "\n" not in str(found.value)
+    assert not list(cache.iterdir())  # nothing is left over
+
+
+def test_without_a_compiler_there_is_a_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(cache))
+    with forms.using("cpu", False):
+        assert "no C++ compiler" in forms.enable("cpu")
+        assert not forms.compiled("cpu") and not forms.possible("cpu")
+        config = make_config(memory={"compute": "int8"})
+        assert not wants_kernels(config, "cpu") and "no C++ compiler" in use_kernels(config, CPU)[0]
+
+
+def test_a_compiler_that_works_is_found(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false --with an=argument")
+    native.load()
+    assert [path.suffix for path in sorted(cache.iterdir())] == [".sha256", ".so"]
     native.load.cache_clear()
+    monkeypatch.setenv("PATH", str(cache))  # and later no compiler is needed
+    native.load()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "folder", "no sum"])
+def test_a_damaged_library_is_built_again(damage: str, cache: Path) -> None:
+    """To load one that was cut short would end the process with a bus error."""
+    native.load()
+    (library,) = cache.glob("*.so")
+    whole = library.read_bytes()
+    library.unlink()  # it is still mapped, so it must not be changed in place
+    if damage == "folder":
+        library.mkdir()
+    else:
+        library.write_bytes({"cut": whole[:60000], "empty": b"", "no sum": whole}[damage])
+    if damage == "no sum":
+        library.with_suffix(".sha256").unlink()
+    native.load.cache_clear()
+    native.load()
+    assert native._is_whole(library)
+
+
+def test_without_a_cache_folder_there_is_a_reason(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / f"lowres-{os.getuid()}").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(native.UnavailableError, match="there is no folder for compiled kernels: "):
+        native.load()
 
 
 def test_a_profile_shows_the_kernels() -> None:

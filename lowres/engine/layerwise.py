@@ -50,7 +50,7 @@ from lowres.kernels import norm as norm_kernels
 from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_terms, rms_norm, rope_tables
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
-from lowres.target import chunks
+from lowres.target import chunks, kind_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -257,7 +257,8 @@ class LayerwiseEngine:
             return cross_entropy(logits, targets, weight), logits, normed
         normed = norm_kernels.rms_norm(h, norm, self.config.norm_eps)
         # a CPU has no product of bf16 numbers with an fp32 result
-        logits = normed @ head.value.T if self.device.type == "cpu" else matmul_wide(normed, head.value.T)
+        on_cpu = kind_of(self.device) == "cpu"
+        logits = normed @ head.value.T if on_cpu else matmul_wide(normed, head.value.T)
         return loss_kernels.cross_entropy(logits, targets, weight), logits, normed
 
     def _norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

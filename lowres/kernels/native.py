@@ -11,9 +11,12 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +38,8 @@ FLAGS = (
 # for this CPU, the first that the compiler knows; ARM compilers call it -mcpu
 TUNED = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",), ())
 
+# names of folders in which a library is being built, and how long that may take
+UNFINISHED, TIMEOUT_S = "building-", 300
 # what a profile counts a kernel as, by its name without the number format
 KINDS = {
     "int8_update": marks.UPDATE,
@@ -63,21 +68,29 @@ class UnavailableError(Exception):
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library, built if the cache does not have it. Raises UnavailableError."""
-    compiler = next(
-        (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None
-    )
-    if compiler is None:
-        raise UnavailableError("there is no C++ compiler (g++ or clang++)")
-    path = _cache() / f"kernels-{_fingerprint(compiler)}.so"
+    """The library, built if the cache does not have it whole. Raises UnavailableError with one line."""
     try:
-        if not path.exists():
+        path = _cache() / f"kernels-{_fingerprint()}.so"
+        if _is_whole(path):
+            return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"there is no folder for compiled kernels: {_one_line(str(error))}") from None
+    reason = "there is no C++ compiler (g++ or clang++)"
+    for compiler in _compilers():
+        try:
             _build(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UnavailableError(
-            f"the kernels for CPUs cannot be built with {compiler}: {_reason(error)}"
-        ) from None
+            return ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError) as error:
+            text = f"the kernels for CPUs cannot be built with {' '.join(compiler)}: {_reason(error)}"
+            reason = _one_line(text)
+    raise UnavailableError(reason)
+
+
+def _compilers() -> Iterator[list[str]]:
+    """Commands, $CXX first, perhaps with arguments."""
+    for command in (shlex.split(os.environ.get("CXX", "")), ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            yield command
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,8 @@ def suffix(dtype: torch.dtype) -> str:
 
 
 def _cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowres"
+    """A folder that keeps compiled kernels, in the user's cache or else among temporary files."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowres"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
@@ -131,13 +145,12 @@ def _cache() -> Path:
     return folder
 
 
-def _fingerprint(compiler: str) -> str:
-    """Of all that the library depends on: the code, the compiler, and the CPU, as caches may be shared."""
+def _fingerprint() -> str:
+    """Of what the library depends on: the code, and the CPU, as caches may be shared."""
     found = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         found.update(path.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    found.update(repr((FLAGS, TUNED, version, platform.machine(), _cpu_flags(), torch.__version__)).encode())
+    found.update(repr((FLAGS, TUNED, platform.machine(), _cpu_flags(), torch.__version__)).encode())
     return found.hexdigest()[:16]
 
 
@@ -149,40 +162,79 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _build(compiler: str, path: Path) -> None:
+def _sum_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was built. To load one that was cut short would end the process."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == _sum_of(path).read_text()
+    except OSError:
+        return False
+
+
+def _build(compiler: list[str], path: Path) -> None:
     """Compile and link under another name, then rename, so that no one loads half a library."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        for tuned in TUNED:
-            objects = []
-            commands = []
-            for source in sorted(SOURCES.glob("*.cpp")):
-                objects.append(str(Path(folder) / f"{source.stem}.o"))
-                commands.append([compiler, *FLAGS, *tuned, "-c", str(source), "-o", objects[-1]])
-            running = [
-                subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for c in commands
-            ]
-            errors = [process.communicate(timeout=300)[1] for process in running]
-            if not any(process.returncode for process in running):
-                break
-        else:
-            text = next(e for e in errors if e).decode(errors="replace")
-            raise OSError(next((line for line in text.splitlines() if "error" in line), text[:200]))
+    for left in path.parent.glob(f"{UNFINISHED}*"):  # by builds that were killed
+        if time.time() - left.stat().st_mtime > TIMEOUT_S:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as folder:
+        objects = _compile(compiler, Path(folder))
         library = Path(folder) / "kernels.so"
         # Without -fopenmp: the library then takes the OpenMP that PyTorch has loaded. Two of them would keep
         # two pools of threads that wait for work by spinning. If there is none to take, it gets its own.
         for more in ([], ["-fopenmp"]):
-            command = [compiler, "-shared", *objects, *more, "-o", str(library)]
-            subprocess.run(command, capture_output=True, check=True, timeout=300)
+            command = [*compiler, "-shared", *objects, *more, "-o", str(library)]
+            subprocess.run(command, capture_output=True, check=True, timeout=TIMEOUT_S)
             try:
                 ctypes.CDLL(str(library), mode=os.RTLD_NOW)
                 break
             except OSError:
                 if more:
                     raise
+        with library.open("rb") as file:
+            os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        _sum_of(path).write_text(hashlib.sha256(library.read_bytes()).hexdigest())
         os.replace(library, path)
+
+
+def _compile(compiler: list[str], folder: Path) -> list[str]:
+    """Object files of all sources, for this CPU if the compiler can."""
+    errors: list[str] = []
+    for tuned in TUNED:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(folder / f"{source.stem}.o") for source in sources]
+        running = [
+            subprocess.Popen(
+                [*compiler, *FLAGS, *tuned, "-c", str(source), "-o", out],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        errors = [p.communicate(timeout=TIMEOUT_S)[1].decode(errors="replace") for p in running]
+        if not any(process.returncode for process in running):
+            return objects
+    failed = next(process.returncode for process in running if process.returncode)
+    raise OSError(_telling("\n".join(errors)) or f"it ended with {failed}")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        return (error.stderr or b"").decode(errors="replace").strip().splitlines()[-1:][0]
+        text = (error.stderr or b"").decode(errors="replace")
+        return _telling(text) or f"it ended with {error.returncode}"
     return str(error)
+
+
+def _telling(text: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    found = (line for word in ("error", "cannot find") for line in lines if word in line)
+    return next(found, lines[-1] if lines else "")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
