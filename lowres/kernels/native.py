@@ -131,12 +131,12 @@ def suffix(dtype: torch.dtype) -> str:
 
 def _cache() -> Path:
     """A folder that keeps compiled kernels, in the user's cache or else among temporary files."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowres"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lowres"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         pass
     folder = Path(tempfile.gettempdir()) / f"lowres-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
