@@ -268,6 +268,17 @@ def test_scales_of_products(folded: bool, add: bool, dtype: torch.dtype) -> None
     ) * wanted.norm()
 
 
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sum_that_int32_cannot_hold_is_split(compiled: bool, add: bool) -> None:
+    """The gradient of a weight from more than 131,072 tokens; also with equal signs, where it would wrap."""
+    k = 2 * product.LONGEST_SUM + 7
+    a = Quantised(torch.full((2, k), 127, dtype=torch.int8), torch.ones(2, 1))
+    with forms.using("cpu", compiled):
+        found = product.multiply(a, a.codes, None, torch.ones(2, 2), add)
+    assert found.double().allclose(torch.tensor(127.0 * 127.0 * k + add, dtype=torch.float64), rtol=1e-6)
+
+
 def test_a_processor_without_exact_products_is_found() -> None:
     """oneDNN limited to AVX2 adds pairs of INT8 products in 16 bits. On an ARM CPU there is no such limit."""
     code = (

@@ -19,15 +19,17 @@ from lowres.kernels.forms import NATIVE, PLAIN, TRACED, TRITON, form_of
 from lowres.kernels.quantise import Quantised
 from lowres.target import CPU, CUDA, chunks, kind_of
 
-# above this, a sum of products of codes could exceed int32
-LONGEST_SUM = (2**31 - 1) // (127 * 127)
-FP32_SUM = 2**24 // (127 * 127)  # the same for exact sums in fp32
+LONGEST_SUM = 2**17  # products of codes that int32 can sum: 127 * 127 * 2^17 is below 2^31
+FP32_SUM = 2**24 // (127 * 127)  # the same for fp32
 
 
 def multiply(a: Quantised, b: Tensor, b_scales: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
     """out [m, n] = the product, or that added to out. b: codes [n, k], in any layout. b_scales: fp32 [n, 1],
     or None if they are folded into a. out: fp32 or bf16."""
-    assert a.codes.shape[1] <= LONGEST_SUM, "an INT8 product of more numbers than int32 can sum"
+    if a.codes.shape[1] > LONGEST_SUM:  # the gradient of a weight from more tokens
+        for i, part in enumerate(chunks(a.codes.shape[1], LONGEST_SUM)):
+            multiply(Quantised(a.codes[:, part], a.scales), b[:, part], b_scales, out, add or i > 0)
+        return out
     form = form_of(out)
     if form == TRITON:
         from lowres.kernels.gpu import product

@@ -50,7 +50,7 @@ def quantise_rows(x: Tensor, fold: Tensor | None = None) -> Quantised:
         quantise.quantise_rows(x, fold, codes, scales)
     elif form == PLAIN:
         wide = x.float() if fold is None else x.float() * fold.view(1, -1)
-        _plain(wide, 1, codes, scales)
+        _plain(wide, codes, scales)
     return Quantised(codes, scales)
 
 
@@ -69,7 +69,7 @@ def quantise_columns(x: Tensor, fold: Tensor) -> Quantised:
         name = f"quantise_columns_{native.suffix(x.dtype)}"
         native.call(name, x, fold, codes.t(), scales, *x.shape)
     elif form == PLAIN:
-        _plain(x.t().float() * fold.view(1, -1), 1, codes, scales)
+        _plain(x.t().float() * fold.view(1, -1), codes, scales)
     return Quantised(codes, scales)
 
 
@@ -77,8 +77,8 @@ def _scales(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, 1, dtype=torch.float32, device=like.device)
 
 
-def _plain(wide: Tensor, axis: int, codes: Tensor, scales: Tensor) -> None:
-    top = wide.abs().amax(axis, keepdim=True)
+def _plain(wide: Tensor, codes: Tensor, scales: Tensor) -> None:
+    top = wide.abs().amax(1, keepdim=True)
     usable = top.isfinite() & (top >= SMALLEST)
     # not `127 / top`, which is 127 times a rounded reciprocal; nor `top / 127`, which CUDA computes like that
     most = torch.full_like(top, TOP_CODE)
