@@ -14,6 +14,8 @@ FLOORS = {
     "rng": 0,
     "rates": 0,
     "marks": 0,
+    "disk": 1,
+    "sealed": 1,
     "rooms": 1,
     "ranks": 1,
     "target": 0,
