@@ -4,6 +4,7 @@ wrong with it, and the remedy for this kind of error.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -96,16 +97,14 @@ def read_whole(path: Path, follow: bool = True, limit: int = 1 << 30) -> bytes:
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that after a crash at any moment it is complete, or as it was before. Raises OSError."""
+    """Write a file so that after a crash at any moment it is complete or as it was before. Raises OSError."""
     temporary = path.with_name(path.name + ".unfinished")
     try:
         write_synced(temporary, parts)
         os.replace(temporary, path)
     except OSError:
-        try:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass
         raise
     sync_folder(path.parent)
 
