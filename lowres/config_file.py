@@ -10,12 +10,13 @@ import copy
 import difflib
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lowres import rates
+from lowres import disk, rates
 from lowres.config import (
     RATE_DEFAULTS,
     SCHEDULE_KEYS,
@@ -61,6 +62,30 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     return config, changes + notes
 
 
+def load_resolved(path: Path) -> Config:
+    """The config that a run has written. Raises UserError."""
+    try:
+        values = tomllib.loads(disk.read_whole(path).decode())
+        missing = [name for name in ("run", "model", "data", "optim", "train") if name not in values]
+        reason = f"it has no [{missing[0]}]" if missing else ""
+    except OSError as error:
+        raise disk.DiskError(path, error, "read") from None
+    except ValueError as error:
+        reason = str(error)
+    if not reason:
+        try:
+            return parse_config(values)[0]
+        except UserError as error:
+            reason = str(error)
+    raise UserError(f"{path}: is not what a run has written ({reason}); put a copy of the file back")
+
+
+def with_values(config: Config, section: str, **values: Any) -> Config:
+    """The config with values of a section replaced. They are not checked."""
+    changed = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: changed})
+
+
 def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:
     """Check a nested dict of sections; see `load_config`."""
     try:
@@ -91,23 +116,30 @@ def as_chosen(config: Config, saved: Config) -> Config:
     return config.model_copy(update={"memory": memory})
 
 
-def follow_batch(config: Config, saved: Config, start: dict[str, Any]) -> tuple[Config, list[str]]:
+def rates_of(config: Config) -> dict[str, Any]:
+    """The values from which the rates of a run follow if its batch changes."""
+    optim = config.optim
+    return {"batch_tokens": config.train.batch_tokens} | {key: getattr(optim, key) for key in rates.RATES}
+
+
+def follow_batch(
+    config: Config, saved: Config, start: dict[str, Any]
+) -> tuple[Config, list[str], dict[str, Any]]:
     """The config of a resumed run, with learning rates that follow a batch different from the first one.
 
     saved: the config of the run so far. start: batch_tokens and the rates with which the run was started.
-    Returns the config and notes. Raises UserError if the config has rates that are neither those of the
-    start nor those that follow from the batch.
+    Returns the config, notes, and what later rates follow from: the start, or the present rates if the config
+    has others than those of the start and those that follow from the batch.
     """
     optim, sequences = config.optim, config.batch_sequences
     policy = optim.batch_policy or "fixed"
-    try:
-        found = rates.follow(optim.model_dump(), start, config.train.batch_tokens, policy)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    found = rates.follow(optim.model_dump(), start, config.train.batch_tokens, policy)
+    if found is None:
+        return config, [], rates_of(config)
     now = optim.model_copy(update=found | {"lr_over_batch": found["lr"] / sequences})
     config = config.model_copy(update={"optim": now})
     old, new = (saved.batch_sequences, saved.optim.lr or 0), (sequences, found["lr"])
-    return config, [] if old == new else [rates.batch_note(policy, old, new)]
+    return config, [] if old == new else [rates.batch_note(policy, old, new)], start
 
 
 def toml_value(text: str) -> Any:
@@ -209,25 +241,43 @@ def _notes_on_relora(config: Config) -> list[str]:
     return notes
 
 
+def to_values(config: Config) -> dict[str, dict[str, Any]]:
+    """The resolved config as sections of the keys that have a value, in types of JSON."""
+    return config.model_dump(mode="json", exclude_none=True)
+
+
 def to_toml(config: Config) -> str:
     """The resolved config as TOML, for the run directory."""
     lines = []
-    for section, keys in config.model_dump().items():
+    for section, keys in to_values(config).items():
         lines.append(f"[{section}]")
         # JSON strings, numbers, booleans and flat lists are TOML too
-        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if value is not None]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
         lines.append("")
     return "\n".join(lines)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """`section.key` of every setting that differs and may not change when a run is resumed."""
-    changed = []
+    return [key for key, marks in _differing(old, new) if "resumable" not in marks]
+
+
+def adjusted_keys(old: Config, new: Config) -> list[str]:
+    """`section.key` of every setting that differs, may change, and changes the mathematics of a step."""
+    return [key for key, marks in _differing(old, new) if "adjustable" in marks]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of `section.key`."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _differing(old: Config, new: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`section.key` of every setting that differs, and how it is marked."""
     for section, fields in Config.model_fields.items():
         before, after = getattr(old, section), getattr(new, section)
         for key, field in fields.annotation.model_fields.items():  # type: ignore[union-attr]
-            extra = field.json_schema_extra
-            free = isinstance(extra, dict) and bool(extra.get("resumable"))
-            if not free and getattr(before, key) != getattr(after, key):
-                changed.append(f"{section}.{key}")
-    return changed
+            if getattr(before, key) != getattr(after, key):
+                extra = field.json_schema_extra
+                yield f"{section}.{key}", dict(extra) if isinstance(extra, dict) else {}

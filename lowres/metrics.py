@@ -4,60 +4,135 @@ A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_
 peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr is
 the learning rate of the update that led to `step`; lr_over_batch is lr divided by the sequences in a batch;
 skipped is the number of units (embedding, blocks, head) that a step did not update because its loss or a
-gradient was not finite. A number that is not finite is null.
+gradient was not finite, or was a spike that is refused. A number that is not finite is null.
+
+Lines that cannot be read are passed over, kept, and counted: they never keep a run from going on.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-from lowres import ranks
+from lowres import disk, ranks
 
 
 class MetricsLog:
     """Appends to a run's metrics, on the first rank only. Opening it removes records after `step` (-1: all
-    records), so a resumed run has every step exactly once."""
+    records), so a resumed run has every step exactly once. notes: on lines and steps that are missing."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        self.path, self.notes = path, list[str]()
         if not ranks.is_first():
             return
-        kept = [record for record in read(path) if record["step"] <= step]
-        temporary = path.with_suffix(".unfinished")
-        temporary.write_text("".join(_line(record) for record in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._cut(step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise disk.DiskError(path, error, "written") from None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        if self._file is not None:
-            self._file.write(_line(record))
-            self._file.flush()
+        """Append one record. Raises DiskError."""
+        if self._file is None:
+            return
+        text = _line(record)
+        try:
+            disk.retried(lambda: self._append(text))
+        except OSError as error:
+            raise disk.DiskError(self.path, error, "written") from None
+
+    def sync(self) -> None:
+        """Wait until the disk has all records. Raises DiskError."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise disk.DiskError(self.path, error, "written") from None
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
+    def _append(self, text: bytes) -> None:
+        assert self._file is not None
+        end = os.fstat(self._file.fileno()).st_size
+        written = self._file.write(text)
+        if written != len(text):  # a full disk takes a part
+            os.ftruncate(self._file.fileno(), end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _cut(self, step: int) -> None:
+        """Remove the records after a step. Lines between kept records stay even if they cannot be read."""
+        lines = _lines(self.path)
+        steps = [_step(line) for line in lines]
+        kept = [at is None or at <= step for at in steps]
+        last = max((i for i, at in enumerate(steps) if at is not None and at <= step), default=-1)
+        left = [line for i, line in enumerate(lines) if i <= last and kept[i]]
+        if left != lines or not self.path.exists():
+            disk.write_whole(
+                self.path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)
+            )
+        if step >= 0:
+            self._look_for_gaps(lines[: last + 1], step)
+
+    def _look_for_gaps(self, lines: list[bytes], step: int) -> None:
+        unread = [i for i, line in enumerate(lines, 1) if _step(line) is None]
+        if unread:
+            self.notes.append(f"{self.path}: {_listed(unread, 'line')} cannot be read")
+        logged = {record["step"] for line in lines if (record := _record(line)) and "loss" in record}
+        missing = [at for at in range(1, step + 1) if at not in logged]
+        if missing:
+            self.notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
+
+
+def _listed(numbers: list[int], what: str) -> str:
+    """ "step 3", "steps 3, 5", "17 steps from 3 to 40" """
+    if len(numbers) > 4:
+        return f"{len(numbers)} {what}s from {numbers[0]} to {numbers[-1]}"
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a metrics file; an incomplete last line is ignored."""
-    if not path.exists():
+    """All records of a metrics file; lines that cannot be read are left out."""
+    return [record for line in _lines(path) if (record := _record(line)) is not None]
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return disk.read_whole(path, limit=1 << 40).splitlines(keepends=True)
+    except FileNotFoundError:
         return []
-    records = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            record = None
-        if isinstance(record, dict) and "step" in record:
-            records.append(record)
-    return records
+    except OSError as error:
+        raise disk.DiskError(path, error, "read") from None
 
 
-def _line(record: dict[str, Any]) -> str:
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if the line is incomplete or damaged."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or step < 0:
+        return None
+    numbers = all(value is None or isinstance(value, int | float) for value in record.values())
+    known = "val_loss" in record or {"loss", "tokens"} <= record.keys()
+    return record if numbers and known else None
+
+
+def _step(line: bytes) -> int | None:
+    record = _record(line)
+    return None if record is None else int(record["step"])
+
+
+def _line(record: dict[str, Any]) -> bytes:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return (json.dumps(finite, allow_nan=False) + "\n").encode()

@@ -112,11 +112,13 @@ def _follow_file(
     return [batch_note(policy, (before, lr), (after, lr * factor))]
 
 
-def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, policy: str) -> dict[str, Any]:
+def follow(
+    asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, policy: str
+) -> dict[str, Any] | None:
     """The rates of a resumed run (`RATES`): start * (batch / batch at the start) ** power.
 
-    start: batch_tokens and the rates with which the run was started. asked: the rates in the config. They
-    must equal those of the start or those that follow from the batch; otherwise raises ValueError.
+    start: batch_tokens and the rates with which the run was started. asked: the rates in the config. None if
+    they are neither those of the start nor those that follow from the batch.
     """
     factor = (batch_tokens / start["batch_tokens"]) ** BATCH_POLICIES[policy]
     start = dict.fromkeys(RATES) | start  # a run from before a key existed has no value for it
@@ -124,11 +126,7 @@ def follow(asked: dict[str, Any], start: dict[str, Any], batch_tokens: int, poli
     for key, rate in rates.items():
         wanted = asked[key]
         if wanted != start[key] and not (wanted and rate and math.isclose(wanted, rate, rel_tol=1e-9)):
-            raise ValueError(
-                f"optim.{key}: the run was started with {start[key]} at train.batch_tokens = "
-                f"{start['batch_tokens']}, and this key may not change on resume; set it back or start a "
-                "new run"
-            )
+            return None
     return rates
 
 

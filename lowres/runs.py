@@ -1,41 +1,37 @@
-"""A run: its folder, the parts that compute, and how to use its weights.
+"""The folder of a run, what it needs to compute, and how to use its weights.
 
 config.toml      the resolved config
 tokenizer.model  a copy, so that the folder can be moved and still be used for sampling and evaluation
 metrics.jsonl    see lowres.metrics
-checkpoints/     see lowres.checkpoint
+events.jsonl     see lowres.events
+checkpoints/     see lowres.checkpoint; each also has the config and the tokenizer
 summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
-
-With ReLoRA a run has two parts. Engine and optimizer are built again between them: the adapters start from
-the checkpoint at the end of the warm start.
+run.lock         see lowres.lock
+old-1/           what was there before --restart
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lowres import checkpoint, memory, ranks
+from lowres import checkpoint, memory
+from lowres.checkpoint import State
 from lowres.config import Config, ReloraConfig
-from lowres.config_file import load_config
-from lowres.data import TokenData, Tokenizer
+from lowres.config_file import load_resolved, parse_config, with_values
+from lowres.data import Tokenizer
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
-from lowres.meter import Meter
 from lowres.model import Units, empty_units, storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
-from lowres.relora import MERGE_ROWS, Relora, adapters_of, start_adapters, tensors_before
+from lowres.ranks import say
+from lowres.relora import MERGE_ROWS, Relora, adapters_of
 from lowres.rooms import Rooms
 from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
 
@@ -70,103 +66,23 @@ def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bo
     return engine_of(config, units, relora, plan, rooms), relora
 
 
-@dataclass
-class Parts:
-    """Everything that computes: without adapters in the warm start of ReLoRA, then with them."""
-
-    plan: memory.Plan
-    rooms: Rooms
-    engine: Engine
-    relora: Relora
-    meter: Meter
-    adapted: bool
-
-
-@dataclass(kw_only=True)
-class Run:
-    """A run in progress."""
-
-    folder: Path
-    config: Config
-    data: TokenData
-    validation: Tensor  # windows of eval_tokens, see TokenData.validation
-    token_bytes: Tensor
-    offset: int  # sequences seen minus steps so far times the present batch; 0 if the batch never changed
-    started_with: dict[str, Any]  # the batch and the rates of its first step
-    plans: dict[bool, memory.Plan]  # by whether there are adapters
-    parts: Parts = field(init=False)
-
-    def sequences_at(self, step: int) -> int:
-        """Sequences seen in the first `step` steps, for any step since the batch last changed."""
-        return self.offset + step * self.config.batch_sequences
-
-    def tokens_at(self, step: int) -> int:
-        return self.sequences_at(step) * self.config.data.seq_len
-
-    def build(self, device: torch.device, adapted: bool) -> None:
-        """Make the parts and replace earlier ones; weights and state are all zero."""
-        self.__dict__.pop("parts", None)  # first, because both may not fit
-        config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
-        engine, relora = training_engine(config, plan, rooms, adapted)
-        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
-        self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
-
-    def save(self, step: int) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
-        stored = ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
-        data, start = self.data.fingerprint, self.started_with
-        state = {"tokens": self.tokens_at(step), "data": data, "start": start}
-        write_checkpoint(self.folder / CHECKPOINTS, step, stored, state, self.config.train.keep_checkpoints)
-
-    def load(self, folder: Path) -> None:
-        """Read a checkpoint into place."""
-        for unit in self.parts.engine.units(write=True):
-            checkpoint.load_unit(folder, unit.spec.name, unit.tensors())
-
-    def start_adapters(self, step: int) -> None:
-        """Continue with adapters from the end of the warm start; always goes through a checkpoint."""
-        saved = checkpoint.step_folder(self.folder / CHECKPOINTS, step)
-        if not saved.exists():
-            self.save(step)
-        self.build(self.parts.rooms.device, adapted=True)
-        for unit in self.parts.engine.units(write=True):
-            checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False)
-            start_adapters(unit, self.config.run.seed, step)
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a file completely, or leave the old one unchanged."""
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
-def write_checkpoint(
-    folder: Path, step: int, stored: Iterable[tuple[str, dict[str, Tensor]]], state: dict[str, Any], keep: int
-) -> None:
-    """`checkpoint.save` on the first rank; the others only send it their parts of the units."""
-    if ranks.is_first():
-        checkpoint.save(folder, step, stored, state, keep)
-    else:
-        for _ in stored:
-            pass
-
-
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
     """A trained model for sampling and evaluation: the weights of the newest valid checkpoint, no optimizer.
     The weights of a deepspeed run are ordinary ones too, and the layerwise engine uses them."""
     prepare_cuda()
     folder = Path(folder)
-    config, found = _newest(folder, [f"run.device={device}"] if device else [])
+    config, found, state = _newest(folder)
+    if device:
+        config = with_values(config, "run", device=device)
     config = _for_use(config)
     for note in use_kernels(config, pick_device(config)):
-        tqdm.write(f"note: {note}", file=sys.stderr)
-    rooms, adapted = Rooms(pick_device(config)), _is_adapted(config, found)
+        say(f"note: {note}")
+    rooms, adapted = Rooms(pick_device(config)), config.relora.stored_at(state.step)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    return config, engine_of(config, units, None, plan, rooms), Tokenizer(folder / TOKENIZER)
+    return config, engine_of(config, units, None, plan, rooms), Tokenizer(_tokenizer_of(folder, found))
 
 
 def _for_use(config: Config) -> Config:
@@ -174,12 +90,12 @@ def _for_use(config: Config) -> Config:
     changes = {"engine": "layerwise"} if config.memory.engine == "deepspeed" else {}
     if config.run.device != "cpu" and lacks_bf16():
         changes["compute"] = "fp32"
-    return config.model_copy(update={"memory": config.memory.model_copy(update=changes)})
+    return with_values(config, "memory", **changes)
 
 
 def require_same_shape(config: Config, folder: Path) -> None:
     """Raise UserError if the weights of the run in a folder do not fit the model of this config."""
-    source, _ = _newest(folder, [])
+    source, *_ = _newest(folder)
     ours, theirs = (
         m.model_dump(exclude={"preset"}) | {"n_kv_heads": m.kv_heads} for m in (config.model, source.model)
     )
@@ -194,8 +110,8 @@ def require_same_shape(config: Config, folder: Path) -> None:
 def initialize_from(units: Iterable[Unit], folder: Path) -> None:
     """Take the weights from the newest valid checkpoint of another run of the same shape; the number formats
     may differ. Adapters of that run are merged; adapters of `units` do not change."""
-    source, found = _newest(folder, [])
-    relora = source.relora if _is_adapted(source, found) else None
+    source, found, state = _newest(folder)
+    relora = source.relora if source.relora.stored_at(state.step) else None
     for spec, ours in zip(unit_specs(source.model, relora), units, strict=True):
         theirs = _load(source, found, spec)
         for tensor in spec.tensors:
@@ -235,18 +151,26 @@ def _rows(
         yield start, rows.to(device)
 
 
-def _newest(folder: Path, overrides: list[str]) -> tuple[Config, Path]:
-    """The config of a run and its newest valid checkpoint."""
-    if not (folder / CONFIG).exists():
+def _newest(folder: Path) -> tuple[Config, Path, State]:
+    """The config of a run, its newest valid checkpoint, and its state."""
+    found, damaged = checkpoint.newest_state(folder / CHECKPOINTS)
+    for path, problem in damaged:
+        say(f"note: {path} is damaged ({problem}); using an older one")
+    if found is None and not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
-    config, _ = load_config(folder / CONFIG, overrides)
-    found, notes = checkpoint.newest_valid(folder / CHECKPOINTS)
-    for note in notes:
-        tqdm.write(f"note: {note}", file=sys.stderr)
     if found is None:
         raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
-    return config, found
+    return config_of(folder, found[1]), *found
 
 
-def _is_adapted(config: Config, found: Path) -> bool:
-    return config.relora.stored_at(int(checkpoint.load_state(found)["step"]))
+def config_of(folder: Path, state: State | None) -> Config:
+    """The config of a run: that of its checkpoint, whose checksum holds, or else config.toml."""
+    if state is None or state.config is None:
+        return load_resolved(folder / CONFIG)
+    return parse_config(state.config, f"{folder}: the config in its checkpoint")[0]
+
+
+def _tokenizer_of(folder: Path, found: Path) -> Path:
+    """The tokenizer of a run: that of its checkpoint, if it has one."""
+    own = found / TOKENIZER
+    return own if own.exists() else folder / TOKENIZER

@@ -7,43 +7,54 @@ adapters, so resuming after the warm start of ReLoRA is not a special case.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowres import checkpoint, memory, ranks, rates
+from lowres import checkpoint, disk, events, memory, metrics, ranks
+from lowres.checkpoint import Kept, State
 from lowres.config import Config
-from lowres.config_file import as_chosen, changed_keys, follow_batch, load_config, to_toml
+from lowres.config_file import (
+    adjusted_keys,
+    as_chosen,
+    changed_keys,
+    follow_batch,
+    rates_of,
+    to_toml,
+    value_of,
+    with_values,
+)
 from lowres.data import TokenData, open_data
 from lowres.data.sources import is_stream
 from lowres.device import is_out_of_memory, pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
+from lowres.events import EVENTS, Events
+from lowres.health import Watch
 from lowres.model import initialize
 from lowres.probe.fastest import choose
 from lowres.ranks import say
+from lowres.running import Run
 from lowres.runs import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
     SUMMARY,
     TOKENIZER,
-    Run,
+    config_of,
     initialize_from,
     require_same_shape,
-    write_beside,
-    write_checkpoint,
 )
 
-# keys that may change with the batch; follow_batch checks them
-RATES = (*(f"optim.{key}" for key in rates.RATES), "optim.lr_over_batch")
+# keys that say where the data are; their fingerprints say what they are
+DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
+# what --restart moves aside
+HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -58,11 +69,18 @@ class Start:
     data: TokenData
     plans: dict[bool, memory.Plan]  # by whether there are adapters
     found: Path | None  # the checkpoint to continue from
-    step: int  # its step
+    state: State | None  # its state
     offset: int  # see Run
     started_with: dict[str, Any]  # see Run
+    damaged: list[Path]  # newer checkpoints, which are set aside
+    changed: dict[str, tuple[Any, Any]]  # settings that change the mathematics from here on: before, after
+    restart: bool  # whether to move aside what is there
     origin: Path | None  # the run that provides the first weights
     lines: list[str]  # messages to print
+
+    @property
+    def step(self) -> int:
+        return self.state.step if self.state else 0
 
 
 def is_finished(config: Config, folder: Path) -> bool:
@@ -77,13 +95,12 @@ def is_finished(config: Config, folder: Path) -> bool:
         return False
 
 
-def begin(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
+def begin(config: Config, folder: Path, resume: bool, restart: bool = False) -> tuple[Run, int]:
     """The run, ready for its next step, and the number of steps it has done."""
-    start = decide(config, folder, resume)
+    start = decide(config, folder, resume, restart)
     for line in start.lines:
         say(line)
-    _write_folder(start)
-    run = _build(start)
+    run = _build(start, _write_folder(start))
     _announce(run)
     rehearse = start.config.memory.rehearse
     if rehearse is True or (rehearse == "auto" and start.device.type == "cuda"):
@@ -94,32 +111,39 @@ def begin(config: Config, folder: Path, resume: bool) -> tuple[Run, int]:
 # ---- decide
 
 
-def decide(config: Config, folder: Path, resume: bool) -> Start:
+def decide(config: Config, folder: Path, resume: bool, restart: bool = False) -> Start:
     """Check everything. Nothing is written except prepared data. Raises UserError or DoesNotFit if the run
-    is not possible."""
+    is not possible.
+
+    resume: continue from the newest valid checkpoint. restart: begin again, and move aside what is there.
+    """
     device = pick_device(config)
     _meet(config, device)
-    found, damaged = _find_checkpoint(folder, resume)
-    saved = load_config(folder / CONFIG)[0] if resume else None
-    config = _with_origin(config, saved)
+    found, state, damaged = _find_checkpoint(folder, resume, restart)
+    saved = config_of(folder, state) if resume and not restart else None
+    config = _with_places(_with_origin(config, saved), saved)
     # refuse what cannot fit before anything is read or written
-    least = config.model.vocab_size or config.data.vocab_size or LEAST_VOCABULARY
-    _check_room(config.with_vocab(least), device, folder)
+    _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
     data = _open_data(config)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
 
-    state = checkpoint.load_state(found) if found else {}
-    step, offset = int(state.get("step", 0)), 0
-    notes: list[str] = []
-    started_with = state.get("start") or _rates(saved or config)
+    offset, notes = 0, list[str]()
+    changed: dict[str, tuple[Any, Any]] = {}
+    started_with = state.start if state else rates_of(saved or config)
     if saved is not None:
         config = as_chosen(config, saved)
-        _require_same_settings(config, saved, folder)
-        config, notes = follow_batch(config, saved, started_with)
-    if state:
+        config, notes, started_with = follow_batch(config, saved, started_with)
+        _require_same_settings(config, saved, folder, state)
+        changed = _changes(config, saved, notes)
+    if state is not None:
         _require_same_data(config, data, state, folder)
         config = _with_tokens_left(config, state)
-        offset = state["tokens"] // config.data.seq_len - step * config.batch_sequences
+        _require_not_passed(config, state, folder)
+        config, lowered = _with_micro_batch(config, state)
+        notes += lowered
+        offset = state.tokens // config.data.seq_len - state.step * config.batch_sequences
+        at = f"from step {state.step} on"
+        notes += [f"{key}: {before} -> {after} {at}" for key, (before, after) in changed.items()]
 
     config, chosen = choose(config, device) if saved is None else (config, [])
     chosen += use_kernels(config, device)
@@ -127,8 +151,12 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
     if origin is not None:
         require_same_shape(config, origin)
-    lines = [f"note: {note}" for note in damaged + data.notes + notes + chosen]
-    if resume and found is None:
+    asides = [
+        f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
+        for path, problem in damaged
+    ]
+    lines = [f"note: {note}" for note in asides + data.notes + notes + chosen]
+    if resume and not restart and found is None:
         lines.append(f"{folder} has no checkpoint yet: starting at step 0")
     return Start(
         folder=folder,
@@ -137,9 +165,12 @@ def decide(config: Config, folder: Path, resume: bool) -> Start:
         data=data,
         plans=plans,
         found=found,
-        step=step,
+        state=state,
         offset=offset,
         started_with=started_with,
+        damaged=[path for path, _ in damaged],
+        changed=changed,
+        restart=restart,
         origin=origin,
         lines=lines,
     )
@@ -163,23 +194,57 @@ def _meet(config: Config, device: torch.device) -> None:
         ranks.join(device)
 
 
-def _find_checkpoint(folder: Path, resume: bool) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint of a resumed run, the same on all ranks; notes on damaged ones."""
+def _find_checkpoint(
+    folder: Path, resume: bool, restart: bool
+) -> tuple[Path | None, State | None, list[tuple[Path, str]]]:
+    """The newest valid checkpoint of a resumed run, the same on all ranks, and its state; newer ones that are
+    damaged, with what is wrong."""
     _require_folder(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
-    if resume and not (folder / CONFIG).exists():
+    if restart:
+        return None, None, []
+    if resume and not holds_run:
         raise UserError(f"--resume: {folder} is not a run; start one without --resume")
     if not resume and holds_run:
         raise UserError(
             f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
         )
     if not resume:
-        return None, []
+        return None, None, []
     checkpoints = folder / CHECKPOINTS
-    found, notes = checkpoint.newest_valid(checkpoints) if ranks.is_first() else (None, [])
-    own = checkpoint.step_of(found) if found else -1
+    found, damaged = checkpoint.newest_state(checkpoints) if ranks.is_first() else (None, [])
+    own = found[1].step if found else -1
     (step,) = ranks.total(own if ranks.is_first() else 0)
-    return (None if step < 0 else checkpoint.step_folder(checkpoints, int(step))), notes
+    if step < 0:
+        if ranks.is_first():
+            _require_no_progress(folder, damaged)
+        return None, None, []
+    path = checkpoint.step_folder(checkpoints, int(step))
+    return path, found[1] if found else checkpoint.load_state(path), damaged
+
+
+def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
+    """Raise UserError if a run without a usable checkpoint has had one: it is never started over without
+    being asked."""
+    records = metrics.read(folder / METRICS)
+    reached = max((record["step"] for record in records), default=0)
+    saved = [one["step"] for one in events.read(folder) if one.get("event") == "saved"]
+    try:
+        every = config_of(folder, None).train.checkpoint_every
+    except UserError:
+        if not (damaged or saved or reached):
+            raise
+        every = 1  # there is progress, and the config cannot tell how much was saved
+    aside = sorted((folder / CHECKPOINTS).glob(f"*{checkpoint.DAMAGED}*"))
+    if not (damaged or saved or aside or (folder / SUMMARY).exists() or (every and reached > every)):
+        return
+    found = [f"{path.name} is damaged ({problem})" for path, problem in damaged]
+    found += [f"{path.name} was set aside" for path in aside]
+    raise UserError(
+        f"--resume: {folder} was trained to step {max([reached, *saved])}, but has no checkpoint that can be "
+        f"used: {'; '.join(found) or f'{CHECKPOINTS}/ is empty'}. Put a copy of one back, or start over "
+        "with --restart, which moves what is there aside"
+    )
 
 
 def _require_folder(folder: Path) -> None:
@@ -206,6 +271,24 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     run = config.run.model_copy(update={"init_from": origin})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
     return config.model_copy(update={"run": run, "data": data})
+
+
+def _with_places(config: Config, saved: Config | None) -> Config:
+    """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
+    path that does not exist here is the one that the run was started with, if that ends so."""
+    data, before = config.data, saved.data if saved else None
+    changes = {}
+    for key in ("source", "val_source", "tokenizer", "cache"):
+        given = getattr(data, key)
+        if given is None or given == "stdlib" or is_stream(given):
+            continue
+        path = Path(given).expanduser()
+        kept = getattr(before, key) if before else None
+        if path.exists() or key == "cache":
+            changes[key] = str(path.absolute())
+        elif kept and not path.is_absolute() and Path(kept).parts[-len(path.parts) :] == path.parts:
+            changes[key] = kept
+    return with_values(config, "data", **changes)
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
@@ -235,83 +318,161 @@ def _open_data(config: Config) -> TokenData:
     return data
 
 
-def _rates(config: Config) -> dict[str, Any]:
-    """The values from which the rates of a run follow if its batch changes."""
-    optim = config.optim
-    return {"batch_tokens": config.train.batch_tokens} | {key: getattr(optim, key) for key in rates.RATES}
-
-
-def _require_same_settings(config: Config, saved: Config, folder: Path) -> None:
-    """Raise UserError if a setting has changed that may not change on resume."""
-    changed = [key for key in changed_keys(saved, config) if key not in RATES]
+def _require_same_settings(config: Config, saved: Config, folder: Path, state: State | None) -> None:
+    """Raise UserError if a setting has changed that may not change on resume. Where the data are may change,
+    as their fingerprint is compared."""
+    free = DATA_KEYS if state else ()
+    changed = [key for key in changed_keys(saved, config) if key not in free]
     if changed:
         changed.sort(
             key=lambda key: not key.startswith("relora.")
         )  # first, as the schedule follows from these
-        section, key = changed[0].split(".")
-        before = getattr(getattr(saved, section), key)
         raise UserError(
-            f"{changed[0]}: the run in {folder} was started with {before!r}, and this key may not change "
-            "on resume; set it back or start a new run"
+            f"{changed[0]}: the run in {folder} was started with {value_of(saved, changed[0])!r}, and this "
+            "key may not change on resume; set it back or start a new run"
         )
 
 
-def _require_same_data(config: Config, data: TokenData, state: dict[str, Any], folder: Path) -> None:
+def _changes(config: Config, saved: Config, notes: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings that change the mathematics of the next steps: before and after. notes: on rates that follow
+    the batch, which are no changes."""
+    rates = ("optim.lr", "optim.lr_over_batch", "optim.embed_lr", "optim.norm_lr")
+    keys = [key for key in adjusted_keys(saved, config) if not (notes and key in rates)]
+    if "optim.lr" in keys and "optim.lr_over_batch" in keys:
+        keys.remove("optim.lr_over_batch")  # says the same
+    return {key: (value_of(saved, key), value_of(config, key)) for key in keys}
+
+
+def _require_same_data(config: Config, data: TokenData, state: State, folder: Path) -> None:
     """Raise UserError if the data are not those of the run."""
-    if state["data"] != data.fingerprint:
+    if state.data != data.fingerprint:
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
         )
+    if state.validation not in (None, data.validation_fingerprint):
+        raise UserError(
+            f"data.val_source: {config.data.val_source} is not the validation text of the run in {folder}; "
+            "give the one that it started with"
+        )
 
 
-def _with_tokens_left(config: Config, state: dict[str, Any]) -> Config:
+def _with_tokens_left(config: Config, state: State) -> Config:
     """The config with as many steps as the rest of train.tokens needs with the present batch."""
     train = config.train
     if train.tokens is None:
         return config
-    steps = state["step"] + max(0, math.ceil((train.tokens - state["tokens"]) / train.batch_tokens))
+    steps = state.step + math.ceil((train.tokens - state.tokens) / train.batch_tokens)
     if steps == train.total_steps:
         return config
-    return config.model_copy(update={"train": train.model_copy(update={"steps": steps, "tokens": None})})
+    return with_values(config, "train", steps=max(0, steps), tokens=None)
+
+
+def _require_not_passed(config: Config, state: State, folder: Path) -> None:
+    """Raise UserError if the run is already longer than it should become."""
+    total = config.train.total_steps
+    if total < state.step:
+        raise UserError(
+            f"train.steps: the run in {folder} has done {state.step} steps ({state.tokens:,} tokens), more "
+            f"than the {total} that the config asks for; raise it"
+        )
+
+
+def _with_micro_batch(config: Config, state: State) -> tuple[Config, list[str]]:
+    """The config with the micro-batch to which the run was lowered when memory ran out, and a note."""
+    if state.micro_batch is None or config.train.micro_batch != "auto":
+        return config, []
+    note = f"train.micro_batch: {state.micro_batch}, because memory ran out with more"
+    return with_values(config, "train", micro_batch=state.micro_batch), [note]
 
 
 # ---- build
 
 
-def _write_folder(start: Start) -> None:
-    """Make the folder of the run, or bring it up to date."""
+def _write_folder(start: Start) -> Events:
+    """Make the folder of the run, or bring it up to date. Returns its events, with the start of this
+    process."""
     ranks.wait()  # until all ranks have looked at the folder
-    if ranks.is_first():
-        start.folder.mkdir(parents=True, exist_ok=True)
-        (start.folder / SUMMARY).unlink(missing_ok=True)
-        write_beside(start.folder / CONFIG, to_toml(start.config))
-        shutil.copyfile(start.data.tokenizer.path, start.folder / TOKENIZER)
+    folder, log = start.folder, Events(start.folder)
+    if not ranks.is_first():
+        return log
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if start.restart:
+            _move_aside(folder)
+        kept = Kept(folder / CHECKPOINTS, newest=0)
+        for path in start.damaged:
+            if not kept.checkpoints.is_symlink():
+                log.write("set aside", path=str(kept.set_aside(path)))
+        (folder / SUMMARY).unlink(missing_ok=True)
+        disk.write_whole(folder / CONFIG, to_toml(start.config).encode())
+        disk.write_whole(folder / TOKENIZER, start.data.tokenizer.path.read_bytes())
+    except OSError as error:
+        raise disk.DiskError(folder, error, "written to") from None
+    changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
+    log.started(
+        step=start.step,
+        device=str(start.device),
+        micro_batch=start.plans[start.config.relora.stored_at(start.step)].micro_batch,
+        changed=changed,
+    )
+    return log
 
 
-def _build(start: Start) -> Run:
+def _move_aside(folder: Path) -> None:
+    """Move what a run has written into a new folder old-N."""
+    there = [folder / name for name in HISTORY if os.path.lexists(folder / name)]
+    if not there:
+        return
+    number = 1
+    while os.path.lexists(folder / f"old-{number}"):
+        number += 1
+    old = folder / f"old-{number}"
+    old.mkdir()
+    for path in there:
+        path.rename(old / path.name)
+    say(f"what was in {folder} is in {old}")
+
+
+def _build(start: Start, log: Events) -> Run:
     """The run with its weights and state: loaded, taken from another run, or new."""
-    config, data = start.config, start.data
+    config, data, state, train = start.config, start.data, start.state, start.config.train
+    best = (int(state.best[0]), state.best[1]) if state and state.best else None
     run = Run(
         folder=start.folder,
         config=config,
         data=data,
-        validation=data.validation(config.train.eval_tokens),
+        validation=data.validation(train.eval_tokens),
         token_bytes=data.tokenizer.token_bytes(),
         offset=start.offset,
         started_with=start.started_with,
         plans=start.plans,
+        passed=list(state.passed) if state else [],
+        best=best,
+        micro_batch=state.micro_batch if state else None,
+        watch=Watch(config.health, config.model.vocab, config.warmup_steps, state.watch if state else None),
+        events=log,
+        kept=Kept(
+            start.folder / CHECKPOINTS,
+            train.keep_checkpoints,
+            train.keep_every,
+            train.keep_best,
+            good={state.step} if state else set(),
+            best_step=best[0] if best else None,
+        ),
     )
     run.build(start.device, config.relora.stored_at(start.step))
     engine = run.parts.engine
     if start.found is not None:
         run.load(start.found)
         say(f"continuing {start.folder} at step {start.step}")
-        return run
-    initialize(engine.units(write=True), config.run.seed, start.device)
-    if start.origin is not None:
-        initialize_from(engine.units(write=True), start.origin)
-        say(f"weights from {start.origin}")
+    else:
+        initialize(engine.units(write=True), config.run.seed, start.device)
+        if start.origin is not None:
+            initialize_from(engine.units(write=True), start.origin)
+            say(f"weights from {start.origin}")
+    if ranks.is_first():
+        run.hold()
     return run
 
 
@@ -341,16 +502,13 @@ def _rehearse(run: Run) -> None:
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
     batch = torch.zeros(shape, dtype=torch.int64)
-    place = run.folder / "rehearsal"
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):
             parts.engine.step(batch, 0, 0.0, rehearsal=True)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
-        # embedding and one block: all others are like these
-        some = itertools.islice(parts.engine.units(), 2)
-        write_checkpoint(place, 0, ((unit.spec.name, unit.tensors()) for unit in some), {}, keep=0)
+        run.rehearse_save()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -360,6 +518,5 @@ def _rehearse(run: Run) -> None:
         ) from None
     finally:
         parts.relora.optimizer.rehearsing = False
-        shutil.rmtree(place, ignore_errors=True)
     peak = parts.meter.readings()["peak_mem_gib"]
     say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")

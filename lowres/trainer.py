@@ -1,6 +1,7 @@
 """The loop of a run: batch, step, log, evaluate, checkpoint. It also continues an interrupted run.
 
-`lowres.start` decides what a run starts from; its results are in its folder (`lowres.runs`).
+`lowres.start` decides what a run starts from; its results are in its folder (`lowres.runs`). Whatever ends a
+run between two steps first saves it: a signal, a time limit, or a file that cannot be read or written.
 
 With several ranks (`lowres.ranks`), each one runs the same loop with the same batches, and its engine takes
 its share of them. Only the first rank prints and writes.
@@ -9,106 +10,300 @@ its share of them. Only the first rank prints and writes.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from lowres import __version__, metrics, ranks
+from lowres import __version__, checkpoint, disk, lock, metrics, ranks
+from lowres.checkpoint import Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
+from lowres.device import is_out_of_memory
 from lowres.engine import StepReport
-from lowres.errors import CheckFailed, UserError
+from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
+from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.ranks import say
 from lowres.report import draw_loss
-from lowres.runs import METRICS, SUMMARY, Run, write_beside
+from lowres.running import Run
+from lowres.runs import CHECKPOINTS, METRICS, SUMMARY
 from lowres.sample import sample
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished
+from lowres.stopping import Stopper
 
-# a run ends after this many steps in a row without an update
-MOST_SKIPPED = 50
+# so often a rollback may pass over a batch at the same step
+MOST_ROLLBACKS = 3
 
 
-def train(config: Config, folder: Path, resume: bool, profiled: int = 0) -> None:
-    """Train into a folder, or continue there. profiled: steps to profile, after the first few."""
-    if resume and is_finished(config, folder):
+def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart: bool = False) -> None:
+    """Train into a folder, or continue there. profiled: steps to profile, after the first few. restart: begin
+    again, and move aside what is there."""
+    if resume and not restart and is_finished(config, folder):
         if ranks.is_first():
             print(f"{folder} is finished; to continue it, raise train.steps")
         return
-    began = time.perf_counter()
+    began = time.monotonic()
     profile = RunProfile(profiled if ranks.is_first() else 0, folder)
     profile.require(config.train.total_steps)
-    run, step = begin(config, folder, resume)
-    config, resumed_at, total = run.config, step, run.config.train.total_steps
-    try:
-        profile.require(total - step)
-    except UserError as error:  # the run has begun, so it goes on
-        say(f"note: {error}")
-        profile = RunProfile(0, folder)
-    log = metrics.MetricsLog(folder / METRICS, step or -1)
-    silent = not (config.log.progress and ranks.is_first())
-    bar = tqdm(total=total, initial=step, unit="step", disable=True if silent else None)
-    skipped_in_a_row = 0
-    ahead = ReadAhead(lambda at: run.data.batch(at, config.batch_sequences, run.offset), total)
+    with ExitStack() as stack:
+        if ranks.is_first():
+            stack.enter_context(lock.held(folder))
+        run, step = begin(config, folder, resume, restart)
+        stopper = stack.enter_context(Stopper(config.train.max_minutes, began))
+        loop = _Loop(run, step, stopper, profile)
+        try:
+            reason = loop.go()
+        except (UserError, OSError) as error:
+            loop.leave(error)
+        if reason:
+            run.events.say(
+                "stopped",
+                f"stopped by {reason} after step {loop.step}, which is saved; to go on, repeat the command "
+                "with --resume",
+                step=loop.step,
+            )
+            return
+        _finish(run, time.monotonic() - began)
 
-    while True:
-        # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
-        if step == 0 or step > resumed_at:
-            if _due(step, config.train.eval_every, total):
-                log.write({"step": step, **_evaluate(run, step)})
-            if step == total or (step and _due(step, config.train.checkpoint_every, total)):
-                run.save(step)
-        if step >= total:
-            break
-        if config.relora.adapted_at(step) and not run.parts.adapted:
-            run.start_adapters(step)
-            say(f"step {step}: {_adapters_text(run)}")
 
-        # ---- one step
-        before, schedule = time.perf_counter(), factor(config, step)
-        with profile.step(run.parts.rooms, step), run.parts.meter.watch("step"):
-            batch = ahead.batch(step)
-            report = run.parts.engine.step(batch, step, schedule)
-        seconds = time.perf_counter() - before
-        step += 1
+class _Loop:
+    """The loop, and what it remembers from one step to the next. step: completed steps."""
 
-        # ---- log
-        record = _record(run, step, schedule, report, seconds)
-        log.write(record)
-        bar.update()
-        bar.set_postfix_str(_progress_text(record))
-        if "merge_cosine" in record:
-            say(f"step {step}: {_merge_text(record)}")
-        if text := profile.report():
-            say(text)
-        skipped_in_a_row = skipped_in_a_row + 1 if report.skipped else 0
-        if skipped_in_a_row == MOST_SKIPPED:
-            raise CheckFailed(
-                f"training: {MOST_SKIPPED} steps in a row had a loss or gradient that is not finite; "
-                f"start again with a lower optim.lr than {config.optim.lr}"
+    def __init__(self, run: Run, step: int, stopper: Stopper, profile: RunProfile) -> None:
+        self.run, self.step, self.stopper = run, step, stopper
+        self.total, self.resumed_at = run.config.train.total_steps, step
+        self.in_step = False  # whether weights are between two steps
+        self.good = step  # the last step after which nothing was wrong
+        self.skipped_whole = True  # whether no step since then has changed anything
+        self.saved = step
+        self.saved_at = time.monotonic()
+        self.longest, self.longest_save = 0.0, 0.0  # seconds
+        try:
+            profile.require(self.total - step)
+        except UserError as error:  # the run has begun, so it goes on
+            say(f"note: {error}")
+            profile = RunProfile(0, run.folder)
+        self.profile = profile
+        self.log = self._open_log()
+        self.ahead = self._ahead()
+        silent = not (run.config.log.progress and ranks.is_first())
+        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=True if silent else None)
+
+    def go(self) -> str:
+        """Train to the end, or until something asks to stop; returns what that was, or ""."""
+        run, config, total = self.run, self.run.config, self.total
+        while True:
+            reason = (
+                self.stopper.reason(self.longest + self.longest_save) if self.step > self.resumed_at else ""
             )
 
-    bar.close()
-    log.close()
-    _finish(run, time.perf_counter() - began)
+            # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
+            if self.step == 0 or self.step > self.resumed_at:
+                scores = self.evaluate() if _due(self.step, config.train.eval_every, total) else {}
+                if self.step and (self.should_save(scores) or reason):
+                    self.save(scores.get("val_loss"))
+            run.look_after_saves(wait=bool(reason) or self.step >= total)
+            if reason and self.step < total:
+                self.close()
+                return reason
+            if self.step >= total:
+                break
+            if config.relora.adapted_at(self.step) and not run.parts.adapted:
+                run.start_adapters(self.step)
+                say(f"step {self.step}: {_adapters_text(run)}")
+
+            # ---- one step
+            batch = self.ahead.batch(self.step)
+            before, schedule, limits = time.perf_counter(), factor(config, self.step), run.watch.limits()
+            self.in_step = True
+            with self.profile.step(run.parts.rooms, self.step), run.parts.meter.watch("step"):
+                report = run.parts.engine.step(
+                    batch, self.step, schedule, limits=limits.norms, loss_limit=limits.loss
+                )
+            self.in_step = False
+            seconds = time.perf_counter() - before
+            self.longest = max(self.longest, seconds)
+            self.step += 1
+
+            # ---- log
+            record = _record(run, self.step, schedule, report, seconds)
+            run.require_folder()
+            self.log.write(record)
+            self.bar.update()
+            self.bar.set_postfix_str(_progress_text(record))
+            if "merge_cosine" in record:
+                say(f"step {self.step}: {_merge_text(record)}")
+            if text := self.profile.report():
+                say(text)
+            self.judge(run.watch.see(self.step, report), report)
+        self.close()
+        return ""
+
+    # ---- the parts of the loop
+
+    def _open_log(self) -> metrics.MetricsLog:
+        log = metrics.MetricsLog(self.run.folder / METRICS, self.step or -1)
+        for note in log.notes:
+            self.run.events.say("note", f"note: {note}")
+        return log
+
+    def _ahead(self) -> ReadAhead:
+        return ReadAhead(self.run.batch, self.total)
+
+    def evaluate(self) -> dict[str, float]:
+        run = self.run
+        with run.parts.meter.watch("evaluation"):
+            scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
+        say(f"step {self.step}: validation loss {scores['val_loss']:.4f}")
+        self.log.write({"step": self.step, **scores})
+        return scores
+
+    def should_save(self, scores: dict[str, float]) -> bool:
+        """Whether a checkpoint is due after this step. While the numbers are wrong, none is."""
+        run, train = self.run, self.run.config.train
+        if self.step == self.total:
+            return True
+        minutes = (time.monotonic() - self.saved_at) / 60
+        (late,) = ranks.total(bool(train.checkpoint_minutes and minutes >= train.checkpoint_minutes))
+        due = _due(self.step, train.checkpoint_every, self.total) or bool(late)
+        loss = scores.get("val_loss", math.inf)
+        if train.keep_best and loss < (run.best[1] if run.best else math.inf):
+            due = True
+        return due and not run.watch.doubtful
+
+    def save(self, val_loss: float | None = None) -> None:
+        """Save this step; if the last steps were refused as a whole, the last good one, which is the same."""
+        run, step = self.run, self.step
+        if run.watch.doubtful and step < self.total:
+            if not self.skipped_whole or self.good == self.saved or not self.good:
+                return
+            step, val_loss = self.good, None
+        if step == self.saved:
+            return
+        before = time.monotonic()
+        self.log.sync()
+        if val_loss is not None and val_loss < (run.best[1] if run.best else math.inf):
+            run.best, run.kept.best_step = (step, val_loss), step
+        run.save(step, val_loss)
+        self.saved, self.saved_at = step, time.monotonic()
+        self.longest_save = max(self.longest_save, self.saved_at - before)
+
+    def judge(self, verdict: Verdict, report: StepReport) -> None:
+        """Act on what is wrong with the numbers of the step that has just been done."""
+        run = self.run
+        whole = report.skipped == len(report.norms) or report.skipped >= len(unit_specs(run.config.model))
+        if verdict.bad:
+            self.skipped_whole &= whole
+        else:
+            self.good, self.skipped_whole = self.step, True
+        if verdict.spike:
+            run.events.say("spike", f"step {self.step}: {verdict.spike}", step=self.step)
+        elif verdict.bad and run.watch.first_bad:
+            run.events.say("bad", f"step {self.step}: {verdict.bad}", step=self.step)
+        if verdict.dead:
+            raise CheckFailed(self.why_dead(verdict))
+        if verdict.spike and run.config.health.spikes == "rollback":
+            self.roll_back(verdict.spike)
+
+    def why_dead(self, verdict: Verdict) -> str:
+        run = self.run
+        last = max(run.kept.good, default=None)
+        kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last} is kept"
+        return (
+            f"training: {run.config.health.patience} bad steps in a row (health.patience), the last one, "
+            f"step {self.step}: {verdict.bad or verdict.spike}; {kept}; go on from it with --resume and a "
+            f"lower optim.lr than {run.config.optim.lr}"
+        )
+
+    def roll_back(self, spike: str) -> None:
+        """Continue from the last checkpoint, and pass over the batch of the step that has just been done."""
+        run, at = self.run, self.step - 1
+        run.look_after_saves(wait=True)
+        steps = [step for step in run.kept.good if step <= at]
+        if not steps:
+            run.events.say("note", f"step {self.step}: no checkpoint to go back to, so training goes on")
+            return
+        if sum(one.step == at for one in run.passed) >= MOST_ROLLBACKS:
+            raise CheckFailed(
+                f"training: step {self.step} has a spike with {MOST_ROLLBACKS + 1} different batches "
+                f"({spike}), so it is not in the data; the checkpoint of step {max(steps)} is kept; go on "
+                f"from it with --resume and a lower optim.lr than {run.config.optim.lr}"
+            )
+        found = checkpoint.step_folder(run.folder / CHECKPOINTS, max(steps))
+        state = checkpoint.load_state(found)
+        run.passed.append(Passed(step=at, sequences=run.config.batch_sequences))
+        adapted = run.config.relora.stored_at(state.step)
+        if run.parts.adapted != adapted:
+            run.build(run.parts.rooms.device, adapted)
+        self.in_step = True
+        run.load(found)
+        self.in_step = False
+        run.watch.go_back(state.watch)
+        self.step = self.resumed_at = self.saved = self.good = state.step
+        self.log.close()
+        self.log = self._open_log()
+        self.ahead = self._ahead()
+        self.bar.n = self.step
+        self.bar.refresh()
+        text = f"went back to step {self.step}; the batch of step {at + 1} is passed over"
+        run.events.say("rolled back", text, step=self.step, passed=at + 1, reason=spike)
+
+    # ---- the end
+
+    def close(self) -> None:
+        self.bar.close()
+        self.log.close()
+
+    def leave(self, error: UserError | OSError) -> None:
+        """End because of an error, and save first what would be lost."""
+        run = self.run
+        self.bar.close()
+        if isinstance(error, OSError):
+            error = UserError(f"{error}; {disk.remedy(error)}")
+        step, note = self.step, ""
+        if not (self.in_step or isinstance(error, CheckFailed) or step == self.saved):
+            note = self._save_at_the_end()
+        elif isinstance(error, CheckFailed) and run.watch.doubtful:
+            note = self._save_at_the_end()
+        run.events.write("stopped", step=step, error=str(error))
+        raise type(error)(f"{error}{note}") if note else error
+
+    def _save_at_the_end(self) -> str:
+        """Save in the folder or elsewhere; returns what to add to the error."""
+        run, before = self.run, self.saved
+        try:
+            run.require_folder()
+            self.save()
+            run.look_after_saves(wait=True)
+            return f". Step {self.saved} is saved" if self.saved != before else ""
+        except CheckFailed:
+            return ""
+        except (UserError, OSError):
+            if not ranks.is_first() or run.watch.doubtful:
+                return ""
+        place = run.rescue(self.step)
+        if place is None:
+            return f". Nothing could be saved elsewhere either; the last checkpoint is that of step {before}"
+        saved = checkpoint.step_folder(place / CHECKPOINTS, self.step)
+        if place.name.startswith("lowres-rescue"):
+            return (
+                f". Step {self.step} is saved in {saved}: move this folder into {run.folder / CHECKPOINTS}/ "
+                "and go on with --resume"
+            )
+        return f". Step {self.step} is saved in {place}, where the folder is now; go on with --run {place} --resume"
 
 
 def _due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
-
-
-def _evaluate(run: Run, step: int) -> dict[str, float]:
-    with run.parts.meter.watch("evaluation"):
-        scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
-    say(f"step {step}: validation loss {scores['val_loss']:.4f}")
-    return scores
 
 
 def _record(run: Run, step: int, schedule: float, report: StepReport, seconds: float) -> dict[str, Any]:
@@ -183,10 +378,14 @@ def _finish(run: Run, seconds: float) -> None:
     summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
     if text is not None:
         summary["sample"] = text
-        print(f"--- a sample after {summary['step']} steps ---\n{text}\n---")
-    write_beside(run.folder / SUMMARY, json.dumps(summary, indent=1))
+        print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
+    try:
+        disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    except OSError as error:
+        raise disk.DiskError(run.folder / SUMMARY, error, "written") from None
     picture = draw_loss(run.folder)
-    if first is not None and summary["val_loss"] is not None:
+    run.events.write("finished", step=run.config.train.total_steps)
+    if first is not None and summary.get("val_loss") is not None:
         print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
     print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
 

@@ -25,6 +25,7 @@ from lowres.config.sections import (
     SCHEDULE_KEYS,
     SHAPE_KEYS,
     DataConfig,
+    HealthConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "SHAPE_KEYS",
     "Config",
     "DataConfig",
+    "HealthConfig",
     "ModelConfig",
     "OneOf",
     "OptimConfig",
@@ -62,6 +64,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     memory: MemoryConfig = MemoryConfig()
     deepspeed: DeepspeedConfig = DeepspeedConfig()
+    health: HealthConfig = HealthConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")

@@ -16,12 +16,19 @@ Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Batch = Annotated[int, Field(ge=1, le=1 << 32)]
 Rate = Annotated[float, Field(gt=0)]
+Minutes = Annotated[float, Field(ge=0, le=1e9)]
 Gib = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def resumable(default: Any, **limits: Any) -> Any:
     """A field that may change when a run is resumed, because it does not change the mathematics of a step."""
     return Field(default, json_schema_extra={"resumable": True}, **limits)
+
+
+def adjustable(default: Any, **limits: Any) -> Any:
+    """A field that may change when a run is resumed although it changes the mathematics: the new value counts
+    from the next step on, which the run says and records."""
+    return Field(default, json_schema_extra={"resumable": True, "adjustable": True}, **limits)
 
 
 class Section(BaseModel):

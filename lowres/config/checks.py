@@ -52,5 +52,10 @@ def _deepspeed(config: Config) -> None:
         )
     if config.optim.limiter:
         raise ValueError(f"optim.limiter: DeepSpeed has no limiter; use 0 with optim.grad_clip, {instead}")
+    if config.health.spikes == "skip":
+        raise ValueError(
+            f"health.spikes: skip does not work with DeepSpeed, which updates before the gradient's norm is "
+            f"known; use rollback or warn, {instead}"
+        )
     if config.relora.enabled:
         raise ValueError(f"relora.enabled: DeepSpeed cannot merge adapters; use false, {instead}")

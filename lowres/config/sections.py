@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from lowres.config.base import Batch, Count, Layers, OneOf, Positive, Rate, Section, Size, resumable
+from lowres.config.base import (
+    Batch,
+    Count,
+    Layers,
+    Minutes,
+    OneOf,
+    Positive,
+    Rate,
+    Section,
+    Size,
+    adjustable,
+    resumable,
+)
 from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
 
@@ -42,6 +54,9 @@ class RunConfig(Section):
     """Name of the run; its folder is runs/<name> unless --run says otherwise."""
     seed: Count = 0
     """Seed of everything random: initial weights, data order, rounding, projections."""
+    rescue: str = resumable("auto")
+    """Folder for the checkpoint of a run that can no longer be saved in its own folder; auto: the system's
+    folder for temporary files; empty: nowhere."""
     init_from: str | None = resumable(None)
     """Run whose newest checkpoint gives the initial weights and the tokenizer (`--init-from RUN`)."""
     device: Literal["auto", "cpu", "cuda"] = resumable("auto")
@@ -160,10 +175,10 @@ class GeneralOptim(Section):
         f"{_listed(rule.name for rule in RULES.values() if rule.for_all)}; with the others, AdamW updates "
         "embedding, head, norms and biases.",
     )
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate; default lr_over_batch times the batch if that is given, otherwise the optimizer's
     default."""
-    lr_over_batch: Annotated[float, Field(gt=0)] | None = None
+    lr_over_batch: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate divided by the batch in sequences, train.batch_tokens / data.seq_len (arXiv
     2412.08347). Two of lr, train.batch_tokens and lr_over_batch determine the third."""
     batch_policy: Literal["fixed", "linear", "sqrt"] | None = resumable(None)
@@ -171,9 +186,9 @@ class GeneralOptim(Section):
     another batch than at its start. fixed: nothing. linear: they change in proportion to the batch in
     sequences, so lr_over_batch stays the same. sqrt: in proportion to its square root. Default linear if
     lr_over_batch is given instead of lr, otherwise fixed."""
-    embed_lr: Annotated[float, Field(gt=0)] | None = None
+    embed_lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate of embedding and head; default lr."""
-    norm_lr: Annotated[float, Field(gt=0)] | None = None
+    norm_lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate of norms and biases; default lr."""
     betas: Betas | None = None
     """Decay of the first and second moment; default (0.9, 0.999)."""
@@ -184,15 +199,15 @@ class GeneralOptim(Section):
     betas."""
     adamw_eps: Rate | None = None
     """Added to the denominator in that AdamW; default eps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = adjustable(0.0)
     """Decoupled weight decay of the matrices (norms and biases have none)."""
     decay_embeddings: bool = True
     """Whether weight_decay also applies to embedding and head."""
-    grad_clip: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(ge=0)] = adjustable(0.0)
     """Clip the global gradient norm to this; 0 = off. The layerwise engine needs a second backward pass for
     it, because it does not know the global norm before its first update."""
-    limiter: float | None = Field(
-        default=None,
+    limiter: float | None = adjustable(
+        None,
         description="Fira's norm-growth limiter: the largest factor by which the norm of a tensor's update "
         "may grow from one step to the next (without the learning rate); 0 = off. It applies to every tensor "
         "that the named optimizer updates, not to those that AdamW updates instead; with fira, to the part "
@@ -356,6 +371,17 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 = only one at the end."""
     keep_checkpoints: Count = resumable(2)
     """How many of the newest checkpoints to keep; 0 = keep all."""
+    checkpoint_minutes: Minutes = resumable(0.0)
+    """Minutes after which a checkpoint is written, whatever the step; 0 = only by checkpoint_every."""
+    keep_every: Count = resumable(0)
+    """Checkpoints at multiples of this step are kept for ever; 0 = none."""
+    keep_best: bool = resumable(False)
+    """Write a checkpoint after every evaluation with the lowest validation loss so far, and keep it."""
+    save_beside: Literal["auto", "yes", "no"] = resumable("auto")
+    """Copy the weights to host memory and write them from there while training goes on; otherwise training
+    waits until a checkpoint is written. auto: on CUDA, if the host has memory for a copy at that moment."""
+    max_minutes: Minutes = resumable(0.0)
+    """Stop in time to have saved after so many minutes, as a signal does; 0 = no limit."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -368,6 +394,24 @@ class TrainConfig(Section):
         if self.tokens is not None:
             return math.ceil(self.tokens / self.batch_tokens)
         return self.steps or 1000
+
+
+class HealthConfig(Section):
+    """What happens when the numbers of a run go wrong. Gradient norms and losses are compared with those of
+    the last steps that were accepted."""
+
+    spikes: Literal["off", "warn", "skip", "rollback"] = resumable("warn")
+    """What to do about a spike. warn: say it. skip: refuse the update; in a layer-major step from the first
+    layer on (from the head down) whose gradient is too large, or as a whole if optim.grad_clip is used or the
+    loss is too high. rollback: go back to the last checkpoint, and pass over the batch."""
+    spike_factor: Annotated[float, Field(gt=1)] = resumable(10.0)
+    """A gradient norm above this many times the median of the window is a spike."""
+    window: Annotated[int, Field(ge=16, le=10_000)] = resumable(128)
+    """Accepted steps that the medians are taken of; with fewer than 16 nothing is a spike."""
+    patience: Positive = resumable(50)
+    """Bad steps in a row after which the run stops with exit code 1: steps that are skipped, have no
+    gradient, or, after the warm-up, a loss no better than that of guessing evenly. The last good checkpoint
+    is kept."""
 
 
 class LogConfig(Section):

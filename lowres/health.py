@@ -1,0 +1,159 @@
+"""Watches the numbers of a run: spikes, refused steps, and runs that no longer learn.
+
+A spike is a gradient norm above `spike_factor` times the median of the window, or a loss above the median by
+more than 6 robust standard deviations (1.4826 times the median absolute deviation), at least by half a nat.
+Only accepted, finite values that are no spike enter the window, so a spike does not hide the next one. The
+window is in every checkpoint, so a resumed run judges as the straight one.
+
+A step is bad if it was skipped, if it has no gradient (less than a millionth of the median), or if after the
+warm-up its loss is no better than ln V, that of guessing evenly among V pieces. After a bad step nothing is
+saved as good, unless it only guesses because it has not learnt anything yet.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from lowres.config import HealthConfig
+from lowres.engine import StepReport
+from lowres.sealed import Record, checked
+
+FEWEST = 16  # values in a window from which on it can tell
+NO_GRADIENT = 1e-6
+LOSS_DEVIATIONS, LOSS_MARGIN = 6 * 1.4826, 0.5
+GUESSING, LEARNT = 1e-3, 0.1  # nats below ln V
+
+
+class Windows(Record):
+    """What is remembered between steps, and kept in checkpoints. norms: of the gradient; by_unit: of the
+    gradient of each unit, if the policy needs it. Lists have the latest value last. bad: steps in a row.
+    spikes: in a row. learnt: whether the loss was ever better than guessing."""
+
+    losses: list[float] = Field(default_factory=list)
+    norms: list[float] = Field(default_factory=list)
+    by_unit: dict[str, list[float]] = Field(default_factory=dict)
+    bad: int = 0
+    spikes: int = 0
+    learnt: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine refuses: gradient norms by unit, and a loss above these. See `Engine.step`."""
+
+    norms: dict[str, float] | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """About a step. spike, bad: what is wrong, in words; empty if nothing is. dead: whether the run should
+    end."""
+
+    spike: str = ""
+    bad: str = ""
+    dead: bool = False
+
+
+class Watch:
+    """Judges the steps of a run, one after the other."""
+
+    def __init__(
+        self, config: HealthConfig, vocab: int, warmup: int, kept: dict[str, Any] | None = None
+    ) -> None:
+        """vocab: pieces among which the model chooses. warmup: steps of it. kept: `state` of a checkpoint."""
+        self._config, self._guess, self._warmup = config, math.log(vocab), warmup
+        self.doubtful = False  # whether a checkpoint of now would not be a good one
+        self.go_back(kept)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self._seen.model_dump()
+
+    @property
+    def first_bad(self) -> bool:
+        """Whether the last step is the first bad one in a row."""
+        return self._seen.bad == 1
+
+    def go_back(self, kept: dict[str, Any] | None) -> None:
+        """Continue from the `state` of a checkpoint."""
+        self._seen = checked(kept or {}, Windows)
+        self.doubtful = self._seen.bad > 0
+
+    def limits(self) -> Limits:
+        """What the next step may not exceed, if the policy is to refuse it."""
+        if self._config.spikes != "skip":
+            return Limits()
+        seen = self._seen
+        by_unit = {n: self._norm_limit(v) for n, v in seen.by_unit.items() if len(v) >= FEWEST}
+        return Limits(by_unit or None, self._loss_limit() if len(seen.losses) >= FEWEST else None)
+
+    def see(self, step: int, report: StepReport) -> Verdict:
+        """Judge a step; step counts it."""
+        spike = self._spike(report) if self._config.spikes != "off" else ""
+        bad = self._badness(step, report)
+        seen = self._seen
+        more: dict[str, Any] = {"bad": seen.bad + 1 if bad else 0, "spikes": seen.spikes + 1 if spike else 0}
+        if not (spike or bad):
+            more |= self._accepted(report)
+        elif more["spikes"] >= self._config.patience and self._config.spikes == "warn":
+            spike += "; after so many, this is the new level"
+            more |= {"losses": [], "norms": [], "by_unit": {}, "spikes": 0}
+        only_guesses = not (report.skipped or self._vanished(report))
+        self.doubtful = bool(bad) and (seen.learnt or not only_guesses)
+        self._seen = seen.model_copy(update=more)
+        return Verdict(spike, bad, self._seen.bad >= self._config.patience)
+
+    def _norm_limit(self, norms: list[float]) -> float:
+        return self._config.spike_factor * statistics.median(norms)
+
+    def _loss_limit(self) -> float:
+        middle = statistics.median(self._seen.losses)
+        spread = statistics.median(abs(loss - middle) for loss in self._seen.losses)
+        return middle + max(LOSS_DEVIATIONS * spread, LOSS_MARGIN)
+
+    def _spike(self, report: StepReport) -> str:
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            return ""
+        norms, losses = self._seen.norms, self._seen.losses
+        if len(norms) >= FEWEST and report.grad_norm > self._norm_limit(norms):
+            times = report.grad_norm / statistics.median(norms)
+            return f"gradient norm {report.grad_norm:.3g}, {times:.3g} times the median"
+        if len(losses) >= FEWEST and report.loss > self._loss_limit():
+            return f"loss {report.loss:.3f}, median {statistics.median(losses):.3f}"
+        for name, norm in report.norms.items():
+            own = self._seen.by_unit.get(name, [])
+            if len(own) >= FEWEST and norm > self._norm_limit(own):
+                times = norm / statistics.median(own)
+                return f"gradient norm of {name} {norm:.3g}, {times:.3g} times the median"
+        return ""
+
+    def _vanished(self, report: StepReport) -> bool:
+        norms = self._seen.norms
+        return report.grad_norm <= NO_GRADIENT * (statistics.median(norms) if norms else 0.0)
+
+    def _badness(self, step: int, report: StepReport) -> str:
+        if report.skipped:
+            finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+            return "skipped: a spike" if finite else "skipped: a loss or gradient that is not finite"
+        if self._vanished(report):
+            return f"no gradient (norm {report.grad_norm:.3g})"
+        if step > self._warmup and report.loss > self._guess - GUESSING:
+            return f"loss {report.loss:.3f}, no better than guessing evenly (ln V = {self._guess:.3f})"
+        return ""
+
+    def _accepted(self, report: StepReport) -> dict[str, Any]:
+        """The windows with the values of a step."""
+        seen, size = self._seen, self._config.window
+        norms = report.norms if self._config.spikes == "skip" else {}
+        return {
+            "losses": [*seen.losses, report.loss][-size:],
+            "norms": [*seen.norms, report.grad_norm][-size:],
+            "by_unit": {n: [*seen.by_unit.get(n, []), norm][-size:] for n, norm in norms.items()},
+            "learnt": seen.learnt or report.loss < self._guess - LEARNT,
+        }

@@ -1,0 +1,251 @@
+"""A run in progress: its parts, its place in the data, and how it is saved.
+
+With ReLoRA a run has two parts. Engine and optimizer are built again between them: the adapters start from
+the checkpoint at the end of the warm start.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowres import checkpoint, disk, memory, ranks
+from lowres.checkpoint import Kept, NotFinite, Passed, Saver, State
+from lowres.config import Config
+from lowres.config_file import to_toml, to_values
+from lowres.data import TokenData
+from lowres.engine import Engine
+from lowres.errors import CheckFailed
+from lowres.events import Events
+from lowres.health import Watch
+from lowres.meter import Meter
+from lowres.relora import Relora, start_adapters, tensors_before
+from lowres.rooms import Rooms
+from lowres.rules.base import UPDATE_NORM
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, training_engine
+
+# host memory that stays free beside a snapshot
+SPARE = 2 << 30
+# the limiter's state: it may be switched on or off when a run is resumed
+LIMITER = f".{UPDATE_NORM}"
+
+
+@dataclass
+class Parts:
+    """Everything that computes: without adapters in the warm start of ReLoRA, then with them."""
+
+    plan: memory.Plan
+    rooms: Rooms
+    engine: Engine
+    relora: Relora
+    meter: Meter
+    adapted: bool
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in progress."""
+
+    folder: Path
+    config: Config
+    data: TokenData
+    validation: Tensor  # windows of eval_tokens, see TokenData.validation
+    token_bytes: Tensor
+    offset: int  # sequences trained on minus steps so far times the present batch; 0 if it never changed
+    started_with: dict[str, Any]  # what rates follow from, see config_file.follow_batch
+    plans: dict[bool, memory.Plan]  # by whether there are adapters
+    passed: list[Passed]  # batches that rollbacks left out
+    best: tuple[int, float] | None  # step and validation loss of the best checkpoint
+    micro_batch: int | None  # if it was lowered because memory ran out
+    watch: Watch
+    events: Events
+    kept: Kept
+    parts: Parts = field(init=False)
+    saver: Saver = field(init=False)
+    _folder: int | None = None  # an open handle of the folder, which tells if it was moved
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.kept, self._has_room, again=ranks.size() == 1)
+
+    def sequences_at(self, step: int) -> int:
+        """Sequences trained on in the first `step` steps, for any step since the batch last changed."""
+        return self.offset + step * self.config.batch_sequences
+
+    def tokens_at(self, step: int) -> int:
+        return self.sequences_at(step) * self.config.data.seq_len
+
+    def batch(self, step: int) -> Tensor:
+        """The batch of the update after `step` completed ones."""
+        passed = sum(one.sequences for one in self.passed if one.step <= step)
+        return self.data.batch(step, self.config.batch_sequences, self.offset + passed)
+
+    def build(self, device: torch.device, adapted: bool) -> None:
+        """Make the parts and replace earlier ones; weights and state are all zero."""
+        self.__dict__.pop("parts", None)  # first, because both may not fit
+        config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
+        engine, relora = training_engine(config, plan, rooms, adapted)
+        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint into place."""
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(folder, unit.spec.name, unit.tensors(), new=LIMITER)
+
+    def start_adapters(self, step: int) -> None:
+        """Continue with adapters from the end of the warm start; always goes through a checkpoint."""
+        saved = checkpoint.step_folder(self.folder / CHECKPOINTS, step)
+        if not saved.exists():
+            self.save(step)
+        self.saver.finish()
+        self.build(self.parts.rooms.device, adapted=True)
+        for unit in self.parts.engine.units(write=True):
+            checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False, new=LIMITER)
+            start_adapters(unit, self.config.run.seed, step)
+
+    # saving
+
+    def state(self, step: int, val_loss: float | None = None) -> State:
+        """Everything that the next step depends on besides weights and optimizer state."""
+        return State(
+            step=step,
+            tokens=self.tokens_at(step),
+            data=self.data.fingerprint,
+            start=self.started_with,
+            config=to_values(self.config),
+            validation=self.data.validation_fingerprint,
+            passed=self.passed,
+            watch=self.watch.state(),
+            micro_batch=self.micro_batch,
+            val_loss=val_loss,
+            best=list(self.best) if self.best else None,
+        )
+
+    def save(self, step: int, val_loss: float | None = None) -> None:
+        """Write a checkpoint, or begin to. val_loss: of an evaluation at this step. Raises DiskError, and
+        CheckFailed if there is a number that is not finite."""
+        place = checkpoint.step_folder(self.kept.checkpoints, step)
+        if not ranks.is_first():
+            for _ in self._units():
+                pass
+            return
+        try:
+            self.saver.save(self._units, self.state(step, val_loss), self._tokenizer())
+        except OSError as error:
+            raise disk.DiskError(place, error, "written") from None
+        except NotFinite as error:
+            raise self._not_finite(step, error) from None
+
+    def look_after_saves(self, wait: bool = False) -> None:
+        """Report what was saved in the background. wait: until everything is. Raises as `save` does."""
+        try:
+            if wait:
+                self.saver.finish()
+            saved = self.saver.done()
+        except OSError as error:
+            raise disk.DiskError(self.kept.checkpoints, error, "written") from None
+        except NotFinite as error:
+            raise self._not_finite(None, error) from None
+        for one in saved:
+            text = f"saved step {one.step}: {one.bytes / memory.GIB:.3f} GiB"
+            text += f" in {one.seconds:.1f} s, training waited {one.paused:.1f} s"
+            self.events.write("saved", text=text, **vars(one))
+
+    def _not_finite(self, step: int | None, error: NotFinite) -> CheckFailed:
+        last = max(self.kept.good, default=None)
+        kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last} is kept"
+        at = "" if step is None else f" at step {step}"
+        return CheckFailed(
+            f"training: {error}{at} holds a number that is not finite, so it is not saved; {kept}; go on "
+            f"from it with --resume and a lower optim.lr than {self.config.optim.lr}"
+        )
+
+    def _units(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
+        return ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
+
+    def _tokenizer(self) -> dict[str, bytes]:
+        return {TOKENIZER: self.data.tokenizer.path.read_bytes()}
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Whether a snapshot of so many bytes may be taken."""
+        asked = self.config.train.save_beside
+        if asked == "no" or ranks.size() > 1:
+            return False
+        free = memory.host_bytes()
+        fits = free is not None and free >= nbytes + SPARE
+        return fits and (asked == "yes" or self.parts.rooms.device.type == "cuda")
+
+    def rehearse_save(self) -> None:
+        """Write and read back the embedding and one block: all others are like these."""
+        place = self.folder / "rehearsal"
+        some = itertools.islice(self._units(), 2)
+        try:
+            if ranks.is_first():
+                checkpoint.write(checkpoint.step_folder(place, 0), some, self.state(0), {})
+            else:
+                for _ in some:
+                    pass
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    # when the folder fails
+
+    def hold(self) -> None:
+        """Remember which folder this is."""
+        self._folder = os.open(self.folder, os.O_RDONLY)
+
+    def require_folder(self) -> None:
+        """Raise DiskError if the folder was deleted or moved."""
+        if self._folder is None:
+            return
+        try:
+            if os.path.samestat(self.folder.stat(), os.fstat(self._folder)):
+                return
+            raise FileNotFoundError(2, "another folder is there now")
+        except OSError as error:
+            raise disk.DiskError(self.folder, error, "used") from None
+
+    def rescue(self, step: int) -> Path | None:
+        """Save elsewhere what can no longer be saved in the run's folder; returns the new folder of the run,
+        or None if that fails too."""
+        for place in self._elsewhere():
+            kept = Kept(place / CHECKPOINTS, newest=0)
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                checkpoint.write(kept.make_way(step), self._units(), self.state(step), self._tokenizer())
+                disk.write_whole(place / CONFIG, to_toml(self.config).encode())
+                disk.write_whole(place / TOKENIZER, self._tokenizer()[TOKENIZER])
+                if (self.folder / METRICS).exists() and not (place / METRICS).exists():
+                    shutil.copyfile(self.folder / METRICS, place / METRICS)
+                return place
+            except (OSError, NotFinite):
+                continue
+        return None
+
+    def _elsewhere(self) -> Iterable[Path]:
+        """Where else a run could be saved."""
+        if ranks.size() > 1:  # the units are on several ranks
+            return
+        if moved := self._moved_to():
+            yield moved
+        asked = self.config.run.rescue
+        if asked:
+            root = Path(tempfile.gettempdir() if asked == "auto" else asked).expanduser()
+            yield root / f"lowres-rescue-{self.folder.absolute().name}-{os.getpid()}"
+
+    def _moved_to(self) -> Path | None:
+        """The present place of a folder that was moved, where the system tells."""
+        try:
+            here = Path(os.readlink(f"/proc/self/fd/{self._folder}"))
+            return here if here != self.folder.resolve() and here.is_dir() else None
+        except OSError:
+            return None

@@ -1,0 +1,56 @@
+"""How a run ends before its last step: a signal or a time limit, which first let it finish a step and save.
+
+SIGINT (Ctrl-C), SIGTERM (Slurm, systemd, a spot machine) and SIGHUP (a closed terminal) are a request. A second
+one leaves at once. A signal that the process ignores from its start (nohup) stays ignored.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from lowres import ranks
+
+REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Left(KeyboardInterrupt):
+    """A second signal: leave at once. The argument is the number of the signal."""
+
+
+class Stopper:
+    """Listens for requests while it is entered. began: when the time limit began, by time.monotonic."""
+
+    def __init__(self, max_minutes: float, began: float) -> None:
+        self._limit, self._began = 60 * max_minutes, began
+        self._asked = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            for number in (getattr(signal, name) for name in REQUESTS if hasattr(signal, name)):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self._asked:
+            raise Left(number)
+        self._asked = signal.Signals(number).name
+        ranks.say(f"{self._asked}: finishing this step, then saving; a second signal leaves at once")
+
+    def reason(self, reserve: float) -> str:
+        """Why the run should stop now, or "". reserve: seconds that another step and a save take. All ranks
+        get the same answer."""
+        late = self._limit and time.monotonic() - self._began + reserve > self._limit
+        asked, out = ranks.total(bool(self._asked), bool(late and ranks.is_first()))
+        if asked:
+            return self._asked or "a signal"
+        return f"train.max_minutes = {self._limit / 60:g}" if out else ""
