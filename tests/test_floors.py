@@ -14,6 +14,7 @@ FLOORS = {
     "rng": 0,
     "rates": 0,
     "marks": 0,
+    "terminal": 0,
     "disk": 1,
     "sealed": 1,
     "rooms": 1,
