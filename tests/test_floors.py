@@ -22,6 +22,7 @@ FLOORS = {
     "target": 0,
     "kernels": 1,
     "storage": 2,
+    "lock": 2,
     "meter": 2,
     "rules": 3,
     "config": 4,
