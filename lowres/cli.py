@@ -1,19 +1,21 @@
 """The command line; the only place that parses arguments.
 
-Exit codes: 0 fine, 1 a check failed, 2 bad input, 3 does not fit, 130 interrupted.
+Exit codes: 0 fine (also a run that was asked to stop, and has saved), 1 a check failed, 2 bad input, 3 does
+not fit, 128 + n ended by signal n, 141 its output was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowres import __version__, checkpoint, memory, ranks
+from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import load_config, to_toml
 from lowres.data import open_data, open_text, prepare
@@ -28,40 +30,48 @@ from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import sample
 from lowres.speed import bench, with_random_tokens
+from lowres.stopping import Left
 from lowres.sweep import sweep
 from lowres.trainer import train
 
 Commands = argparse._SubParsersAction  # the type has no public name
+LOST = 128 + 13  # as a program that SIGPIPE ends
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     prepare_cuda()
-    parsed = _parser().parse_args(arguments)
+    with terminal.guard():
+        parsed = _parser().parse_args(arguments)
+        code = _run(parsed)
+        sys.stdout.flush()
+        if code == 0 and "stdout" in terminal.lost() and parsed.command in _PRINTING:
+            return LOST  # its output was its purpose
+    return code
+
+
+def _run(parsed: argparse.Namespace) -> int:
     try:
         return parsed.command(parsed) or 0
-    except BrokenPipeError:  # `| head` has closed the pipe
-        sys.stderr.close()
     except UserError as error:
         if not ranks.is_first():
             ranks.let_the_first_speak()
-        print(f"lowres: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except OSError as error:  # of a disk or a permission; the text names the file
-        print(f"lowres: {error}", file=sys.stderr)
+        _complain(f"{error}; {disk.remedy(error)}")
         return UserError.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if ranks.is_first():
-            print(
-                "lowres: interrupted; to continue, give a run --resume, or start a sweep or data prepare "
-                "again",
-                file=sys.stderr,
-            )
-        return 130
+            _complain("interrupted; to continue, give a run --resume, or start a sweep or data prepare again")
+        return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
         raise
-    return 0
+
+
+def _complain(text: str) -> None:
+    print(f"lowres: {terminal.clean(text)}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -223,6 +233,11 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<run.name>)")
     sub.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint")
     sub.add_argument(
+        "--restart",
+        action="store_true",
+        help="begin again at step 0; what the run's folder holds is moved into a folder old-1 in it",
+    )
+    sub.add_argument(
         "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
     )
 
@@ -251,8 +266,8 @@ def _not_negative_float(text: str) -> float:
 
 def _load(parsed: argparse.Namespace) -> Config:
     config, notes = load_config(parsed.config, parsed.overrides)
-    for note in notes if ranks.is_first() else ():
-        print(f"note: {note}", file=sys.stderr)
+    for note in notes:
+        ranks.say(f"note: {note}")
     return config
 
 
@@ -261,7 +276,7 @@ def _train(parsed: argparse.Namespace) -> None:
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
-    train(config, folder, parsed.resume, parsed.profile)
+    train(config, folder, parsed.resume, parsed.profile, parsed.restart)
 
 
 def _launch(parsed: argparse.Namespace) -> int:
@@ -275,6 +290,7 @@ def _launch(parsed: argparse.Namespace) -> int:
     arguments += ["--run", str(parsed.run)] if parsed.run else []
     arguments += ["--init-from", parsed.init_from] if parsed.init_from else []
     arguments += ["--resume"] if parsed.resume else []
+    arguments += ["--restart"] if parsed.restart else []
     return ranks.launch(arguments, parsed.gpus, parsed.hostfile)
 
 
@@ -334,8 +350,8 @@ def _prepare(parsed: argparse.Namespace) -> None:
         max_tokens=parsed.max_tokens,
     )
     for note in summary["notes"]:
-        print(f"note: {note}", file=sys.stderr)
-    print(
+        ranks.say(f"note: {note}")
+    _print(
         f"{parsed.out}: {summary['train_tokens']:,} training tokens, {summary['val_tokens']:,} for "
         f"validation, {summary['vocab_size']} pieces"
     )
@@ -343,7 +359,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
-    print(
+    _print(
         sample(
             engine,
             tokenizer,
@@ -387,8 +403,8 @@ def _folders(path: Path) -> list[Path]:
 
 def _list(parsed: argparse.Namespace) -> None:
     for folder in _folders(parsed.folder):
-        size = sum(f.stat().st_size for f in folder.iterdir()) / memory.GIB
-        print(f"{folder}  {size:.3f} GiB")
+        size = sum(f.lstat().st_size for f in folder.iterdir()) / memory.GIB
+        _print(f"{folder}  {size:.3f} GiB")
 
 
 def _verify(parsed: argparse.Namespace) -> None:
@@ -396,12 +412,21 @@ def _verify(parsed: argparse.Namespace) -> None:
     for folder in _folders(parsed.folder):
         problems = checkpoint.verify(folder)
         damaged += bool(problems)
-        print(f"{folder}: {'; '.join(problems) or 'ok'}")
+        _print(f"{folder}: {'; '.join(problems) or 'ok'}")
     if damaged:
         raise CheckFailed(
             f"damaged checkpoints in {parsed.folder}: {damaged}; --resume uses the newest valid one"
         )
 
 
+def _print(text: str) -> None:
+    """Print a result that holds text of files."""
+    print(terminal.clean(text))
+
+
 def _config(parsed: argparse.Namespace) -> None:
     print(to_toml(_load(parsed) if parsed.config else Config()), end="")
+
+
+# commands whose result is what they print
+_PRINTING = (_plan, _bench, _sample, _eval, _list, _verify, _config)

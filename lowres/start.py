@@ -199,7 +199,7 @@ def _find_checkpoint(
 ) -> tuple[Path | None, State | None, list[tuple[Path, str]]]:
     """The newest valid checkpoint of a resumed run, the same on all ranks, and its state; newer ones that are
     damaged, with what is wrong."""
-    _require_folder(folder)
+    require_folder(folder)
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if restart:
         return None, None, []
@@ -247,7 +247,7 @@ def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
     )
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
     """Raise UserError if there cannot be a folder of this name, or if nothing may be written there."""
     there = folder.absolute()
     while not (there.exists() or there.is_symlink()):

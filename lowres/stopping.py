@@ -1,7 +1,7 @@
 """How a run ends before its last step: a signal or a time limit, which first let it finish a step and save.
 
-SIGINT (Ctrl-C), SIGTERM (Slurm, systemd, a spot machine) and SIGHUP (a closed terminal) are a request. A second
-one leaves at once. A signal that the process ignores from its start (nohup) stays ignored.
+SIGINT (Ctrl-C), SIGTERM (Slurm, systemd, a spot machine) and SIGHUP (a closed terminal) are a request. A
+second one leaves at once. A signal that the process ignores from its start (nohup) stays ignored.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from lowres import __version__, checkpoint, disk, lock, metrics, ranks
@@ -37,7 +38,7 @@ from lowres.running import Run
 from lowres.runs import CHECKPOINTS, METRICS, SUMMARY
 from lowres.sample import sample
 from lowres.speed import RunProfile
-from lowres.start import begin, is_finished
+from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
 
 # so often a rollback may pass over a batch at the same step
@@ -54,9 +55,10 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
     began = time.monotonic()
     profile = RunProfile(profiled if ranks.is_first() else 0, folder)
     profile.require(config.train.total_steps)
+    require_folder(folder)
     with ExitStack() as stack:
-        if ranks.is_first():
-            stack.enter_context(lock.held(folder))
+        if ranks.is_first() and (note := stack.enter_context(lock.held(folder)).note):
+            say(f"note: {note}")
         run, step = begin(config, folder, resume, restart)
         stopper = stack.enter_context(Stopper(config.train.max_minutes, began))
         loop = _Loop(run, step, stopper, profile)
@@ -65,12 +67,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         except (UserError, OSError) as error:
             loop.leave(error)
         if reason:
-            run.events.say(
-                "stopped",
-                f"stopped by {reason} after step {loop.step}, which is saved; to go on, repeat the command "
-                "with --resume",
-                step=loop.step,
-            )
+            run.events.say("stopped", loop.what_is_saved(reason), step=loop.step, saved=loop.saved)
             return
         _finish(run, time.monotonic() - began)
 
@@ -123,12 +120,10 @@ class _Loop:
 
             # ---- one step
             batch = self.ahead.batch(self.step)
-            before, schedule, limits = time.perf_counter(), factor(config, self.step), run.watch.limits()
+            before, schedule = time.perf_counter(), factor(config, self.step)
             self.in_step = True
             with self.profile.step(run.parts.rooms, self.step), run.parts.meter.watch("step"):
-                report = run.parts.engine.step(
-                    batch, self.step, schedule, limits=limits.norms, loss_limit=limits.loss
-                )
+                report = self.take_step(batch, schedule)
             self.in_step = False
             seconds = time.perf_counter() - before
             self.longest = max(self.longest, seconds)
@@ -144,6 +139,7 @@ class _Loop:
                 say(f"step {self.step}: {_merge_text(record)}")
             if text := self.profile.report():
                 say(text)
+            self.notice_memory()
             self.judge(run.watch.see(self.step, report), report)
         self.close()
         return ""
@@ -158,6 +154,28 @@ class _Loop:
 
     def _ahead(self) -> ReadAhead:
         return ReadAhead(self.run.batch, self.total)
+
+    def take_step(self, batch: Tensor, schedule: float) -> StepReport:
+        run, limits = self.run, self.run.watch.limits()
+        engine = run.parts.engine
+        try:
+            return engine.step(batch, self.step, schedule, limits=limits.norms, loss_limit=limits.loss)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"training: step {self.step + 1} ran out of GPU memory with a micro-batch of "
+                f"{engine.micro_batch} ({str(error).splitlines()[0]}); close other programs on this GPU, or "
+                "lower memory.budget_gib, and go on from the last checkpoint with --resume"
+            ) from None
+
+    def notice_memory(self) -> None:
+        """Remember that the engine had to lower the micro-batch."""
+        run, now = self.run, self.run.parts.engine.micro_batch
+        if now < (run.micro_batch or run.parts.plan.micro_batch):
+            before, run.micro_batch = run.micro_batch or run.parts.plan.micro_batch, now
+            text = f"note: step {self.step} ran out of GPU memory; micro-batches are now {now}, not {before}"
+            run.events.say("memory", text, step=self.step, micro_batch=now)
 
     def evaluate(self) -> dict[str, float]:
         run = self.run
@@ -259,6 +277,14 @@ class _Loop:
 
     # ---- the end
 
+    def what_is_saved(self, reason: str) -> str:
+        """The last line of a run that was asked to stop."""
+        again = "to go on, repeat the command with --resume"
+        if self.saved == self.step:
+            return f"stopped by {reason}: step {self.step} is saved; {again}"
+        last = f"step {self.saved} is the last that is saved" if self.saved else "nothing is saved"
+        return f"stopped by {reason}: the numbers of step {self.step} were wrong, so {last}; {again}"
+
     def close(self) -> None:
         self.bar.close()
         self.log.close()
@@ -270,12 +296,12 @@ class _Loop:
         if isinstance(error, OSError):
             error = UserError(f"{error}; {disk.remedy(error)}")
         step, note = self.step, ""
-        if not (self.in_step or isinstance(error, CheckFailed) or step == self.saved):
-            note = self._save_at_the_end()
-        elif isinstance(error, CheckFailed) and run.watch.doubtful:
+        unsaved = not self.in_step and step != self.saved
+        if unsaved and (run.watch.doubtful or not isinstance(error, CheckFailed)):
             note = self._save_at_the_end()
         run.events.write("stopped", step=step, error=str(error))
-        raise type(error)(f"{error}{note}") if note else error
+        error.args = (f"{error}{note}",)
+        raise error
 
     def _save_at_the_end(self) -> str:
         """Save in the folder or elsewhere; returns what to add to the error."""
@@ -299,7 +325,10 @@ class _Loop:
                 f". Step {self.step} is saved in {saved}: move this folder into {run.folder / CHECKPOINTS}/ "
                 "and go on with --resume"
             )
-        return f". Step {self.step} is saved in {place}, where the folder is now; go on with --run {place} --resume"
+        return (
+            f". Step {self.step} is saved in {place}, where the folder is now; go on with --run {place} "
+            "--resume"
+        )
 
 
 def _due(step: int, every: int, total: int) -> bool:

@@ -32,6 +32,10 @@ FLOORS = {
     "optim": 5,
     "data": 5,
     "checkpoint": 5,
+    "events": 2,
+    "stopping": 2,
+    "health": 7,
+    "running": 9,
     "metrics": 5,
     "device": 6,
     "engine": 6,
@@ -43,11 +47,11 @@ FLOORS = {
     "probe": 8,
     "runs": 8,
     "sweep": 8,
-    "start": 9,
+    "start": 10,
     "speed": 9,
-    "trainer": 10,
-    "cli": 11,
-    "__main__": 12,
+    "trainer": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 
 
