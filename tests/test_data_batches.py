@@ -20,7 +20,7 @@ from lowres.data import survey as survey_module
 from lowres.data.ahead import ReadAhead
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.data.folder import Job
-from lowres.data.shards import HEADER_BYTES, open_shard
+from lowres.data.shards import HEADER_BYTES, Shard
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
 
@@ -56,7 +56,7 @@ def copy(folder: Path, to: Path) -> Path:
 
 def shards(folder: Path, part: str) -> list[list[int]]:
     entries = json.loads((folder / "data.json").read_text())[part]
-    return [open_shard(folder / entry["file"]).tolist() for entry in entries]
+    return [Shard(folder / entry["file"]).read().tolist() for entry in entries]
 
 
 def windows_of(shards: list[list[int]], seq: int = SEQ) -> Counter[tuple[int, ...]]:

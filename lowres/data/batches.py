@@ -9,19 +9,18 @@ sequences g = step * sequences + i, plus an offset if the batch size of the run 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowres.data.folder import hash_of, read_manifest
-from lowres.data.shards import open_shard, shard_name
+from lowres.data.manifest import Complete, Entry, hash_of, open_tokenizer, read_complete
+from lowres.data.shards import Shard
 from lowres.data.stream import BlockStream
-from lowres.data.tokenizer import Tokenizer
 from lowres.errors import UserError
 from lowres.rng import make_key, permutation
 
@@ -49,30 +48,28 @@ class TokenData:
         self.folder = folder
         self.seq_len = seq_len
         self._stream = stream
-        manifest = stream.state if stream else read_manifest(folder, "data.json")
-        self.tokenizer = Tokenizer(folder / "tokenizer.model")
-        if self.tokenizer.fingerprint != manifest["tokenizer"]:
-            raise UserError(f"{self.tokenizer.path}: changed; remove the folder and prepare the data again")
+        manifest = stream.state if stream else read_complete(folder)
+        self.tokenizer = open_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
-        self.notes: list[str] = list(manifest["notes"])
-        self._train = _Shards(folder, manifest["train"])
+        self.notes: list[str] = list(manifest.notes)
+        self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         self._order: _GlobalOrder | _BlockOrder
         if stream:
             # later blocks are unknown, but the arguments determine them
-            self.fingerprint = hash_of(manifest["arguments"] | {"source": None}, manifest["tokenizer"])
-            first = [len(self._train.tokens(0))] if stream.has(0) else []
-            self._check_length(first)
+            self.fingerprint = hash_of(manifest.arguments.model_dump() | {"source": None}, manifest.tokenizer)
+            self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
             self._order = _BlockOrder(stream, self._train, seq_len, seed)
         else:
-            self.fingerprint = manifest["fingerprint"]
+            assert isinstance(manifest, Complete)
+            self.fingerprint = manifest.fingerprint
             self._check_length(self._train.lengths())
             self._order = _GlobalOrder([_windows(n, seq_len) for n in self._train.lengths()], seed)
             self._train.verify_if_small()
         if validation_folder is None:
-            self._validation = _Shards(folder, manifest["val"])
+            self._validation = _Shards(folder, self.vocab_size, lambda: manifest.val)
         else:
-            other = read_manifest(validation_folder, "data.json")
-            self._validation = _Shards(validation_folder, other["train"] + other["val"])
+            other = read_complete(validation_folder)
+            self._validation = _Shards(validation_folder, self.vocab_size, lambda: other.train + other.val)
         self._validation.verify_if_small()
 
     def _check_length(self, shards: list[int]) -> None:
@@ -90,7 +87,7 @@ class TokenData:
         if self._stream is None:
             return sum(self._train.lengths())
         blocks = self._stream.length()
-        return None if blocks is None else sum(len(self._train.tokens(i)) for i in range(blocks))
+        return None if blocks is None else sum(len(self._train.shard(i)) for i in range(blocks))
 
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].
@@ -100,8 +97,7 @@ class TokenData:
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
         for i in range(sequences):
             shard, window = self._order.locate(offset + step * sequences + i)
-            start = window * self.seq_len
-            batch[i] = self._train.tokens(shard)[start : start + self.seq_len + 1]
+            batch[i] = self._train.shard(shard).read(window * self.seq_len, self.seq_len + 1)
         return torch.from_numpy(batch)
 
     def validation(self, max_tokens: int) -> Tensor:
@@ -145,38 +141,39 @@ def _windows(tokens: int, seq_len: int) -> int:
 class _Shards:
     """The shards of one kind, each opened and verified when it is first used.
 
-    `entries`: from the manifest; a stream may have written more shards since.
+    `entries`: from the manifest; those of a stream become more.
     """
 
-    def __init__(self, folder: Path, entries: list[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, vocab_size: int, entries: Callable[[], list[Entry]]) -> None:
         self._folder = folder
+        self._vocab_size = vocab_size
         self._entries = entries
-        self._open: dict[int, np.ndarray] = {}
+        self._open: dict[int, Shard] = {}
 
     def lengths(self) -> list[int]:
-        return [entry["tokens"] for entry in self._entries]
+        return [entry.tokens for entry in self._entries()]
 
     def verify_if_small(self) -> None:
         if sum(self.lengths()) * 4 < VERIFY_AT_ONCE_BYTES:
-            for i in range(len(self._entries)):
-                self.tokens(i)
+            for i in range(len(self._entries())):
+                self.shard(i)
 
-    def tokens(self, i: int) -> np.ndarray:
+    def shard(self, i: int) -> Shard:
         if i not in self._open:
-            known = i < len(self._entries)
-            name = self._entries[i]["file"] if known else shard_name("train", i)
-            recorded = self._entries[i]["crc32"] if known else None
-            self._open[i] = open_shard(self._folder / name, recorded=recorded)
+            entry = self._entries()[i]
+            self._open[i] = Shard(
+                self._folder / entry.file, self._vocab_size, tokens=entry.tokens, crc32=entry.crc32
+            )
         return self._open[i]
 
     def head(self, count: int | None) -> np.ndarray:
         """int64: the first `count` tokens of the shards in order (None: all)."""
         parts: list[np.ndarray] = [np.empty(0, np.int64)]
-        for i in range(len(self._entries)):
+        for i in range(len(self._entries())):
             left = None if count is None else count - sum(map(len, parts))
             if left == 0:
                 break
-            parts.append(self.tokens(i)[:left].astype(np.int64))
+            parts.append(self.shard(i).read(0, left).astype(np.int64))
         return np.concatenate(parts)
 
 
@@ -221,7 +218,7 @@ class _BlockOrder:
         self._order = order
 
     def _windows_of(self, block: int) -> int:
-        return _windows(len(self._blocks.tokens(block)), self._seq_len)
+        return _windows(len(self._blocks.shard(block)), self._seq_len)
 
     def locate(self, sequence: int) -> tuple[int, int]:
         """(block, window in it)"""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lowres.config import DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
-from lowres.data.folder import SHARD_TOKENS, Job, read_manifest
+from lowres.data.folder import SHARD_TOKENS, Job
+from lowres.data.manifest import DATA, Manifest, found_in, open_tokenizer, read_complete
 from lowres.data.prepare import run, with_ends
 from lowres.data.sources import documents, is_stream
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
@@ -34,8 +35,10 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         _check_pieces(config.vocab_size, vocab_size)
     if not is_stream(config.source):
         folder = ensure_prepared(config, vocab_size, progress)
-        _check_pieces(read_manifest(folder, "data.json")["vocab_size"], vocab_size)
-        data = TokenData(folder, config.seq_len, seed, _validation_folder(config, folder, progress))
+        manifest = read_complete(folder)
+        _check_pieces(manifest.vocab_size, vocab_size)
+        validation = _validation_folder(config, folder, manifest, progress)
+        data = TokenData(folder, config.seq_len, seed, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
@@ -44,7 +47,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
-        validation = _validation_folder(config, stream.folder, progress)
+        validation = _validation_folder(config, stream.folder, stream.state, progress)
         return TokenData(stream.folder, config.seq_len, seed, validation, stream)
     except BaseException:
         stream.close()
@@ -60,8 +63,8 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
         folder = _cache_folder(config, job)
         run(job, folder, progress)
         return folder
-    manifest = read_manifest(folder, "data.json")
-    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != manifest["tokenizer"]:
+    recorded = read_complete(folder).tokenizer
+    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != recorded:
         raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
     return folder
 
@@ -71,7 +74,7 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
     validation tokens, which must come from this tokenizer."""
     folder = _as_prepared(source)
     if folder is not None:
-        if read_manifest(folder, "data.json")["tokenizer"] != tokenizer.fingerprint:
+        if read_complete(folder).tokenizer != tokenizer.fingerprint:
             raise UserError(
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
@@ -92,18 +95,18 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
     )
 
 
-def _validation_folder(config: DataConfig, training: Path, progress: bool) -> Path | None:
+def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, progress: bool) -> Path | None:
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = Tokenizer(training / "tokenizer.model")
+    tokenizer = open_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
         job = Job(config.val_source, str(tokenizer.path), max_tokens=limit, hold_out=False)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
-    elif read_manifest(folder, "data.json")["tokenizer"] != tokenizer.fingerprint:
+    elif read_complete(folder).tokenizer != tokenizer.fingerprint:
         raise UserError(
             f"data.val_source: {folder} was prepared with another tokenizer than the training data; "
             f"prepare it with --tokenizer {tokenizer.path}"
@@ -116,13 +119,14 @@ def _as_prepared(source: str) -> Path | None:
     folder = Path(source).expanduser()
     if source == "stdlib" or is_stream(source):
         return None
-    if (folder / "data.json").exists():
+    found = found_in(folder)
+    if found is None:
+        return None
+    if found == DATA:
         return folder
-    if (folder / "progress.json").exists():
-        raise UserError(
-            f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
-        )
-    return None
+    raise UserError(
+        f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
+    )
 
 
 def _cache_folder(config: DataConfig, job: Job) -> Path:

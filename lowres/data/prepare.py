@@ -11,26 +11,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from lowres.data.folder import (
-    FORMAT,
     SHARD_TOKENS,
     Job,
-    Manifest,
     find_manifest,
     finish,
-    is_complete,
+    forget_progress,
     locked,
-    read_manifest,
     store_shard,
-    write_manifest,
 )
-from lowres.data.shards import shard_name, token_dtype, write_atomically
+from lowres.data.manifest import (
+    FORMAT,
+    PROGRESS,
+    TOKENIZER,
+    Complete,
+    Entry,
+    HeldOutRecord,
+    Position,
+    Progress,
+    Started,
+    open_tokenizer,
+    read_complete,
+    write,
+)
+from lowres.data.shards import shard_name, token_dtype, write_file
 from lowres.data.sources import numbered_documents
 from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, train
@@ -48,7 +59,7 @@ def prepare(
     max_tokens: int | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
-) -> Manifest:
+) -> dict[str, Any]:
     """Tokenise a source into the folder `out`; returns the content of its data.json.
 
     `tokenizer`: path of a SentencePiece model; without it, one with `vocab_size` pieces is trained (the
@@ -57,36 +68,36 @@ def prepare(
     cannot be used, nothing is written.
     """
     job = Job(source, tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
-    return run(job, Path(out), progress)
+    return run(job, Path(out), progress).model_dump()
 
 
-def run(job: Job, out: Path, progress: bool) -> Manifest:
+def run(job: Job, out: Path, progress: bool) -> Complete:
     """Do the whole job; see `prepare`."""
     with started(job, out, progress) as state:
         found = []
-        if is_complete(state):
+        if isinstance(state, Complete):
             found = [f"{out} is already prepared; nothing was done"]
-        elif state["train"]:
-            found = [f"{out}: continued after shard {len(state['train'])} of an interrupted preparation"]
+        elif state.train:
+            found = [f"{out}: continued after shard {len(state.train)} of an interrupted preparation"]
         for _ in write_shards(job, out, state, progress):
             pass
-        finished = read_manifest(out, "data.json")
-    return finished | {"notes": finished["notes"] + found}
+        finished = read_complete(out)
+    return finished.model_copy(update={"notes": finished.notes + found})
 
 
 @contextmanager
-def started(job: Job, out: Path, progress: bool) -> Iterator[Manifest]:
+def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete]:
     """The manifest of a job that has at least its tokenizer and validation data.
 
     Unless the job is complete, the folder is locked against other processes in the meantime.
     """
     state = find_manifest(job, out)
-    if state is not None and is_complete(state):
-        (out / "progress.json").unlink(missing_ok=True)
+    if isinstance(state, Complete):
+        forget_progress(out)
         yield state
         return
     # the long part comes before anything is written: it finds every error of a local source
-    plan = None if _is_planned(state) else _plan(job, progress)
+    plan = None if isinstance(state, Progress) else _plan(job, progress)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -94,14 +105,10 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Manifest]:
     with locked(out):
         # another process may have worked here in the meantime
         state = find_manifest(job, out)
-        if plan is not None and not _is_planned(state):
+        if plan is not None and not isinstance(state, Progress | Complete):
             state = _write_plan(job, out, plan)
-        assert state is not None, "the plan was written, but its manifest is missing"
+        assert isinstance(state, Progress | Complete), "the plan was written, but its manifest is missing"
         yield state
-
-
-def _is_planned(state: Manifest | None) -> bool:
-    return state is not None and "val" in state
 
 
 # ---------------------------------------------------------------------------- first pass
@@ -133,65 +140,59 @@ def _default_vocab(seen: Survey) -> int:
     return 4096 if seen.characters < 20_000_000 else 8192
 
 
-def _write_plan(job: Job, out: Path, plan: _Plan) -> Manifest:
+def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     """Write tokenizer, validation data and progress.json."""
-    state: Manifest = {"format": FORMAT, "arguments": job.arguments}
     # marks the folder as this job's, in case the next lines are interrupted
-    write_manifest(out, "progress.json", state)
-    write_atomically(out / "tokenizer.model", plan.model)
-    tokenizer = Tokenizer(out / "tokenizer.model")
+    write(out / PROGRESS, Started(format=FORMAT, arguments=job.arguments))
+    write_file(out / TOKENIZER, plan.model)
+    tokenizer = Tokenizer(out / TOKENIZER)
     val = []
     if plan.survey.validation:
         ids = tokenizer.encode_batch(plan.survey.validation)
         tokens = np.concatenate([with_ends(tokenizer, of_document) for of_document in ids])
         val = [store_shard(out, shard_name("val", 0), tokens, tokenizer)]
-    state |= {
-        "tokenizer": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "characters": plan.survey.characters if plan.survey.complete else None,
-        "notes": plan.notes,
-        "held_out": asdict(plan.survey.held_out) | {"hashes": sorted(plan.survey.held_out.hashes)},
-        "val": val,
-        "train": [],
-        "next": asdict(_Position(0, 0)),
-    }
-    write_manifest(out, "progress.json", state)
+    held_out = plan.survey.held_out
+    state = Progress(
+        format=FORMAT,
+        arguments=job.arguments,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        notes=plan.notes,
+        val=val,
+        train=[],
+        characters=plan.survey.characters if plan.survey.complete else None,
+        held_out=HeldOutRecord(
+            hashes=sorted(held_out.hashes), tail_row=held_out.tail_row, tail_start=held_out.tail_start
+        ),
+        next=Position(row=0, offset=0),
+    )
+    write(out / PROGRESS, state)
     return state
 
 
 # ---------------------------------------------------------------------------- second pass
 
 
-@dataclass(frozen=True)
-class _Position:
-    """The first token that is not stored yet: token `offset` of the document at row `row`."""
-
-    row: int
-    offset: int
-
-
-def write_shards(job: Job, out: Path, state: Manifest, progress: bool) -> Iterator[int]:
+def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool) -> Iterator[list[Entry]]:
     """Write the missing training shards, and data.json at the end.
 
-    Yields the number of shards so far after each one. `state` comes from `started`.
+    Yields the entries of all shards so far after each one. `state` comes from `started`.
     """
-    if is_complete(state):
+    if isinstance(state, Complete):
         return
-    tokenizer = Tokenizer(out / "tokenizer.model")
-    if tokenizer.fingerprint != state["tokenizer"]:
-        raise UserError(f"{tokenizer.path}: changed; remove the folder and prepare the data again")
-    held_out = HeldOut(**state["held_out"] | {"hashes": frozenset(state["held_out"]["hashes"])})
-    position = _Position(**state["next"])
-    left = (job.max_tokens or sys.maxsize) - sum(shard["tokens"] for shard in state["train"])
+    tokenizer = open_tokenizer(out, state)
+    record = state.held_out
+    held_out = HeldOut(frozenset(record.hashes), record.tail_row, record.tail_start)
+    left = (job.max_tokens or sys.maxsize) - sum(shard.tokens for shard in state.train)
     with tqdm(
-        desc="tokenising", total=state["characters"], unit=" chars", unit_scale=True, **quiet_bar(progress)
+        desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
     ) as bar:
-        documents = _encoded(job.source, tokenizer, held_out, position.row, bar)
-        for tokens, following in _cut(documents, position, job.shard_tokens, left, tokenizer.vocab_size):
-            shard = store_shard(out, shard_name("train", len(state["train"])), tokens, tokenizer)
-            state = state | {"train": [*state["train"], shard], "next": asdict(following)}
-            write_manifest(out, "progress.json", state)
-            yield len(state["train"])
+        documents = _encoded(job.source, tokenizer, held_out, state.next.row, bar)
+        for tokens, following in _cut(documents, state.next, job.shard_tokens, left, tokenizer.vocab_size):
+            shard = store_shard(out, shard_name("train", len(state.train)), tokens, tokenizer)
+            state = state.model_copy(update={"train": [*state.train, shard], "next": following})
+            write(out / PROGRESS, state)
+            yield state.train
     finish(out, state)
 
 
@@ -224,8 +225,8 @@ def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 
 
 def _cut(
-    documents: Iterator[tuple[int, np.ndarray]], position: _Position, size: int, left: int, vocab_size: int
-) -> Iterator[tuple[np.ndarray, _Position]]:
+    documents: Iterator[tuple[int, np.ndarray]], position: Position, size: int, left: int, vocab_size: int
+) -> Iterator[tuple[np.ndarray, Position]]:
     """At most `left` tokens of the documents, beginning at `position`, in parts of `size` tokens (the last
     may be shorter), each with the position after it. A part is valid until the next one is requested."""
     buffer = np.empty(min(size, left), token_dtype(vocab_size))
@@ -238,7 +239,7 @@ def _cut(
             buffer[filled : filled + take] = ids[start : start + take]
             filled += take
             start += take
-            following = _Position(row, start)
+            following = Position(row=row, offset=start)
             if filled == min(size, left):
                 yield buffer[:filled], following
                 left -= filled

@@ -14,6 +14,7 @@ changing its tokens, and several threads encode the parts of long documents.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lowres.data.sources import without_surrogates
+from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -48,25 +50,36 @@ class Tokenizer:
     file. Raises UserError if the file is not such a model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, fingerprint: str | None = None, remedy: str | None = None) -> None:
+        """fingerprint: that of the file, if it is known; then a changed file is never given to SentencePiece.
+        remedy: what the user should do if the file is missing, changed or damaged."""
         path = Path(path)
         try:
-            model = path.read_bytes()
+            model = read_whole(path)
         except OSError as error:
-            raise UserError(f"tokenizer {path}: cannot be read ({error.strerror})") from None
+            if error.errno not in (errno.ENOENT, errno.EINVAL):  # or not an ordinary file
+                raise DiskError(path, error, "read") from None
+            raise UserError(
+                f"tokenizer {path}: cannot be read ({what_failed(error)}); "
+                f"{remedy or 'give the path of a SentencePiece model'}"
+            ) from None
+        self.path = path
+        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
+        if fingerprint not in (None, self.fingerprint):
+            raise UserError(f"tokenizer {path}: changed; {remedy or 'put the original back'}")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             # SentencePiece accepts an empty file as a model without pieces
             if not model or not self._processor.LoadFromSerializedProto(model + _NO_NORMALISATION):
                 raise RuntimeError
-        except RuntimeError:
-            raise UserError(f"tokenizer {path}: not a SentencePiece model") from None
-        self.path = path
-        self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.bos_id: int = self._processor.bos_id()
-        self.eos_id: int = self._processor.eos_id()
-        self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
+            self.vocab_size: int = self._processor.get_piece_size()
+            self.bos_id: int = self._processor.bos_id()
+            self.eos_id: int = self._processor.eos_id()
+            self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
+        except (RuntimeError, ValueError, IndexError, TypeError, OSError):
+            raise UserError(
+                f"tokenizer {path}: not a SentencePiece model, or damaged; {remedy or 'give another file'}"
+            ) from None
         byte_ids = {self._bytes_of[i]: i for i in range(self.vocab_size) if self._processor.is_byte(i)}
         if len(byte_ids) < 256:
             raise UserError(
