@@ -27,7 +27,7 @@ import gpu_steps  # noqa: E402
 
 from lowres import checkpoint, memory, rooms  # noqa: E402
 from lowres.config import Config  # noqa: E402
-from lowres.config_file import load_config, to_toml  # noqa: E402
+from lowres.config_file import load_config, to_values  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
 from lowres.engine import layerwise, working  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
@@ -37,7 +37,7 @@ from lowres.model import initialize  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
 from lowres.rules import moments  # noqa: E402
-from lowres.runs import CHECKPOINTS, CONFIG, initialize_from, training_engine  # noqa: E402
+from lowres.runs import CHECKPOINTS, initialize_from, training_engine  # noqa: E402
 from lowres.sample import sample  # noqa: E402
 
 # real widths, few layers, few tokens: seconds a case
@@ -197,9 +197,11 @@ def start() -> str:
 
 def save(trained: Trainee, folder: Path, step: int) -> Path:
     """A checkpoint in the folder of a run."""
-    (folder / CONFIG).write_text(to_toml(trained.config), "utf-8")
     units = ((unit.spec.name, unit.tensors()) for unit in trained.engine.units())
-    return checkpoint.save(folder / CHECKPOINTS, step, units, {"tokens": 0, "data": {}, "start": {}}, keep=0)
+    saved = checkpoint.step_folder(folder / CHECKPOINTS, step)
+    state = checkpoint.State(step=step, tokens=0, data="", start={}, config=to_values(trained.config))
+    checkpoint.write(saved, units, state, {})
+    return saved
 
 
 def saving(*overrides: str) -> str:

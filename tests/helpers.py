@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowres import metrics
+from lowres import checkpoint, metrics
 from lowres.cli import main
 from lowres.config import Config, ModelConfig
 from lowres.config_file import parse_config
@@ -160,6 +160,18 @@ def relora_config(weights: str = "fp32", engine: str = "layerwise", **more: Any)
         section, _, name = key.partition("__")
         sections[section][name] = value
     return make_config(**sections)
+
+
+def save_checkpoint(
+    checkpoints: Path, step: int, units: Iterable[tuple[str, Mapping[str, Tensor]]], keep: int = 0
+) -> Path:
+    """Write a checkpoint, and delete what the rule does not keep; earlier ones count as good."""
+    good = {at for path in checkpoint.find(checkpoints) if (at := checkpoint.step_of(path)) is not None}
+    kept = checkpoint.Kept(checkpoints, keep, good=good)
+    place = kept.make_way(step)
+    checkpoint.write(place, units, checkpoint.State(step=step, tokens=step * 10, data="", start={}), {})
+    kept.add(step)
+    return place
 
 
 def stored_tensors(units: Units) -> dict[str, Tensor]:

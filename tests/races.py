@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowres
-from lowres import checkpoint, rooms
+from lowres import rooms
+from lowres.checkpoint import tensors
 from lowres.optim import optimizer
 from lowres.rooms import HOST, Rooms
 
@@ -143,9 +144,9 @@ class Detector:
         enter(mock.patch.object(optimizer, "kind_of", lambda _: "cuda"))  # other code has no difference here
         enter(mock.patch.object(rooms, "STREAMED", (*rooms.STREAMED, "cpu")))
         enter(mock.patch.object(Rooms, "slab", self._slab(Rooms.slab)))
-        enter(mock.patch.object(checkpoint, "_bounce", self._bounce(checkpoint._bounce)))
-        enter(mock.patch.object(checkpoint, "_on_host", self.is_of_host))
-        enter(mock.patch.object(checkpoint, "_read_into", self._read_into(checkpoint._read_into)))
+        enter(mock.patch.object(tensors, "_bounce", self._bounce(tensors._bounce)))
+        enter(mock.patch.object(tensors, "_on_host", self.is_of_host))
+        enter(mock.patch.object(tensors, "_fill", self._read_into(tensors._fill)))
         enter(_Calls(self))
         enter(_Operations(self))
         return self
@@ -259,10 +260,10 @@ class Detector:
         return lambda: self.on_host(make())
 
     def _read_into(self, read: Callable[..., None]) -> Callable[..., None]:
-        def read_into(file: Any, tensor: Tensor, bounce: Tensor) -> None:
+        def read_into(file: Any, tensor: Tensor, *more: Any) -> None:
             if self.is_of_host(tensor):
                 self.touch([(tensor, True)], self.host, "reading a file")
-            read(file, tensor, bounce)
+            read(file, tensor, *more)
 
         return read_into
 

@@ -19,6 +19,7 @@ from lowres import checkpoint
 from lowres.errors import DoesNotFit, UserError
 from lowres.meter import LiveTensors
 from lowres.storage import FORMATS
+from tests.helpers import save_checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -34,13 +35,13 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def save(folder: Path, step: int, keep: int = 0, seed: int = 0) -> Path:
     units = (("embed", tensors(seed)), ("layers.0", tensors(seed + 1)))
-    return checkpoint.save(folder, step, units, {"tokens": step * 10}, keep)
+    return save_checkpoint(folder, step, units, keep)
 
 
 def test_round_trip_and_format(tmp_path: Path) -> None:
     saved = save(tmp_path, 12)
     assert saved.name == "step_00000012" and checkpoint.verify(saved) == []
-    assert checkpoint.load_state(saved) == {"tokens": 120, "step": 12}
+    assert checkpoint.load_state(saved) == checkpoint.State(step=12, tokens=120, data="", start={})
     into = {k: torch.zeros_like(t) for k, t in tensors().items()}
     checkpoint.load_unit(saved, "layers.0", into)
     # the library reads what we wrote, and we read what it would
@@ -57,7 +58,7 @@ def odd_tensors() -> dict[str, torch.Tensor]:
         "scalar": torch.tensor(1.5).bfloat16(),
         "transposed": torch.randn(7, 9).t(),
         "strided": torch.arange(40, dtype=torch.uint8)[::3],
-        "nan": torch.tensor([float("nan"), -0.0]),
+        "largest": torch.tensor([torch.finfo(torch.float32).max, -0.0, 1e-45]),
         'a "name" in \u00fcnicode!': torch.ones(1),
     }
 
@@ -66,10 +67,12 @@ def odd_tensors() -> dict[str, torch.Tensor]:
 def test_every_type_and_shape_is_what_the_library_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_host: bool
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PIECE_BYTES", 16)  # many pieces, some in the middle of an element
-    monkeypatch.setattr(checkpoint, "_on_host", lambda _: on_host)
+    monkeypatch.setattr(
+        checkpoint.tensors, "PIECE_BYTES", 16
+    )  # many pieces, some in the middle of an element
+    monkeypatch.setattr(checkpoint.tensors, "_on_host", lambda _: on_host)
     wanted = odd_tensors()
-    saved = checkpoint.save(tmp_path, 1, [("u", wanted)], {}, 0)
+    saved = save_checkpoint(tmp_path, 1, [("u", wanted)])
     assert checkpoint.verify(saved) == []
     save_file({k: t.contiguous() for k, t in wanted.items()}, saved / "library.safetensors")
     library = load_file(saved / "u.safetensors")
@@ -91,7 +94,7 @@ def test_every_type_and_shape_is_what_the_library_reads(
 @pytest.mark.gpu
 def test_a_device_passes_through_host_memory_in_pieces(tmp_path: Path) -> None:
     wanted = {"w": torch.randn(3000, 2000, device="cuda").bfloat16(), "updates": torch.tensor(3).cuda()}
-    saved = checkpoint.save(tmp_path, 1, [("u", wanted)], {}, 0)
+    saved = save_checkpoint(tmp_path, 1, [("u", wanted)])
     library = load_file(saved / "u.safetensors")
     into = {k: torch.zeros_like(t) for k, t in wanted.items()}
     checkpoint.load_unit(saved, "u", into)
@@ -101,7 +104,7 @@ def test_a_device_passes_through_host_memory_in_pieces(tmp_path: Path) -> None:
 
 def test_loading_needs_no_second_copy(tmp_path: Path) -> None:
     big = {"w": torch.randn(1000, 1000)}
-    saved = checkpoint.save(tmp_path, 1, [("embed", big)], {}, 0)
+    saved = save_checkpoint(tmp_path, 1, [("embed", big)])
     into = {"w": torch.zeros(1000, 1000)}
     with LiveTensors() as live:
         checkpoint.load_unit(saved, "embed", into)
@@ -114,14 +117,15 @@ import sys
 from pathlib import Path
 import torch
 from lowres import checkpoint
+from tests.helpers import save_checkpoint
 
 def memory(key):  # of this process; ru_maxrss would begin with its parent's
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) / 1024
 
 def round_trip(step, unit):
     for on_host in (True, False):
-        checkpoint._on_host = lambda _: on_host
-        saved = checkpoint.save(Path(sys.argv[1]), step, [("u", unit)], {}, 1)
+        checkpoint.tensors._on_host = lambda _: on_host
+        saved = save_checkpoint(Path(sys.argv[1]), step, [("u", unit)], 1)
         assert checkpoint.verify(saved) == []
         checkpoint.load_unit(saved, "u", unit)
 
@@ -157,8 +161,8 @@ def test_damage_is_found_and_an_older_checkpoint_used(tmp_path: Path, damage: st
         victim.unlink()
     (problem,) = checkpoint.verify(new)
     assert victim.name in problem
-    found, notes = checkpoint.newest_valid(tmp_path)
-    assert found == old and len(notes) == 1 and str(new) in notes[0]
+    found, damaged = checkpoint.newest_valid(tmp_path)
+    assert found == old and damaged == [(new, problem)]
 
 
 def test_keeps_the_newest_and_clears_what_a_kill_left(tmp_path: Path) -> None:
@@ -180,12 +184,12 @@ def test_a_failing_disk_leaves_the_old_checkpoints(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     if failure == "sync":
-        monkeypatch.setattr(checkpoint.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     try:
         if failure == "write":  # fails as a full disk does, in the middle of a file
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-        with pytest.raises(UserError, match=r"step_00000002.*(No space left|File too large)"):
-            checkpoint.save(tmp_path, 2, [("u", {"w": torch.zeros(1 << 20)})], {}, 0)
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            save_checkpoint(tmp_path, 2, [("u", {"w": torch.zeros(1 << 20)})])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == [old] and checkpoint.verify(old) == []

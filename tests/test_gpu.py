@@ -40,6 +40,7 @@ from tests.helpers import (
     make_batch,
     make_config,
     make_units,
+    save_checkpoint,
     train_and_kill,
 )
 
@@ -415,7 +416,7 @@ def test_a_checkpoint_is_read_into_place(tmp_path: Path) -> None:
     run = Run(config)
     run.steps(2)
     units = ((unit.spec.name, unit.tensors()) for unit in run.engine.units())
-    saved = checkpoint.save(tmp_path, 2, units, {}, keep=0)
+    saved = save_checkpoint(tmp_path, 2, units)
     assert checkpoint.verify(saved) == []
     other = Run(config)
     for unit in other.engine.units(write=True):

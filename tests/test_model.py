@@ -15,12 +15,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lowres import checkpoint
 from lowres.config import PRESETS, ModelConfig
 from lowres.engine import Choice, make_engine
 from lowres.model import Llama, empty_units, initialize, unit_specs
 from lowres.rooms import Rooms
-from tests.helpers import ROOMS, make_batch, make_config, make_optimizer, make_units
+from tests.helpers import ROOMS, make_batch, make_config, make_optimizer, make_units, save_checkpoint
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -110,7 +109,7 @@ def test_a_trained_checkpoint_is_that_of_transformers(variant: str, tmp_path: Pa
     for step in range(3):
         engine.step(make_batch(seed=step), step, 1.0)
     stored = ((unit.spec.name, unit.weight_tensors()) for unit in engine.units())
-    saved = checkpoint.save(tmp_path, 3, stored, {}, 1)
+    saved = save_checkpoint(tmp_path, 3, stored, 1)
     weights = {n: t for file in saved.glob("*.safetensors") for n, t in load_file(file).items()}
     theirs = reference(config.model)
     missing, unexpected = theirs.load_state_dict(weights, strict=False)

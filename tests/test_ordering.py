@@ -27,7 +27,7 @@ from lowres.model import Units, empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import GPU, HOST, Homes, Mover, Rooms, Slab, _page_locked
-from tests.helpers import CPU, RELORA, make_batch, make_config
+from tests.helpers import CPU, RELORA, make_batch, make_config, save_checkpoint
 from tests.races import Detector, Stream
 
 BLOCKS = tuple(f"layers.{i}" for i in range(4))
@@ -114,7 +114,7 @@ class Life:
 
     def save(self) -> Path:
         stored = ((unit.spec.name, unit.tensors()) for unit in self.engine.units())
-        return checkpoint.save(self.folder, self.steps, stored, {}, 1)
+        return save_checkpoint(self.folder, self.steps, stored, 1)
 
     def load(self, saved: Path) -> None:
         for unit in self.engine.units(write=True):

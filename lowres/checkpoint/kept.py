@@ -159,7 +159,8 @@ def require_disk(
     needed = max(bytes_per_checkpoint, all_kept) + others
     if free < needed:
         # not for keep = 1: the next lower value, 0, keeps all
-        fewer = f" or lower train.keep_checkpoints = {keep}" if keep > 1 and all_kept else ""
+        helps = keep > 1 and all_kept == needed - others
+        fewer = f" or lower train.keep_checkpoints = {keep}" if helps else ""
         besides = f" ({_size(others)} of them for the stream's tokens)" if others else ""
         raise DoesNotFit(
             f"checkpoints {checkpoints}: the disk has {_size(free)} free, but "

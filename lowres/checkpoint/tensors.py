@@ -42,6 +42,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_CHECKED = 1 << 18  # numbers whose finiteness is checked together
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 _Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
@@ -91,7 +92,7 @@ def read_header(file: BinaryIO) -> dict[str, Place]:
             raise Damaged("has tensors that overlap or leave gaps")
         at = place.end
     if at != size:
-        raise Damaged(f"has {size} bytes instead of {at}")
+        raise Damaged(f"is truncated at {size} bytes" if size < at else f"has {size} bytes instead of {at}")
     return found
 
 
@@ -157,11 +158,10 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 def _require_finite(name: str, piece: Tensor, dtype: torch.dtype) -> None:
     if not dtype.is_floating_point:
         return
-    numbers = piece.view(dtype)
-    # a sum is finite if all numbers are; only if it is not, it may still have been too large
-    wide = numbers.float() if dtype.itemsize == 1 else numbers
-    if not wide.sum(dtype=torch.float64).isfinite() and not wide.isfinite().all():
-        raise NotFinite(name)
+    for numbers in piece.view(dtype).split(_CHECKED):
+        wide = numbers.float() if dtype.itemsize == 1 else numbers  # isfinite does not know fp8
+        if not wide.isfinite().all():
+            raise NotFinite(name)
 
 
 def _bounce() -> Tensor:

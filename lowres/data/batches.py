@@ -33,7 +33,8 @@ class TokenData:
     """Training and validation tokens of a prepared folder, or of a stream.
 
     `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
-    changes whenever the batches may change; `train_tokens`, None until a stream has ended.
+    changes whenever the batches may change, and `validation_fingerprint` for the validation tokens;
+    `train_tokens`, None until a stream has ended.
     `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
     """
 
@@ -71,6 +72,7 @@ class TokenData:
             other = read_complete(validation_folder)
             self._validation = _Shards(validation_folder, self.vocab_size, lambda: other.train + other.val)
         self._validation.verify_if_small()
+        self.validation_fingerprint = self._validation.fingerprint()
 
     def _check_length(self, shards: list[int]) -> None:
         longest = max(shards, default=0)
@@ -149,6 +151,10 @@ class _Shards:
         self._vocab_size = vocab_size
         self._entries = entries
         self._open: dict[int, Shard] = {}
+
+    def fingerprint(self) -> str:
+        """Changes with the tokens."""
+        return hash_of([entry.crc32 for entry in self._entries()])
 
     def lengths(self) -> list[int]:
         return [entry.tokens for entry in self._entries()]
