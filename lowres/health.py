@@ -76,9 +76,10 @@ class Watch:
         return self._seen.model_dump()
 
     @property
-    def first_bad(self) -> bool:
-        """Whether the last step is the first bad one in a row."""
-        return self._seen.bad == 1
+    def worth_saying(self) -> bool:
+        """Whether the user should hear of the last step: it is the first bad one in a row, or a run that has
+        not learnt anything yet has had half of its patience."""
+        return self._seen.bad == (1 if self.doubtful else max(1, self._config.patience // 2))
 
     def go_back(self, kept: dict[str, Any] | None) -> None:
         """Continue from the `state` of a checkpoint."""

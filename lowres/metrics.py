@@ -79,10 +79,11 @@ class MetricsLog:
                 self.path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)
             )
         if step >= 0:
-            self._look_for_gaps(lines[: last + 1], step)
+            self._look_for_gaps(lines, step)
 
     def _look_for_gaps(self, lines: list[bytes], step: int) -> None:
-        unread = [i for i, line in enumerate(lines, 1) if _step(line) is None]
+        # a kill may leave a last line that is incomplete
+        unread = [i for i, line in enumerate(lines, 1) if line.endswith(b"\n") and _step(line) is None]
         if unread:
             self.notes.append(f"{self.path}: {_listed(unread, 'line')} cannot be read")
         logged = {record["step"] for line in lines if (record := _record(line)) and "loss" in record}

@@ -161,13 +161,17 @@ class Run:
             self.events.write("saved", text=text, **vars(one))
 
     def _not_finite(self, step: int | None, error: NotFinite) -> CheckFailed:
-        last = max(self.kept.good, default=None)
-        kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last} is kept"
         at = "" if step is None else f" at step {step}"
         return CheckFailed(
-            f"training: {error}{at} holds a number that is not finite, so it is not saved; {kept}; go on "
-            f"from it with --resume and a lower optim.lr than {self.config.optim.lr}"
+            f"training: {error}{at} holds a number that is not finite, so it is not saved; {self.way_on()}"
         )
+
+    def way_on(self) -> str:
+        """What to do after the numbers went wrong."""
+        last, lower = max(self.kept.good, default=None), f"a lower optim.lr than {self.config.optim.lr:g}"
+        if last is None:
+            return f"there is no good checkpoint; start again with --restart and {lower}"
+        return f"the checkpoint of step {last} is kept; go on from it with --resume and {lower}"
 
     def _units(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
         return ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())

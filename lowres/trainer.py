@@ -225,21 +225,19 @@ class _Loop:
             self.good, self.skipped_whole = self.step, True
         if verdict.spike:
             run.events.say("spike", f"step {self.step}: {verdict.spike}", step=self.step)
-        elif verdict.bad and run.watch.first_bad:
+        elif verdict.bad and run.watch.worth_saying:
             run.events.say("bad", f"step {self.step}: {verdict.bad}", step=self.step)
         if verdict.dead:
-            raise CheckFailed(self.why_dead(verdict))
+            raise CheckFailed(self.why_dead(verdict, report))
         if verdict.spike and run.config.health.spikes == "rollback":
             self.roll_back(verdict.spike)
 
-    def why_dead(self, verdict: Verdict) -> str:
-        run = self.run
-        last = max(run.kept.good, default=None)
-        kept = "there is no checkpoint" if last is None else f"the checkpoint of step {last} is kept"
+    def why_dead(self, verdict: Verdict, report: StepReport) -> str:
+        guess = math.log(self.run.config.model.vocab)
         return (
-            f"training: {run.config.health.patience} bad steps in a row (health.patience), the last one, "
-            f"step {self.step}: {verdict.bad or verdict.spike}; {kept}; go on from it with --resume and a "
-            f"lower optim.lr than {run.config.optim.lr}"
+            f"training: the run is dead: {self.run.config.health.patience} bad steps in a row "
+            f"(health.patience); step {self.step}: {verdict.bad}; loss {report.loss:.3f} (guessing evenly is "
+            f"{guess:.3f}), gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
         )
 
     def roll_back(self, spike: str) -> None:
@@ -253,8 +251,7 @@ class _Loop:
         if sum(one.step == at for one in run.passed) >= MOST_ROLLBACKS:
             raise CheckFailed(
                 f"training: step {self.step} has a spike with {MOST_ROLLBACKS + 1} different batches "
-                f"({spike}), so it is not in the data; the checkpoint of step {max(steps)} is kept; go on "
-                f"from it with --resume and a lower optim.lr than {run.config.optim.lr}"
+                f"({spike}), so it is not in the data; {run.way_on()}"
             )
         found = checkpoint.step_folder(run.folder / CHECKPOINTS, max(steps))
         state = checkpoint.load_state(found)
