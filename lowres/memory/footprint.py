@@ -38,6 +38,7 @@ from lowres.storage import (
 
 # the largest workspace of cuBLAS: PyTorch gives it 32 MiB on Hopper and 8 MiB elsewhere
 CUBLAS_WORKSPACE = 32 << 20
+GRADIENT_NORM = 8  # bytes; of a unit
 # names of weights in the plan, by kind
 _GROUPS = {
     MATRIX: "block matrices",
@@ -142,8 +143,11 @@ class Footprint:
         """Memory during updates, and memory that they keep."""
         found = self.trace.updates()
         block, rest = found.kept
+        norms = GRADIENT_NORM * (
+            len(self.blocks) - 1
+        )  # of all units, to the end of a step; a trace has one block
         return [
-            Component("update workspace", GPU, found.workspace, "update"),
+            Component("update workspace", GPU, found.workspace + norms, "update"),
             Component("projections", GPU, block * len(self.blocks) + rest),
         ]
 
