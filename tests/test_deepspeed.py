@@ -173,13 +173,16 @@ def test_state_goes_in_and_out_exactly(keys: dict[str, Any], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("keys", [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": "none"}])
 def test_what_is_not_finite_changes_nothing(keys: dict[str, Any], tmp_path: Path) -> None:
-    """Nor does a rehearsal. The steps that follow are those of a run without either."""
+    """Nor does a rehearsal, or a loss above its limit. The steps that follow are those of a run without."""
     config = config_of("deepspeed", tmp_path, FP32, **keys)
     engine, straight = zero_engine(config), zero_engine(config)
     run_steps(engine, range(2))
     run_steps(straight, range(2))
     before = tensors_of(engine)
     report = engine.step(make_batch(4, seed=5), 2, 1.0, rehearsal=True)
+    assert report.skipped == 3 and 5 < report.loss < 6 and not report.norms
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(engine).items())
+    report = engine.step(make_batch(4, seed=5), 2, 1.0, loss_limit=report.loss - 1e-3)
     assert report.skipped == 3 and 5 < report.loss < 6
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(engine).items())
 

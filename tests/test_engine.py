@@ -18,6 +18,7 @@ from lowres.engine import (
     StepReport,
     make_engine,
 )
+from lowres.engine.common import Limits
 from lowres.meter import LiveTensors
 from lowres.model import Units, empty_units, initialize, unit_specs
 from lowres.optim import Optimizer
@@ -385,4 +386,6 @@ def test_a_step_is_enqueued_without_asking_the_device(name: str) -> None:
             with pytest.raises(DataDependentOutputException):
                 engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False)
         else:
-            assert len(engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False)) == 3
+            limits = Limits.of({"head": 1.0, "layers.1": 1.0}, 10.0)
+            found = engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False, limits=limits)
+            assert found.shape == (3 + len(units),)

@@ -7,8 +7,9 @@ import torch
 
 from lowres import rng, target
 from lowres.kernels.update import RESCALED_CODE
-from lowres.storage import Dense, Int8, Storage
-from tests.helpers import new_storage
+from lowres.meter import LiveTensors
+from lowres.storage import Dense, Int8, Storage, Unit, all_finite
+from tests.helpers import make_config, make_optimizer, make_units, new_storage
 
 CPU = torch.device("cpu")
 M, N = 96, 256
@@ -167,6 +168,63 @@ def test_dense_rows_and_reading() -> None:
         assert torch.equal(kept.rows(index, torch.float32), kept.dense(torch.float32)[index])
         assert kept.dense(torch.bfloat16).dtype == torch.bfloat16
     assert isinstance(filled("fp32", w), Dense)
+
+
+NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+@pytest.mark.parametrize("kind", ["int8", "bf16", "fp32"])
+def test_a_unit_knows_if_any_of_its_numbers_is_not_finite(kind: str, value: str) -> None:
+    """In every floating-point tensor of its weights and state; at the first and at the last number."""
+    unit = trained_unit(kind)
+    floats = {name: t for name, t in unit.tensors().items() if t.is_floating_point()}
+    assert {".scales" in name for name in floats} == {False, True} if kind == "int8" else {False}
+    assert len(floats) > len(unit.weights)
+    for tensor in floats.values():
+        for place in (0, -1):
+            assert unit.is_finite()
+            kept = tensor.view(-1)[place].clone()
+            tensor.view(-1)[place] = NOT_FINITE[value]
+            assert not unit.is_finite()
+            tensor.view(-1)[place] = kept
+    assert unit.is_finite()
+
+
+def test_looking_for_numbers_that_are_not_finite_takes_no_memory() -> None:
+    unit = trained_unit("bf16")
+    assert max(tensor.nbytes for tensor in unit.tensors().values()) > 20_000
+    with LiveTensors() as live:
+        assert unit.is_finite()
+        assert live.peak["gpu"] - live.current["gpu"] < 2_000
+
+
+def trained_unit(kind: str) -> Unit:
+    config = make_config(memory={"weights": kind}, optim={"name": "adamw"})
+    units = make_units(config.model, kind)
+    optimizer = make_optimizer(config, units)
+    unit = units["layers.1"]
+    grads = {spec.name: torch.ones(spec.shape) for spec in unit.spec.trained}
+    optimizer.update(unit, grads, 0, 1.0, torch.tensor(True))
+    return unit
+
+
+FP8 = [
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),
+]
+
+
+@pytest.mark.parametrize("dtype", [*FP8, torch.float16, torch.float64])
+def test_numbers_of_every_format_can_be_checked(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "CHUNK_CPU", 100)
+    largest = torch.tensor([torch.finfo(dtype).max], dtype=torch.float64).to(dtype)
+    values = torch.ones(10, 33).to(dtype)
+    values.view(-1)[5:6] = largest
+    codes = torch.full((1000,), 127, dtype=torch.int8)
+    assert all_finite([values, codes]) and all_finite([codes]) and all_finite([])
+    values.view(-1)[250:251] = torch.tensor([math.nan]).to(dtype)
+    assert not all_finite([codes, values])
 
 
 @pytest.mark.gpu

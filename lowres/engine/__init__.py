@@ -7,7 +7,7 @@ same under DeepSpeed, on one or many ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -34,14 +34,33 @@ __all__ = [
 class Engine(Protocol):
     """The interface of all engines."""
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are processed together."""
+
     def reserve(self, sequences: int, length: int, training: bool) -> object:
         """Allocate now what a batch of this size needs, instead of at its first step."""
 
-    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+    def step(
+        self,
+        batch: Tensor,
+        step: int,
+        schedule: float,
+        rehearsal: bool = False,
+        limits: Mapping[str, float] | None = None,
+        loss_limit: float | None = None,
+    ) -> StepReport:
         """One optimizer step on batch int64 [sequences, seq_len + 1].
 
         step: completed steps before this one. schedule: factor on the peak learning rates. rehearsal: do
         everything, but refuse the update, so that weights and state do not change.
+
+        limits: the largest accepted norm of the gradient of a unit, by its name; units without one have no
+        limit. loss_limit: the largest accepted loss. Above it, as with a loss that is not finite, the whole
+        step is refused. The layer-major engine treats a gradient above its limit like one that is not finite:
+        it refuses the updates of this unit and of those below it. With clipping it knows all norms before
+        the first update, like the autograd engine always does, and then refuses the whole step. DeepSpeed
+        does not tell the norms of units, so the zero engine ignores `limits`, and reports no norms.
         """
 
     def evaluate(self, batch: Tensor) -> tuple[float, int]:

@@ -6,13 +6,13 @@ whole model in compute precision and a gradient for every parameter, so it needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
-from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
+from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, square
 from lowres.model import Dropout, Llama, Units
 from lowres.rooms import Rooms
 from lowres.storage import Unit
@@ -42,6 +42,10 @@ class AutogradEngine:
                 parameter.requires_grad_(False)
             assert any(name in unit.weights for unit in units.values()), f"{name} has no storage"
 
+    @property
+    def micro_batch(self) -> int:
+        return self.settings.micro_batch
+
     @torch.no_grad()
     def _load(self) -> None:
         """Copy the stored weights into the module."""
@@ -53,7 +57,15 @@ class AutogradEngine:
     def reserve(self, sequences: int, length: int, training: bool) -> None:
         """Does nothing: autograd allocates during the step."""
 
-    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+    def step(
+        self,
+        batch: Tensor,
+        step: int,
+        schedule: float,
+        rehearsal: bool = False,
+        limits: Mapping[str, float] | None = None,
+        loss_limit: float | None = None,
+    ) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
         inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
@@ -78,7 +90,8 @@ class AutogradEngine:
         self.dropout.step = None
         self.rooms.phase = "update"
         with torch.no_grad():
-            report = self._update(grads, total / count, step, schedule, rehearsal)
+            allowed = Limits.of(limits, loss_limit)
+            report = self._update(grads, total / count, step, schedule, rehearsal, allowed)
         self.rooms.phase = ""
         return report
 
@@ -87,20 +100,35 @@ class AutogradEngine:
         return tokens.to(self.device, non_blocking=True)
 
     def _update(
-        self, grads: dict[str, Tensor], loss: Tensor, step: int, schedule: float, rehearsal: bool
+        self,
+        grads: dict[str, Tensor],
+        loss: Tensor,
+        step: int,
+        schedule: float,
+        rehearsal: bool,
+        limits: Limits,
     ) -> StepReport:
         assert self.optimizer is not None
-        squares = sum_of_squares(grads)
-        accepted = loss.isfinite() & squares.isfinite() & (not rehearsal)
+        squares = {name: square(grad) for name, grad in grads.items()}
+        whole = torch.stack([*squares.values()]).sum()
+        by_unit = {
+            name: torch.stack([squares[spec.name] for spec in unit.spec.trained]).sum()
+            for name, unit in self._units.items()
+        }
+        accepted = limits.allow_loss(loss) & whole.isfinite() & (not rehearsal)
+        for name, own in by_unit.items():
+            accepted = accepted & limits.allow(name, own)
         if self.settings.grad_clip:
-            shrink = (self.settings.grad_clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+            shrink = (self.settings.grad_clip / (whole.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():
                 grad.mul_(shrink)
         for unit in reversed(self._units.values()):
-            own = {spec.name: grads[spec.name] for spec in unit.spec.trained}
-            self.optimizer.update(unit, own, step, schedule, accepted)
-        numbers = torch.stack([loss, squares.sqrt(), accepted.double()]).tolist()
-        return StepReport(numbers[0], numbers[1], 0 if numbers[2] else len(self._units))
+            gradients = {spec.name: grads[spec.name] for spec in unit.spec.trained}
+            self.optimizer.update(unit, gradients, step, schedule, accepted)
+        norms = [own.sqrt() for own in by_unit.values()]
+        numbers = torch.stack([loss, whole.sqrt(), accepted.double(), *norms]).tolist()
+        skipped = 0 if numbers[2] else len(self._units)
+        return StepReport(numbers[0], numbers[1], skipped, dict(zip(by_unit, numbers[3:], strict=True)))
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:

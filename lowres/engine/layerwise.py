@@ -14,16 +14,16 @@ weights and a fused update per layer is this project's own.
 A band is a group of neighbouring layers that are recomputed and differentiated together. The stash
 keeps only the input of each band; a band needs gradient buffers and activations for all its layers.
 
-There is no global gradient norm before the first update. If the loss is not finite, the step is
-skipped before anything has changed. If a gradient is not finite, all layers below it would get such
-gradients too, so the updates of the step end there. Both are decided on the device: nothing here
-waits for the device before the end.
+There is no global gradient norm before the first update. If the loss is not finite or above its limit,
+the step is skipped before anything has changed. If a gradient is not finite, or its norm above its
+limit, the layers below it would get such gradients too, so the updates of the step end there. Both are
+decided on the device: nothing here waits for the device before the end.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
-from lowres.engine.common import EngineSettings, StepReport, Updater, split, sum_of_squares
+from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, sum_of_squares
 from lowres.engine.fused import FusedWeights
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.residence import Residence, Visit
@@ -313,12 +313,26 @@ class LayerwiseEngine:
 
     # the interface
 
+    @property
+    def micro_batch(self) -> int:
+        return self.settings.micro_batch
+
     @_settled
-    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+    def step(
+        self,
+        batch: Tensor,
+        step: int,
+        schedule: float,
+        rehearsal: bool = False,
+        limits: Mapping[str, float] | None = None,
+        loss_limit: float | None = None,
+    ) -> StepReport:
         inputs, targets, count = self._on_device(batch)
-        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal)
-        numbers = torch.stack(results).tolist()  # the only wait for the device
-        return StepReport(numbers[0], numbers[1], len(self._units) - int(numbers[2]))
+        allowed = Limits.of(limits, loss_limit)
+        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed)
+        loss, norm, updated, *norms = results.tolist()  # the only wait for the device
+        by_unit = dict(zip(self._units, norms, strict=True))
+        return StepReport(loss, norm, len(self._units) - int(updated), by_unit)
 
     def _on_device(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
         """`split`, on the device: 16 bytes a token, copied once for all uses."""
@@ -335,12 +349,14 @@ class LayerwiseEngine:
         step: int,
         schedule: float,
         rehearsal: bool,
-    ) -> list[Tensor]:
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> Tensor:
         """Enqueue all work of a step and wait for none of it. inputs, targets, count: see `split`; on the
         device.
 
-        Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated.
-        Once the host has read them, all copies are done and host slabs are complete.
+        Returns fp64 numbers on the device: loss, norm of the gradient, number of units that were updated, and
+        the norm of the gradient of every unit. Once the host has read them, all copies are done and host
+        slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
         kept = self.reserve(sum(map(len, inputs)), inputs[0].shape[1], training=True)
@@ -354,16 +370,18 @@ class LayerwiseEngine:
         accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
         shrink = None
         if clip:
-            norm, loss = self._norm(inputs, targets, count, kept)
-            accepted = accepted & norm.isfinite() & loss.isfinite()
+            norm, found = self._norm(inputs, targets, count, kept, limits)
+            accepted = accepted & found & norm.isfinite()
             shrink = (clip / (norm + 1e-6)).clamp(max=1.0)
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares: dict[str, Tensor] = {}
         updated = torch.zeros((), dtype=torch.int64, device=self.device)
         for unit, grads, loss in self._gradients(inputs, targets, count, kept):
             self.rooms.phase = "update"
-            square = sum_of_squares(grads)
-            squares += square
-            accepted = accepted & square.isfinite() & loss.isfinite()
+            name = unit.spec.name
+            square = squares[name] = sum_of_squares(grads)
+            total += square
+            accepted = accepted & limits.allow(name, square) & limits.allow_loss(loss)
             if shrink is not None:
                 for grad in grads.values():
                     grad.mul_(shrink)
@@ -372,7 +390,8 @@ class LayerwiseEngine:
         self.rooms.phase = ""
         self.dropout.step = None
         self._join()
-        return [loss, squares.sqrt(), updated.double()]
+        norms = torch.stack([squares[name] for name in self._units]).sqrt()
+        return torch.cat((torch.stack([loss, total.sqrt(), updated.double()]), norms))
 
     def _join(self) -> None:
         """Let what is enqueued next wait for all copies. So host slabs are complete as soon as its result is
@@ -381,14 +400,17 @@ class LayerwiseEngine:
             mover.join()
 
     def _norm(
-        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
+        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries, limits: Limits
     ) -> tuple[Tensor, Tensor]:
-        """Norm of the gradient of all weights, which costs one backward pass; and the loss."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for _, grads, mean_loss in self._gradients(inputs, targets, count, kept):
-            squares += sum_of_squares(grads)
-            loss = mean_loss
-        return squares.sqrt(), loss
+        """Norm of the gradient of all weights, which costs one backward pass; and whether the limits allow
+        the loss and the norms of all units."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        allowed = torch.ones((), dtype=torch.bool, device=self.device)
+        for unit, grads, loss in self._gradients(inputs, targets, count, kept):
+            square = sum_of_squares(grads)
+            total += square
+            allowed = allowed & limits.allow(unit.spec.name, square) & limits.allow_loss(loss)
+        return total.sqrt(), allowed
 
     def _gradients(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
-from lowres.engine.common import StepReport, split
+from lowres.engine.common import Limits, StepReport, split
 from lowres.errors import UserError
 from lowres.model import Llama, storage_kinds, unit_specs
 from lowres.optim import Optimizer
@@ -284,7 +284,15 @@ class ZeroEngine:
 
     # the step
 
-    def step(self, batch: Tensor, step: int, schedule: float, rehearsal: bool = False) -> StepReport:
+    def step(
+        self,
+        batch: Tensor,
+        step: int,
+        schedule: float,
+        rehearsal: bool = False,
+        limits: Mapping[str, float] | None = None,
+        loss_limit: float | None = None,
+    ) -> StepReport:
         _, _, count = split(batch, self.micro_batch, self.rooms)
         inputs, targets, _ = split(ranks.share(batch, IGNORED), self.micro_batch, self.rooms)
         for group, kept in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
@@ -300,7 +308,8 @@ class ZeroEngine:
             weight = ranks.size() / count
             if last:
                 (mean,) = ranks.total(float(total) / count)
-                refused = rehearsal or not torch.tensor(mean).isfinite()
+                allowed = Limits.of(None, loss_limit).allow_loss(torch.tensor(mean, dtype=torch.float64))
+                refused = rehearsal or not allowed
                 # DeepSpeed skips a step, on all ranks, if gradients are not finite
                 weight = float("nan") if refused else weight
             self._engine.backward(loss * weight, scale_wrt_gas=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from lowres import rng
 from lowres.storage.dense import Dense
 from lowres.storage.formats import FORMATS, Storage
 from lowres.storage.specs import Fields, UnitSpec
-from lowres.target import row_chunks
+from lowres.target import chunk_elements, chunks, row_chunks
 
 ALIGNMENT = 256  # bytes; every tensor of a slab starts at a multiple of this
 
@@ -111,6 +111,31 @@ class Unit:
         state = {f"{name}.{key}": t for name, keys in self.state.items() for key, t in keys.items()}
         count = {} if self.updates is None else {f"{self.spec.name}.{UPDATES}": self.updates}
         return self.weight_tensors() | state | count
+
+    def is_finite(self) -> bool:
+        """Whether all weights and state are finite; waits once for a device. Of codes, their scales are."""
+        return all_finite(self.tensors().values())
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of the floating-point tensors are finite. Needs next to no memory, and waits once
+    for every device that they are on."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            for part in _comparable(tensor.reshape(-1)):
+                # both are NaN if any number is
+                found.setdefault(tensor.device, []).extend(x.double() for x in part.aminmax())
+    return all(bool(torch.stack(extremes).isfinite().all()) for extremes in found.values())
+
+
+def _comparable(flat: Tensor) -> Iterator[Tensor]:
+    """The tensor, or, as PyTorch cannot compare fp8, its chunks in fp32."""
+    if flat.itemsize > 1:
+        yield flat
+        return
+    for part in chunks(flat.numel(), chunk_elements(flat.device)):
+        yield flat[part].float()
 
 
 # state keys that do not depend on the rule: the count of updates, a more precise copy of the weight, and the
