@@ -21,3 +21,10 @@ class CheckFailed(UserError):  # noqa: N818
     """A check that the user asked for found something wrong (`checkpoint verify`)."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library or of the system says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

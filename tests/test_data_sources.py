@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowres.data import sources
+from lowres.data import hub, sources
 from lowres.data.sources import documents, fingerprint, is_stream, numbered_documents
 from lowres.errors import UserError
 
@@ -211,6 +211,7 @@ def test_hf_without_the_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("Couldn't reach 'x/y' on the Hub\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(hub, "FIRST_PAUSES", (0,))
     message = complaint("hf:x/y")
     assert "Couldn't reach" in message and "--set data.source=PATH" in message
 

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import io
 import json
-import logging
 import lzma
 import os
 import platform
@@ -29,7 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lowres.errors import UserError
+from lowres.data import hub
+from lowres.errors import UserError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".parquet")
@@ -105,6 +105,8 @@ def _files(source: str) -> list[tuple[str, Path]]:
     if path.is_dir():
         files = [(name, file) for name, file in _walk(path, set()) if _kind(file)]
         where = "in this folder"
+    elif path.exists() and not path.is_file():
+        raise UserError(f"{source}: not an ordinary file; give a file, a folder or a glob")
     elif path.exists():
         files = [(path.name, path)] if _kind(path) else []
         where = "this file has another type"
@@ -157,9 +159,9 @@ def _opened(file: Path) -> Iterator[IO[bytes]]:
         with _decompressed(file) as stream:
             yield stream
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file}: damaged or truncated ({_first_line(error)}); get the file again") from None
+        raise UserError(f"{file}: damaged or truncated ({first_line(error)}); get the file again") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{file}: cannot be read ({first_line(error)})") from None
 
 
 def _decompressed(file: Path) -> IO[bytes]:
@@ -238,7 +240,7 @@ def _json_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
             raise UserError(f"{file}:{number}: not UTF-8 text; convert the file") from None
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{file}:{number}: not valid JSON ({_first_line(error)}); correct that line"
+                f"{file}:{number}: not valid JSON ({first_line(error)}); correct that line"
             ) from None
         if not isinstance(row, dict):
             raise UserError(f'{file}:{number}: a line must be a JSON object with a "text" column')
@@ -262,7 +264,7 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
                 yield _text_of(row, str(file))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}: not a complete parquet file ({_first_line(error)}); get the file again"
+            f"{file}: not a complete parquet file ({first_line(error)}); get the file again"
         ) from None
 
 
@@ -270,27 +272,8 @@ def _parquet_rows(file: Path, stream: IO[bytes]) -> Iterator[str]:
 
 
 def _stream_rows(source: str, start: int) -> Iterator[str]:
-    name, config, split = (source.removeprefix("hf:") + "::").split(":")[:3]
-    if not name or source.count(":") > 3:
-        raise UserError(f"{source}: write it as hf:<dataset>[:<config>[:<split>]]")
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source}: hf: sources need the package datasets: pip install datasets") from None
-    # if the hub cannot be reached, the error below already says so in one line
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in dataset.skip(start):
-            yield _text_of(row, source)
-    # all errors of `datasets` and its libraries are about the data set or the connection
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{source}: {_first_line(error)} ({type(error).__name__}); "
-            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
-        ) from None
+    for row in hub.rows(source, start):
+        yield _text_of(row, source)
 
 
 def _text_of(row: dict[str, Any], place: str) -> str:
@@ -310,9 +293,3 @@ def _no_text_column(place: str, columns: list[str]) -> UserError:
     return UserError(
         f'{place}: no column "text"; found {", ".join(columns) or "none"}; rename the one with the text'
     )
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
