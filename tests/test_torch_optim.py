@@ -40,8 +40,7 @@ def llama(**changed: Any) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=100,
-        **changed,
+        **{"vocab_size": 100} | changed,
     )
     torch.manual_seed(0)
     model: nn.Module = transformers.LlamaForCausalLM(config)
@@ -429,6 +428,136 @@ def test_eight_bit_moments_resume() -> None:
         t.dtype == torch.uint8 for s in again.state.values() for t in s.values() if isinstance(t, Tensor)
     )
     assert train(model, optimizer, 3, 3) == train(other, again, 3, 3)
+
+
+Named = list[tuple[str, nn.Parameter]]
+# the same parameters in another order, and in other groups
+ARRANGEMENTS: dict[str, Callable[[Named], Any]] = {
+    "reversed": lambda named: named[::-1],
+    "in groups": lambda named: [{"params": named[5:]}, {"params": named[4::-1]}],
+}
+
+
+@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@EVERY
+def test_a_state_follows_the_names(name: str, moments: str, arrangement: str) -> None:
+    """Most parameters of a model have the shape of another, so by position they would get its moments."""
+    if moments == "int8":
+        pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
+    make, keywords = CLASSES[name]
+    model = llama()
+    optimizer = make(model.named_parameters(), lr=1e-3, moments=moments, **keywords)
+    train(model, optimizer, 3)
+    other = copy.deepcopy(model)
+    again = make(ARRANGEMENTS[arrangement](list(other.named_parameters())), lr=1.0, **keywords)
+    again.load_state_dict(optimizer.state_dict())
+    for (key, there), here in zip(model.named_parameters(), other.parameters(), strict=True):
+        wanted, found = optimizer.state[there], again.state[here]
+        assert wanted.keys() == found.keys()
+        same = [torch.equal(torch.as_tensor(found[k]), torch.as_tensor(t)) for k, t in wanted.items()]
+        assert all(same), key
+    assert train(other, again, 3, 3) == train(model, optimizer, 3, 3)
+
+
+def pair(*names: str, lr: float = 0.1) -> list[dict[str, Any]]:
+    """A group of its own for each of these parameters, [4, 6]."""
+    return [
+        {"params": [(name, nn.Parameter(torch.randn(4, 6)))], "lr": lr * i} for i, name in enumerate(names)
+    ]
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.randn_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_groups_follow_their_names_with_their_options() -> None:
+    saved = stepped(ApolloMini(pair("a", "b"))).state_dict()
+    optimizer = ApolloMini(pair("b", "a"))
+    optimizer.load_state_dict(saved)
+    assert [(g["param_names"], g["lr"]) for g in optimizer.param_groups] == [(["b"], 0.1), (["a"], 0.0)]
+
+
+@EVERY
+def test_what_does_not_match_by_name_is_named_and_changes_nothing(name: str) -> None:
+    make, keywords = CLASSES[name]
+    named = list(llama().named_parameters())
+    *most, (last, head) = named
+    assert last == "lm_head.weight"
+    own = stepped(make(named, lr=0.5, **keywords))
+    before = copy.deepcopy(own.state_dict())
+    groups = [{"params": most, "lr": 0.25}, {"params": [(last, head)]}]
+    for saved, message in (
+        (most, "lm_head.weight: is not in the saved state"),
+        ([*most, ("model.lm_head.weight", head)], "lm_head.weight: is not in the saved state"),
+        (groups, "lm_head.weight: was saved with lr 1.0, but model.embed_tokens.weight, .* with 0.25; group"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            own.load_state_dict(stepped(make(saved, lr=1.0, **keywords)).state_dict())
+        after = own.state_dict()
+        assert after["param_groups"] == before["param_groups"]
+        for index, kept in before["state"].items():
+            found = after["state"][index]
+            assert all(torch.equal(torch.as_tensor(found[k]), torch.as_tensor(t)) for k, t in kept.items())
+    with pytest.raises(
+        ValueError, match=r"^lm_head\.weight: is in the saved state, but this optimizer has no"
+    ):
+        make(most, **keywords).load_state_dict(before)
+
+
+@EVERY
+def test_another_shape_under_the_same_name_is_named(name: str) -> None:
+    make, keywords = CLASSES[name]
+    wide, narrow = (llama(vocab_size=vocab) for vocab in (120, 100))
+    saved = make(wide.named_parameters(), **keywords)
+    train(wide, saved, 1)
+    optimizer = make(list(narrow.named_parameters())[::-1], **keywords)
+    with pytest.raises(
+        ValueError, match=r"^lm_head\.weight: the saved state is from another rule, rank or shape"
+    ):
+        optimizer.load_state_dict(saved.state_dict())
+
+
+def test_without_names_the_order_counts() -> None:
+    """As in torch; also if one side has names, or a name is there twice."""
+    params = [nn.Parameter(torch.randn(4, 6)) for _ in range(2)]
+    cases: list[tuple[list[Any], list[Any]]] = [
+        (params, params[::-1]),
+        ([("a", params[0]), ("b", params[1])], params[::-1]),
+        ([("a", params[0]), ("a", params[1])], [("a", params[1]), ("a", params[0])]),
+    ]
+    for given, other in cases:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved, optimizer = stepped(ApolloMini(given)), ApolloMini(other)
+            optimizer.load_state_dict(saved.state_dict())
+        assert torch.equal(optimizer.state[params[0]]["exp_avg"], saved.state[params[1]]["exp_avg"])
+
+
+def test_a_hook_may_rename() -> None:
+    """The way that torch documents: it gets the whole saved state, before names are compared."""
+    saved = stepped(ApolloMini(pair("module.a", "module.b"))).state_dict()
+    optimizer = ApolloMini(pair("b", "a"))
+
+    def rename(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        assert len(state["state"]) == 2
+        groups = [
+            group | {"param_names": [name.removeprefix("module.") for name in group["param_names"]]}
+            for group in state["param_groups"]
+        ]
+        doubled = {i: {k: 2 * t for k, t in own.items()} for i, own in state["state"].items()}
+        return {"state": doubled, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(rename)
+    optimizer.load_state_dict(saved)
+    (b,), (a,) = (group["params"] for group in optimizer.param_groups)
+    assert torch.equal(optimizer.state[b]["exp_avg"], 2 * saved["state"][1]["exp_avg"])
+    assert torch.equal(optimizer.state[a]["exp_avg"], 2 * saved["state"][0]["exp_avg"])
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["b"]
 
 
 def test_named_as_the_engine_names() -> None:

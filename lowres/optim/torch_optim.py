@@ -254,8 +254,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked. Raises
-        ValueError, and changes nothing, if the state is from another optimizer."""
+        """As in torch, but every tensor keeps its dtype and is copied, and its shape is checked. If both
+        sides have names, each parameter gets what was saved under its name, in any order and grouping; torch
+        goes by position alone. Raises ValueError, and changes nothing, if the state is from another
+        optimizer."""
         before = self.__dict__.copy()
         try:
             self._load(state_dict)
@@ -264,7 +266,18 @@ class RuleOptimizer(torch.optim.Optimizer):
             raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({**state_dict, "state": {}})  # with the state, torch would cast its tensors
+        found: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, adapted: dict[str, Any]) -> dict[str, Any]:
+            found.update(self._in_own_order(adapted))
+            return {**found, "state": {}}  # with the state, torch would cast its tensors
+
+        last = self.register_load_state_dict_pre_hook(take)  # after all hooks of the user
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        state_dict = found
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         specs = [spec for part in self._parts for spec in part.specs]
@@ -282,6 +295,54 @@ class RuleOptimizer(torch.optim.Optimizer):
                 key: state[key].to(p.device, dtype, copy=True) for key, (dtype, _) in fields.items()
             }
             self.state[p]["step"] = int(state["step"])
+
+    def _in_own_order(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state with its parameters grouped and sorted as they are here, by their names; unchanged if
+        a side has no names, or has one twice."""
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        if not all("param_names" in group for group in (*groups, *saved_groups)):
+            return state_dict
+        names = [name for group in groups for name in group["param_names"]]
+        saved = [
+            (name, index, group)
+            for group in saved_groups
+            for name, index in zip(group["param_names"], group["params"], strict=True)
+        ]
+        indices = {name: index for name, index, _ in saved}
+        if len(set(names)) < len(names) or len(indices) < len(saved):
+            return state_dict
+        for name in names:
+            if name not in indices:
+                raise ValueError(f"{name}: is not in the saved state")
+        known = set(names)
+        for name in indices:
+            if name not in known:
+                raise ValueError(f"{name}: is in the saved state, but this optimizer has no such parameter")
+        options = {name: _options(group) for name, _, group in saved}
+        ordered = []
+        for group in groups:
+            own = group["param_names"]
+            _require_alike(own, options)
+            kept = options[own[0]] if own else _options(group)
+            ordered.append({**kept, "params": [indices[name] for name in own], "param_names": own})
+        return {**state_dict, "param_groups": ordered}
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What a param group says about all of its parameters."""
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _require_alike(names: list[str], options: dict[str, dict[str, Any]]) -> None:
+    """Raise ValueError if parameters that are in one group here were saved with different options."""
+    for name in names[1:]:
+        first, other = options[names[0]], options[name]
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise ValueError(
+                    f"{name}: was saved with {key} {other.get(key)!r}, but {names[0]}, which is in the same "
+                    f"group here, with {first.get(key)!r}; group the parameters as they were"
+                )
 
 
 class AdamMini(RuleOptimizer):
