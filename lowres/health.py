@@ -1,6 +1,6 @@
 """Watches the numbers of a run: spikes, refused steps, and runs that no longer learn.
 
-A spike is a gradient norm above `spike_factor` times the median of the window, or a loss above the median by
+A spike is a gradient norm above `spike_factor` times the largest of the window, or a loss above the median by
 more than 6 robust standard deviations (1.4826 times the median absolute deviation), at least by half a nat.
 Only accepted, finite values that are no spike enter the window, so a spike does not hide the next one. The
 window is in every checkpoint, so a resumed run judges as the straight one.
@@ -111,7 +111,7 @@ class Watch:
         return Verdict(spike, bad, self._seen.bad >= self._config.patience)
 
     def _norm_limit(self, norms: list[float]) -> float:
-        return self._config.spike_factor * statistics.median(norms)
+        return self._config.spike_factor * max(norms)
 
     def _loss_limit(self) -> float:
         middle = statistics.median(self._seen.losses)
@@ -123,15 +123,14 @@ class Watch:
             return ""
         norms, losses = self._seen.norms, self._seen.losses
         if len(norms) >= FEWEST and report.grad_norm > self._norm_limit(norms):
-            times = report.grad_norm / statistics.median(norms)
-            return f"gradient norm {report.grad_norm:.3g}, {times:.3g} times the median"
+            times = report.grad_norm / max(norms)
+            return f"gradient norm {report.grad_norm:.3g}, {times:.3g} times the largest before"
         if len(losses) >= FEWEST and report.loss > self._loss_limit():
             return f"loss {report.loss:.3f}, median {statistics.median(losses):.3f}"
         for name, norm in report.norms.items():
             own = self._seen.by_unit.get(name, [])
             if len(own) >= FEWEST and norm > self._norm_limit(own):
-                times = norm / statistics.median(own)
-                return f"gradient norm of {name} {norm:.3g}, {times:.3g} times the median"
+                return f"gradient norm of {name} {norm:.3g}, {norm / max(own):.3g} times the largest before"
         return ""
 
     def _vanished(self, report: StepReport) -> bool:

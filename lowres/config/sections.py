@@ -404,10 +404,10 @@ class HealthConfig(Section):
     """What to do about a spike. warn: say it. skip: refuse the update; in a layer-major step from the first
     layer on (from the head down) whose gradient is too large, or as a whole if optim.grad_clip is used or the
     loss is too high. rollback: go back to the last checkpoint, and pass over the batch."""
-    spike_factor: Annotated[float, Field(gt=1)] = resumable(10.0)
-    """A gradient norm above this many times the median of the window is a spike."""
+    spike_factor: Annotated[float, Field(gt=1)] = resumable(5.0)
+    """A gradient norm above this many times the largest of the window is a spike."""
     window: Annotated[int, Field(ge=16, le=10_000)] = resumable(128)
-    """Accepted steps that the medians are taken of; with fewer than 16 nothing is a spike."""
+    """Accepted steps to compare with; with fewer than 16 nothing is a spike."""
     patience: Positive = resumable(50)
     """Bad steps in a row after which the run stops with exit code 1: steps that are skipped, have no
     gradient, or, after the warm-up, a loss no better than that of guessing evenly. The last good checkpoint
