@@ -7,10 +7,11 @@ second one leaves at once. A signal that the process ignores from its start (noh
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 from lowres import ranks
 
@@ -22,11 +23,13 @@ class Left(KeyboardInterrupt):
 
 
 class Stopper:
-    """Listens for requests while it is entered. began: when the time limit began, by time.monotonic."""
+    """Listens for requests while it is entered. asked: the name of the signal, or "". began: when the time
+    limit began, by time.monotonic."""
 
-    def __init__(self, max_minutes: float, began: float) -> None:
+    def __init__(self, max_minutes: float = 0.0, began: float = 0.0) -> None:
         self._limit, self._began = 60 * max_minutes, began
-        self._asked = ""
+        self.asked = ""
+        self._child: subprocess.Popen[bytes] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -41,16 +44,27 @@ class Stopper:
             signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        if self._asked:
+        if self._child is not None:
+            self._child.send_signal(number)
+        if self.asked:
             raise Left(number)
-        self._asked = signal.Signals(number).name
-        ranks.say(f"{self._asked}: finishing this step, then saving; a second signal leaves at once")
+        self.asked = signal.Signals(number).name
+        ranks.say(f"{self.asked}: finishing this step, then saving; a second signal leaves at once")
+
+    def run(self, command: list[str], log: BinaryIO) -> int:
+        """Run a child process, and pass requests on to it; returns its exit code. It has a session of its
+        own, so that it hears a Ctrl-C once, from here."""
+        self._child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return self._child.wait()
+        finally:
+            self._child = None
 
     def reason(self, reserve: float) -> str:
         """Why the run should stop now, or "". reserve: seconds that another step and a save take. All ranks
         get the same answer."""
         late = self._limit and time.monotonic() - self._began + reserve > self._limit
-        asked, out = ranks.total(bool(self._asked), bool(late and ranks.is_first()))
+        asked, out = ranks.total(bool(self.asked), bool(late and ranks.is_first()))
         if asked:
-            return self._asked or "a signal"
+            return self.asked or "a signal"
         return f"train.max_minutes = {self._limit / 60:g}" if out else ""

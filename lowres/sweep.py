@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from lowres import metrics
+from lowres import disk, metrics, ranks
 from lowres.config import Config
-from lowres.config_file import as_chosen, changed_keys, chosen_keys, load_config, toml_value
+from lowres.config_file import (
+    adjusted_keys,
+    as_chosen,
+    changed_keys,
+    chosen_keys,
+    load_config,
+    load_resolved,
+    toml_value,
+)
 from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
+from lowres.stopping import Stopper
 
 SWEEP, LOG = "sweep.json", "train.log"
 # keys that may change when a run is resumed, but not if its loss is compared with other runs
@@ -74,16 +79,21 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
             f"--run {folder}: cannot be created ({error.strerror}); choose another folder"
         ) from None
     records: list[dict[str, Any]] = []
-    for number, point in enumerate(points, 1):
-        _say(f"{number} of {len(points)}: {point.folder}")
-        records.append(point.train(points[0].chosen()))
-        found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
-        _write(folder / SWEEP, json.dumps(found, indent=1))
+    with Stopper() as stopper:
+        for number, point in enumerate(points, 1):
+            ranks.say(f"{number} of {len(points)}: {point.folder}")
+            record = point.train(points[0].chosen(), stopper)
+            if stopper.asked:
+                ranks.say(f"stopped by {stopper.asked}; to go on, repeat the command")
+                return
+            records.append(record)
+            found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
+            _write(folder / SWEEP, json.dumps(found, indent=1))
 
     print(table(axes, records))
     pictures = draw_sweep(folder, axes, records)
     if pictures is None:
-        _say("note: no plots, because matplotlib is not installed (pip install matplotlib)")
+        ranks.say("note: no plots, because matplotlib is not installed (pip install matplotlib)")
     print(f"sweep: {', '.join(map(str, [folder / SWEEP, *(pictures or [])]))}")
     failed = sum(record["error"] is not None for record in records)
     if failed:
@@ -129,11 +139,11 @@ class _Point:
             raise UserError("train.eval_every: 0 gives no validation loss to compare; use a higher value")
         if not self._started():
             return
-        saved, _ = load_config(self.folder / "config.toml")
+        saved = load_resolved(self.folder / "config.toml")
         vocab = self.config.model.vocab_size or saved.model.vocab_size
         config = self.config.with_vocab(vocab) if vocab else self.config
         config = as_chosen(config, saved)
-        differs = changed_keys(saved, config)
+        differs = changed_keys(saved, config) + adjusted_keys(saved, config)
         for key in COMPARED:
             section, name = key.split(".")
             if getattr(getattr(saved, section), name) != getattr(getattr(config, section), name):
@@ -158,9 +168,9 @@ class _Point:
         """What the run has chosen that its config leaves open, once it has started: keys of [memory]."""
         if not self._started():
             return {}
-        return chosen_keys(self.config, load_config(self.folder / "config.toml")[0])
+        return chosen_keys(self.config, load_resolved(self.folder / "config.toml"))
 
-    def train(self, chosen: dict[str, str]) -> dict[str, Any]:
+    def train(self, chosen: dict[str, str], stopper: Stopper) -> dict[str, Any]:
         """Train unless the run is finished; returns its record for sweep.json. chosen: by the first point.
         All compute alike, as their losses are compared."""
         error = None
@@ -172,20 +182,15 @@ class _Point:
                 self.overrides += same
         if self._summary() is None:
             for note in self.notes:
-                _say(f"note: {note}")
+                ranks.say(f"note: {note}")
             self.folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "lowres", "train", str(self.path), "--run", str(self.folder)]
             for override in [*self.overrides, "log.progress=false"]:
                 command += ["--set", override]
-            with (self.folder / LOG).open("w", encoding="utf-8") as log:
-                done = subprocess.run(
-                    command + ["--resume"] * self._started(),
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                )
-            if done.returncode:
-                error = self._error(done.returncode)
+            with (self.folder / LOG).open("wb") as log:
+                code = stopper.run(command + ["--resume"] * self._started(), log)
+            if code:
+                error = self._error(code)
         summary = self._summary()
         if error is None and summary is None:
             error = "it ended without a summary"
@@ -206,7 +211,7 @@ class _Point:
             record |= {key: summary[key] for key in ("tokens", "val_loss", "val_ppl")}
             record["tokens_per_s"] = statistics.median(speeds)
         else:
-            _say(f"failed: {error}")
+            ranks.say(f"failed: {error}")
         return record
 
     def _error(self, code: int) -> str:
@@ -259,11 +264,8 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".unfinished")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
+    try:
+        disk.write_whole(path, text.encode())
+    except OSError as error:
+        raise disk.DiskError(path, error, "written") from None

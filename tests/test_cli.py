@@ -145,7 +145,7 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
     assert "already holds a run" in lowres_here("train", config, *few, "--run", run, code=2).stderr
     assert "is finished" in lowres_here("train", config, *few, "--run", run, "--resume").stdout
     for key in (
-        "optim.lr=0.5",
+        "optim.betas=[0.5,0.5]",
         "run.seed=5",
         "model.dim=64",
         "memory.weights=bf16",
@@ -169,13 +169,26 @@ def test_resume_refusals_and_restarts(config: Path, tmp_path: Path) -> None:
         "--resume",
     )
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 9))
-    # a run without a checkpoint starts again, with new metrics
-    shutil.rmtree(run / "checkpoints")
+    # it is never shortened or started over without being asked
     (run / "summary.json").unlink()
-    restarted = lowres_here("train", config, *few, "--set", "train.eval_every=6", "--run", run, "--resume")
-    assert "starting at step 0" in restarted.stderr
+    short = lowres_here("train", config, *few, "--set", "train.steps=7", "--run", run, "--resume", code=2)
+    assert "train.steps" in short.stderr and "has done 8 steps" in short.stderr
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    for more in ([], ["--set", "train.steps=20"]):
+        refused = lowres_here("train", config, *few, *more, "--run", run, "--resume", code=2).stderr
+        assert "was trained to step 8, but has no checkpoint" in refused and "--restart" in refused
+    assert (run / "metrics.jsonl").read_bytes() == before
+    restarted = lowres_here("train", config, *few, "--set", "train.eval_every=6", "--run", run, "--restart")
+    assert "is in" in restarted.stderr and (run / "old-1" / "metrics.jsonl").read_bytes() == before
     assert [r["step"] for r in losses(run) if "loss" in r] == list(range(1, 7))
     assert [r["step"] for r in losses(run) if "val_loss" in r] == [0, 6]
+    # before its first checkpoint it simply starts again
+    early = tmp_path / "early"
+    early.mkdir()
+    shutil.copy(run / "config.toml", early)
+    (early / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:500])
+    assert "starting at step 0" in lowres_here("train", config, *few, "--run", early, "--resume").stderr
 
 
 def test_resume_refuses_other_data(config: Path, corpus: Path, tmp_path: Path) -> None:

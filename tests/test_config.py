@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lowres.config import PRESETS, Config
-from lowres.config_file import changed_keys, follow_batch, load_config, parse_config, to_toml
+from lowres.config_file import adjusted_keys, changed_keys, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
 from lowres.reference import choices, describe, markdown
 from lowres.rules import RULES
@@ -88,8 +88,13 @@ def test_only_settings_that_change_no_mathematics_may_change() -> None:
         {"train": {"steps": 7, "micro_batch": 1, "eval_every": 3}, "memory": {"budget_gib": 4.0}}
     )
     assert changed_keys(config, free) == []
-    other, _ = parse_config({"optim": {"lr": 0.5}, "data": {"seq_len": 64}})
-    assert changed_keys(config, other) == ["data.seq_len", "optim.lr", "optim.lr_over_batch"]
+    assert adjusted_keys(config, free) == []
+    other, _ = parse_config(
+        {"optim": {"lr": 0.5, "limiter": 0, "betas": [0.9, 0.95]}, "data": {"seq_len": 64}}
+    )
+    assert changed_keys(config, other) == ["data.seq_len", "optim.betas", "optim.adamw_betas"]
+    # these may, from the next step on, and are recorded
+    assert adjusted_keys(config, other) == ["optim.lr", "optim.lr_over_batch", "optim.limiter"]
 
 
 @pytest.mark.parametrize(
@@ -226,24 +231,27 @@ def test_rates_follow_the_batch_of_a_resumed_run() -> None:
 
     first = of(0.01, 2048, embed_lr=0.002)
     start = {"batch_tokens": 2048, "lr": 0.01, "embed_lr": 0.002}
-    assert follow_batch(first, first, start) == (first, [])
+    assert follow_batch(first, first, start) == (first, [], start)
     # the file has another batch and the same rates, or --set has scaled them already
     for asked in (of(0.01, 4096, embed_lr=0.002), of(0.02, 4096, embed_lr=0.004)):
-        config, (note,) = follow_batch(asked, first, start)
+        config, (note,), _ = follow_batch(asked, first, start)
         assert tied(config) == (0.02, 16, 0.00125, "linear") and config.optim.embed_lr == 0.004
         assert "from 8 to 16 sequences" in note and "lr 0.01 -> 0.02" in note
         # and once more: nothing new
-        assert follow_batch(asked, config, start) == (config, [])
+        assert follow_batch(asked, config, start) == (config, [], start)
     # back, and with another policy: always from the start
     assert follow_batch(first, config, start)[0] == first
     assert tied(follow_batch(of(0.01, 8192, "sqrt", 0.002), config, start)[0])[0] == 0.02
-    # a rate that the run was not started with may not appear either
+    # other rates than those are a new start, from which later rates follow
     optim = {"lr": 0.01, "embed_lr": 0.002, "norm_lr": 0.1}
     norms = parse_config({"optim": optim, "train": {"batch_tokens": 2048}})[0]
-    with pytest.raises(UserError, match=r"optim.norm_lr: the run was started with None"):
-        follow_batch(norms, first, start)
-    with pytest.raises(UserError, match=r"optim.lr: the run was started with 0.01"):
-        follow_batch(of(0.03, 4096, embed_lr=0.002), first, start)
+    whole = start | {"norm_lr": 0.1}
+    assert follow_batch(norms, first, start) == (norms, [], whole)
+    other = of(0.03, 4096, embed_lr=0.002)
+    config, notes, again = follow_batch(other, first, start)
+    assert (config, notes) == (other, [])
+    assert again == {"batch_tokens": 4096, "lr": 0.03, "embed_lr": 0.002, "norm_lr": None}
+    assert tied(follow_batch(of(0.03, 8192, embed_lr=0.002), config, again)[0])[0] == 0.06
 
 
 def of_deepspeed(**sections: dict[str, object]) -> Config:
