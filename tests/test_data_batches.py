@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowres.config import DataConfig
-from lowres.data import TokenData, open_data, prepare
+from lowres.data import TokenData, cache_bytes, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
 from lowres.data.ahead import ReadAhead
@@ -388,6 +388,20 @@ def test_stream_goes_on_where_it_was_without_reading_what_it_has(
     assert stream.has(6)
     stream.close()
     assert len(starts) == 1 and starts[0] > 10
+
+
+def test_what_the_blocks_of_a_stream_will_take(stream_config: DataConfig, tmp_path: Path) -> None:
+    for vocab_size, size in ((280, 2), (1 << 16, 2), (70_000, 4)):
+        assert cache_bytes(stream_config, vocab_size, 10_000) == (10_000 + BLOCK) * size
+    assert cache_bytes(config(tmp_path, "stdlib"), 280, 10_000) == 0
+    data = open_data(stream_config, 280, 0, False)
+    data.batch(0, (BLOCK - 1) // SEQ)
+    data.close()
+    there = sum(file.stat().st_size - HEADER_BYTES for file in data.folder.glob("train_*.bin"))
+    assert there > 0 and there % (2 * BLOCK) == 0
+    assert cache_bytes(stream_config, 280, 10_000) == (10_000 + BLOCK) * 2 - there
+    to_the_end(open_data(stream_config, 280, 0, False))
+    assert cache_bytes(stream_config, 280, 10_000) == 0
 
 
 def test_the_next_batch_is_read_ahead_and_errors_keep_their_step() -> None:

@@ -1,12 +1,13 @@
 """The tokenizer loses nothing, whatever the text and however it is cut."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowres.data import tokenizer as module
@@ -134,6 +135,39 @@ def test_foreign_model_is_lossless_too(tmp_path: Path) -> None:
     tokenizer = save(tmp_path, foreign(vocab_size=340, model_type="bpe", byte_fallback=True))
     for text in [*SPECIAL, PROSE]:
         check(tokenizer, text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    place=st.integers(0, 10**6),
+    bit=st.integers(0, 7),
+    cut=st.sampled_from([None, None, None, 0.3, 0.99]),
+)
+@example(place=5252, bit=0, cut=None)  # the piece for the space is of another type
+def test_damaged_model_is_refused_or_works(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, place: int, bit: int, cut: float | None
+) -> None:
+    model = bytearray(tokenizer.path.read_bytes())
+    model[place % len(model)] ^= 1 << bit
+    path = tmp_path_factory.mktemp("damaged") / "x.model"
+    path.write_bytes(model[: int(cut * len(model))] if cut else model)
+    with pytest.raises(UserError, match=r"x\.model: changed; remove the folder"):
+        Tokenizer(path, tokenizer.fingerprint, remedy="remove the folder")
+    try:
+        damaged = Tokenizer(path)
+    except UserError as error:
+        assert "x.model" in str(error) and "\n" not in str(error)
+        return
+    for text in ["The cat sat on the \u2581 mat\n  42 \u00e9", *SPECIAL]:
+        check(damaged, text)
+
+
+def test_file_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.model").mkdir()
+    os.mkfifo(tmp_path / "y.model")
+    for name in ("x.model", "y.model"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(is not an ordinary file\)"):
+            Tokenizer(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,17 @@ from torch import Tensor
 from lowres.config import DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.folder import SHARD_TOKENS, Job
-from lowres.data.manifest import DATA, Manifest, found_in, open_tokenizer, read_complete
-from lowres.data.prepare import run, with_ends
+from lowres.data.manifest import (
+    DATA,
+    Manifest,
+    Progress,
+    found_in,
+    open_tokenizer,
+    read_complete,
+    read_progress,
+)
+from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
+from lowres.data.shards import token_dtype
 from lowres.data.sources import documents, is_stream
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenizer import Tokenizer
@@ -81,6 +90,32 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
         return TokenData(folder, seq_len, seed=0).validation(0)
     tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(list(documents(source)))]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
+
+
+def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
+    """Bytes that a run of `tokens` training tokens in all, from its first step on, will still add to
+    config.cache: the blocks of a stream that are not there yet. 0 for other sources, which are prepared
+    before a run starts.
+
+    It is an upper bound: a stream that ends earlier is repeated, and its length is not known before.
+    `vocab_size` as in `open_data`. Raises UserError.
+    """
+    if not is_stream(config.source):
+        return 0
+    job = _training_job(config, vocab_size, BLOCK_TOKENS)
+    folder = _cache_folder(config, job)
+    there = 0
+    found = found_in(folder)
+    if found == DATA:
+        return 0
+    if found is not None and isinstance(state := read_progress(folder), Progress):
+        there = sum(entry.tokens for entry in state.train)
+    if config.tokenizer:
+        pieces = Tokenizer(config.tokenizer).vocab_size
+    else:
+        pieces = job.vocab_size or LARGEST_DEFAULT_VOCAB
+    ahead = BLOCK_TOKENS  # one block is written before it is wanted
+    return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 
 def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:

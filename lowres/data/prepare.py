@@ -47,6 +47,7 @@ from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, train
 from lowres.errors import UserError
 
+LARGEST_DEFAULT_VOCAB = 32000
 _BATCH_CHARS = 1 << 21
 
 
@@ -136,7 +137,7 @@ def _plan(job: Job, progress: bool) -> _Plan:
 def _default_vocab(seen: Survey) -> int:
     """A vocabulary size for a model of a size that fits the amount of text."""
     if not seen.complete or seen.characters >= 200_000_000:
-        return 32000
+        return LARGEST_DEFAULT_VOCAB
     return 4096 if seen.characters < 20_000_000 else 8192
 
 

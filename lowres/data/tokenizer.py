@@ -43,6 +43,9 @@ GROUP_CHARS = 1 << 22
 _NO_NORMALISATION = bytes([0x1A, 8, 0x12, 0, 0x18, 0, 0x20, 0, 0x28, 1])
 
 
+_PROBE = f" a  b\n{SPACE} \u00e9"
+
+
 class Tokenizer:
     """A SentencePiece model with byte fallback.
 
@@ -88,13 +91,13 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f"tokenizer {path}: it has no bos or eos piece; train it with both")
         self._space_character = np.array([byte_ids[bytes([byte])] for byte in SPACE.encode()], np.int32)
-        if self._processor.piece_to_id(SPACE) == self._processor.unk_id():
-            raise UserError(
-                f"tokenizer {path}: it has no piece for the space and would lose it; train it on text"
-            )
         # only models from elsewhere have pieces across newlines; then each document is encoded as a whole
         crosses = any(b"\n" in piece and piece != b"\n" for piece in self._bytes_of)
         self._chunk_chars = None if crosses else CHUNK_CHARS
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"tokenizer {path}: it has no usable piece for the space and would lose it; train it on text"
+            )
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, without bos and eos. A lone surrogate becomes U+FFFD."""
