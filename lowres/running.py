@@ -35,6 +35,8 @@ from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, training_engine
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
+# seconds that training waited for a save
+WORTH_SAYING = 1.0
 # the limiter's state: it may be switched on or off when a run is resumed
 LIMITER = f".{UPDATE_NORM}"
 
@@ -158,7 +160,8 @@ class Run:
         for one in saved:
             text = f"saved step {one.step}: {one.bytes / memory.GIB:.3f} GiB"
             text += f" in {one.seconds:.1f} s, training waited {one.paused:.1f} s"
-            self.events.write("saved", text=text, **vars(one))
+            tell = self.events.say if one.paused >= WORTH_SAYING else self.events.write
+            tell("saved", text=text, **vars(one))
 
     def _not_finite(self, step: int | None, error: NotFinite) -> CheckFailed:
         at = "" if step is None else f" at step {step}"

@@ -29,7 +29,7 @@ from lowres.config_file import (
     value_of,
     with_values,
 )
-from lowres.data import TokenData, open_data
+from lowres.data import TokenData, cache_bytes, open_data
 from lowres.data.sources import is_stream
 from lowres.device import is_out_of_memory, pick_device, use_kernels
 from lowres.engine import zero
@@ -155,6 +155,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
         for path, problem in damaged
     ]
+    notes += _on_the_cache(config, data)
     lines = [f"note: {note}" for note in asides + data.notes + notes + chosen]
     if resume and not restart and found is None:
         lines.append(f"{folder} has no checkpoint yet: starting at step 0")
@@ -303,8 +304,23 @@ def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool
     saves = -(-train.total_steps // train.checkpoint_every) if train.checkpoint_every else 1
     kept = min(train.keep_checkpoints, saves - 1)
     largest = max(plan.peak(memory.DISK) for plan in plans.values())
-    checkpoint.require_disk(folder / CHECKPOINTS, largest, kept)
+    forever = train.total_steps // train.keep_every if train.keep_every else 0
+    checkpoint.require_disk(folder / CHECKPOINTS, largest, kept, forever + train.keep_best)
     return plans
+
+
+def _on_the_cache(config: Config, data: TokenData) -> list[str]:
+    """A note if the disk may become too small for the tokens of a stream, which are kept."""
+    tokens = config.train.total_steps * config.train.batch_tokens
+    most = cache_bytes(config.data, data.vocab_size, tokens)
+    free = checkpoint.free_bytes(Path(config.data.cache))
+    if most <= free:
+        return []
+    return [
+        f"data.cache: the tokens of {config.data.source} take up to {most / memory.GIB:.1f} GiB in "
+        f"{config.data.cache}, and its disk has {free / memory.GIB:.1f} GiB free; if it is full, the run "
+        "saves and stops"
+    ]
 
 
 def _open_data(config: Config) -> TokenData:

@@ -20,7 +20,7 @@ from lowres.checkpoint.folder import (
     verify,
     write,
 )
-from lowres.checkpoint.kept import Kept, find, newest_state, newest_valid, require_disk
+from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
 from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite
 
@@ -37,6 +37,7 @@ __all__ = [
     "Saver",
     "State",
     "find",
+    "free_bytes",
     "load",
     "load_state",
     "load_unit",

@@ -33,7 +33,7 @@ FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
 PREFIX, UNFINISHED, DELETED, DAMAGED = "step_", ".unfinished", ".deleted", ".damaged"
 TENSORS = ".safetensors"
-_NAME = re.compile(r"step_(\d{8,})", re.ASCII)
+_NAME = re.compile(r"step_(\d{8,18})", re.ASCII)
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*", re.ASCII)
 _MOST_JSON = 1 << 28
 
@@ -98,8 +98,7 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def step_of(folder: Path) -> int | None:
     """The step in the name of a checkpoint's folder; None if it is not such a name."""
     found = _NAME.fullmatch(folder.name)
-    step = int(found[1]) if found else -1
-    return step if folder.name == f"{PREFIX}{step:08d}" else None
+    return int(found[1]) if found and folder.name == f"{PREFIX}{int(found[1]):08d}" else None
 
 
 def write(

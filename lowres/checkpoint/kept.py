@@ -141,31 +141,33 @@ class Kept:
         ]
 
 
-def require_disk(
-    checkpoints: Path, bytes_per_checkpoint: int, keep: int, more: int = 0, others: int = 0
-) -> None:
+def require_disk(checkpoints: Path, bytes_per_checkpoint: int, keep: int, more: int = 0) -> None:
     """Raise DoesNotFit if the disk of a folder, which need not exist yet, cannot hold the checkpoints.
 
     A run that keeps K checkpoints needs room for K + 1, because the new one is complete before the oldest is
     deleted. more: checkpoints that stay besides. Those that exist already are subtracted. With keep = 0
-    (never delete) only the next one is checked. others: bytes of other files that the run will write there.
+    (never delete) only the next one is checked.
     """
-    place = checkpoints.absolute()
-    while not place.exists():
-        place = place.parent
     # the next save first deletes the remains of an interrupted one
-    free = shutil.disk_usage(place).free + _bytes_in(Kept(checkpoints, keep)._rests())
+    free = free_bytes(checkpoints) + _bytes_in(Kept(checkpoints, keep)._rests())
     all_kept = (keep + 1 + more) * bytes_per_checkpoint - _bytes_in(find(checkpoints)) if keep else 0
-    needed = max(bytes_per_checkpoint, all_kept) + others
+    needed = max(bytes_per_checkpoint, all_kept)
     if free < needed:
         # not for keep = 1: the next lower value, 0, keeps all
-        helps = keep > 1 and all_kept == needed - others
+        helps = keep > 1 and all_kept == needed
         fewer = f" or lower train.keep_checkpoints = {keep}" if helps else ""
-        besides = f" ({_size(others)} of them for the stream's tokens)" if others else ""
         raise DoesNotFit(
             f"checkpoints {checkpoints}: the disk has {_size(free)} free, but "
-            f"{_size(needed)} are needed{besides}; make room, choose another --run DIR{fewer}"
+            f"{_size(needed)} are needed; make room, choose another --run DIR{fewer}"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def _size(nbytes: int) -> str:

@@ -104,6 +104,8 @@ class Footprint:
         if self.device.type == "cuda":
             found.append(Component("cuBLAS workspace", GPU, CUBLAS_WORKSPACE))
             found.append(Component("checkpoint snapshot", HOST, PIECE_BYTES, "saving"))
+        if self.config.train.save_beside == "yes":
+            found.append(Component("weights being saved", HOST, self.at_rest))
         found.append(Component("checkpoint", DISK, self.at_rest))
         return tuple(c for c in found if c.bytes)
 

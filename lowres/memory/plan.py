@@ -15,6 +15,9 @@ from lowres.rooms import GPU, HOST, Component
 
 GIB = 1 << 30
 DISK = "disk"
+# bytes a second that are assumed for the pause of a save: copies to memory that is not page-locked, and
+# writing, or reading back, with a BLAKE2b, which one core computes at 1.0 to 1.4 GB/s
+COPIED, WRITTEN = 8e9, 1e9
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Plan:
             "gpu_peak_bytes": self.peak(GPU),
             "host_peak_bytes": self.peak(HOST),
             "disk_bytes_per_checkpoint": self.peak(DISK),
+            "save_pause_s": dict(zip(("beside", "waiting"), self.pauses(), strict=True)),
             "components": [vars(c) for c in self.components],
             "fits": not self.problems,
             "parameters": self.parameters,
@@ -124,6 +128,7 @@ class Plan:
             limit = "" if budget is None else f"   budget {budget / GIB:.2f}"
             name = "disk per checkpoint" if room == DISK else f"{room} peak"
             lines.append(f"{name:<44}{self.peak(room) / GIB:>10.3f}{limit}")
+        lines.append(self._on_saving())
         lines.append(
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
             f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
@@ -135,6 +140,17 @@ class Plan:
         if self._hosted() or not any(c.room == HOST for c in self.components):
             lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
         return "\n".join(lines)
+
+    def _on_saving(self) -> str:
+        copied, written = self.pauses()
+        return (
+            f"a save: training waits {copied:.1f} s for a copy in host memory where that has room, else "
+            f"{written:.1f} s for the disk (at {COPIED / 1e9:g} and {WRITTEN / 1e9:g} GB/s)"
+        )
+
+    def pauses(self) -> tuple[float, float]:
+        """Seconds for which training waits for a save: beside training, and otherwise."""
+        return self.peak(DISK) / COPIED, self.peak(DISK) * (1 / WRITTEN + 1 / WRITTEN)
 
     def _hosted(self) -> str:
         homes = self.choice.homes

@@ -1,0 +1,124 @@
+"""The watch over a run's numbers."""
+
+import math
+from typing import Any
+
+import pytest
+
+from lowres.config import HealthConfig
+from lowres.engine import StepReport
+from lowres.health import FEWEST, Watch
+
+VOCAB = 1000
+GUESS = math.log(VOCAB)
+
+
+def watch(**keys: Any) -> Watch:
+    return Watch(HealthConfig(**keys), VOCAB, warmup=2)
+
+
+def report(loss: float = 4.0, norm: float = 1.0, skipped: int = 0, **norms: float) -> StepReport:
+    return StepReport(loss, norm, skipped, norms)
+
+
+def after(steps: int, loss: float = 4.0, **keys: Any) -> Watch:
+    """A watch that has seen ordinary steps, with norms between 0.9 and 1.1."""
+    found = watch(**keys)
+    for step in range(1, steps + 1):
+        norm = 1 + 0.1 * math.sin(step)
+        verdict = found.see(step, report(loss + 0.01 * math.cos(step), norm, head=norm, embed=norm / 2))
+        assert not (verdict.spike or verdict.bad or verdict.dead) and not found.doubtful
+    return found
+
+
+@pytest.mark.parametrize(
+    "seen, wanted",
+    [
+        (report(norm=1e6), "gradient norm 1e+06, 9.1"),
+        (report(norm=5.6), "gradient norm 5.6"),
+        (report(norm=5.4), ""),
+        (report(loss=4.6), "loss 4.600, median "),
+        (report(loss=4.4), ""),
+        (report(loss=3.0), ""),
+    ],
+)
+def test_a_spike_is_far_above_what_was_accepted(seen: StepReport, wanted: str) -> None:
+    for steps, expected in ((FEWEST, wanted), (FEWEST - 1, "")):
+        found = after(steps).see(steps + 1, seen)
+        assert found.spike.startswith(expected) and bool(found.spike) == bool(expected)
+        assert not found.bad
+    assert not after(FEWEST, spikes="off").see(FEWEST + 1, seen).spike
+
+
+def test_a_spike_does_not_hide_the_next_one() -> None:
+    """Only accepted values are compared with; the state of a checkpoint has them."""
+    found = after(40)
+    before = found.state()
+    for step in range(41, 60):
+        assert found.see(step, report(norm=100.0)).spike
+    assert found.see(60, report(math.nan, math.nan, skipped=4)).bad
+    assert {k: v for k, v in found.state().items() if k in ("losses", "norms")} == {
+        k: v for k, v in before.items() if k in ("losses", "norms")
+    }
+    again = Watch(HealthConfig(), VOCAB, 2, before)
+    assert again.see(41, report(norm=100.0)) == after(40).see(41, report(norm=100.0))
+
+
+def test_what_stays_is_a_new_level_if_spikes_are_only_said() -> None:
+    found = after(40, patience=5)
+    spikes = [found.see(step, report(norm=100.0)).spike for step in range(41, 60)]
+    assert [bool(spike) for spike in spikes] == [True] * 5 + [False] * 14 and "new level" in spikes[4]
+
+
+def test_the_window_is_as_long_as_asked_for() -> None:
+    found = after(100, window=20)
+    assert len(found.state()["norms"]) == 20
+    assert after(100).state()["by_unit"] == {}
+    kept = after(100, window=20, spikes="skip").state()["by_unit"]
+    assert {name: len(values) for name, values in kept.items()} == {"head": 20, "embed": 20}
+
+
+def test_limits_are_for_the_policy_that_refuses() -> None:
+    assert after(40).limits().norms is None and after(40).limits().loss is None
+    assert after(FEWEST - 1, spikes="skip").limits().norms is None
+    found = after(40, spikes="skip").limits()
+    assert found.norms is not None and found.loss == pytest.approx(4.5, abs=0.02)
+    assert found.norms == pytest.approx({"head": 5.5, "embed": 2.75}, rel=0.01)
+    verdict = after(40, spikes="skip").see(41, report(norm=99, skipped=3, head=99, embed=1))
+    assert verdict.spike and verdict.bad == "skipped: a spike"
+    # of one unit, which the norm of all does not show
+    assert "of embed" in after(40, spikes="skip").see(41, report(norm=5, skipped=1, head=1, embed=4)).spike
+
+
+@pytest.mark.parametrize(
+    "seen, wanted",
+    [
+        (report(math.nan, math.nan, skipped=4), "not finite"),
+        (report(4.0, math.inf, skipped=2), "not finite"),
+        (report(4.0, 0.0), "no gradient"),
+        (report(4.0, 1e-7), "no gradient"),
+        (report(GUESS, 1.0), "no better than guessing"),
+        (report(12.0, 1.0), "no better than guessing"),
+    ],
+)
+def test_a_dead_run_is_named_and_ends(seen: StepReport, wanted: str) -> None:
+    found = after(40, patience=7, spikes="off")
+    for step in range(41, 48):
+        verdict = found.see(step, seen)
+        assert wanted in verdict.bad and found.doubtful
+        assert verdict.dead == (step == 47) and found.worth_saying == (step == 41)
+    found = after(40, patience=7, spikes="off")
+    for step in range(41, 47):
+        found.see(step, seen)
+    assert not found.see(47, report()).bad and not found.doubtful  # it lives
+    assert not found.see(48, seen).dead
+
+
+def test_a_start_without_success_is_saved_but_not_for_ever() -> None:
+    """Until a run has learnt something, its checkpoints are as good as any."""
+    found = watch(patience=10)
+    for step in range(1, 13):
+        verdict = found.see(step, report(GUESS + 0.01, 1.0))
+        assert bool(verdict.bad) == (step > 2) and not found.doubtful
+        assert found.worth_saying == (step == 7) and verdict.dead == (step == 12)
+    assert watch().see(1, report(GUESS, 0.0)).bad  # no gradient at all is wrong at once
