@@ -280,7 +280,9 @@ def _stream_rows(source: str, start: int) -> Iterator[str]:
     # if the hub cannot be reached, the error below already says so in one line
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        dataset = datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True, trust_remote_code=False
+        )
         for row in dataset.skip(start):
             yield _text_of(row, source)
     # all errors of `datasets` and its libraries are about the data set or the connection
