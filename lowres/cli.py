@@ -41,12 +41,11 @@ LOST = 128 + 13  # as a program that SIGPIPE ends
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     prepare_cuda()
-    with terminal.guard():
+    with terminal.guard() as (out, _):
         parsed = _parser().parse_args(arguments)
         code = _run(parsed)
-        sys.stdout.flush()
-        if code == 0 and "stdout" in terminal.lost() and parsed.command in _PRINTING:
-            return LOST  # its output was its purpose
+    if code == 0 and out.lost is not None and parsed.command in _PRINTING:
+        return LOST  # its output was its purpose
     return code
 
 
@@ -71,7 +70,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _complain(text: str) -> None:
-    print(f"lowres: {terminal.clean(text)}", file=sys.stderr)
+    print(f"lowres: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -351,7 +350,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
     )
     for note in summary["notes"]:
         ranks.say(f"note: {note}")
-    _print(
+    print(
         f"{parsed.out}: {summary['train_tokens']:,} training tokens, {summary['val_tokens']:,} for "
         f"validation, {summary['vocab_size']} pieces"
     )
@@ -359,7 +358,7 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
-    _print(
+    print(
         sample(
             engine,
             tokenizer,
@@ -404,7 +403,7 @@ def _folders(path: Path) -> list[Path]:
 def _list(parsed: argparse.Namespace) -> None:
     for folder in _folders(parsed.folder):
         size = sum(f.lstat().st_size for f in folder.iterdir()) / memory.GIB
-        _print(f"{folder}  {size:.3f} GiB")
+        print(f"{folder}  {size:.3f} GiB")
 
 
 def _verify(parsed: argparse.Namespace) -> None:
@@ -412,16 +411,11 @@ def _verify(parsed: argparse.Namespace) -> None:
     for folder in _folders(parsed.folder):
         problems = checkpoint.verify(folder)
         damaged += bool(problems)
-        _print(f"{folder}: {'; '.join(problems) or 'ok'}")
+        print(f"{folder}: {'; '.join(problems) or 'ok'}")
     if damaged:
         raise CheckFailed(
             f"damaged checkpoints in {parsed.folder}: {damaged}; --resume uses the newest valid one"
         )
-
-
-def _print(text: str) -> None:
-    """Print a result that holds text of files."""
-    print(terminal.clean(text))
 
 
 def _config(parsed: argparse.Namespace) -> None:

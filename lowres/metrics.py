@@ -23,11 +23,12 @@ from lowres import disk, ranks
 
 class MetricsLog:
     """Appends to a run's metrics, on the first rank only. Opening it removes records after `step` (-1: all
-    records), so a resumed run has every step exactly once. notes: on lines and steps that are missing."""
+    records), so a resumed run has every step exactly once."""
 
     def __init__(self, path: Path, step: int) -> None:
         self._file: BinaryIO | None = None
-        self.path, self.notes = path, list[str]()
+        self._unread: list[int] = []
+        self.path = path
         if not ranks.is_first():
             return
         try:
@@ -78,18 +79,20 @@ class MetricsLog:
             disk.write_whole(
                 self.path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)
             )
-        if step >= 0:
-            self._look_for_gaps(lines, step)
-
-    def _look_for_gaps(self, lines: list[bytes], step: int) -> None:
         # a kill may leave a last line that is incomplete
-        unread = [i for i, line in enumerate(lines, 1) if line.endswith(b"\n") and _step(line) is None]
-        if unread:
-            self.notes.append(f"{self.path}: {_listed(unread, 'line')} cannot be read")
+        self._unread = [i for i, line in enumerate(lines, 1) if line.endswith(b"\n") and _step(line) is None]
+
+    def look_for_gaps(self, step: int) -> list[str]:
+        """Notes on lines that could not be read when it was opened, and on steps up to this one without a
+        record."""
+        notes, lines = [], _lines(self.path) if self._file else []
+        if self._unread:
+            notes.append(f"{self.path}: {_listed(self._unread, 'line')} cannot be read")
         logged = {record["step"] for line in lines if (record := _record(line)) and "loss" in record}
         missing = [at for at in range(1, step + 1) if at not in logged]
-        if missing:
-            self.notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
+        if missing and self._file:
+            notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
+        return notes
 
 
 def _listed(numbers: list[int], what: str) -> str:

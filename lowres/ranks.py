@@ -22,7 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres.errors import CheckFailed, UserError
-from lowres.terminal import clean
 
 # a rank may wait long while the first one tokenises a corpus; the launcher notices ranks that died
 PATIENCE = timedelta(days=7)
@@ -60,7 +59,7 @@ def is_first_here() -> bool:
 def say(line: str) -> None:
     """Print a line for the user, on the first rank only: to stderr, above a progress bar."""
     if is_first():
-        tqdm.write(clean(line), file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)
 
 
 def join(device: torch.device) -> None:

@@ -29,7 +29,8 @@ def draw_loss(run: Path) -> Path | None:
         ms=3,
         label="validation",
     )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run.name)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     target = run / "loss.png"
@@ -69,7 +70,8 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
     plot = figure.subplots()
     for label, pairs in curves.items():
         plot.plot(*zip(*sorted(pairs), strict=True), marker="o", ms=4, lw=1, label=label)
-    plot.set(xscale="log", xlabel="learning rate / batch in sequences", title=folder.name)
+    plot.set(xscale="log", xlabel="learning rate / batch in sequences")
+    plot.set_title(folder.name, parse_math=False)
     _loss_axis(plot, [point["val_loss"] for point in points])
     if any(curves):
         plot.legend(fontsize="small")

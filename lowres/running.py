@@ -73,6 +73,7 @@ class Run:
     kept: Kept
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
+    unlogged: list[dict[str, Any]] = field(default_factory=list)  # records that the metrics could not take
     _folder: int | None = None  # an open handle of the folder, which tells if it was moved
 
     def __post_init__(self) -> None:
@@ -130,6 +131,7 @@ class Run:
             micro_batch=self.micro_batch,
             val_loss=val_loss,
             best=list(self.best) if self.best else None,
+            unlogged=self.unlogged,
         )
 
     def save(self, step: int, val_loss: float | None = None) -> None:

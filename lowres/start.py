@@ -466,6 +466,7 @@ def _build(start: Start, log: Events) -> Run:
         passed=list(state.passed) if state else [],
         best=best,
         micro_batch=state.micro_batch if state else None,
+        unlogged=list(state.unlogged) if state else [],
         watch=Watch(config.health, config.model.vocab, config.warmup_steps, state.watch if state else None),
         events=log,
         kept=Kept(

@@ -2,7 +2,8 @@
 
 `guard` is for the life of a command. A stream whose other end is gone (a closed pipe, a lost terminal, a full
 disk behind a redirection) is replaced by nothing, down to its descriptor, so that C code, child processes and
-Python's own flush at exit do not fail either. Text that comes from a file is printed by way of `clean`.
+Python's own flush at exit do not fail either. Everything that is printed goes through `clean`, except what
+progress bars move the cursor with.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _CONTROLS = re.compile(
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings and isolates of writing directions
     "\ud800-\udfff]"  # lone surrogates
 )
+# what tqdm writes on its own to move from line to line
+_MOVES = re.compile("(?:\n|\x1b\\[A)+")
 
 
 def clean(text: str) -> str:
@@ -33,11 +36,19 @@ def _escape(found: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def _shown(text: str) -> str:
+    """Clean text, in which a progress bar may return to the start of its line and move to others."""
+    if _MOVES.fullmatch(text):
+        return text
+    start, end = text.startswith("\r"), len(text) - (len(text) > 1 and text.endswith("\r"))
+    return text[:start] + clean(text[start:end]) + text[end:]
+
+
 class Guarded:
     """A text stream whose `write` and `flush` never fail. Everything else is the stream's own.
 
-    lost: why the stream was given up; None while it works. Characters that its encoding lacks are written as
-    escapes. Text for a pipe that is full and does not wait is dropped.
+    lost: why the stream was given up; None while it works. Characters that control a terminal, or that the
+    stream's encoding lacks, are written as escapes. Text for a full pipe that does not wait is dropped.
     """
 
     def __init__(self, name: str, stream: TextIO) -> None:
@@ -50,7 +61,7 @@ class Guarded:
     def write(self, text: str) -> int:
         if self.lost is None:
             try:
-                self._write(text)
+                self._write(_shown(text))
             except BlockingIOError:
                 pass
             except (OSError, ValueError) as error:  # ValueError: the stream is closed

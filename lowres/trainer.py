@@ -131,8 +131,8 @@ class _Loop:
 
             # ---- log
             record = _record(run, self.step, schedule, report, seconds)
+            self.write(record)
             run.require_folder()
-            self.log.write(record)
             self.bar.update()
             self.bar.set_postfix_str(_progress_text(record))
             if "merge_cosine" in record:
@@ -148,9 +148,20 @@ class _Loop:
 
     def _open_log(self) -> metrics.MetricsLog:
         log = metrics.MetricsLog(self.run.folder / METRICS, self.step or -1)
-        for note in log.notes:
+        for record in self.run.unlogged:
+            log.write(record)
+        self.run.unlogged.clear()
+        for note in log.look_for_gaps(self.step):
             self.run.events.say("note", f"note: {note}")
         return log
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log a record. If that fails, the next checkpoint takes it along."""
+        try:
+            self.log.write(record)
+        except UserError:
+            self.run.unlogged.append(record)
+            raise
 
     def _ahead(self) -> ReadAhead:
         return ReadAhead(self.run.batch, self.total)
@@ -182,7 +193,7 @@ class _Loop:
         with run.parts.meter.watch("evaluation"):
             scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}")
-        self.log.write({"step": self.step, **scores})
+        self.write({"step": self.step, **scores})
         return scores
 
     def should_save(self, scores: dict[str, float]) -> bool:

@@ -6,6 +6,7 @@ number of micro-batches is cut, to two; brief steps also cut those loops.
 """
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from torch import Tensor
 
 from lowres import rng, target
+from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.engine import LayerwiseEngine, layerwise, working
 from lowres.errors import UserError
 from lowres.memory import ADAPTERS, GIB, Choice, Crew, Plan, choice, make_plan, make_plans, trace
 from lowres.memory.choice import _Planner
 from lowres.memory.trace import Tracer, without_memory
-from lowres.model import block
+from lowres.model import block, unit_specs
+from lowres.optim import make_optimizer
+from lowres.optim.overview import overview, table
 from lowres.rng import round_to_integer
 from lowres.rooms import GPU, HOST, Homes, Rooms
 from tests.helpers import CPU, make_config
@@ -240,3 +244,45 @@ def test_it_can_be_planned_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch)
     trace.tracers.clear()
     assert found.size("optimizer state") == wanted.size("optimizer state")
     assert found.size("update workspace") >= wanted.size("update workspace")
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"budget_gib": 0.002},  # everything moves, layer by layer, and it still does not fit
+        {"budget_gib": 0.05, "host_budget_gib": 0.001},
+        {"engine": "autograd"},
+        {"engine": "deepspeed", "weights": "bf16", "moments": "bf16", "budget_gib": 0.001},
+    ],
+    ids=["all on the gpu", "all on the host", "nowhere", "autograd", "deepspeed"],
+)
+def test_the_work_grows_with_the_layers_and_no_faster(memory: dict[str, object]) -> None:
+    """Calls of functions; with 10,000 layers, anything quadratic would take for ever."""
+    found = [calls_to_plan(make_config(model={"n_layers": n}, memory=memory)) for n in (40, 80, 160)]
+    first, second = found[1] - found[0], found[2] - found[1]
+    assert 0 < second < 2.1 * first, found
+
+
+def calls_to_plan(config: Config) -> int:
+    """Calls of functions of Python and C for a plan and its texts."""
+
+    def look() -> None:
+        plan = make_plan(config, CUDA)
+        assert plan.table() and plan.as_dict()
+        specs = (spec for unit in unit_specs(config.model) for spec in unit.tensors)
+        assert table(overview(make_optimizer(config), specs))
+
+    look()  # makes the traces, which do not depend on the number of layers
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        look()
+    finally:
+        sys.setprofile(None)
+    return calls

@@ -9,7 +9,7 @@ import pytest
 
 from lowres import metrics
 from lowres.cli import main
-from lowres.report import _loss_axis, draw_sweep
+from lowres.report import _loss_axis, draw_loss, draw_sweep
 from lowres.sweep import parse_grid, table
 from tests.helpers import lowres_here
 
@@ -132,6 +132,17 @@ def points_of(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
         for i, x in enumerate(firsts)
         for j, y in enumerate(seconds)
     ]
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    """matplotlib reads text between two dollars as mathematics, and refuses what it does not understand."""
+    pytest.importorskip("matplotlib", reason="pip install lowres[plots]")
+    folder = tmp_path / r"cost $\frac$ x"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 64, "loss": 5.0}\n')
+    assert draw_loss(folder) == folder / "loss.png"
+    axes: dict[str, list[Any]] = {"optim.lr": [0.001, 0.01, 0.1], "run.seed": [0]}
+    assert draw_sweep(folder, axes, points_of(axes)) == [folder / "loss.png", folder / "lr_over_batch.png"]
 
 
 def test_pictures_and_table_of_other_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,6 +299,33 @@ def test_lines_go_above_a_bar() -> None:
     assert "1/2" in written.split("a line\n")[1]
 
 
+def test_bars_of_several_lines_move_the_cursor() -> None:
+    stream = io.StringIO()
+    with redirect_stdout(stream), guard():
+        bars = [tqdm(total=2, file=sys.stdout, ncols=40, position=i, mininterval=0) for i in range(2)]
+        for bar in bars:
+            bar.close()
+    assert "\n\r" in stream.getvalue() and "\x1b[A" in stream.getvalue()
+    assert "\\x" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\rb", "\x1b[Ab", "a\u202eb", "\x9b31m"])
+def test_what_is_printed_cannot_control_the_terminal(name: str) -> None:
+    stream = io.StringIO()
+    with redirect_stdout(stream), guard():
+        print(f"{name}: no such file")
+        print(name, "no such file", file=sys.stdout)
+        tqdm.write(f"note: {name}", file=sys.stdout)
+        bar = tqdm(total=2, file=sys.stdout, ncols=80, desc=name)
+        bar.close()
+    printed = stream.getvalue()
+    assert printed.startswith(f"{clean(name)}: no such file\n{clean(name)} no such file\n")
+    assert f"note: {clean(name)}" in printed and printed.count(clean(name)) >= 4
+    assert name not in printed
+    without_returns = printed.replace("\r", "")  # the bar's own
+    assert clean(without_returns) == without_returns
+
+
 def test_clean() -> None:
     assert clean("a\x1b]0;title\x07\r\x9b31m\x7f") == "a\\x1b]0;title\\x07\\x0d\\x9b31m\\x7f"
     assert clean("abc\u202edcba\u2066\u200f\udcff") == "abc\\u202edcba\\u2066\\u200f\\udcff"

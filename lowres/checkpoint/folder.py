@@ -74,7 +74,7 @@ class State(Record):
     follow if the batch changes. config: the resolved config of the run, sections of keys. validation:
     fingerprint of the validation text. passed: batches that rollbacks left out. watch: see `lowres.health`.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. best: step
-    and loss of the best checkpoint so far.
+    and loss of the best checkpoint so far. unlogged: records that the metrics could not take.
     """
 
     step: Count
@@ -88,6 +88,7 @@ class State(Record):
     micro_batch: int | None = None
     val_loss: float | None = None
     best: list[float] | None = None
+    unlogged: list[dict[str, float | None]] = Field(default_factory=list)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

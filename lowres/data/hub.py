@@ -84,7 +84,11 @@ def rows(source: str, start: int) -> Iterator[dict[str, Any]]:
             with _watched(source, row if state is None else 0) as watch:
                 if opened is None:
                     opened = datasets.load_dataset(
-                        name, config or None, split=split or "train", streaming=True
+                        name,
+                        config or None,
+                        split=split or "train",
+                        streaming=True,
+                        trust_remote_code=False,  # version 3 would ask, and run a data set's script
                     ).skip(row)
                 elif state is not None:
                     opened.load_state_dict(state)
