@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ class Run:
 
     def hold(self) -> None:
         """Remember which folder this is."""
-        self._folder = os.open(self.folder, os.O_RDONLY)
+        with suppress(OSError):  # Windows opens no folders
+            self._folder = os.open(self.folder, os.O_RDONLY)
 
     def require_folder(self) -> None:
         """Raise DiskError if the folder was deleted or moved."""

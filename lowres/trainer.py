@@ -13,7 +13,7 @@ import json
 import math
 import platform
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
             reason = loop.go()
         except (UserError, OSError) as error:
             loop.leave(error)
+        except Exception:  # a bug, or a device that failed: what can be saved is not lost
+            loop.save_whatever_happens()
+            raise
         if reason:
             run.events.say("stopped", loop.what_is_saved(reason), step=loop.step, saved=loop.saved)
             return
@@ -310,6 +313,12 @@ class _Loop:
         run.events.write("stopped", step=step, error=str(error))
         error.args = (f"{error}{note}",)
         raise error
+
+    def save_whatever_happens(self) -> None:
+        """Try to save; the error that ends the run is more important than one of this."""
+        with suppress(Exception):
+            if not self.in_step and self.step != self.saved and not self.run.watch.doubtful:
+                self._save_at_the_end()
 
     def _save_at_the_end(self) -> str:
         """Save in the folder or elsewhere; returns what to add to the error."""
