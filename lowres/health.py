@@ -30,13 +30,12 @@ GUESSING, LEARNT = 1e-3, 0.1  # nats below ln V
 
 
 class Windows(Record):
-    """What is remembered between steps, and kept in checkpoints. norms: of the gradient; by_unit: of the
-    gradient of each unit, if the policy needs it. Lists have the latest value last. bad: steps in a row.
-    spikes: in a row. learnt: whether the loss was ever better than guessing."""
+    """What is remembered between steps, and kept in checkpoints. losses, norms (of the gradient): of accepted
+    steps, the latest last. bad: steps in a row. spikes: in a row. learnt: whether the loss was ever better
+    than guessing."""
 
     losses: list[float] = Field(default_factory=list)
     norms: list[float] = Field(default_factory=list)
-    by_unit: dict[str, list[float]] = Field(default_factory=dict)
     bad: int = 0
     spikes: int = 0
     learnt: bool = False
@@ -44,9 +43,9 @@ class Windows(Record):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine refuses: gradient norms by unit, and a loss above these. See `Engine.step`."""
+    """What the engine refuses: a norm of the gradient, and a loss, above these. See `Engine.step`."""
 
-    norms: dict[str, float] | None = None
+    norm: float | None = None
     loss: float | None = None
 
 
@@ -90,9 +89,7 @@ class Watch:
         """What the next step may not exceed, if the policy is to refuse it."""
         if self._config.spikes != "skip":
             return Limits()
-        seen = self._seen
-        by_unit = {n: self._norm_limit(v) for n, v in seen.by_unit.items() if len(v) >= FEWEST}
-        return Limits(by_unit or None, self._loss_limit() if len(seen.losses) >= FEWEST else None)
+        return Limits(self._norm_limit(), self._loss_limit())
 
     def see(self, step: int, report: StepReport) -> Verdict:
         """Judge a step; step counts it."""
@@ -104,33 +101,33 @@ class Watch:
             more |= self._accepted(report)
         elif more["spikes"] >= self._config.patience and self._config.spikes == "warn":
             spike += "; after so many, this is the new level"
-            more |= {"losses": [], "norms": [], "by_unit": {}, "spikes": 0}
+            more |= {"losses": [], "norms": [], "spikes": 0}
         only_guesses = not (report.skipped or self._vanished(report))
         self.doubtful = bool(bad) and (seen.learnt or not only_guesses)
         self._seen = seen.model_copy(update=more)
         return Verdict(spike, bad, self._seen.bad >= self._config.patience)
 
-    def _norm_limit(self, norms: list[float]) -> float:
-        return self._config.spike_factor * max(norms)
+    def _norm_limit(self) -> float | None:
+        norms = self._seen.norms
+        return self._config.spike_factor * max(norms) if len(norms) >= FEWEST else None
 
-    def _loss_limit(self) -> float:
-        middle = statistics.median(self._seen.losses)
-        spread = statistics.median(abs(loss - middle) for loss in self._seen.losses)
+    def _loss_limit(self) -> float | None:
+        losses = self._seen.losses
+        if len(losses) < FEWEST:
+            return None
+        middle = statistics.median(losses)
+        spread = statistics.median(abs(loss - middle) for loss in losses)
         return middle + max(LOSS_DEVIATIONS * spread, LOSS_MARGIN)
 
     def _spike(self, report: StepReport) -> str:
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             return ""
-        norms, losses = self._seen.norms, self._seen.losses
-        if len(norms) >= FEWEST and report.grad_norm > self._norm_limit(norms):
-            times = report.grad_norm / max(norms)
+        norm, loss = self._norm_limit(), self._loss_limit()
+        if norm is not None and report.grad_norm > norm:
+            times = report.grad_norm / max(self._seen.norms)
             return f"gradient norm {report.grad_norm:.3g}, {times:.3g} times the largest before"
-        if len(losses) >= FEWEST and report.loss > self._loss_limit():
-            return f"loss {report.loss:.3f}, median {statistics.median(losses):.3f}"
-        for name, norm in report.norms.items():
-            own = self._seen.by_unit.get(name, [])
-            if len(own) >= FEWEST and norm > self._norm_limit(own):
-                return f"gradient norm of {name} {norm:.3g}, {norm / max(own):.3g} times the largest before"
+        if loss is not None and report.loss > loss:
+            return f"loss {report.loss:.3f}, median {statistics.median(self._seen.losses):.3f}"
         return ""
 
     def _vanished(self, report: StepReport) -> bool:
@@ -150,10 +147,8 @@ class Watch:
     def _accepted(self, report: StepReport) -> dict[str, Any]:
         """The windows with the values of a step."""
         seen, size = self._seen, self._config.window
-        norms = report.norms if self._config.spikes == "skip" else {}
         return {
             "losses": [*seen.losses, report.loss][-size:],
             "norms": [*seen.norms, report.grad_norm][-size:],
-            "by_unit": {n: [*seen.by_unit.get(n, []), norm][-size:] for n, norm in norms.items()},
             "learnt": seen.learnt or report.loss < self._guess - LEARNT,
         }

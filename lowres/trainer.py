@@ -173,7 +173,7 @@ class _Loop:
         run, limits = self.run, self.run.watch.limits()
         engine = run.parts.engine
         try:
-            return engine.step(batch, self.step, schedule, limits=limits.norms, loss_limit=limits.loss)
+            return engine.step(batch, self.step, schedule, norm_limit=limits.norm, loss_limit=limits.loss)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

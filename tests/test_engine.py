@@ -386,6 +386,6 @@ def test_a_step_is_enqueued_without_asking_the_device(name: str) -> None:
             with pytest.raises(DataDependentOutputException):
                 engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False)
         else:
-            limits = Limits.of({"head": 1.0, "layers.1": 1.0}, 10.0)
+            limits = Limits(1.0, 10.0)
             found = engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False, limits=limits)
             assert found.shape == (3 + len(units),)

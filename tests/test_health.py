@@ -7,7 +7,7 @@ import pytest
 
 from lowres.config import HealthConfig
 from lowres.engine import StepReport
-from lowres.health import FEWEST, Watch
+from lowres.health import FEWEST, Limits, Watch
 
 VOCAB = 1000
 GUESS = math.log(VOCAB)
@@ -17,16 +17,15 @@ def watch(**keys: Any) -> Watch:
     return Watch(HealthConfig(**keys), VOCAB, warmup=2)
 
 
-def report(loss: float = 4.0, norm: float = 1.0, skipped: int = 0, **norms: float) -> StepReport:
-    return StepReport(loss, norm, skipped, norms)
+def report(loss: float = 4.0, norm: float = 1.0, skipped: int = 0) -> StepReport:
+    return StepReport(loss, norm, skipped)
 
 
 def after(steps: int, loss: float = 4.0, **keys: Any) -> Watch:
     """A watch that has seen ordinary steps, with norms between 0.9 and 1.1."""
     found = watch(**keys)
     for step in range(1, steps + 1):
-        norm = 1 + 0.1 * math.sin(step)
-        verdict = found.see(step, report(loss + 0.01 * math.cos(step), norm, head=norm, embed=norm / 2))
+        verdict = found.see(step, report(loss + 0.01 * math.cos(step), 1 + 0.1 * math.sin(step)))
         assert not (verdict.spike or verdict.bad or verdict.dead) and not found.doubtful
     return found
 
@@ -73,21 +72,14 @@ def test_what_stays_is_a_new_level_if_spikes_are_only_said() -> None:
 def test_the_window_is_as_long_as_asked_for() -> None:
     found = after(100, window=20)
     assert len(found.state()["norms"]) == 20
-    assert after(100).state()["by_unit"] == {}
-    kept = after(100, window=20, spikes="skip").state()["by_unit"]
-    assert {name: len(values) for name, values in kept.items()} == {"head": 20, "embed": 20}
 
 
 def test_limits_are_for_the_policy_that_refuses() -> None:
-    assert after(40).limits().norms is None and after(40).limits().loss is None
-    assert after(FEWEST - 1, spikes="skip").limits().norms is None
+    assert after(40).limits() == Limits() == after(FEWEST - 1, spikes="skip").limits()
     found = after(40, spikes="skip").limits()
-    assert found.norms is not None and found.loss == pytest.approx(4.5, abs=0.02)
-    assert found.norms == pytest.approx({"head": 5.5, "embed": 2.75}, rel=0.01)
-    verdict = after(40, spikes="skip").see(41, report(norm=99, skipped=3, head=99, embed=1))
+    assert found.norm == pytest.approx(5.5, rel=0.01) and found.loss == pytest.approx(4.5, abs=0.02)
+    verdict = after(40, spikes="skip").see(41, report(norm=99, skipped=3))
     assert verdict.spike and verdict.bad == "skipped: a spike"
-    # of one unit, which the norm of all does not show
-    assert "of embed" in after(40, spikes="skip").see(41, report(norm=5, skipped=1, head=1, embed=4)).spike
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_gradient_that_is_a_million_times_larger_changes_nothing(
 ) -> None:
     (engine, units), (other, others) = made(case), made(case)
     normal = other.step(make_batch(seed=1), 1, 1.0)
-    limits = {name: 100 * norm for name, norm in normal.norms.items()}
+    limit = 100 * normal.grad_norm
     before = stored_tensors(units)
     with monkeypatch.context() as patch:
         for module in (layerwise, autograd):
@@ -78,25 +78,25 @@ def test_a_gradient_that_is_a_million_times_larger_changes_nothing(
                 return inputs, targets, count / 10**6
 
             patch.setattr(module, "split", split)
-        report = engine.step(make_batch(seed=1), 1, 1.0, limits=limits)
+        report = engine.step(make_batch(seed=1), 1, 1.0, norm_limit=limit)
         assert report.skipped == len(NAMES)
     for name, norm in report.norms.items():
         assert norm == pytest.approx(10**6 * normal.norms[name], rel=1e-3)
     assert not changed(units, before)
     # the next step is what it is without the refused one
-    assert engine.step(make_batch(seed=1), 1, 1.0, limits=limits) == normal
+    assert engine.step(make_batch(seed=1), 1, 1.0, norm_limit=limit) == normal
     assert not changed(units, stored_tensors(others))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("above", NAMES)
-def test_the_updates_end_at_the_unit_that_is_above_its_limit(case: str, above: str) -> None:
-    """Or nothing is updated, if all norms are known before the first update."""
+def test_the_updates_end_at_the_unit_at_which_the_norm_exceeds_its_limit(case: str, above: str) -> None:
+    """Or nothing is updated, if the norm is known before the first update."""
     (engine, units), (other, others) = made(case), made(case)
     normal = other.step(make_batch(seed=1), 1, 1.0)
     before = stored_tensors(units)
-    limits = {above: normal.norms[above] * (1 - 1e-9)}
-    report = engine.step(make_batch(seed=1), 1, 1.0, limits=limits)
+    so_far = math.hypot(*(normal.norms[name] for name in NAMES[NAMES.index(above) :]))
+    report = engine.step(make_batch(seed=1), 1, 1.0, norm_limit=so_far * (1 - 1e-9))
     _, clip, _ = CASES[case]
     refused = NAMES if clip or isinstance(engine, AutogradEngine) else NAMES[: NAMES.index(above) + 1]
     assert report.skipped == len(refused)
@@ -119,10 +119,9 @@ def test_a_loss_above_its_limit_changes_nothing(case: str) -> None:
 def test_limits_that_are_not_reached_change_no_bit(case: str) -> None:
     (engine, units), (other, others) = made(case), made(case)
     normal = other.step(make_batch(seed=1), 1, 1.0)
-    limits = {"layers.0": math.inf, **normal.norms, "head": 1e200}
-    # a limit is the largest accepted norm, up to the rounding of its square
-    limits = {name: limit * (1 + 1e-12) for name, limit in limits.items()}
-    assert engine.step(make_batch(seed=1), 1, 1.0, limits=limits, loss_limit=normal.loss) == normal
+    # the limit is the largest accepted norm, up to the rounding of its square
+    limit = normal.grad_norm * (1 + 1e-12)
+    assert engine.step(make_batch(seed=1), 1, 1.0, norm_limit=limit, loss_limit=normal.loss) == normal
     assert not changed(units, stored_tensors(others))
 
 

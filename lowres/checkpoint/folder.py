@@ -88,7 +88,7 @@ class State(Record):
     micro_batch: int | None = None
     val_loss: float | None = None
     best: list[float] | None = None
-    unlogged: list[dict[str, float | None]] = Field(default_factory=list)
+    unlogged: list[dict[str, int | float | None]] = Field(default_factory=list)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

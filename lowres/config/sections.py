@@ -401,9 +401,9 @@ class HealthConfig(Section):
     the last steps that were accepted."""
 
     spikes: Literal["off", "warn", "skip", "rollback"] = resumable("warn")
-    """What to do about a spike. warn: say it. skip: refuse the update; in a layer-major step from the first
-    layer on (from the head down) whose gradient is too large, or as a whole if optim.grad_clip is used or the
-    loss is too high. rollback: go back to the last checkpoint, and pass over the batch."""
+    """What to do about a spike. warn: say it. skip: refuse the update; in a layer-major step from the layer
+    on (from the head down) at which the norm so far is too large, or as a whole if optim.grad_clip is used or
+    the loss is too high. rollback: go back to the last checkpoint, and pass over the batch."""
     spike_factor: Annotated[float, Field(gt=1)] = resumable(5.0)
     """A gradient norm above this many times the largest of the window is a spike."""
     window: Annotated[int, Field(ge=16, le=10_000)] = resumable(128)

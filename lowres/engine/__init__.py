@@ -7,7 +7,7 @@ same under DeepSpeed, on one or many ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -47,7 +47,7 @@ class Engine(Protocol):
         step: int,
         schedule: float,
         rehearsal: bool = False,
-        limits: Mapping[str, float] | None = None,
+        norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
         """One optimizer step on batch int64 [sequences, seq_len + 1].
@@ -55,12 +55,12 @@ class Engine(Protocol):
         step: completed steps before this one. schedule: factor on the peak learning rates. rehearsal: do
         everything, but refuse the update, so that weights and state do not change.
 
-        limits: the largest accepted norm of the gradient of a unit, by its name; units without one have no
-        limit. loss_limit: the largest accepted loss. Above it, as with a loss that is not finite, the whole
-        step is refused. The layer-major engine treats a gradient above its limit like one that is not finite:
-        it refuses the updates of this unit and of those below it. With clipping it knows all norms before
-        the first update, like the autograd engine always does, and then refuses the whole step. DeepSpeed
-        does not tell the norms of units, so the zero engine ignores `limits`, and reports no norms.
+        loss_limit: the largest accepted loss. Above it, as with a loss that is not finite, the whole step is
+        refused. norm_limit: the largest accepted norm of the gradient. The layer-major engine adds the norm
+        up from the head down, and refuses the updates of the unit at which it exceeds the limit, or is not
+        finite, and of those below. With clipping it knows the norm before the first update, like the autograd
+        engine always does, and then refuses the whole step. DeepSpeed updates before it tells the norm, so
+        the zero engine ignores norm_limit; it reports no norms of units.
         """
 
     def evaluate(self, batch: Tensor) -> tuple[float, int]:

@@ -6,7 +6,7 @@ whole model in compute precision and a gradient for every parameter, so it needs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class AutogradEngine:
         step: int,
         schedule: float,
         rehearsal: bool = False,
-        limits: Mapping[str, float] | None = None,
+        norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
@@ -90,7 +90,7 @@ class AutogradEngine:
         self.dropout.step = None
         self.rooms.phase = "update"
         with torch.no_grad():
-            allowed = Limits.of(limits, loss_limit)
+            allowed = Limits.of(norm_limit, loss_limit)
             report = self._update(grads, total / count, step, schedule, rehearsal, allowed)
         self.rooms.phase = ""
         return report
@@ -115,9 +115,7 @@ class AutogradEngine:
             name: torch.stack([squares[spec.name] for spec in unit.spec.trained]).sum()
             for name, unit in self._units.items()
         }
-        accepted = limits.allow_loss(loss) & whole.isfinite() & (not rehearsal)
-        for name, own in by_unit.items():
-            accepted = accepted & limits.allow(name, own)
+        accepted = limits.allow_loss(loss) & limits.allow_norm(whole) & (not rehearsal)
         if self.settings.grad_clip:
             shrink = (self.settings.grad_clip / (whole.sqrt() + 1e-6)).clamp(max=1.0)
             for grad in grads.values():

@@ -124,23 +124,22 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step may be at most, or it is refused; see `lowres.engine.Engine.step`. norms: of the gradients
-    of units. A step that is not finite is always refused. The answers are bool scalars on the device."""
+    """What a step may be at most, or it is refused; see `lowres.engine.Engine.step`. norm: of the gradient. A
+    step that is not finite is always refused. The answers are bool scalars on the device."""
 
-    norms: Mapping[str, float] = field(default_factory=dict)
+    norm: float = math.inf
     loss: float = math.inf
 
     @classmethod
-    def of(cls, norms: Mapping[str, float] | None, loss: float | None) -> Limits:
-        return cls(norms or {}, math.inf if loss is None else loss)
+    def of(cls, norm: float | None, loss: float | None) -> Limits:
+        return cls(math.inf if norm is None else norm, math.inf if loss is None else loss)
 
     def allow_loss(self, loss: Tensor) -> Tensor:
         return loss.isfinite() & (loss <= self.loss)
 
-    def allow(self, unit: str, square: Tensor) -> Tensor:
-        """square: squared norm of the gradient of a unit."""
-        limit = self.norms.get(unit, math.inf)
-        return square.isfinite() & (square <= limit * limit)
+    def allow_norm(self, square: Tensor) -> Tensor:
+        """square: squared norm of the gradient."""
+        return square.isfinite() & (square <= self.norm * self.norm)
 
 
 def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:

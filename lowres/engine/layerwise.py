@@ -15,15 +15,15 @@ A band is a group of neighbouring layers that are recomputed and differentiated 
 keeps only the input of each band; a band needs gradient buffers and activations for all its layers.
 
 There is no global gradient norm before the first update. If the loss is not finite or above its limit,
-the step is skipped before anything has changed. If a gradient is not finite, or its norm above its
-limit, the layers below it would get such gradients too, so the updates of the step end there. Both are
-decided on the device: nothing here waits for the device before the end.
+the step is skipped before anything has changed. If a gradient is not finite, the layers below it would
+get such gradients too, so the updates of the step end there; also where the norm so far exceeds its
+limit. Both are decided on the device: nothing here waits for the device before the end.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -324,11 +324,11 @@ class LayerwiseEngine:
         step: int,
         schedule: float,
         rehearsal: bool = False,
-        limits: Mapping[str, float] | None = None,
+        norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
         inputs, targets, count = self._on_device(batch)
-        allowed = Limits.of(limits, loss_limit)
+        allowed = Limits.of(norm_limit, loss_limit)
         results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed)
         loss, norm, updated, *norms = results.tolist()  # the only wait for the device
         by_unit = dict(zip(self._units, norms, strict=True))
@@ -371,7 +371,7 @@ class LayerwiseEngine:
         shrink = None
         if clip:
             norm, found = self._norm(inputs, targets, count, kept, limits)
-            accepted = accepted & found & norm.isfinite()
+            accepted = accepted & found
             shrink = (clip / (norm + 1e-6)).clamp(max=1.0)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         squares: dict[str, Tensor] = {}
@@ -381,7 +381,7 @@ class LayerwiseEngine:
             name = unit.spec.name
             square = squares[name] = sum_of_squares(grads)
             total += square
-            accepted = accepted & limits.allow(name, square) & limits.allow_loss(loss)
+            accepted = accepted & limits.allow_norm(total) & limits.allow_loss(loss)
             if shrink is not None:
                 for grad in grads.values():
                     grad.mul_(shrink)
@@ -403,14 +403,12 @@ class LayerwiseEngine:
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries, limits: Limits
     ) -> tuple[Tensor, Tensor]:
         """Norm of the gradient of all weights, which costs one backward pass; and whether the limits allow
-        the loss and the norms of all units."""
+        this norm and the loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        allowed = torch.ones((), dtype=torch.bool, device=self.device)
-        for unit, grads, loss in self._gradients(inputs, targets, count, kept):
-            square = sum_of_squares(grads)
-            total += square
-            allowed = allowed & limits.allow(unit.spec.name, square) & limits.allow_loss(loss)
-        return total.sqrt(), allowed
+        for _, grads, mean_loss in self._gradients(inputs, targets, count, kept):
+            total += sum_of_squares(grads)
+            loss = mean_loss
+        return total.sqrt(), limits.allow_norm(total) & limits.allow_loss(loss)
 
     def _gradients(
         self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -290,7 +290,7 @@ class ZeroEngine:
         step: int,
         schedule: float,
         rehearsal: bool = False,
-        limits: Mapping[str, float] | None = None,
+        norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
         _, _, count = split(batch, self.micro_batch, self.rooms)
