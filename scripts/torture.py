@@ -11,6 +11,7 @@ Anything else is a failure, and the exit code is 1. It works in a temporary fold
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import records  # noqa: E402
 import torch  # noqa: E402
-from attacks import disks, hostile, kills, mutations, numbers, signals  # noqa: E402
+from attacks import configs, disks, hostile, kills, mutations, numbers, signals, soak  # noqa: E402
 from attacks.children import Case, each  # noqa: E402
-from attacks.world import DETECTED, EXACT, FAILED, HARMLESS, World  # noqa: E402
+from attacks.world import DETECTED, EXACT, FAILED, HARMLESS, World, verdict  # noqa: E402
 
 OUT = ROOT / "benchmarks/results/torture.json"
 MOST_SHOWN = 8  # failures of an attack that are printed
@@ -51,8 +53,8 @@ ATTACKS: dict[str, Attack] = {
     "kill-everywhere": Attack(
         "SIGKILL before every file operation, and in the middle of every write",
         lambda w, full, seed: chain(
-            *(kills.at_operations(w, name, 1 if full else 17) for name in kills.RUNS),
-            kills.prepared(w, 1 if full else 9),
+            *(kills.at_operations(w, name, 1 if full else 37) for name in kills.RUNS),
+            kills.prepared(w, 1 if full else 13),
         ),
     ),
     "disk-full": Attack(
@@ -81,9 +83,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "signals": Attack(
         "TERM, INT and HUP in every part of a run; two signals",
-        lambda w, full, seed: chain(
-            signals.once(w, 1 if full else 5), signals.twice(w, 1 if full else 5)
-        ),
+        lambda w, full, seed: chain(signals.once(w, 1 if full else 8), signals.twice(w, 1 if full else 7)),
     ),
     "processes": Attack("a second process on the same run", lambda w, full, seed: signals.together(w)),
     "output": Attack(
@@ -91,7 +91,11 @@ ATTACKS: dict[str, Attack] = {
     ),
     "numbers": Attack(
         "poisoned batches and ruinous learning rates",
-        lambda w, full, seed: chain(numbers.poisoned_batches(w, not full), numbers.ruined(w)),
+        lambda w, full, seed: chain(numbers.poisoned_batches(w, not full), numbers.ruined(w, not full)),
+    ),
+    "settings": Attack(
+        "settings at random, also for resumed runs",
+        lambda w, full, seed: chain(configs.neutral(w), configs.cases(w, 1500 if full else 60, seed)),
     ),
     "folder-gone": Attack(
         "the folder of a run is deleted, moved, replaced or made read-only in the middle",
@@ -100,13 +104,19 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+def _verdicts(found: Any) -> list[tuple[str, str]]:
+    """Those of a case, which may have one or several, or may have raised."""
+    if isinstance(found, Exception):
+        return [(FAILED, str(found))]
+    return found if isinstance(found[0], list) else [found]
+
+
 def attack(world: World, name: str, full: bool, seed: int, jobs: int) -> dict[str, Any]:
     """Run an attack; returns its record."""
     began, counts, failures = time.monotonic(), Counter[str](), dict[str, str]()
-    for case, found in each(ATTACKS[name].cases(world, full, seed), jobs):
-        if isinstance(found, Exception):
-            found = [(FAILED, str(found))]
-        for kind, text in found if isinstance(found[0], list | tuple) else [found]:
+    cases = ATTACKS[name].cases(world, full, seed)
+    for case, found in each(((n, partial(verdict, c)) for n, c in cases), jobs):
+        for kind, text in _verdicts(found):
             counts[kind] += 1
             if kind == FAILED:
                 failures[f"{case} ({len(failures)})"] = text
@@ -123,22 +133,29 @@ def attack(world: World, name: str, full: bool, seed: int, jobs: int) -> dict[st
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="a few cases of every attack")
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="only: a long run, with its memory")
     parser.add_argument("--out", type=Path, default=OUT)
     parsed = parser.parse_args()
     torch.set_num_threads(1)
     began, results = time.monotonic(), dict[str, Any]()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
-        world = World(Path(folder))
-        for name in parsed.only:
+        tempfile.tempdir = folder
+        world = World(Path(folder) / "world")
+        if parsed.soak:
+            results["soak"] = soak.soak(world, parsed.soak)
+            print(json.dumps(results["soak"], indent=1))
+        for name in [] if parsed.soak else parsed.only:
             found = results[name] = attack(world, name, not parsed.short, parsed.seed, parsed.jobs)
             print(
-                f"{name:<16} {found['tried']:>5} tried {found['exact']:>5} exact {found['detected']:>5} detected "
-                f"{found['without_effect']:>5} without effect {found['failed']:>5} {FAILED}"
+                f"{name:<16} {found['tried']:>5} tried {found['exact']:>5} exact {found['detected']:>5} "
+                f"detected {found['without_effect']:>5} without effect {found['failed']:>5} {FAILED}"
                 f"  ({found['seconds']:.0f} s)",
                 flush=True,
             )

@@ -113,7 +113,7 @@ def start(command: Command, before: Callable[[], object] | None = None) -> Child
             handle = os.open(name, os.O_WRONLY)
             os.dup2(handle, descriptor)
             os.close(handle)
-        sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ from pathlib import Path
 from attacks.children import Case, Done, run
 from attacks.faults import TAKE_ROOM, Faults, count
 from attacks.kills import BESIDE, SHORT
-from attacks.world import DETECTED, EXACT, Verdict, World, at_step, failed
+from attacks.world import DETECTED, EXACT, Verdict, World, WrongError, at_step
 from lowres import disk
 
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS}
@@ -57,23 +57,27 @@ def judged(
     file and the remedy, and is exact after making room and doing what the line says."""
     truth = world.truth(*SHORT)
     if wrong := done.ill():
-        return failed(wrong)
+        raise WrongError(wrong)
     if done.code == 0:
         wrong = world.differs(folder, truth)
-        return failed(f"exit 0, but {wrong}") if wrong else (EXACT, "")
+        if wrong:
+            raise WrongError(f"exit 0, but {wrong}")
+        return EXACT, ""
     if done.code != 2:
-        return failed(f"exit {done.code}: {done.line}")
+        raise WrongError(f"exit {done.code}: {done.line}")
     if must_retry:
-        return failed(f"is not tried again: {done.line}")
+        raise WrongError(f"is not tried again: {done.line}")
     if not re.search(rf"{re.escape(str(folder))}\S*", done.line):
-        return failed(f"names no file: {done.line}")
+        raise WrongError(f"names no file: {done.line}")
     remedy = disk.remedy(OSError(error, ""))
     if remedy not in done.line:
-        return failed(f"another remedy than {remedy!r}: {done.line}")
+        raise WrongError(f"another remedy than {remedy!r}: {done.line}")
     if wrong := world.move_rescued(done.line, folder):
-        return failed(f"{wrong}: {done.line}")
+        raise WrongError(f"{wrong}: {done.line}")
     wrong = world.finish(folder, truth, *keys)
-    return failed(f"{wrong}; after {done.line}") if wrong else (DETECTED, "")
+    if wrong:
+        raise WrongError(f"{wrong}; after {done.line}")
+    return DETECTED, ""
 
 
 def full_everywhere(world: World, stride: int) -> Iterator[Case]:
@@ -135,18 +139,20 @@ def _gone(world: World, name: str) -> Verdict:
         folder, own = place / "run", (f"run.rescue={place}/rescue",)
         done = run(world.train(folder, *own), at_step(4, partial(GONE[name], folder)))
         if wrong := done.ill():
-            return failed(wrong)
+            raise WrongError(wrong)
         if done.code != 2:
-            return failed(f"exit {done.code}: {done.line}")
+            raise WrongError(f"exit {done.code}: {done.line}")
         if str(folder) not in done.line:
-            return failed(f"names no folder: {done.line}")
+            raise WrongError(f"names no folder: {done.line}")
         if wrong := world.move_rescued(done.line, folder):
-            return failed(f"{wrong}: {done.line}")
+            raise WrongError(f"{wrong}: {done.line}")
         if found := re.search(r"go on with --run (\S+) --resume", done.line):
             folder = Path(found[1])
         # the records of a folder that was deleted are gone, which the run says
         wrong = world.finish(folder, world.truth(), *own, metrics=name != "deleted", resume=True)
-        return failed(f"{wrong}; after {done.line}") if wrong else (DETECTED, done.line[:200])
+        if wrong:
+            raise WrongError(f"{wrong}; after {done.line}")
+        return DETECTED, done.line[:200]
 
 
 def _deleted(folder: Path) -> None:

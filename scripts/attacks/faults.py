@@ -46,7 +46,7 @@ class Faults:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if log else None
         self._write = os.write
         self._install()
-        disk.PAUSES = (0.0,) * len(disk.PAUSES)
+        disk.PAUSES = (0.0, 0.0, 0.0)
 
     # ---- what happens
 
@@ -65,7 +65,7 @@ class Faults:
 
     def _meets(self, kind: str, path: Any, folder: int | None = None) -> bool:
         """Count an operation; whether it is one at which something happens."""
-        if self._kinds and kind not in self._kinds or not self._is_there(path, folder):
+        if (self._kinds and kind not in self._kinds) or not self._is_there(path, folder):
             return False
         self._count += 1
         if self._log is not None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from attacks.children import Case, Done, run
-from attacks.world import DETECTED, HARMLESS, Verdict, World, failed, no_picture, noticed
+from attacks.world import DETECTED, HARMLESS, Verdict, World, WrongError, no_picture, noticed, verdict
+from lowres.cli import main
 from lowres.sealed import seal
 
 FORGED = "forged "  # mutations with a valid seal may change the result
@@ -29,8 +30,22 @@ STRANGE: tuple[Any, ...] = (
     *([], {}, [[]], [None], {"": {}}, [1, 2, 3], {"step": {}}, float("nan"), float("inf")),
 )
 NAMES = (
-    *("step_²", "step_99999999999999999999", "step_0000000６", "step_", "step_-0000001", "step_00000006.x"),
-    *("step_00000006 ", "step_6", "step_000000006", "STEP_00000009", "step_00000012\n", "step_4611686018427387904"),
+    *(
+        "step_²",
+        "step_99999999999999999999",
+        "step_0000000\uff16",
+        "step_",
+        "step_-0000001",
+        "step_00000006.x",
+    ),
+    *(
+        "step_00000006 ",
+        "step_6",
+        "step_000000006",
+        "STEP_00000009",
+        "step_00000012\n",
+        "step_4611686018427387904",
+    ),
 )
 Mutation = Callable[[random.Random, Path, "World"], str]
 
@@ -45,7 +60,7 @@ def cases(world: World, count: int, every: int, seed: int) -> Iterator[Case]:
 
 
 def _several(world: World, numbers: range, every: int, seed: int) -> list[Verdict]:
-    return [_one(world, number, number % every == 0, seed) for number in numbers]
+    return [verdict(partial(_one, world, number, number % every == 0, seed)) for number in numbers]
 
 
 def _one(world: World, number: int, whole: bool, seed: int) -> Verdict:
@@ -60,36 +75,60 @@ def _one(world: World, number: int, whole: bool, seed: int) -> Verdict:
         if draw.random() < 0.3:
             second = draw.choice(known)
             text += f"; {second}: {MUTATIONS[second](draw, folder, world)}"
-        verdict = _judge(world, folder, whole, FORGED in text)
+        try:
+            kind, found = (_judge_whole if whole else _judge_look)(world, folder, FORGED in text)
+        except WrongError as error:
+            raise WrongError(f"{number}: {text}: {error}") from None
         if contents(outside, before) != before:
             changed = [key for key, value in contents(outside).items() if before.get(key) != value]
-            verdict = failed(f"changed outside of the run's folder: {changed or 'something is gone'}")
-    return verdict[0], f"{number}: {text}: {verdict[1]}"
+            raise WrongError(f"{text} changed outside of the run's folder: {changed or 'something is gone'}")
+    return kind, f"{number}: {text}: {found}"
 
 
-def _judge(world: World, folder: Path, whole: bool, forged: bool) -> Verdict:
-    commands: list[list[object]] = [["checkpoint", "verify", folder], ["checkpoint", "list", folder]]
-    resume = world.train(folder, resume=True)
-    if whole:
-        commands += [["eval", folder], ["sample", folder, "--prompt", "a", "--tokens", 2]]
-    else:
-        resume = [*resume, "--set", "run.seed=1"]  # refused, once everything has been read
+def _look_at(folder: Path) -> list[list[object]]:
+    return [["checkpoint", "verify", folder], ["checkpoint", "list", folder]]
+
+
+def _judge_look(world: World, folder: Path, forged: bool) -> Verdict:
+    """Commands that only look; the last is refused once everything has been read."""
+    commands = [*_look_at(folder), world.train(folder, "run.seed=1", resume=True)]
+
+    def all_of_them() -> None:
+        for command in commands:
+            print(f"\nexit {main([str(part) for part in command])}")
+
+    done = run(all_of_them, no_picture, patience=40)
+    _require_well(done)
+    codes = [int(line[5:]) for line in done.out.splitlines() if line.startswith("exit ")]
+    told = [line for line in done.err.splitlines() if line.startswith("lowres: ")]
+    if len(codes) != len(commands) or not {*codes} <= {0, 1, 2} or len(told) != sum(map(bool, codes)):
+        raise WrongError(f"exits {codes} with {told}")
+    return (DETECTED if noticed(done) or any(codes[:2]) else HARMLESS), ""
+
+
+def _judge_whole(world: World, folder: Path, forged: bool) -> Verdict:
+    commands = [*_look_at(folder), ["eval", folder], ["sample", folder, "--prompt", "a", "--tokens", 2]]
     found: list[Done] = []
-    for command in [*commands, resume]:
-        done = run(command, no_picture, patience=40)
-        found.append(done)
-        if wrong := done.ill():
-            return failed(f"{' '.join(map(str, command[:2]))}: {wrong}")
-        if any(ord(character) < 32 and character not in "\n\t\r" for character in done.text):
-            return failed(f"{command[0]}: prints control characters")
+    for command in [*commands, world.train(folder, resume=True)]:
+        found.append(run(command, no_picture, patience=40))
+        try:
+            _require_well(found[-1])
+        except WrongError as error:
+            raise WrongError(f"{' '.join(map(str, command[:2]))}: {error}") from None
     last = found[-1]
-    if whole and last.code == 0 and not forged:
+    if last.code == 0 and not forged:
         if wrong := world.differs(folder, world.truth(), metrics=False):
-            return failed(f"ends well with {wrong}")
+            raise WrongError(f"ends well with {wrong}")
         if (wrong := world.differs(folder, world.truth())) and not noticed(last):
-            return failed(f"says nothing, but {wrong}")
-    refused = whole and last.code != 0
-    return (DETECTED if refused or noticed(*found) else HARMLESS), last.line if refused else ""
+            raise WrongError(f"says nothing, but {wrong}")
+    return (DETECTED if last.code or noticed(*found) else HARMLESS), last.line if last.code else ""
+
+
+def _require_well(done: Done) -> None:
+    if wrong := done.ill():
+        raise WrongError(wrong)
+    if any(ord(character) < 32 and character not in "\n\t\r" for character in done.text):
+        raise WrongError("prints control characters")
 
 
 def _sentinel(world: World) -> None:
@@ -115,7 +154,13 @@ def _json_files(folder: Path) -> list[Path]:
 def _keys(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of every value in a JSON value."""
     yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, list)
+        else ()
+    )
     for key, value in items:
         yield from _keys(value, (*path, key))
 
@@ -180,7 +225,9 @@ def _newest(folder: Path) -> Path:
 
 
 def forged_manifest(draw: random.Random, folder: Path, world: World) -> str:
-    name = draw.choice(("../outside/text", "..", "/etc/passwd", "a/b", ".", "", "\x1b[2J", "x" * 300, "manifest.json"))
+    name = draw.choice(
+        ("../outside/text", "..", "/etc/passwd", "a/b", ".", "", "\x1b[2J", "x" * 300, "manifest.json")
+    )
     entry = {"bytes": 12, "blake2b": "0" * 128}
     kind = draw.randrange(4)
     what = draw.choice(STRANGE)
@@ -211,7 +258,7 @@ def forged_state(draw: random.Random, folder: Path, world: World) -> str:
 
 
 def forged_tensors(draw: random.Random, folder: Path, world: World) -> str:
-    """Headers of safetensors files: offsets that overlap, are negative or too large, other shapes and names."""
+    """Headers of safetensors files: offsets that overlap or are impossible, other shapes and names."""
     path = draw.choice(sorted(_newest(folder).glob("*.safetensors")))
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
@@ -236,7 +283,10 @@ def forged_tensors(draw: random.Random, folder: Path, world: World) -> str:
 
 def foreign_checkpoint(draw: random.Random, folder: Path, world: World) -> str:
     """A checkpoint under the name of another step, alone or with its step in the manifest changed."""
-    old, new = folder / "checkpoints/step_00000003", folder / f"checkpoints/step_{draw.choice((9, 12, 99)):08d}"
+    old, new = (
+        folder / "checkpoints/step_00000003",
+        folder / f"checkpoints/step_{draw.choice((9, 12, 99)):08d}",
+    )
     shutil.copytree(old, new)
     if draw.random() < 0.5:
         return f"step 3 as {new.name}"
@@ -271,7 +321,9 @@ def replaced(draw: random.Random, folder: Path, world: World) -> str:
     if not os.path.lexists(path):
         return "nothing"
     same = outside / name
-    kind = draw.choice(("folder", "pipe", "empty", "link", "link to the same", "broken link", "loop", "device", "long"))
+    kind = draw.choice(
+        ("folder", "pipe", "empty", "link", "link to the same", "broken link", "loop", "device", "long")
+    )
     _remove(path)
     if kind == "folder":
         path.mkdir()
@@ -289,7 +341,9 @@ def replaced(draw: random.Random, folder: Path, world: World) -> str:
     elif kind == "device":
         path.symlink_to(draw.choice(("/dev/zero", "/dev/full", "/dev/null")))
     elif kind == "long":
-        path.write_bytes(draw.choice((b"[" * 200_000, b"\xff" * 5000, b"9" * 100_000, b"\n" * 3000, b'{"a":' * 9999)))
+        path.write_bytes(
+            draw.choice((b"[" * 200_000, b"\xff" * 5000, b"9" * 100_000, b"\n" * 3000, b'{"a":' * 9999))
+        )
     else:
         path.symlink_to("nowhere")
     return f"{name} is now: {kind}"
@@ -325,9 +379,24 @@ def lines(draw: random.Random, folder: Path, world: World) -> str:
     strange = draw.choice(
         (
             *(b"\xff\n", b"{}\n", b"[1]\n", b"null\n", b'{"step": 1e999}\n', b'{"step": true, "loss": 1}\n'),
-            *(b'{"step": 99999999999999999999, "loss": 1, "tokens": 1}\n', b"[" * 100_000 + b"\n", b"\n", b"\x00" * 50),
-            *(b'{"step": "x", "event": "saved"}\n', b'{"step": -5, "val_loss": 1}\n', b'{"step": 4, "val_loss": "a"}\n'),
-            *(b'{"step": 2, "loss": {}, "tokens": 1}\n', b"x = [\n", b"[run]\nname = 3\n", b"\r\n", b"\xef\xbb\xbf\n"),
+            *(
+                b'{"step": 99999999999999999999, "loss": 1, "tokens": 1}\n',
+                b"[" * 100_000 + b"\n",
+                b"\n",
+                b"\x00" * 50,
+            ),
+            *(
+                b'{"step": "x", "event": "saved"}\n',
+                b'{"step": -5, "val_loss": 1}\n',
+                b'{"step": 4, "val_loss": "a"}\n',
+            ),
+            *(
+                b'{"step": 2, "loss": {}, "tokens": 1}\n',
+                b"x = [\n",
+                b"[run]\nname = 3\n",
+                b"\r\n",
+                b"\xef\xbb\xbf\n",
+            ),
         )
     )
     path.write_bytes(b"".join([*found[:at], strange, *found[at:]]))
@@ -356,7 +425,9 @@ def remains(draw: random.Random, folder: Path, world: World) -> str:
 def linked(draw: random.Random, folder: Path, world: World) -> str:
     """A checkpoint, or all of them, is a link to those of another run."""
     whole = draw.random() < 0.4
-    name = Path("checkpoints" if whole else draw.choice(("checkpoints/step_00000003", "checkpoints/step_00000006")))
+    name = Path(
+        "checkpoints" if whole else draw.choice(("checkpoints/step_00000003", "checkpoints/step_00000006"))
+    )
     path = folder / name
     if not os.path.lexists(path):
         return "nothing"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attacks.children import Case, Done, run, start
 from attacks.faults import Faults, count
-from attacks.world import EXACT, Verdict, World, both, failed, no_picture
+from attacks.world import EXACT, Verdict, World, WrongError, both, no_picture
 from lowres.data import prepare
 
 BESIDE = "train.save_beside=yes"  # a thread writes the checkpoints
@@ -50,9 +50,11 @@ def _session(world: World, kills: int, whole: float, seed: int) -> Verdict:
                     continue
                 killed += 1
                 if done.code != -signal.SIGKILL:
-                    return failed(f"seed {seed}, kill {killed}: exit {done.code}: {done.ill() or done.line}")
+                    raise WrongError(
+                        f"seed {seed}, kill {killed}: exit {done.code}: {done.ill() or done.line}"
+                    )
             if wrong := world.finish(folder, truth, *keys):
-                return failed(f"seed {seed}, after {killed} kills, run {runs}: {wrong}")
+                raise WrongError(f"seed {seed}, after {killed} kills, run {runs}: {wrong}")
     return EXACT, f"{killed} kills in {runs} runs"
 
 
@@ -105,15 +107,17 @@ def _one(world: World, name: str, number: int, how: str) -> Verdict:
         folder, command = make(world, place)
         done = run(command, both(no_picture, partial(Faults, folder, number, how)))
         if done.code != -signal.SIGKILL:
-            return failed(f"was not killed: exit {done.code}: {done.line}")
+            raise WrongError(f"was not killed: exit {done.code}: {done.line}")
         again = world.again(folder, *keys)
         if make is _restarted and not (folder / "old-1").exists():
             again = command  # nothing has been moved aside yet
         done = run(again, no_picture)
         if done.code != 0 or done.ill():
-            return failed(f"going on gives exit {done.code}: {done.ill() or done.line}")
+            raise WrongError(f"going on gives exit {done.code}: {done.ill() or done.line}")
         wrong = world.differs(folder, world.truth(*keys))
-    return failed(wrong) if wrong else (EXACT, "")
+    if wrong:
+        raise WrongError(wrong)
+    return EXACT, ""
 
 
 # ---- preparation
@@ -143,15 +147,15 @@ def _one_preparation(world: World, number: int, how: str, expected: dict[str, by
         command: Callable[[], None] = partial(_prepare, world, out)
         done = run(command, partial(Faults, out, number, how))
         if done.code != -signal.SIGKILL:
-            return failed(f"was not killed: exit {done.code}: {done.line}")
+            raise WrongError(f"was not killed: exit {done.code}: {done.line}")
         done = run(command)
         if done.code != 0:
-            return failed(f"again: {_short(done)}")
+            raise WrongError(f"again: {_short(done)}")
         found = _content(out)
         left = sorted(name for name in found if name.endswith(".unfinished"))
         if {name: text for name, text in found.items() if name not in left} != expected:
             other = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
-            return failed(f"other files: {sorted(other)}")
+            raise WrongError(f"other files: {sorted(other)}")
     return EXACT, f"{left} are left" if left else ""
 
 
@@ -161,5 +165,3 @@ def _short(done: Done) -> str:
 
 def _content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from attacks.children import Case, Done, run
-from attacks.world import DETECTED, HARMLESS, Verdict, World, failed, losses_in, no_picture, noticed
+from attacks.world import DETECTED, HARMLESS, Verdict, World, WrongError, losses_in, no_picture, noticed
 
 
 def flips(world: World, count: int, seed: int) -> Iterator[Case]:
@@ -88,34 +88,34 @@ def _judge(
 ) -> Verdict:
     found: list[Done] = [run(["checkpoint", "verify", folder])]
     if wrong := found[0].ill():
-        return failed(f"verify: {wrong}")
+        raise WrongError(f"verify: {wrong}")
     if of_checkpoint != (found[0].code == 1) and not _same_json(path, before):
-        return failed(f"verify gives exit {found[0].code}")
+        raise WrongError(f"verify gives exit {found[0].code}")
     for number, command in enumerate(_use(folder, data)):
         done = run(command)
         found.append(done)
         if wrong := done.ill():
-            return failed(f"{command[0]}: {wrong}")
+            raise WrongError(f"{command[0]}: {wrong}")
         allowed = {answers[0][number]} | ({answers[1][number]} if noticed(done) else set())
         if done.code == 0 and done.out.splitlines()[-1] not in {one.splitlines()[-1] for one in allowed}:
-            return failed(f"{command[0]} gives another result: {done.out!r}")
+            raise WrongError(f"{command[0]} gives another result: {done.out!r}")
     keys = (f"data.source={data}",)
     done = run(world.train(folder, *keys, resume=True), no_picture)
     found.append(done)
     if wrong := done.ill():
-        return failed(f"train: {wrong}")
+        raise WrongError(f"train: {wrong}")
     if done.code == 0:
         if wrong := world.differs(folder, world.truth()):
             # records that cannot be read are lost, but the run says so
             only = not world.differs(folder, world.truth(), metrics=False) and _fewer(world, folder)
             if not (only and path.name == "metrics.jsonl" and noticed(done)):
-                return failed(f"silently different: {wrong}")
+                raise WrongError(f"silently different: {wrong}")
         return (DETECTED if noticed(*found) else HARMLESS), ""
     if done.code not in (1, 2):
-        return failed(f"exit {done.code}: {done.line}")
+        raise WrongError(f"exit {done.code}: {done.line}")
     path.write_bytes(before)
     if wrong := world.finish(folder, world.truth(), *keys):
-        return failed(f"after putting {path.name} back: {wrong}; it was refused with {done.line}")
+        raise WrongError(f"after putting {path.name} back: {wrong}; it was refused with {done.line}")
     return DETECTED, done.line
 
 

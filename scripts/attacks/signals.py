@@ -13,7 +13,7 @@ from typing import Any
 
 from attacks.children import Case, run, start
 from attacks.kills import BESIDE
-from attacks.world import EXACT, Verdict, World, at_step, both, failed, no_picture
+from attacks.world import EXACT, Verdict, World, WrongError, at_step, both, no_picture
 from lowres import running, trainer
 from lowres.checkpoint import saving
 
@@ -94,11 +94,11 @@ def _signalled(world: World, moment: str, number: int, keys: tuple[str, ...]) ->
         if early and done.code in (-number, 128 + number):
             pass  # nothing has begun
         elif done.code != 0 or done.ill():
-            return failed(f"exit {done.code}: {done.ill() or done.line}")
+            raise WrongError(f"exit {done.code}: {done.ill() or done.line}")
         elif not finished and "--resume" not in done.text:
-            return failed(f"does not say how to go on: {done.text[-200:]}")
+            raise WrongError(f"does not say how to go on: {done.text[-200:]}")
         if wrong := world.finish(folder, world.truth(), *keys):
-            return failed(wrong)
+            raise WrongError(wrong)
     return EXACT, "it finished" if finished else ""
 
 
@@ -119,11 +119,11 @@ def _signalled_twice(world: World, moment: str, first: int, second: int) -> Verd
         folder = place / "run"
         done = run(world.train(folder), both(no_picture, partial(MOMENTS[moment], both_signals)))
         if done.code != 128 + second:
-            return failed(f"exit {done.code}: {done.ill() or done.line}")
+            raise WrongError(f"exit {done.code}: {done.ill() or done.line}")
         if wrong := done.ill():
-            return failed(wrong)
+            raise WrongError(wrong)
         if wrong := world.finish(folder, world.truth()):
-            return failed(wrong)
+            raise WrongError(wrong)
     return EXACT, ""
 
 
@@ -150,11 +150,11 @@ def _second(world: World, resume: bool | None) -> Verdict:
             other = run(world.train(folder, "run.seed=1", resume=bool(resume), more=more), no_picture)
         done = first.wait()
         if other.code != 2 or other.ill() or f"process {first.pid}" not in other.line:
-            return failed(f"the second: exit {other.code}: {other.ill() or other.line}")
+            raise WrongError(f"the second: exit {other.code}: {other.ill() or other.line}")
         if done.code != 0 or done.ill():
-            return failed(f"the first: exit {done.code}: {done.ill() or done.line}")
+            raise WrongError(f"the first: exit {done.code}: {done.ill() or done.line}")
         if wrong := world.differs(folder, world.truth()):
-            return failed(wrong)
+            raise WrongError(wrong)
     return EXACT, other.line
 
 
@@ -164,7 +164,7 @@ def _second(world: World, resume: bool | None) -> Verdict:
 def _closed(*descriptors: int) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-        setattr(sys, "stdin stdout stderr".split()[descriptor], None)
+        setattr(sys, ("stdin", "stdout", "stderr")[descriptor], None)
 
 
 def _to_dead_reader(*descriptors: int) -> None:
@@ -217,7 +217,7 @@ def _without_output(world: World, name: str, descriptors: tuple[int, ...]) -> Ve
         # with the progress bar, which writes all the time
         done = run(world.train(folder, "log.progress=true"), both(no_picture, install))
         if done.code != 0 or "Traceback" in done.text:
-            return failed(f"exit {done.code}: {done.ill() or done.line}")
+            raise WrongError(f"exit {done.code}: {done.ill() or done.line}")
         if wrong := world.differs(folder, world.truth()):
-            return failed(wrong)
+            raise WrongError(wrong)
     return EXACT, ""

@@ -66,8 +66,16 @@ Verdict = tuple[str, str]  # one of the four, and details
 _NOTICED = ("is damaged", "cannot be read", "missing", "set aside")
 
 
-def failed(text: str) -> Verdict:
-    return FAILED, text
+class WrongError(Exception):
+    """What is wrong, as found by a case."""
+
+
+def verdict(case: Callable[[], Any]) -> Any:
+    """What a case gives, or the verdict that it failed."""
+    try:
+        return case()
+    except WrongError as error:
+        return FAILED, str(error)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,9 @@ class World:
         assert done.code == 0 and not done.ill(), f"{command}: exit {done.code}\n{done.text}"
         return done
 
-    def train(self, folder: Path, *keys: str, resume: bool = False, more: Sequence[object] = ()) -> list[object]:
+    def train(
+        self, folder: Path, *keys: str, resume: bool = False, more: Sequence[object] = ()
+    ) -> list[object]:
         """The command that trains into a folder."""
         sets = [part for key in keys for part in ("--set", key)]
         return ["train", self.config, "--run", folder, *sets, *(["--resume"] if resume else []), *more]
@@ -239,4 +249,4 @@ def both(*actions: Callable[[], object]) -> Callable[[], None]:
 
 def no_picture() -> None:
     """For a child: leave out the picture of the loss, which takes most of its time."""
-    trainer.draw_loss = lambda folder: None  # type: ignore[assignment, misc]
+    trainer.draw_loss = lambda folder: None  # type: ignore[assignment]
