@@ -9,7 +9,7 @@ RUN ?= runs/tiny
 PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb 7b-24gb-deepspeed
 RELORA := tiny 7b-24gb
 
-.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) smoke-7b-cpu test test-slow lint format clean
+.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) smoke-7b-cpu test test-slow torture lint format clean
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
@@ -19,6 +19,7 @@ help:
 	@echo "make pretrain-relora-7b-24gb   the same with ReLoRA; pretrain-relora-tiny is a small example"
 	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, 10 to 30 minutes)"
 	@echo "make test               run the tests"
+	@echo "make torture            attack runs in every known way, and see whether results stay exact (20 minutes)"
 	@echo "make lint               run ruff and mypy on everything"
 
 setup: $(STAMP)
@@ -57,6 +58,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# ARGS="--soak 30": memory, open files and threads of a run of 30 minutes
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/torture.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
