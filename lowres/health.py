@@ -17,28 +17,14 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
-
+from lowres.checkpoint import Windows
 from lowres.config import HealthConfig
 from lowres.engine import StepReport
-from lowres.sealed import Record, checked
 
 FEWEST = 16  # values in a window from which on it can tell
 NO_GRADIENT = 1e-6
 LOSS_DEVIATIONS, LOSS_MARGIN = 6 * 1.4826, 0.5
 GUESSING, LEARNT = 1e-3, 0.1  # nats below ln V
-
-
-class Windows(Record):
-    """What is remembered between steps, and kept in checkpoints. losses, norms (of the gradient): of accepted
-    steps, the latest last. bad: steps in a row. spikes: in a row. learnt: whether the loss was ever better
-    than guessing."""
-
-    losses: list[float] = Field(default_factory=list)
-    norms: list[float] = Field(default_factory=list)
-    bad: int = 0
-    spikes: int = 0
-    learnt: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,30 +46,24 @@ class Verdict:
 
 
 class Watch:
-    """Judges the steps of a run, one after the other."""
+    """Judges the steps of a run, one after the other. seen: what it remembers, for checkpoints."""
 
-    def __init__(
-        self, config: HealthConfig, vocab: int, warmup: int, kept: dict[str, Any] | None = None
-    ) -> None:
-        """vocab: pieces among which the model chooses. warmup: steps of it. kept: `state` of a checkpoint."""
+    def __init__(self, config: HealthConfig, vocab: int, warmup: int, seen: Windows | None = None) -> None:
+        """vocab: pieces among which the model chooses. warmup: steps of it. seen: from a checkpoint."""
         self._config, self._guess, self._warmup = config, math.log(vocab), warmup
         self.doubtful = False  # whether a checkpoint of now would not be a good one
-        self.go_back(kept)
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return self._seen.model_dump()
+        self.go_back(seen or Windows())
 
     @property
     def worth_saying(self) -> bool:
         """Whether the user should hear of the last step: it is the first bad one in a row, or a run that has
         not learnt anything yet has had half of its patience."""
-        return self._seen.bad == (1 if self.doubtful else max(1, self._config.patience // 2))
+        return self.seen.bad == (1 if self.doubtful else max(1, self._config.patience // 2))
 
-    def go_back(self, kept: dict[str, Any] | None) -> None:
-        """Continue from the `state` of a checkpoint."""
-        self._seen = checked(kept or {}, Windows)
-        self.doubtful = self._seen.bad > 0
+    def go_back(self, seen: Windows) -> None:
+        """Continue from what a checkpoint has."""
+        self.seen = seen
+        self.doubtful = seen.bad > 0
 
     def limits(self) -> Limits:
         """What the next step may not exceed, if the policy is to refuse it."""
@@ -95,7 +75,7 @@ class Watch:
         """Judge a step; step counts it."""
         spike = self._spike(report) if self._config.spikes != "off" else ""
         bad = self._badness(step, report)
-        seen = self._seen
+        seen = self.seen
         more: dict[str, Any] = {"bad": seen.bad + 1 if bad else 0, "spikes": seen.spikes + 1 if spike else 0}
         if not (spike or bad):
             more |= self._accepted(report)
@@ -104,15 +84,15 @@ class Watch:
             more |= {"losses": [], "norms": [], "spikes": 0}
         only_guesses = not (report.skipped or self._vanished(report))
         self.doubtful = bool(bad) and (seen.learnt or not only_guesses)
-        self._seen = seen.model_copy(update=more)
-        return Verdict(spike, bad, self._seen.bad >= self._config.patience)
+        self.seen = seen.model_copy(update=more)
+        return Verdict(spike, bad, self.seen.bad >= self._config.patience)
 
     def _norm_limit(self) -> float | None:
-        norms = self._seen.norms
+        norms = self.seen.norms
         return self._config.spike_factor * max(norms) if len(norms) >= FEWEST else None
 
     def _loss_limit(self) -> float | None:
-        losses = self._seen.losses
+        losses = self.seen.losses
         if len(losses) < FEWEST:
             return None
         middle = statistics.median(losses)
@@ -124,14 +104,14 @@ class Watch:
             return ""
         norm, loss = self._norm_limit(), self._loss_limit()
         if norm is not None and report.grad_norm > norm:
-            times = report.grad_norm / max(self._seen.norms)
+            times = report.grad_norm / max(self.seen.norms)
             return f"gradient norm {report.grad_norm:.3g}, {times:.3g} times the largest before"
         if loss is not None and report.loss > loss:
-            return f"loss {report.loss:.3f}, median {statistics.median(self._seen.losses):.3f}"
+            return f"loss {report.loss:.3f}, median {statistics.median(self.seen.losses):.3f}"
         return ""
 
     def _vanished(self, report: StepReport) -> bool:
-        norms = self._seen.norms
+        norms = self.seen.norms
         return report.grad_norm <= NO_GRADIENT * (statistics.median(norms) if norms else 0.0)
 
     def _badness(self, step: int, report: StepReport) -> str:
@@ -146,7 +126,7 @@ class Watch:
 
     def _accepted(self, report: StepReport) -> dict[str, Any]:
         """The windows with the values of a step."""
-        seen, size = self._seen, self._config.window
+        seen, size = self.seen, self._config.window
         return {
             "losses": [*seen.losses, report.loss][-size:],
             "norms": [*seen.norms, report.grad_norm][-size:],

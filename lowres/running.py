@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowres import checkpoint, disk, memory, ranks
-from lowres.checkpoint import Kept, NotFinite, Passed, Saver, State
+from lowres.checkpoint import Best, Kept, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
 from lowres.config_file import to_toml, to_values
 from lowres.data import TokenData
@@ -67,7 +67,7 @@ class Run:
     started_with: dict[str, Any]  # what rates follow from, see config_file.follow_batch
     plans: dict[bool, memory.Plan]  # by whether there are adapters
     passed: list[Passed]  # batches that rollbacks left out
-    best: tuple[int, float] | None  # step and validation loss of the best checkpoint
+    best: Best | None
     micro_batch: int | None  # if it was lowered because memory ran out
     watch: Watch
     events: Events
@@ -124,14 +124,14 @@ class Run:
             step=step,
             tokens=self.tokens_at(step),
             data=self.data.fingerprint,
-            start=self.started_with,
+            start=Start(**self.started_with),
             config=to_values(self.config),
             validation=self.data.validation_fingerprint,
             passed=self.passed,
-            watch=self.watch.state(),
+            watch=self.watch.seen,
             micro_batch=self.micro_batch,
             val_loss=val_loss,
-            best=list(self.best) if self.best else None,
+            best=self.best,
             unlogged=self.unlogged,
         )
 

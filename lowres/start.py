@@ -129,7 +129,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
 
     offset, notes = 0, list[str]()
     changed: dict[str, tuple[Any, Any]] = {}
-    started_with = state.start if state else rates_of(saved or config)
+    started_with = state.start.model_dump() if state else rates_of(saved or config)
     if saved is not None:
         config = as_chosen(config, saved)
         config, notes, started_with = follow_batch(config, saved, started_with)
@@ -453,7 +453,7 @@ def _move_aside(folder: Path) -> None:
 def _build(start: Start, log: Events) -> Run:
     """The run with its weights and state: loaded, taken from another run, or new."""
     config, data, state, train = start.config, start.data, start.state, start.config.train
-    best = (int(state.best[0]), state.best[1]) if state and state.best else None
+    best = state.best if state else None
     run = Run(
         folder=start.folder,
         config=config,
@@ -475,7 +475,7 @@ def _build(start: Start, log: Events) -> Run:
             train.keep_every,
             train.keep_best,
             good={state.step} if state else set(),
-            best_step=best[0] if best else None,
+            best_step=best.step if best else None,
         ),
     )
     run.build(start.device, config.relora.stored_at(start.step))

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres import __version__, checkpoint, disk, lock, metrics, ranks
-from lowres.checkpoint import Passed
+from lowres.checkpoint import Best, Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
 from lowres.device import is_out_of_memory
@@ -208,7 +208,7 @@ class _Loop:
         (late,) = ranks.total(bool(train.checkpoint_minutes and minutes >= train.checkpoint_minutes))
         due = _due(self.step, train.checkpoint_every, self.total) or bool(late)
         loss = scores.get("val_loss", math.inf)
-        if train.keep_best and loss < (run.best[1] if run.best else math.inf):
+        if train.keep_best and loss < (run.best.val_loss if run.best else math.inf):
             due = True
         return due and not run.watch.doubtful
 
@@ -223,8 +223,8 @@ class _Loop:
             return
         before = time.monotonic()
         self.log.sync()
-        if val_loss is not None and val_loss < (run.best[1] if run.best else math.inf):
-            run.best, run.kept.best_step = (step, val_loss), step
+        if val_loss is not None and val_loss < (run.best.val_loss if run.best else math.inf):
+            run.best, run.kept.best_step = Best(step=step, val_loss=val_loss), step
         run.save(step, val_loss)
         self.saved, self.saved_at = step, time.monotonic()
         self.longest_save = max(self.longest_save, self.saved_at - before)

@@ -75,7 +75,7 @@ class Subject(speed.Subject):
         with tempfile.TemporaryDirectory() as folder:
             some = itertools.islice(self.engine.units(), 2)  # embedding and a block
             stored = ((unit.spec.name, unit.tensors()) for unit in some)
-            state = checkpoint.State(step=0, tokens=0, data="", start={})
+            state = checkpoint.State(step=0, tokens=0, data="", start=checkpoint.Start(batch_tokens=1))
             checkpoint.write(checkpoint.step_folder(Path(folder), 0), stored, state, {})
         return loss
 

@@ -199,7 +199,9 @@ def save(trained: Trainee, folder: Path, step: int) -> Path:
     """A checkpoint in the folder of a run."""
     units = ((unit.spec.name, unit.tensors()) for unit in trained.engine.units())
     saved = checkpoint.step_folder(folder / CHECKPOINTS, step)
-    state = checkpoint.State(step=step, tokens=0, data="", start={}, config=to_values(trained.config))
+    state = checkpoint.State(
+        step=step, tokens=0, data="", start=checkpoint.Start(batch_tokens=1), config=to_values(trained.config)
+    )
     checkpoint.write(saved, units, state, {})
     return saved
 

@@ -169,7 +169,12 @@ def save_checkpoint(
     good = {at for path in checkpoint.find(checkpoints) if (at := checkpoint.step_of(path)) is not None}
     kept = checkpoint.Kept(checkpoints, keep, good=good)
     place = kept.make_way(step)
-    checkpoint.write(place, units, checkpoint.State(step=step, tokens=step * 10, data="", start={}), {})
+    checkpoint.write(
+        place,
+        units,
+        checkpoint.State(step=step, tokens=step * 10, data="", start=checkpoint.Start(batch_tokens=1)),
+        {},
+    )
     kept.add(step)
     return place
 

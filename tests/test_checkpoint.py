@@ -41,7 +41,9 @@ def save(folder: Path, step: int, keep: int = 0, seed: int = 0) -> Path:
 def test_round_trip_and_format(tmp_path: Path) -> None:
     saved = save(tmp_path, 12)
     assert saved.name == "step_00000012" and checkpoint.verify(saved) == []
-    assert checkpoint.load_state(saved) == checkpoint.State(step=12, tokens=120, data="", start={})
+    assert checkpoint.load_state(saved) == checkpoint.State(
+        step=12, tokens=120, data="", start=checkpoint.Start(batch_tokens=1)
+    )
     into = {k: torch.zeros_like(t) for k, t in tensors().items()}
     checkpoint.load_unit(saved, "layers.0", into)
     # the library reads what we wrote, and we read what it would

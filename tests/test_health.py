@@ -52,13 +52,11 @@ def test_a_spike_is_far_above_what_was_accepted(seen: StepReport, wanted: str) -
 def test_a_spike_does_not_hide_the_next_one() -> None:
     """Only accepted values are compared with; the state of a checkpoint has them."""
     found = after(40)
-    before = found.state()
+    before = found.seen
     for step in range(41, 60):
         assert found.see(step, report(norm=100.0)).spike
     assert found.see(60, report(math.nan, math.nan, skipped=4)).bad
-    assert {k: v for k, v in found.state().items() if k in ("losses", "norms")} == {
-        k: v for k, v in before.items() if k in ("losses", "norms")
-    }
+    assert (found.seen.losses, found.seen.norms) == (before.losses, before.norms)
     again = Watch(HealthConfig(), VOCAB, 2, before)
     assert again.see(41, report(norm=100.0)) == after(40).see(41, report(norm=100.0))
 
@@ -71,7 +69,7 @@ def test_what_stays_is_a_new_level_if_spikes_are_only_said() -> None:
 
 def test_the_window_is_as_long_as_asked_for() -> None:
     found = after(100, window=20)
-    assert len(found.state()["norms"]) == 20
+    assert len(found.seen.norms) == 20
 
 
 def test_limits_are_for_the_policy_that_refuses() -> None:

@@ -27,7 +27,9 @@ def saver(folder: Path, **rule: Any) -> Saver:
 
 def run(saver: Saver, *steps: int, **state: Any) -> None:
     for step in steps:
-        saver.save(units, State(step=step, tokens=0, data="", start={}, **state), {})
+        saver.save(
+            units, State(step=step, tokens=0, data="", start=checkpoint.Start(batch_tokens=1), **state), {}
+        )
 
 
 def names(folder: Path) -> list[str]:
@@ -187,7 +189,11 @@ def test_beside_training_the_state_of_that_moment_is_saved(
 ) -> None:
     weights = {"w": torch.zeros(1000, 100), "e": torch.ones(7).bfloat16()[::2], "updates": torch.tensor(1)}
     one = Saver(Kept(tmp_path, 2), beside=lambda _: True)
-    one.save(lambda: [("embed", weights)], State(step=1, tokens=0, data="", start={}), {"x": b"text"})
+    one.save(
+        lambda: [("embed", weights)],
+        State(step=1, tokens=0, data="", start=checkpoint.Start(batch_tokens=1)),
+        {"x": b"text"},
+    )
     for tensor in weights.values():
         tensor.fill_(9)
     one.finish()
@@ -199,7 +205,11 @@ def test_beside_training_the_state_of_that_moment_is_saved(
     # what fails in the background is raised at the next occasion, once
     monkeypatch.setattr(disk, "PAUSES", ())
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    one.save(lambda: [("embed", weights)], State(step=2, tokens=0, data="", start={}), {})
+    one.save(
+        lambda: [("embed", weights)],
+        State(step=2, tokens=0, data="", start=checkpoint.Start(batch_tokens=1)),
+        {},
+    )
     with pytest.raises(OSError, match="No space left"):
         one.finish()
     assert one.done() == [] and names(tmp_path) == ["01"]

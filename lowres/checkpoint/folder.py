@@ -38,6 +38,7 @@ _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*", re.ASCII)
 _MOST_JSON = 1 << 28
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Positive = Annotated[int, Field(ge=1, le=1 << 62)]
 
 
 class _Seal(Record):
@@ -67,27 +68,53 @@ class Passed(Record):
     sequences: Count
 
 
+class Start(Record):
+    """The batch and the rates from which rates follow if the batch changes. Older versions know fewer."""
+
+    batch_tokens: Positive
+    lr: float | None = None
+    embed_lr: float | None = None
+    norm_lr: float | None = None
+
+
+class Windows(Record):
+    """What `lowres.health` remembers between steps. losses, norms (of the gradient): of accepted steps, the
+    latest last. bad: steps in a row. spikes: in a row. learnt: whether the loss was ever better than
+    guessing."""
+
+    losses: list[float] = Field(default_factory=list)
+    norms: list[float] = Field(default_factory=list)
+    bad: Count = 0
+    spikes: Count = 0
+    learnt: bool = False
+
+
+class Best(Record):
+    """The checkpoint with the lowest validation loss so far."""
+
+    step: Count
+    val_loss: float
+
+
 class State(Record):
     """What a run needs besides weights and optimizer state.
 
-    tokens: trained on so far. data: fingerprint of the data. start: the batch and rates from which rates
-    follow if the batch changes. config: the resolved config of the run, sections of keys. validation:
-    fingerprint of the validation text. passed: batches that rollbacks left out. watch: see `lowres.health`.
-    micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. best: step
-    and loss of the best checkpoint so far. unlogged: records that the metrics could not take.
+    tokens: trained on so far. data, validation: fingerprints. config: the resolved config of the run,
+    sections of keys. passed: batches that rollbacks left out. micro_batch: if it was lowered because memory
+    ran out. val_loss: of an evaluation at this step. unlogged: records that the metrics could not take.
     """
 
     step: Count
     tokens: Count
     data: str
-    start: dict[str, Any]
+    start: Start
     config: dict[str, dict[str, Any]] | None = None
     validation: str | None = None
     passed: list[Passed] = Field(default_factory=list)
-    watch: dict[str, Any] | None = None
-    micro_batch: int | None = None
+    watch: Windows = Field(default_factory=Windows)
+    micro_batch: Positive | None = None
     val_loss: float | None = None
-    best: list[float] | None = None
+    best: Best | None = None
     unlogged: list[dict[str, int | float | None]] = Field(default_factory=list)
 
 
