@@ -127,26 +127,15 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     data = _open_data(config)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
 
-    offset, notes = 0, list[str]()
-    changed: dict[str, tuple[Any, Any]] = {}
-    started_with = state.start.model_dump() if state else rates_of(saved or config)
-    if saved is not None:
-        config = as_chosen(config, saved)
-        config, notes, started_with = follow_batch(config, saved, started_with)
-        _require_same_settings(config, saved, folder, state)
-        changed = _changes(config, saved, notes)
-    if state is not None:
-        _require_same_data(config, data, state, folder)
-        config = _with_tokens_left(config, state)
-        _require_not_passed(config, state, folder)
-        config, lowered = _with_micro_batch(config, state)
-        notes += lowered
-        offset = state.tokens // config.data.seq_len - state.step * config.batch_sequences
-        at = f"from step {state.step} on"
-        notes += [f"{key}: {before} -> {after} {at}" for key, (before, after) in changed.items()]
-
-    config, chosen = choose(config, device) if saved is None else (config, [])
-    chosen += use_kernels(config, device)
+    if saved is None:
+        started_with, offset = rates_of(config), 0
+        changed: dict[str, tuple[Any, Any]] = {}
+        config, notes = choose(config, device)
+    else:
+        config, started_with, changed, notes = _continued(config, saved, state, data, folder)
+        trained = state.tokens // config.data.seq_len if state else 0
+        offset = trained - state.step * config.batch_sequences if state else 0
+    notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
     if origin is not None:
@@ -155,8 +144,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
         for path, problem in damaged
     ]
-    notes += _on_the_cache(config, data)
-    lines = [f"note: {note}" for note in asides + data.notes + notes + chosen]
+    lines = [f"note: {note}" for note in asides + data.notes + notes + _on_the_cache(config, data)]
     if resume and not restart and found is None:
         lines.append(f"{folder} has no checkpoint yet: starting at step 0")
     return Start(
@@ -332,6 +320,27 @@ def _open_data(config: Config) -> TokenData:
     if ranks.is_first_here():
         ranks.wait()
     return data
+
+
+def _continued(
+    config: Config, saved: Config, state: State | None, data: TokenData, folder: Path
+) -> tuple[Config, dict[str, Any], dict[str, tuple[Any, Any]], list[str]]:
+    """The config of a resumed run; what its rates follow from; the settings that change the mathematics, with
+    their values before and after; and notes. Raises UserError if it asks for another run."""
+    config = as_chosen(config, saved)
+    config, notes, started_with = follow_batch(
+        config, saved, state.start.model_dump() if state else rates_of(saved)
+    )
+    _require_same_settings(config, saved, folder, state)
+    changed = _changes(config, saved, notes)
+    if state is not None:
+        _require_same_data(config, data, state, folder)
+        config = _with_tokens_left(config, state)
+        _require_not_passed(config, state, folder)
+        config, lowered = _with_micro_batch(config, state)
+        at = f"from step {state.step} on"
+        notes += [f"{key}: {before} -> {after} {at}" for key, (before, after) in changed.items()] + lowered
+    return config, started_with, changed, notes
 
 
 def _require_same_settings(config: Config, saved: Config, folder: Path, state: State | None) -> None:
