@@ -9,19 +9,17 @@ its share of them. Only the first rank prints and writes.
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import time
-from contextlib import ExitStack, suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import __version__, checkpoint, disk, lock, metrics, ranks
+from lowres import checkpoint, disk, lock, metrics, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
@@ -33,13 +31,12 @@ from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.ranks import say
-from lowres.report import draw_loss
 from lowres.running import Run
-from lowres.runs import CHECKPOINTS, METRICS, SUMMARY
-from lowres.sample import sample
+from lowres.runs import CHECKPOINTS, METRICS
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
+from lowres.summary import finish
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
@@ -72,7 +69,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         if reason:
             run.events.say("stopped", loop.what_is_saved(reason), step=loop.step, saved=loop.saved)
             return
-        _finish(run, time.monotonic() - began)
+        finish(run, time.monotonic() - began)
 
 
 class _Loop:
@@ -170,17 +167,24 @@ class _Loop:
         return ReadAhead(self.run.batch, self.total)
 
     def take_step(self, batch: Tensor, schedule: float) -> StepReport:
-        run, limits = self.run, self.run.watch.limits()
-        engine = run.parts.engine
+        limits = self.run.watch.limits()
+        with self.enough_memory("a step"):
+            return self.run.parts.engine.step(
+                batch, self.step, schedule, norm_limit=limits.norm, loss_limit=limits.loss
+            )
+
+    @contextmanager
+    def enough_memory(self, what: str) -> Iterator[None]:
+        """Raise DoesNotFit if the GPU is full; the engine has tried smaller micro-batches before."""
         try:
-            return engine.step(batch, self.step, schedule, norm_limit=limits.norm, loss_limit=limits.loss)
+            yield
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise DoesNotFit(
-                f"training: step {self.step + 1} ran out of GPU memory with a micro-batch of "
-                f"{engine.micro_batch} ({str(error).splitlines()[0]}); close other programs on this GPU, or "
-                "lower memory.budget_gib, and go on from the last checkpoint with --resume"
+                f"training: {what} after step {self.step} ran out of GPU memory with micro-batches of "
+                f"{self.run.parts.engine.micro_batch} ({str(error).splitlines()[0]}); close other programs "
+                "on this GPU, or lower memory.budget_gib, and go on with --resume"
             ) from None
 
     def notice_memory(self) -> None:
@@ -193,7 +197,7 @@ class _Loop:
 
     def evaluate(self) -> dict[str, float]:
         run = self.run
-        with run.parts.meter.watch("evaluation"):
+        with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
             scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}")
         self.write({"step": self.step, **scores})
@@ -232,9 +236,8 @@ class _Loop:
     def judge(self, verdict: Verdict, report: StepReport) -> None:
         """Act on what is wrong with the numbers of the step that has just been done."""
         run = self.run
-        whole = report.skipped == len(report.norms) or report.skipped >= len(unit_specs(run.config.model))
         if verdict.bad:
-            self.skipped_whole &= whole
+            self.skipped_whole &= report.skipped == len(unit_specs(run.config.model))
         else:
             self.good, self.skipped_whole = self.step, True
         if verdict.spike:
@@ -306,19 +309,24 @@ class _Loop:
         self.bar.close()
         if isinstance(error, OSError):
             error = UserError(f"{error}; {disk.remedy(error)}")
-        step, note = self.step, ""
-        unsaved = not self.in_step and step != self.saved
-        if unsaved and (run.watch.doubtful or not isinstance(error, CheckFailed)):
+        note = ""
+        if self.is_unsaved() and (run.watch.doubtful or not isinstance(error, CheckFailed)):
             note = self._save_at_the_end()
-        run.events.write("stopped", step=step, error=str(error))
+        run.events.write("stopped", step=self.step, error=str(error))
         error.args = (f"{error}{note}",)
         raise error
 
     def save_whatever_happens(self) -> None:
         """Try to save; the error that ends the run is more important than one of this."""
         with suppress(Exception):
-            if not self.in_step and self.step != self.saved and not self.run.watch.doubtful:
+            if self.is_unsaved() and not self.run.watch.doubtful:
                 self._save_at_the_end()
+
+    def is_unsaved(self) -> bool:
+        """Whether there is something to save: between two steps, and not what is on the disk."""
+        if ranks.is_first():
+            self.saved = max(self.run.kept.good, default=0)  # a save in the background may have failed
+        return not self.in_step and self.step != self.saved
 
     def _save_at_the_end(self) -> str:
         """Save in the folder or elsewhere; returns what to add to the error."""
@@ -391,65 +399,3 @@ def _adapters_text(run: Run) -> str:
         f"adapters of rank {relora.rank} ({sum(s.numel for s in specs) / 1e6:.2f} M parameters) train "
         f"from here, {merging}; the matrices they adapt are frozen"
     )
-
-
-def _finish(run: Run, seconds: float) -> None:
-    """Write the summary and the loss curve; print a sample."""
-    asked, text = run.config.log, None
-    if asked.sample_tokens:
-        text = sample(
-            run.parts.engine,
-            run.data.tokenizer,
-            asked.sample_prompt,
-            tokens=asked.sample_tokens,
-            seq_len=run.config.data.seq_len,
-            seed=run.config.run.seed,
-        )
-    if not ranks.is_first():
-        return
-    summary: dict[str, Any] = {}
-    first = None
-    for record in metrics.read(run.folder / METRICS):
-        summary |= record
-        first = record.get("val_loss") if first is None else first
-    optim = run.config.optim
-    summary["batch"] = {
-        "tokens": run.config.train.batch_tokens,
-        "sequences": run.config.batch_sequences,
-        "lr": optim.lr,
-        "lr_over_batch": optim.lr_over_batch,
-        "policy": optim.batch_policy,
-        "started_with": run.started_with,
-    }
-    summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
-    if text is not None:
-        summary["sample"] = text
-        print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
-    try:
-        disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
-    except OSError as error:
-        raise disk.DiskError(run.folder / SUMMARY, error, "written") from None
-    picture = draw_loss(run.folder)
-    run.events.write("finished", step=run.config.train.total_steps)
-    if first is not None and summary.get("val_loss") is not None:
-        print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
-    print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "lowres": __version__}
-    for package in (
-        "torch",
-        "numpy",
-        "sentencepiece",
-        "safetensors",
-        "pydantic",
-        "datasets",
-        "triton",
-        "deepspeed",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

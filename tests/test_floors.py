@@ -36,6 +36,8 @@ FLOORS = {
     "stopping": 2,
     "health": 7,
     "running": 9,
+    "resuming": 9,
+    "summary": 10,
     "metrics": 5,
     "device": 6,
     "engine": 6,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.children import Done, run
-from lowres import checkpoint, trainer
+from lowres import checkpoint, summary
 
 MODULES = ("csv", "bdb", "calendar")
 STEPS, SAVED_EVERY = 12, 3
@@ -249,4 +249,4 @@ def both(*actions: Callable[[], object]) -> Callable[[], None]:
 
 def no_picture() -> None:
     """For a child: leave out the picture of the loss, which takes most of its time."""
-    trainer.draw_loss = lambda folder: None  # type: ignore[assignment]
+    summary.draw_loss = lambda folder: None  # type: ignore[assignment]

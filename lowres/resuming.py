@@ -1,0 +1,171 @@
+"""What a resumed run goes on from, and what it may not be asked for.
+
+It goes on from its newest valid checkpoint. It is never started over without being asked, and never becomes
+another run: settings that may not change are compared, and the data by their fingerprints.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lowres import checkpoint, events, metrics, ranks
+from lowres.checkpoint import State
+from lowres.config import Config
+from lowres.config_file import (
+    adjusted_keys,
+    as_chosen,
+    changed_keys,
+    follow_batch,
+    rates_of,
+    value_of,
+    with_values,
+)
+from lowres.data import TokenData
+from lowres.errors import UserError
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of
+
+# keys that say where the data are; their fingerprints say what they are
+DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
+
+
+def find_checkpoint(
+    folder: Path, resume: bool, restart: bool
+) -> tuple[Path | None, State | None, list[tuple[Path, str]]]:
+    """The newest valid checkpoint of a resumed run, the same on all ranks, and its state; newer ones that are
+    damaged, with what is wrong."""
+    holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
+    if restart:
+        return None, None, []
+    if resume and not holds_run:
+        raise UserError(f"--resume: {folder} is not a run; start one without --resume")
+    if not resume and holds_run:
+        raise UserError(
+            f"{folder} already holds a run; continue it with --resume or choose another --run DIR"
+        )
+    if not resume:
+        return None, None, []
+    checkpoints = folder / CHECKPOINTS
+    found, damaged = checkpoint.newest_state(checkpoints) if ranks.is_first() else (None, [])
+    own = found[1].step if found else -1
+    (step,) = ranks.total(own if ranks.is_first() else 0)
+    if step < 0:
+        if ranks.is_first():
+            _require_no_progress(folder, damaged)
+        return None, None, []
+    path = checkpoint.step_folder(checkpoints, int(step))
+    return path, found[1] if found else checkpoint.load_state(path), damaged
+
+
+def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
+    """Raise UserError if a run without a usable checkpoint has had one: it is never started over without
+    being asked."""
+    records = metrics.read(folder / METRICS)
+    reached = max((record["step"] for record in records), default=0)
+    saved = [one["step"] for one in events.read(folder) if one.get("event") == "saved"]
+    try:
+        every = config_of(folder, None).train.checkpoint_every
+    except UserError:
+        if not (damaged or saved or reached):
+            raise
+        every = 1  # there is progress, and the config cannot tell how much was saved
+    aside = sorted((folder / CHECKPOINTS).glob(f"*{checkpoint.DAMAGED}*"))
+    if not (damaged or saved or aside or (folder / SUMMARY).exists() or (every and reached > every)):
+        return
+    found = [f"{path.name} is damaged ({problem})" for path, problem in damaged]
+    found += [f"{path.name} was set aside" for path in aside]
+    raise UserError(
+        f"--resume: {folder} was trained to step {max([reached, *saved])}, but has no checkpoint that can be "
+        f"used: {'; '.join(found) or f'{CHECKPOINTS}/ is empty'}. Put a copy of one back, or start over "
+        "with --restart, which moves what is there aside"
+    )
+
+
+def continued(
+    config: Config, saved: Config, state: State | None, data: TokenData, folder: Path
+) -> tuple[Config, dict[str, Any], dict[str, tuple[Any, Any]], list[str]]:
+    """The config of a resumed run; what its rates follow from; the settings that change the mathematics, with
+    their values before and after; and notes. Raises UserError if it asks for another run."""
+    config = as_chosen(config, saved)
+    config, notes, started_with = follow_batch(
+        config, saved, state.start.model_dump() if state else rates_of(saved)
+    )
+    _require_same_settings(config, saved, folder, state)
+    changed = _changes(config, saved, notes)
+    if state is not None:
+        _require_same_data(config, data, state, folder)
+        config = _with_tokens_left(config, state)
+        _require_not_passed(config, state, folder)
+        config, lowered = _with_micro_batch(config, state)
+        at = f"from step {state.step} on"
+        notes += [f"{key}: {before} -> {after} {at}" for key, (before, after) in changed.items()] + lowered
+    return config, started_with, changed, notes
+
+
+def _require_same_settings(config: Config, saved: Config, folder: Path, state: State | None) -> None:
+    """Raise UserError if a setting has changed that may not change on resume. Where the data are may change,
+    as their fingerprint is compared."""
+    free = DATA_KEYS if state else ()
+    changed = [key for key in changed_keys(saved, config) if key not in free]
+    if changed:
+        changed.sort(
+            key=lambda key: not key.startswith("relora.")
+        )  # first, as the schedule follows from these
+        raise UserError(
+            f"{changed[0]}: the run in {folder} was started with {value_of(saved, changed[0])!r}, and this "
+            "key may not change on resume; set it back or start a new run"
+        )
+
+
+def _changes(config: Config, saved: Config, notes: list[str]) -> dict[str, tuple[Any, Any]]:
+    """Settings that change the mathematics of the next steps: before and after. notes: on rates that follow
+    the batch, which are no changes."""
+    rates = ("optim.lr", "optim.lr_over_batch", "optim.embed_lr", "optim.norm_lr")
+    keys = [key for key in adjusted_keys(saved, config) if not (notes and key in rates)]
+    if "optim.lr" in keys and "optim.lr_over_batch" in keys:
+        keys.remove("optim.lr_over_batch")  # says the same
+    return {key: (value_of(saved, key), value_of(config, key)) for key in keys}
+
+
+def _require_same_data(config: Config, data: TokenData, state: State, folder: Path) -> None:
+    """Raise UserError if the data are not those of the run."""
+    if state.data != data.fingerprint:
+        raise UserError(
+            f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
+            "give the folder or files that it started with"
+        )
+    if state.validation not in (None, data.validation_fingerprint):
+        raise UserError(
+            f"data.val_source: {config.data.val_source} is not the validation text of the run in {folder}; "
+            "give the one that it started with"
+        )
+
+
+def _with_tokens_left(config: Config, state: State) -> Config:
+    """The config with as many steps as the rest of train.tokens needs with the present batch."""
+    train = config.train
+    if train.tokens is None:
+        return config
+    steps = state.step + math.ceil((train.tokens - state.tokens) / train.batch_tokens)
+    if steps == train.total_steps:
+        return config
+    return with_values(config, "train", steps=max(0, steps), tokens=None)
+
+
+def _require_not_passed(config: Config, state: State, folder: Path) -> None:
+    """Raise UserError if the run is already longer than it should become."""
+    total = config.train.total_steps
+    if total < state.step:
+        raise UserError(
+            f"train.steps: the run in {folder} has done {state.step} steps ({state.tokens:,} tokens), more "
+            f"than the {total} that the config asks for; raise it"
+        )
+
+
+def _with_micro_batch(config: Config, state: State) -> tuple[Config, list[str]]:
+    """The config with the micro-batch to which the run was lowered when memory ran out, and a note."""
+    if state.micro_batch is None or config.train.micro_batch != "auto":
+        return config, []
+    note = f"train.micro_batch: {state.micro_batch}, because memory ran out with more"
+    return with_values(config, "train", micro_batch=state.micro_batch), [note]

@@ -1,0 +1,76 @@
+"""What a finished run leaves: a summary, the loss curve, and a sample for the user."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lowres import __version__, disk, metrics, ranks
+from lowres.report import draw_loss
+from lowres.running import Run
+from lowres.runs import METRICS, SUMMARY
+from lowres.sample import sample
+
+
+def finish(run: Run, seconds: float) -> None:
+    """Write the summary and the loss curve; print a sample."""
+    asked, text = run.config.log, None
+    if asked.sample_tokens:
+        text = sample(
+            run.parts.engine,
+            run.data.tokenizer,
+            asked.sample_prompt,
+            tokens=asked.sample_tokens,
+            seq_len=run.config.data.seq_len,
+            seed=run.config.run.seed,
+        )
+    if not ranks.is_first():
+        return
+    summary: dict[str, Any] = {}
+    first = None
+    for record in metrics.read(run.folder / METRICS):
+        summary |= record
+        first = record.get("val_loss") if first is None else first
+    optim = run.config.optim
+    summary["batch"] = {
+        "tokens": run.config.train.batch_tokens,
+        "sequences": run.config.batch_sequences,
+        "lr": optim.lr,
+        "lr_over_batch": optim.lr_over_batch,
+        "policy": optim.batch_policy,
+        "started_with": run.started_with,
+    }
+    summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
+    if text is not None:
+        summary["sample"] = text
+        print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
+    try:
+        disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    except OSError as error:
+        raise disk.DiskError(run.folder / SUMMARY, error, "written") from None
+    picture = draw_loss(run.folder)
+    run.events.write("finished", step=run.config.train.total_steps)
+    if first is not None and summary.get("val_loss") is not None:
+        print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
+    print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "lowres": __version__}
+    for package in (
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "safetensors",
+        "pydantic",
+        "datasets",
+        "triton",
+        "deepspeed",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
