@@ -61,7 +61,7 @@ MOMENTS: dict[str, Callable[[Action], None]] = {
     "in the last step": lambda do: at_step(11, do)(),
     "in the last evaluation": lambda do: _at_call(trainer, "evaluate", 3, do),
     "in the last save": lambda do: _at_call(saving, "write", 4, do),
-    "after the last save": lambda do: _at_call(trainer, "_finish", 1, do),
+    "after the last save": lambda do: _at_call(trainer, "finish", 1, do),
 }
 # before the run listens
 EARLY: dict[str, Callable[[Action], None]] = {

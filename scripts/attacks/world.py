@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from attacks.children import Done, run
-from lowres import checkpoint, summary
+from lowres import checkpoint, summary, trainer
 
 MODULES = ("csv", "bdb", "calendar")
 STEPS, SAVED_EVERY = 12, 3
