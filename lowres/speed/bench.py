@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowres.config import Config
-from lowres.device import is_out_of_memory, pick_device
+from lowres.device import pick_device
 from lowres.errors import DoesNotFit, UserError
 from lowres.meter import Meter
 from lowres.probe.rates import device_name
 from lowres.probe.work import model_flops_per_token
+from lowres.rooms import is_out_of_memory
 from lowres.speed.peak import DTYPES, gemm_peak
 from lowres.speed.phases import BETWEEN, Clock, following
 from lowres.speed.subject import Subject, with_random_tokens
@@ -87,10 +88,14 @@ def bench(config: Config, steps: int) -> Bench:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFit(
-            f"bench: the GPU is full ({str(error).splitlines()[0]}); lower memory.budget_gib or "
-            "train.micro_batch, or end other programs that use it"
-        ) from None
+        raise _full(str(error).splitlines()[0]) from None
+
+
+def _full(reason: str) -> DoesNotFit:
+    return DoesNotFit(
+        f"bench: the GPU is full ({reason}); lower memory.budget_gib or "
+        "train.micro_batch, or end other programs that use it"
+    )
 
 
 def _measure(subject: Subject, steps: int) -> Bench:
@@ -107,6 +112,8 @@ def _measure(subject: Subject, steps: int) -> Bench:
             seconds.append(subject.step(None, step)[0])
         for phase, ms in clock.ms_by_phase().items():
             phases[phase] = phases.get(phase, 0.0) + ms
+    if subject.engine.micro_batch < subject.plan.micro_batch:
+        raise _full(f"a step went on in micro-batches of {subject.engine.micro_batch}")
     memory = meter.readings()  # before the products, which also take some
     peaks.append(gemm_peak(dtype, device))
     peak = max((rate for rate in peaks if rate), default=None)
