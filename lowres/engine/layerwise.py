@@ -78,7 +78,10 @@ def _settled(
 
 
 class LayerwiseEngine:
-    """Engine interface: see `lowres.engine.Engine`."""
+    """Engine interface: see `lowres.engine.Engine`. shrinks: whether it goes on in smaller pieces if the GPU
+    is full, except in a rehearsal."""
+
+    shrinks = True
 
     def __init__(
         self,
@@ -389,7 +392,7 @@ class LayerwiseEngine:
         backward, clip = self._backward_visits(), self.settings.grad_clip
         norm_only = [Visit(visit.units) for visit in backward] if clip else []
         visits = self._forward_visits() + norm_only + backward
-        self._sequences.fixed = self._tokens.fixed = rehearsal
+        self._sequences.fixed = self._tokens.fixed = rehearsal or not self.shrinks
         self.dropout.step = step
         self._sequences.again(len(inputs), partial(self._forward, inputs, kept, visits, training=True))
 

@@ -88,14 +88,10 @@ def bench(config: Config, steps: int) -> Bench:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise _full(str(error).splitlines()[0]) from None
-
-
-def _full(reason: str) -> DoesNotFit:
-    return DoesNotFit(
-        f"bench: the GPU is full ({reason}); lower memory.budget_gib or "
-        "train.micro_batch, or end other programs that use it"
-    )
+        raise DoesNotFit(
+            f"bench: the GPU is full ({str(error).splitlines()[0]}); lower memory.budget_gib or "
+            "train.micro_batch, or end other programs that use it"
+        ) from None
 
 
 def _measure(subject: Subject, steps: int) -> Bench:
@@ -112,8 +108,6 @@ def _measure(subject: Subject, steps: int) -> Bench:
             seconds.append(subject.step(None, step)[0])
         for phase, ms in clock.ms_by_phase().items():
             phases[phase] = phases.get(phase, 0.0) + ms
-    if subject.engine.micro_batch < subject.plan.micro_batch:
-        raise _full(f"a step went on in micro-batches of {subject.engine.micro_batch}")
     memory = meter.readings()  # before the products, which also take some
     peaks.append(gemm_peak(dtype, device))
     peak = max((rate for rate in peaks if rate), default=None)
