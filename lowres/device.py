@@ -1,4 +1,4 @@
-"""The device of a run: which one it is, how CUDA is set up, and which errors mean that it is full."""
+"""The device of a run: which one it is, and how CUDA is set up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowres.config import Config
 from lowres.errors import UserError
 from lowres.kernels import forms, product
 from lowres.model import count_parameters
-from lowres.rooms import EXACT_LOCKING
+from lowres.rooms import EXACT_LOCKING, is_out_of_memory  # noqa: F401 - for `lowres.start`
 from lowres.storage import compute_dtype
 from lowres.target import CPU, CUDA, kind_of
 
@@ -23,15 +23,6 @@ WORTH_COMPILING = 2_000_000_000
 OLDEST, BF16 = (7, 5), (8, 0)
 # PyTorch's allocator reads the first of these that is set; PyTorch 2.8 knows only the first name
 SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-# texts of other errors than torch.OutOfMemoryError that mean a full GPU: from CUDA's libraries and its driver
-FULL = (
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUDA driver error: out of memory",
-)
 
 
 def prepare_cuda() -> None:
@@ -114,10 +105,3 @@ def use_kernels(config: Config, device: torch.device) -> list[str]:
             "here, which gives the same result but is slower than memory.compute=fp32"
         )
     return notes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the GPU is full."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)

@@ -52,6 +52,15 @@ class Slab:
         return self.bytes * self.count
 
 
+# texts of other errors than torch.OutOfMemoryError that mean a full GPU: from CUDA's libraries and its driver
+FULL = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+)
 # texts in the RuntimeError of PyTorch's CPU allocator
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory")
 # cudaErrorMemoryAllocation; and cudaErrorOperatingSystem, if the limit of locked memory is reached
@@ -140,6 +149,13 @@ class Rooms:
         for component, room, storage in self.slabs():
             found[component, room] = found.get((component, room), 0) + storage.nbytes()
         return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the GPU is full."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in FULL)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -25,7 +25,7 @@ from lowres.config_file import (
 )
 from lowres.data import TokenData, cache_bytes, open_data
 from lowres.data.sources import is_stream
-from lowres.device import is_out_of_memory, pick_device, use_kernels
+from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
@@ -34,6 +34,7 @@ from lowres.model import initialize
 from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.resuming import continued, find_checkpoint
+from lowres.rooms import is_out_of_memory
 from lowres.running import Run
 from lowres.runs import (
     CHECKPOINTS,

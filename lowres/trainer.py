@@ -23,7 +23,6 @@ from lowres import checkpoint, disk, lock, metrics, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
-from lowres.device import is_out_of_memory
 from lowres.engine import StepReport
 from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.evaluate import evaluate
@@ -31,6 +30,7 @@ from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.ranks import say
+from lowres.rooms import is_out_of_memory
 from lowres.running import Run
 from lowres.runs import CHECKPOINTS, METRICS
 from lowres.speed import RunProfile

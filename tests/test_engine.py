@@ -381,7 +381,7 @@ def test_a_step_is_enqueued_without_asking_the_device(name: str) -> None:
         optimizer = make_optimizer(config, units, rooms, homes.state)
         engine = make_engine(config, units, optimizer, rooms, Choice(2, 2, homes))
         assert isinstance(engine, LayerwiseEngine)
-        batch = [torch.zeros(2, 32, dtype=torch.int64) for _ in range(2)]
+        batch = torch.zeros(4, 32, dtype=torch.int64)
         if name == "galore":
             with pytest.raises(DataDependentOutputException):
                 engine.enqueue(batch, batch, 64, 0, 1.0, rehearsal=False)

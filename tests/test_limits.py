@@ -1,12 +1,13 @@
 """Limits of a step: what is above them changes nothing, and what is below them changes no bit."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine, autograd, layerwise
+from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine, common, layerwise
 from lowres.model import Units
 from lowres.rooms import Homes, Rooms
 from tests.helpers import CPU, Recorder, make_batch, make_config, make_optimizer, make_units, stored_tensors
@@ -70,14 +71,14 @@ def test_a_gradient_that_is_a_million_times_larger_changes_nothing(
     limit = 100 * normal.grad_norm
     before = stored_tensors(units)
     with monkeypatch.context() as patch:
-        for module in (layerwise, autograd):
-            real = module.split
+        real = common.on_host
 
-            def split(*arguments, real=real):  # type: ignore[no-untyped-def]
-                inputs, targets, count = real(*arguments)
-                return inputs, targets, count / 10**6
+        def fewer_targets(*arguments: Any) -> tuple[Tensor, Tensor, float]:
+            inputs, targets, count = real(*arguments)
+            return inputs, targets, count / 10**6
 
-            patch.setattr(module, "split", split)
+        for module in (layerwise, common):
+            patch.setattr(module, "on_host", fewer_targets)
         report = engine.step(make_batch(seed=1), 1, 1.0, norm_limit=limit)
         assert report.skipped == len(NAMES)
     for name, norm in report.norms.items():

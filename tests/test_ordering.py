@@ -7,6 +7,7 @@ then finds a race.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from lowres import checkpoint
 from lowres.config import Config
-from lowres.engine import Choice, Engine, make_engine
-from lowres.engine.boundaries import Door
+from lowres.engine import Choice, Engine, LayerwiseEngine, make_engine
+from lowres.engine.boundaries import Boundary, Door, Piece
 from lowres.engine.residence import Residence, Visit
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import GPU, HOST, Homes, Mover, Rooms, Slab, _page_locked
+from tests.full import full
 from tests.helpers import CPU, RELORA, make_batch, make_config, save_checkpoint
 from tests.races import Detector, Stream
 
@@ -71,9 +73,10 @@ class Life:
         homes: Homes,
         band: int = 1,
         adapted: bool = False,
+        micro_batch: int = 2,
     ) -> None:
         self.detector, self.folder, self.config = detector, folder, config
-        self.homes, self.band = homes, band
+        self.homes, self.band, self.micro_batch = homes, band, micro_batch
         self.steps = 0
         self.build(adapted)
 
@@ -87,7 +90,7 @@ class Life:
         optimizer.attach(self.units.values(), rooms, homes.state)
         self.relora = Relora(self.config.relora, optimizer)
         initialize(self.units.values(), 0, CPU)
-        choice = Choice(2, self.band, homes)
+        choice = Choice(self.micro_batch, self.band, homes)
         self.engine: Engine = make_engine(self.config, self.units, self.relora, rooms, choice)
 
     def drop(self) -> None:
@@ -225,6 +228,57 @@ def test_after_an_interrupted_step_there_are_no_races(
     else:
         life.step()
     detector.check()
+
+
+SHRINKING: dict[str, tuple[dict[str, dict[str, Any]], Homes]] = {
+    "everything": ({}, HOMES["everything"]),
+    "stash": ({}, HOMES["stash"]),
+    **{case: CASES[case] for case in ("exact forward", "int8 stash", "tied and clip")},
+}
+
+
+def shrinking(detector: Detector, folder: Path, case: str, every: int) -> None:
+    """Steps and evaluations in each of which the GPU is full once, at another place."""
+    sections, homes = SHRINKING[case]
+    life = Life(detector, folder, config_of(**sections), homes, micro_batch=5)
+    engine = life.engine
+    assert isinstance(engine, LayerwiseEngine)
+    for method in ("each", "again"):
+        for at in itertools.count(every // 2, every):
+            engine._sequences.number, engine._tokens.number = 5, 12
+            with full(at, method=method) as mode:
+                life.step(10)
+            if mode.count <= at:
+                break
+            assert (engine.micro_batch, engine._tokens.number) != (5, 12)
+    engine._sequences.number = 5
+    with full(7, method="again"):
+        life.evaluate(10)
+    life.save()
+    life.step(10)
+
+
+@pytest.mark.parametrize("case", SHRINKING)
+def test_smaller_micro_batches_have_no_races(detector: Detector, tmp_path: Path, case: str) -> None:
+    shrinking(detector, tmp_path, case, 67)
+    detector.check()
+
+
+def test_parts_of_what_was_written_as_a_whole_are_waited_for(
+    detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two micro-batches of 5 is halved, so a part of the next layer is the end of one that was
+    written as a whole, and the start of another."""
+    piece = Boundary._piece
+
+    def first_only(self: Boundary, part: slice) -> Piece:
+        found = piece(self, part)
+        return found._replace(names=found.names[:1])
+
+    monkeypatch.setattr(Boundary, "_piece", first_only)
+    shrinking(detector, tmp_path, "everything", 67)
+    with pytest.raises(AssertionError, match="may come before the end of"):
+        detector.check()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -47,7 +47,7 @@ def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan
         units, engine = build(config, plan, rooms, adapted)
         engine.reserve(config.batch_sequences, length, training=True)
         with rooms.allocate_in(HOST):
-            batch = [torch.zeros(plan.micro_batch, length, dtype=torch.int64) for _ in range(count)]
+            batch = torch.zeros(count * plan.micro_batch, length, dtype=torch.int64)
         live.reset()
         step = relora.start_step + relora.cycle_steps - 1 if adapted else 0  # with adapters one that merges
         assert isinstance(engine, LayerwiseEngine)

@@ -5,7 +5,7 @@ import torch
 
 from lowres.config import ModelConfig
 from lowres.engine import EngineSettings, LayerwiseEngine
-from lowres.engine.boundaries import GROUP, Boundaries, Grouped, Plain
+from lowres.engine.boundaries import GROUP, Boundaries, Grouped, Plain, boundary_bytes, fields_in
 from lowres.engine.layout import Layout
 from lowres.meter import LiveTensors
 from lowres.model import Units, empty_units, initialize
@@ -131,18 +131,17 @@ def test_lossless_boundaries_give_back_what_they_got() -> None:
             dim=64,
             compute=torch.float32,
             sequences=7,
-            micro_batch=3,
             length=16,
         )
-        kept.cut(7, 16)
-        pieces = list(torch.randn(7, 16, 64).split(3))
+        x, parts = torch.randn(7, 16, 64), [slice(0, 3), slice(3, 6), slice(6, 7)]
+        kept.begin(7)
         for boundary in (kept.carry, *kept.stash):
-            for i, x in enumerate(pieces):
-                boundary.put(i, x)
-            for i, x in enumerate(pieces):
-                assert torch.equal(boundary.get(i), x)
-                boundary.put(i, 2 * x)
-            assert all(torch.equal(boundary.get(i), 2 * x) for i, x in enumerate(pieces))
+            for part in parts:
+                boundary.put(part, x[part])
+            for part in parts:
+                assert torch.equal(boundary.get(part), x[part])
+                boundary.put(part, 2 * x[part])
+            assert all(torch.equal(boundary.get(part), 2 * x[part]) for part in parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,9 +153,10 @@ def test_int8_boundary_is_right_to_half_a_code_of_its_group(dtype: torch.dtype) 
     x[0, 0] = 0
     x = x.to(dtype)
     encoding = Grouped()
-    region = torch.zeros(encoding.nbytes(100, 128), dtype=torch.uint8)
-    encoding.encode(x, region)
-    back = encoding.decode(region, tuple(x.shape), dtype).float()
+    memory = torch.zeros(boundary_bytes(encoding, x.numel()), dtype=torch.uint8)
+    fields = fields_in(memory, encoding, x.numel())
+    encoding.encode(x, fields)
+    back = encoding.decode(fields, tuple(x.shape), dtype).float()
     top = x.float().view(-1, GROUP).abs().amax(1, keepdim=True)
     error = (back - x.float()).view(-1, GROUP).abs()
     # half a code, what a bf16 scale may clip from the largest value, and the result's own rounding
@@ -164,8 +164,8 @@ def test_int8_boundary_is_right_to_half_a_code_of_its_group(dtype: torch.dtype) 
     assert back[0, 0].eq(0).all()
     assert error.view(100, -1, GROUP)[:, 1:].mean() < 0.01  # the groups without the outlier
     x[1, 1, 1] = torch.nan
-    encoding.encode(x, region)
-    assert encoding.decode(region, tuple(x.shape), dtype)[1, 1, 1].isnan()
+    encoding.encode(x, fields)
+    assert encoding.decode(fields, tuple(x.shape), dtype)[1, 1, 1].isnan()
 
 
 @pytest.mark.parametrize("exact_forward", [False, True])

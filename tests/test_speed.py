@@ -29,6 +29,7 @@ from lowres.speed.peak import gemm_peak
 from lowres.speed.phases import Clock, following
 from lowres.speed.shares import Shares, shares_of
 from lowres.speed.trace import Span, of_events, pieces
+from tests.full import full
 from tests.helpers import CPU, lowres_here
 
 # ---- classification
@@ -273,6 +274,12 @@ def test_bench(config: Path) -> None:
     assert 0 < found["peak_mem_gib"] < found["peak_rss_gib"]
     text = lowres_here("bench", config, "--steps", 1, "--set", "memory.compute=bf16").stdout
     assert "tokens/s, median of 1 steps" in text and "of the fastest bf16 product" in text
+
+
+def test_bench_measures_the_plan_or_nothing(config: Path) -> None:
+    with full(99):
+        printed = lowres_here("bench", config, "--steps", 1, code=3).stderr
+    assert "bench: the GPU is full (CUDA out of memory in aten" in printed
 
 
 @pytest.mark.parametrize(

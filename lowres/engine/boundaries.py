@@ -8,7 +8,9 @@ fetched ahead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from lowres.kernels import groups
 from lowres.kernels.groups import GROUP
 from lowres.marks import DEQUANTISE, QUANTISE, mark
 from lowres.rooms import Event, Mover, Rooms, Slab, place
-from lowres.storage import DENSE_DTYPES, aligned
+from lowres.storage import DENSE_DTYPES
+
+Fields = tuple[Tensor, ...]  # uint8, each with as many bytes for every token
 
 
 class Plain:
@@ -30,16 +34,17 @@ class Plain:
         """Whether reading needs no memory because the stored values are used directly."""
         return self.dtype == compute
 
-    def nbytes(self, tokens: int, dim: int) -> int:
-        return tokens * dim * self.dtype.itemsize
+    def sizes(self, numel: int) -> tuple[int, ...]:
+        """Bytes of each field for so many numbers."""
+        return (numel * self.dtype.itemsize,)
 
-    def encode(self, x: Tensor, region: Tensor) -> None:
-        kept = region.view(self.dtype).view(x.shape)
+    def encode(self, x: Tensor, fields: Fields) -> None:
+        kept = fields[0].view(self.dtype).view(x.shape)
         if place(kept) != place(x):
             kept.copy_(x)
 
-    def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return region.view(self.dtype).view(shape).to(dtype)
+    def decode(self, fields: Fields, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return fields[0].view(self.dtype).view(shape).to(dtype)
 
 
 class Grouped:
@@ -52,24 +57,22 @@ class Grouped:
     def is_free(self, compute: torch.dtype) -> bool:
         return False
 
-    def nbytes(self, tokens: int, dim: int) -> int:
-        return tokens * dim + 2 * tokens * dim // GROUP
+    def sizes(self, numel: int) -> tuple[int, ...]:
+        return numel, 2 * numel // GROUP
 
-    def encode(self, x: Tensor, region: Tensor) -> None:
-        codes, scales = self._split(region, x.numel())
+    def encode(self, x: Tensor, fields: Fields) -> None:
         with mark(QUANTISE, "stash"):
-            groups.encode(x, codes, scales)
+            groups.encode(x, *self._typed(fields))
 
-    def decode(self, region: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes, scales = self._split(region, torch.Size(shape).numel())
-        out = torch.empty(shape, dtype=dtype, device=region.device)
+    def decode(self, fields: Fields, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        out = torch.empty(shape, dtype=dtype, device=fields[0].device)
         with mark(DEQUANTISE, "stash"):
-            groups.decode(codes, scales, out)
+            groups.decode(*self._typed(fields), out)
         return out
 
     @staticmethod
-    def _split(region: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        codes, scales = region[:numel], region[numel:]
+    def _typed(fields: Fields) -> tuple[Tensor, Tensor]:
+        codes, scales = fields
         return codes.view(torch.int8).view(-1, GROUP), scales.view(torch.bfloat16).view(-1, 1)
 
 
@@ -83,86 +86,131 @@ def make_encoding(kind: str, compute: torch.dtype) -> Encoding:
     return Plain(compute if kind == "auto" else DENSE_DTYPES[kind])
 
 
+def fields_in(memory: Tensor, encoding: Encoding, numel: int) -> Fields:
+    """Memory for so many numbers, from the start of a slab or slot."""
+    sizes = encoding.sizes(numel)
+    return memory[: sum(sizes)].split(sizes)
+
+
+def boundary_bytes(encoding: Encoding, numel: int) -> int:
+    return sum(encoding.sizes(numel))
+
+
+class Piece(NamedTuple):
+    """Some sequences of a host boundary. fields: their memory. names: of each sequence."""
+
+    fields: Fields
+    names: tuple[tuple[tuple[int, int], int], ...]
+
+    def inside(self, slot: Tensor) -> Fields:
+        """The same fields in a slot."""
+        sizes = [field.numel() for field in self.fields]
+        return slot[: sum(sizes)].split(sizes)
+
+
 class Door:
-    """Slots on the GPU through which the pieces of host boundaries pass: two in, two out."""
+    """Slots on the GPU through which the pieces of host boundaries pass: two in, two out, used in turn."""
 
     def __init__(self, mover: Mover, slots: list[Tensor]) -> None:
         self._mover, self._in, self._out = mover, slots[:2], slots[2:]
+        self._next_in = self._next_out = 0
         self._left: list[Event] = [None, None]  # when the last copy out of each slot is done
-        self._written: dict[tuple[int, int], Event] = {}  # and the last copy to each piece's home
-        self._coming: dict[
-            int, tuple[tuple[int, int] | None, Event]
-        ] = {}  # by slot: which piece, and when it is there
+        self._written: dict[tuple[tuple[int, int], int], Event] = {}  # and the last to a sequence's home
+        # by slot: which piece is coming, and when it is there
+        self._coming: dict[int, tuple[tuple[tuple[tuple[int, int], int], ...], Event]] = {}
 
-    def fetch(self, piece: Tensor, following: Tensor | None, index: int) -> Tensor:
-        """A piece of a host boundary on the GPU, valid until two more are fetched; starts the next fetch."""
-        slot = index % 2
-        coming, event = self._coming.pop(slot, (None, None))
-        if coming != place(piece):
+    def begin(self) -> None:
+        """Forget what was fetched ahead, because its home may change."""
+        self._coming.clear()
+
+    def fetch(self, piece: Piece, following: Piece | None) -> Fields:
+        """A piece on the GPU, valid until two more are fetched; starts the next fetch."""
+        slot, self._next_in = self._next_in, 1 - self._next_in
+        coming, event = self._coming.pop(slot, ((), None))
+        if coming != piece.names:
             event = self._start(slot, piece)
         if following is not None:
-            self._coming[1 - slot] = (place(following), self._start(1 - slot, following))
+            self._coming[1 - slot] = (following.names, self._start(1 - slot, following))
         self._mover.wait(event)
-        return self._in[slot][: piece.numel()]
+        return piece.inside(self._in[slot])
 
-    def _start(self, slot: int, piece: Tensor) -> Event:
-        copy = (self._in[slot][: piece.numel()], piece)
-        return self._mover.fetch([copy], [self._written.get(place(piece))])
+    def _start(self, slot: int, piece: Piece) -> Event:
+        copies = zip(piece.inside(self._in[slot]), piece.fields, strict=True)
+        return self._mover.fetch(copies, dict.fromkeys(self._written.get(name) for name in piece.names))
 
-    def leave(self, index: int, nbytes: int) -> Tensor:
-        """Memory for a piece that is to be stored."""
-        self._mover.wait(self._left[index % 2])
-        return self._out[index % 2][:nbytes]
+    def leave(self, piece: Piece) -> Fields:
+        """Memory for a piece that is to be stored next."""
+        self._mover.wait(self._left[self._next_out])
+        return piece.inside(self._out[self._next_out])
 
-    def store(self, index: int, piece: Tensor) -> None:
-        """Copy what was put there to its home, `piece`."""
-        copy = (piece, self._out[index % 2][: piece.numel()])
-        self._left[index % 2] = self._written[place(piece)] = self._mover.store([copy])
+    def store(self, piece: Piece) -> None:
+        """Copy what was put there to its home."""
+        slot, self._next_out = self._next_out, 1 - self._next_out
+        done = self._mover.store(zip(piece.fields, piece.inside(self._out[slot]), strict=True))
+        self._left[slot] = done
+        self._written.update(dict.fromkeys(piece.names, done))
 
 
 class Boundary:
-    """The residual stream at one place, [sequences, T, D], split into micro-batches."""
+    """The residual stream at one place, [sequences, T, D]. A micro-batch is a range of sequences."""
 
     def __init__(
-        self, slab: Tensor, encoding: Encoding, dim: int, compute: torch.dtype, door: Door | None
+        self,
+        slab: Tensor,
+        encoding: Encoding,
+        shape: tuple[int, int, int],
+        compute: torch.dtype,
+        door: Door | None,
     ) -> None:
-        self._slab, self._encoding, self._dim, self._compute = slab, encoding, dim, compute
-        self._door = door
-        self._shapes: list[tuple[int, int]] = []
+        """shape: of the largest batch."""
+        self._encoding, self._compute, self._door = encoding, compute, door
+        self._most, *self._each = shape
+        self._fields, self._name = fields_in(slab, encoding, math.prod(shape)), place(slab)
+        self._sequences = 0
 
-    def cut(self, shapes: list[tuple[int, int]]) -> None:
-        """Set the micro-batches: sequences and length of each."""
-        self._shapes = shapes
-        sizes = [aligned(self._encoding.nbytes(b * t, self._dim)) for b, t in shapes]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-
-    def _region(self, i: int) -> Tensor:
-        b, t = self._shapes[i]
-        return self._slab[self._starts[i] :][: self._encoding.nbytes(b * t, self._dim)]
-
-    def put(self, i: int, x: Tensor) -> None:
-        """Store x [b, T, D] as micro-batch i."""
-        region = self._region(i)
-        if self._door is None:
-            self._encoding.encode(x, region)
-            return
-        self._encoding.encode(x, self._door.leave(i, region.numel()))
-        self._door.store(i, region)
-
-    def get(self, i: int) -> Tensor:
-        """Micro-batch i [b, T, D]. It may be the stored memory or a slot: use it before reading i + 2."""
-        region = self._region(i)
+    def begin(self, sequences: int) -> None:
+        """Set the size of the batch, which is about to be written."""
+        self._sequences = sequences
         if self._door is not None:
-            following = self._region(i + 1) if i + 1 < len(self._shapes) else None
-            region = self._door.fetch(region, following, i)
-        return self._encoding.decode(region, (*self._shapes[i], self._dim), self._compute)
+            self._door.begin()
 
+    def _piece(self, part: slice) -> Piece:
+        sizes = [len(field) // self._most for field in self._fields]
+        fields = zip(self._fields, sizes, strict=True)
+        return Piece(
+            tuple(field[part.start * size : part.stop * size] for field, size in fields),
+            tuple((self._name, i) for i in range(part.start, part.stop)),
+        )
 
-def boundary_bytes(encoding: Encoding, dim: int, sequences: int, micro_batch: int, length: int) -> int:
-    """Bytes of a boundary for a whole batch."""
-    whole, rest = divmod(sequences, micro_batch)
-    size = whole * aligned(encoding.nbytes(micro_batch * length, dim))
-    return size + (aligned(encoding.nbytes(rest * length, dim)) if rest else 0)
+    def _following(self, part: slice) -> Piece | None:
+        """What will most likely be read after this micro-batch: as many sequences."""
+        stop = min(2 * part.stop - part.start, self._sequences)
+        return self._piece(slice(part.stop, stop)) if part.stop < stop else None
+
+    def _shape(self, part: slice) -> tuple[int, ...]:
+        return part.stop - part.start, *self._each
+
+    def blank(self, part: slice) -> Tensor:
+        """Memory in which a micro-batch can be made that is to be `put` next, if it is not encoded."""
+        piece = self._piece(part)
+        fields = piece.fields if self._door is None else self._door.leave(piece)
+        assert self._encoding.is_free(self._compute)
+        return self._encoding.decode(fields, self._shape(part), self._compute)
+
+    def put(self, part: slice, x: Tensor) -> None:
+        """Store x [b, T, D]."""
+        piece = self._piece(part)
+        if self._door is None:
+            self._encoding.encode(x, piece.fields)
+            return
+        self._encoding.encode(x, self._door.leave(piece))
+        self._door.store(piece)
+
+    def get(self, part: slice) -> Tensor:
+        """A micro-batch [b, T, D]. It may be the stored memory or a slot: use it before reading two more."""
+        piece = self._piece(part)
+        fields = piece.fields if self._door is None else self._door.fetch(piece, self._following(part))
+        return self._encoding.decode(fields, self._shape(part), self._compute)
 
 
 @dataclass(frozen=True)
@@ -193,15 +241,14 @@ class Boundaries:
         dim: int,
         compute: torch.dtype,
         sequences: int,
-        micro_batch: int,
         length: int,
     ) -> None:
         """slabs: for these sizes (`Layout.boundaries`). encoding: of the stash."""
         self.capacity = (sequences, length, sum(slab.count for slab in slabs.stash))
-        self._micro_batch = micro_batch
+        shape = sequences, length, dim
 
         def made(slab: Slab, encoding: Encoding, door: Door | None) -> list[Boundary]:
-            return [Boundary(memory, encoding, dim, compute, door) for memory in rooms.make(slab)]
+            return [Boundary(memory, encoding, shape, compute, door) for memory in rooms.make(slab)]
 
         on_host, on_gpu = slabs.stash
         door = Door(mover, rooms.make(slabs.stash_door)) if slabs.stash_door.count else None
@@ -209,7 +256,7 @@ class Boundaries:
         slots, carries = rooms.make(slabs.carry_door), []
         for i, memory in enumerate(rooms.make(slabs.carry)):
             own = Door(mover, slots[4 * i : 4 * i + 4]) if slots else None
-            carries.append(Boundary(memory, Plain(compute), dim, compute, own))
+            carries.append(Boundary(memory, Plain(compute), shape, compute, own))
         # with two carries the last band's output has its own memory, as two backward passes begin with it
         self.carry, self.output = carries[0], carries[-1]
 
@@ -218,8 +265,7 @@ class Boundaries:
         most, longest, kept = self.capacity
         return sequences <= most and length == longest and bands <= kept
 
-    def cut(self, sequences: int, length: int) -> None:
-        """Split all boundaries into the micro-batches of a batch."""
-        counts = [min(self._micro_batch, sequences - s) for s in range(0, sequences, self._micro_batch)]
+    def begin(self, sequences: int) -> None:
+        """Start the forward pass of a batch."""
         for boundary in (self.carry, self.output, *self.stash):
-            boundary.cut([(count, length) for count in counts])
+            boundary.begin(sequences)

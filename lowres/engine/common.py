@@ -142,14 +142,20 @@ class Limits:
         return square.isfinite() & (square <= self.norm * self.norm)
 
 
-def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
-    """Inputs and targets [b, T] of each micro-batch of batch [S, T + 1], still in host memory, and the
-    number of targets that count (at least 1, because it is a divisor)."""
+def on_host(batch: Tensor, rooms: Rooms) -> tuple[Tensor, Tensor, int]:
+    """Inputs and targets [S, T] of batch [S, T + 1], in host memory, and the number of targets that count (at
+    least 1, because it is a divisor)."""
     with rooms.allocate_in(HOST):
         inputs, targets = inputs_and_targets(batch)
         count = max(1, int((targets != IGNORED).sum()))
         if rooms.device.type == "cuda":  # so that the host does not wait for the copy to the device
             inputs, targets = inputs.contiguous().pin_memory(), targets.contiguous().pin_memory()
+    return inputs, targets, count
+
+
+def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
+    """`on_host` with inputs and targets of each micro-batch."""
+    inputs, targets, count = on_host(batch, rooms)
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
 
 

@@ -18,7 +18,6 @@ of outputs are quantised, twice, because in each product the scales along the su
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,8 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.common import EngineSettings
-from lowres.engine.working import Room, accumulate, working_copy
+from lowres.engine.pieces import Additions
+from lowres.engine.working import Gradient, Room, working_copy
 from lowres.kernels.norm import rms_norm, rms_norm_backward, rms_norm_quantised
 from lowres.kernels.product import along_sum, multiply
 from lowres.kernels.quantise import Quantised, quantise_columns, quantise_rows
@@ -78,8 +78,8 @@ class DenseMatrix:
 
     dense, codes = True, False
 
-    def __init__(self, value: Tensor, grad: Tensor | None) -> None:
-        """grad: the gradient's buffer; None in the forward pass and for a frozen matrix."""
+    def __init__(self, value: Tensor, grad: Gradient | None) -> None:
+        """grad: None in the forward pass and for a frozen matrix."""
         self.value, self.grad, self.rows = value, grad, len(value)
 
     def product(self, x: Operand, out: Tensor) -> Tensor:
@@ -89,21 +89,21 @@ class DenseMatrix:
     def backward(self, dy: Tensor, x: Operand, dx: Tensor | None) -> Tensor:
         assert x.dense is not None
         if self.grad is not None:
-            accumulate(self.grad, dy, x.dense)
+            self.grad.add(dy, x.dense)
         return dy @ self.value if dx is None else dx.addmm_(dy, self.value)
 
 
 class Int8Matrix:
     """Codes [out, in] with a scale per output.
 
-    transposed: the codes as [in, out], needed in the backward pass. grad: the gradient's buffer; if it is
-    smaller than the codes, these have padding. wide: compute the weight's gradient in the format of the
-    activations instead of INT8.
+    transposed: the codes as [in, out], needed in the backward pass. grad: if its buffer is smaller than the
+    codes, these have padding. wide: compute the weight's gradient in the format of the activations instead of
+    INT8.
     """
 
     dense, codes = False, True
 
-    def __init__(self, weight: Quantised, transposed: Tensor, grad: Tensor | None, wide: bool) -> None:
+    def __init__(self, weight: Quantised, transposed: Tensor, grad: Gradient | None, wide: bool) -> None:
         self.weight, self.transposed, self.grad, self.wide = weight, transposed, grad, wide
         self.rows = len(weight.codes)
 
@@ -120,16 +120,19 @@ class Int8Matrix:
         dx = torch.empty(len(dy), len(self.transposed), dtype=dy.dtype, device=dy.device)
         return multiply(g, self.transposed, None, dx)
 
-    def _add_gradient(self, grad: Tensor, dy: Tensor, x: Operand) -> None:
+    def _add_gradient(self, grad: Gradient, dy: Tensor, x: Operand) -> None:
         assert x.quantised is not None
         if self.wide:
-            accumulate(grad, dy, x.quantised.dense(dy.dtype))
+            grad.add(dy, x.quantised.dense(dy.dtype))
             return
-        rows, columns = grad.shape
+        buffer, additions = grad.buffer, grad.additions
+        if not additions.lacks(buffer):
+            return
+        rows, columns = buffer.shape
         h = quantise_columns(dy, x.quantised.scales)
-        multiply(
-            Quantised(h.codes[:rows], h.scales[:rows]), x.codes_along_tokens[:columns], None, grad, add=True
-        )
+        h = Quantised(h.codes[:rows], h.scales[:rows])
+        multiply(h, x.codes_along_tokens[:columns], None, buffer, add=True)
+        additions.done(buffer)
 
 
 class Adapted:
@@ -158,8 +161,8 @@ class Adapted:
 
     def backward(self, dy: Tensor, x: Operand, dx: Tensor | None) -> Tensor:
         assert x.dense is not None and self.a.grad is not None and self.b.grad is not None
-        add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
         dx = self.frozen.backward(dy, x, dx)
+        add_a, add_b = self.a.grad.add, self.b.grad.add
         return lora.add_gradients(dx, dy, x.dense, self._mask(x), self.adapter, add_a, add_b)
 
     def _mask(self, x: Operand) -> Tensor | None:
@@ -191,8 +194,8 @@ class _Normed:
 
     kept = True
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: Tensor, eps: float, additions: Additions) -> None:
+        self.weight, self.eps, self.additions = weight, eps, additions
 
     def dense(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -201,7 +204,17 @@ class _Normed:
         return rms_norm_quantised(x, self.weight, self.eps)
 
     def backward(self, d: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        return (rms_norm_backward(d, x, self.weight, self.eps, self.weight.grad),)
+        return (norm_backward(d, x, self.weight, self.eps, self.additions),)
+
+
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, additions: Additions) -> Tensor:
+    """`rms_norm_backward` of a weight that has the buffer of its gradient as `.grad`."""
+    buffer = weight.grad
+    if buffer is None or not additions.lacks(buffer):
+        return rms_norm_backward(dy, x, weight, eps, None)
+    dx = rms_norm_backward(dy, x, weight, eps, buffer)
+    additions.done(buffer)
+    return dx
 
 
 class _Gated:
@@ -296,12 +309,16 @@ class _Rotate(torch.autograd.Function):
 
 
 class FusedOperations(Operations):
-    """The operations of a block on `Matrix` weights."""
+    """The operations of a block on `Matrix` weights. additions: see `Gradient`."""
+
+    def __init__(self, additions: Additions | None = None) -> None:
+        self._additions = additions or Additions()
 
     def products(
         self, x: Tensor, w: Any, normed_by: str, roles: tuple[str, ...], config: ModelConfig
     ) -> list[Tensor]:
-        return self._node(_Normed(w[normed_by], config.norm_eps), [w[role] for role in roles], [x])
+        prepare = _Normed(w[normed_by], config.norm_eps, self._additions)
+        return self._node(prepare, [w[role] for role in roles], [x])
 
     def product(self, x: Tensor, weight: Any) -> Tensor:
         return self._node(_AsItIs(), [weight], [x])[0]
@@ -325,11 +342,11 @@ class FusedOperations(Operations):
 class FusedWeights:
     """Makes the matrices of a visit; see `lowres.engine.working.PlainWeights`."""
 
-    def __init__(self, settings: EngineSettings, dropout: Dropout) -> None:
-        self._settings, self._dropout, self.operations = settings, dropout, FusedOperations()
+    def __init__(self, settings: EngineSettings, dropout: Dropout, additions: Additions) -> None:
+        self._settings, self._dropout, self.operations = settings, dropout, FusedOperations(additions)
 
     def matrix(
-        self, storage: Storage, spec: TensorSpec, grad: Tensor | None, room: Room, backward: bool
+        self, storage: Storage, spec: TensorSpec, grad: Gradient | None, room: Room, backward: bool
     ) -> DenseMatrix | Int8Matrix:
         settings = self._settings
         if not (settings.int8 and isinstance(storage, Int8)):

@@ -8,8 +8,9 @@
 So gradients take the memory of one unit, a weight is dequantised once per direction and step, and
 accumulation is exact at any batch size. Each unit is used once per direction, so it may live in host
 memory (`residence`). So may the stash and the carry, which pass through the GPU one micro-batch at a
-time (`boundaries`). The layer order comes from L2L (arXiv 2002.05645); the combination with INT8
-weights and a fused update per layer is this project's own.
+time (`boundaries`). If the GPU is full after all, micro-batches get smaller (`pieces`). The layer order
+comes from L2L (arXiv 2002.05645); the combination with INT8 weights and a fused update per layer is this
+project's own.
 
 A band is a group of neighbouring layers that are recomputed and differentiated together. The stash
 keeps only the input of each band; a band needs gradient buffers and activations for all its layers.
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -32,11 +33,13 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
-from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, sum_of_squares
-from lowres.engine.fused import FusedWeights
+from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, on_host, sum_of_squares
+from lowres.engine.fused import FusedWeights, norm_backward
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
+from lowres.engine.pieces import Additions, Size
 from lowres.engine.residence import Residence, Visit
 from lowres.engine.working import (
+    Gradient,
     PlainWeights,
     Room,
     WorkingMatrix,
@@ -75,7 +78,10 @@ def _settled(
 
 
 class LayerwiseEngine:
-    """Engine interface: see `lowres.engine.Engine`."""
+    """Engine interface: see `lowres.engine.Engine`. shrinks: whether it goes on in smaller pieces if the GPU
+    is full, except in a rehearsal."""
+
+    shrinks = True
 
     def __init__(
         self,
@@ -88,6 +94,8 @@ class LayerwiseEngine:
         self.config, self.optimizer, self.settings = config, optimizer, settings
         self.compute, self.device, self.rooms = settings.compute, rooms.device, rooms
         self.dropout = Dropout(settings.dropout, settings.seed)
+        self._sequences, self._tokens = Size(settings.micro_batch), Size(settings.loss_chunk)
+        self._additions = Additions()
         if self.device.type == "cuda":
             adds_wide()  # now, because it waits for the device
         self._units = units
@@ -99,7 +107,9 @@ class LayerwiseEngine:
         self._residence = Residence(units, settings.homes, slots, self._units_mover)
         (self._copies,) = rooms.make(self.layout.copies())
         self._plain_weights = PlainWeights(settings, self.dropout)
-        self._weights = FusedWeights(settings, self.dropout) if settings.fused else self._plain_weights
+        self._weights = (
+            FusedWeights(settings, self.dropout, self._additions) if settings.fused else self._plain_weights
+        )
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
         self._rope: tuple[Tensor, Tensor]  # for the reserved length
@@ -127,7 +137,7 @@ class LayerwiseEngine:
         return found
 
     def reserve(self, sequences: int, length: int, training: bool) -> Boundaries:
-        """Stash, carry and rotary tables for batches of this size, split for one of them."""
+        """Stash, carry and rotary tables for batches of this size."""
         bands, homes = len(self.bands) if training else 0, self.settings.homes
         if self._boundaries is None or not self._boundaries.holds(sequences, length, bands):
             self._boundaries = None  # free the memory before the new ones are allocated
@@ -140,10 +150,8 @@ class LayerwiseEngine:
                 dim=self.config.dim,
                 compute=self.compute,
                 sequences=sequences,
-                micro_batch=self.settings.micro_batch,
                 length=length,
             )
-        self._boundaries.cut(sequences, length)
         return self._boundaries
 
     def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -158,18 +166,20 @@ class LayerwiseEngine:
     def _working(self, units: list[Unit], grads: bool = False) -> list[dict[str, Any]]:
         """The weights of each unit by role, ready for use; with `grads`, also their zeroed buffers."""
         found, room = [], Room(self._copies)
+        self._additions.begin()
         for unit in units:
             working: dict[str, Any] = {}
             made = self._weights if unit.spec.name.startswith("layers") else self._plain_weights
             for spec in unit.spec.tensors:
                 storage = unit.weights[spec.name]
-                grad = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
+                buffer = self._grads[unit.spec.name][spec.name].zero_() if grads and not spec.frozen else None
                 if len(spec.shape) == 2:
+                    grad = None if buffer is None else Gradient(buffer, self._additions)
                     working[spec.role] = made.matrix(storage, spec, grad, room, grads)
                     continue
                 norm = storage.dense(torch.promote_types(self.compute, torch.float32)).detach()
-                if grad is not None:
-                    norm.requires_grad_().grad = grad  # autograd adds to an existing .grad in place
+                if buffer is not None:
+                    self._additions.collect(norm, buffer)
                 working[spec.role] = norm
             for spec in unit.spec.tensors:
                 if spec.frozen:
@@ -180,27 +190,36 @@ class LayerwiseEngine:
 
     # forward
 
-    def _forward(self, inputs: list[Tensor], kept: Boundaries, training: bool) -> None:
-        """Run all layers and keep the output of the last. In training, the stash is filled."""
+    @_settled
+    def _forward(self, inputs: Tensor, kept: Boundaries, visits: list[Visit], training: bool) -> None:
+        """Run all layers and keep the output of the last. In training, the stash is filled. visits: of the
+        whole step or evaluation."""
         self.rooms.phase = "forward"
+        kept.begin(len(inputs))
+        self._residence.begin(visits)
+        parts = self._micro_batches(inputs)
         stash = kept.stash if training else []
         # the next boundary is the next band's entry in the stash, so it is written only once
         through_stash = training and not self.settings.exact_forward
         places = [*stash, kept.output] if through_stash else [kept.carry] * len(self.bands) + [kept.output]
         with self._residence.visit() as (embed,):
             table = embed.weights[EMBEDDING_NAME]
-            for i, tokens in enumerate(inputs):
-                places[0].put(i, table.rows(tokens, self.compute))
+            for part in parts:
+                places[0].put(part, table.rows(inputs[part], self.compute))
         for band, (here, there) in enumerate(itertools.pairwise(places)):
             with self._residence.visit() as units:
                 layers = self._working(units)
-                for i in range(len(inputs)):
-                    x, self.dropout.first = here.get(i), i * self.settings.micro_batch
+                for part in parts:
+                    x, self.dropout.first = here.get(part), part.start
                     if training and not through_stash:
-                        stash[band].put(i, x)
+                        stash[band].put(part, x)
                     for w in layers:
                         x = block(x, w, self._rope, self.config, self._weights.operations)
-                    there.put(i, x)
+                    there.put(part, x)
+
+    def _micro_batches(self, batch: Tensor) -> list[slice]:
+        """The sequences of each micro-batch."""
+        return chunks(len(batch), self.micro_batch)
 
     # head
 
@@ -210,41 +229,65 @@ class LayerwiseEngine:
         embed = self._units["embed"]  # tied, so it lives on the GPU
         (spec,) = embed.spec.tensors
         table = working_copy(embed.weights[EMBEDDING_NAME], spec, self.compute, Room(self._copies), 1)
-        return WorkingMatrix(table, grad)
+        return WorkingMatrix(table, None if grad is None else Gradient(grad, self._additions))
 
-    def _loss(self, output: Boundary, targets: list[Tensor]) -> Tensor:
-        """Sum of the loss, fp64 scalar."""
+    @_settled
+    def _loss(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> Tensor:
+        """Sum of the loss, fp64 scalar, after a forward pass."""
+        visits = [*self._forward_visits(), Visit(("head",))]
+        self._forward(inputs, kept, visits, training=False)
         self.rooms.phase = "loss"
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._residence.visit() as units:
             (w,) = self._working(units)
             head = self._head_matrix(w, None)
-            for i, wanted in enumerate(targets):
-                for _, h, t in self._chunks(output.get(i), wanted):
-                    total += self._loss_of(h, t, w["norm"], head, None)[0]
+            for part in self._micro_batches(targets):
+                x, wanted = kept.output.get(part).flatten(0, 1), targets[part].flatten()
+
+                def add(some: slice, x: Tensor = x, wanted: Tensor = wanted) -> None:
+                    total.add_(self._loss_of(x[some], wanted[some], w["norm"], head, None)[0])
+
+                self._tokens.each(len(x), add)
         return total
 
-    def _loss_and_backward(
-        self, w: dict[str, Any], kept: Boundaries, targets: list[Tensor], count: int
-    ) -> Tensor:
+    def _loss_and_backward(self, w: dict[str, Any], kept: Boundaries, targets: Tensor, count: int) -> Tensor:
         """Mean loss. Its gradient goes into the carry, the gradients of norm and head into their buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING_NAME].zero_() if self.config.tie_embeddings else None
         head = self._head_matrix(w, tied)
-        for i, wanted in enumerate(targets):
-            x = kept.output.get(i)
-            dx = x if kept.output is kept.carry else torch.empty_like(x)
-            gradient = dx.flatten(0, 1)
-            for part, h, t in self._chunks(x, wanted):
-                loss, logits, normed = self._loss_of(h, t, w["norm"], head, 1 / count)
-                total += loss
-                d_logits = logits.to(self.compute)
-                del logits  # in bf16 both are large
-                d_normed = head.backward(d_logits, normed)
-                del d_logits, normed
-                gradient[part] = self._norm_backward(d_normed, h, w["norm"])
-            kept.carry.put(i, dx)
+        for part in self._micro_batches(targets):
+            x, dx = kept.output.get(part), kept.carry.blank(part)
+            flat = x.flatten(0, 1), dx.flatten(0, 1), targets[part].flatten()
+            first = part.start * targets.shape[1]
+            self._tokens.each(len(flat[0]), partial(self._add_loss, w, head, total, count, first, *flat))
+            kept.carry.put(part, dx)
         return total / count
+
+    def _add_loss(
+        self,
+        w: dict[str, Any],
+        head: WorkingMatrix,
+        total: Tensor,
+        count: int,
+        first: int,
+        x: Tensor,
+        dx: Tensor,
+        targets: Tensor,
+        some: slice,
+    ) -> None:
+        """Loss and gradients of some tokens of a micro-batch x [tokens, D], whose gradient dx may be the same
+        memory. first: the micro-batch's first token in the batch."""
+        self._additions.end = first + some.stop
+        h = x[some]
+        loss, logits, normed = self._loss_of(h, targets[some], w["norm"], head, 1 / count)
+        d_logits = logits.to(self.compute)
+        del logits  # in bf16 both are large
+        d_normed = head.backward(d_logits, normed)
+        del d_logits, normed
+        dh = self._norm_backward(d_normed, h, w["norm"])
+        # this needs no memory, so it cannot fail halfway
+        dx[some] = dh
+        total += loss
 
     def _loss_of(
         self, h: Tensor, targets: Tensor, norm: Tensor, head: WorkingMatrix, weight: float | None
@@ -264,7 +307,7 @@ class LayerwiseEngine:
     def _norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x [tokens, D] under the final norm; that of the weight is added to its buffer."""
         if self.settings.fused:
-            return norm_kernels.rms_norm_backward(dy, x, weight, self.config.norm_eps, weight.grad)
+            return norm_backward(dy, x, weight, self.config.norm_eps, self._additions)
         leaf = x.detach().requires_grad_()
         with torch.enable_grad():
             normed = rms_norm(leaf, weight, self.config.norm_eps)
@@ -272,29 +315,17 @@ class LayerwiseEngine:
         assert leaf.grad is not None
         return leaf.grad
 
-    def _chunks(self, x: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Tokens whose loss is computed together: their range, their part of x [B, T, D], their targets."""
-        x, flat = x.flatten(0, 1), targets.flatten()
-        return ((part, x[part], flat[part]) for part in chunks(len(x), self.settings.loss_chunk))
-
     # backward
 
-    def _backward(
-        self,
-        layers: list[dict[str, Any]],
-        stash: Boundary,
-        carry: Boundary,
-        count: int,
-    ) -> None:
-        """Add the gradients of a band to its buffers; turn the carry from the gradient of the band's output
-        into the gradient of its input."""
-        for i in range(count):
-            x, self.dropout.first = stash.get(i).detach().requires_grad_(), i * self.settings.micro_batch
-            outputs, dy = self._recompute(x, layers), carry.get(i)
-            torch.autograd.backward(outputs, (dy, dy))
-            assert x.grad is not None
-            carry.put(i, x.grad)
-            del x, outputs, dy  # before the next micro-batch makes its own
+    def _backward(self, layers: list[dict[str, Any]], stash: Boundary, carry: Boundary, part: slice) -> None:
+        """Add the gradients of a band for a micro-batch to its buffers; turn the carry from the gradient of
+        the band's output into the gradient of its input."""
+        self._additions.end = part.stop
+        x, self.dropout.first = stash.get(part).detach().requires_grad_(), part.start
+        outputs, dy = self._recompute(x, layers), carry.get(part)
+        torch.autograd.backward(outputs, (dy, dy))
+        assert x.grad is not None
+        carry.put(part, x.grad)
 
     def _recompute(self, x: Tensor, layers: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """The two terms of a band's output, with their graph; the value of the second is not computed."""
@@ -304,18 +335,16 @@ class LayerwiseEngine:
                 x = block(x, w, self._rope, self.config, operations)
             return block_terms(x, layers[-1], self._rope, self.config, operations, recomputed=True)
 
-    def _backward_embedding(self, inputs: list[Tensor], carry: Boundary) -> None:
+    def _backward_embedding(self, inputs: Tensor, carry: Boundary, part: slice) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]
-        if not self.config.tie_embeddings:
-            grad.zero_()
-        for i, tokens in enumerate(inputs):
-            grad.index_add_(0, tokens.flatten(), carry.get(i).flatten(0, 1).to(grad.dtype))
+        grad.index_add_(0, inputs[part].flatten(), carry.get(part).flatten(0, 1).to(grad.dtype))
 
     # the interface
 
     @property
     def micro_batch(self) -> int:
-        return self.settings.micro_batch
+        """Sequences in a micro-batch: as planned, or fewer after the GPU was full."""
+        return self._sequences.number
 
     @_settled
     def step(
@@ -334,37 +363,38 @@ class LayerwiseEngine:
         by_unit = dict(zip(self._units, norms, strict=True))
         return StepReport(loss, norm, len(self._units) - int(updated), by_unit)
 
-    def _on_device(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int]:
-        """`split`, on the device: 16 bytes a token, copied once for all uses."""
-        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
-        here = [[part.to(self.device, non_blocking=True) for part in parts] for parts in (inputs, targets)]
-        return here[0], here[1], count
+    def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Inputs and targets, and the number of targets that count: 16 bytes a token, copied once."""
+        inputs, targets, count = on_host(batch, self.rooms)
+        inputs, targets = (tokens.to(self.device, non_blocking=True) for tokens in (inputs, targets))
+        return inputs, targets, count
 
     @torch.no_grad()
     def enqueue(
         self,
-        inputs: list[Tensor],
-        targets: list[Tensor],
+        inputs: Tensor,
+        targets: Tensor,
         count: int,
         step: int,
         schedule: float,
         rehearsal: bool,
         limits: Limits = Limits(),  # noqa: B008 - frozen
     ) -> Tensor:
-        """Enqueue all work of a step and wait for none of it. inputs, targets, count: see `split`; on the
-        device.
+        """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], count: see
+        `on_host`; on the device.
 
         Returns fp64 numbers on the device: loss, norm of the gradient, number of units that were updated, and
         the norm of the gradient of every unit. Once the host has read them, all copies are done and host
         slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
-        kept = self.reserve(sum(map(len, inputs)), inputs[0].shape[1], training=True)
+        kept = self.reserve(len(inputs), inputs.shape[1], training=True)
         backward, clip = self._backward_visits(), self.settings.grad_clip
         norm_only = [Visit(visit.units) for visit in backward] if clip else []
-        self._residence.begin(self._forward_visits() + norm_only + backward)
+        visits = self._forward_visits() + norm_only + backward
+        self._sequences.fixed = self._tokens.fixed = rehearsal or not self.shrinks
         self.dropout.step = step
-        self._forward(inputs, kept, training=True)
+        self._sequences.again(len(inputs), partial(self._forward, inputs, kept, visits, training=True))
 
         # filled on the device: a copy from the host would wait
         accepted = torch.full((), not rehearsal, dtype=torch.bool, device=self.device)
@@ -400,7 +430,7 @@ class LayerwiseEngine:
             mover.join()
 
     def _norm(
-        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries, limits: Limits
+        self, inputs: Tensor, targets: Tensor, count: int, kept: Boundaries, limits: Limits
     ) -> tuple[Tensor, Tensor]:
         """Norm of the gradient of all weights, which costs one backward pass; and whether the limits allow
         this norm and the loss."""
@@ -411,7 +441,7 @@ class LayerwiseEngine:
         return total.sqrt(), limits.allow_norm(total) & limits.allow_loss(loss)
 
     def _gradients(
-        self, inputs: list[Tensor], targets: list[Tensor], count: int, kept: Boundaries
+        self, inputs: Tensor, targets: Tensor, count: int, kept: Boundaries
     ) -> Iterator[tuple[Unit, dict[str, Tensor], Tensor]]:
         """Every unit from the head down, its gradients (valid until the next unit), and the mean loss."""
         stash = list(kept.stash)
@@ -422,10 +452,14 @@ class LayerwiseEngine:
                     (w,) = self._working(units, grads=True)
                     loss = self._loss_and_backward(w, kept, targets, count)
                 elif visit.units == ("embed",):
-                    self._backward_embedding(inputs, kept.carry)
+                    if not self.config.tie_embeddings:
+                        self._grads["embed"][EMBEDDING_NAME].zero_()
+                    work = partial(self._backward_embedding, inputs, kept.carry)
+                    self._sequences.each(len(inputs), work)
                 else:
                     layers = self._working(units, grads=True)
-                    self._backward(layers, stash.pop(), kept.carry, len(inputs))
+                    work = partial(self._backward, layers, stash.pop(), kept.carry)
+                    self._sequences.each(len(inputs), work)
                 for unit in reversed(units):
                     yield unit, self._grads[unit.spec.name], loss
 
@@ -433,10 +467,8 @@ class LayerwiseEngine:
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         inputs, targets, count = self._on_device(batch)
-        kept = self.reserve(*_shape(batch), training=False)
-        self._residence.begin([*self._forward_visits(), Visit(("head",))])
-        self._forward(inputs, kept, training=False)
-        loss = self._loss(kept.output, targets)
+        kept = self.reserve(len(inputs), inputs.shape[1], training=False)
+        loss = self._sequences.again(len(inputs), partial(self._loss, inputs, targets, kept))
         self._join()
         total = float(loss)
         self.rooms.phase = ""
@@ -465,8 +497,3 @@ class LayerwiseEngine:
 def _bytes_of(unit: Unit, settings: EngineSettings) -> UnitBytes:
     state = 0 if unit.state_slab is None else unit.state_slab.numel()
     return UnitBytes.of(unit.spec, unit.kinds, state, settings)
-
-
-def _shape(batch: Tensor) -> tuple[int, int]:
-    """Sequences and length of the inputs of a batch."""
-    return batch.shape[0], batch.shape[1] - 1

@@ -130,18 +130,15 @@ class Layout:
         band has its own memory, because two backward passes begin with it."""
         settings, dim = self.settings, self.model.dim
         exact, carries = Plain(settings.compute), 2 if settings.grad_clip else 1
-        tokens = min(settings.micro_batch, sequences) * length
-        stash, carry = (
-            boundary_bytes(encoding, dim, sequences, settings.micro_batch, length)
-            for encoding in (self.encoding, exact)
-        )
+        whole, piece = (count * length * dim for count in (sequences, min(settings.micro_batch, sequences)))
+        stash, carry = (boundary_bytes(encoding, whole) for encoding in (self.encoding, exact))
         on_host = min(stash_on_host, bands)
         door = "transfer of boundaries"
         return BoundarySlabs(
             (Slab("stash", HOST, stash, on_host), Slab("stash", GPU, stash, bands - on_host)),
-            Slab(door, GPU, self.encoding.nbytes(tokens, dim), 4 if on_host else 0),
+            Slab(door, GPU, boundary_bytes(self.encoding, piece), 4 if on_host else 0),
             Slab("carry", HOST if carry_on_host else GPU, carry, carries),
-            Slab(door, GPU, exact.nbytes(tokens, dim), 4 * carries if carry_on_host else 0),
+            Slab(door, GPU, boundary_bytes(exact, piece), 4 * carries if carry_on_host else 0),
         )
 
     def rotary(self, length: int) -> Slab:

@@ -6,7 +6,7 @@ A block (`lowres.model.block`) uses these in place of its weights.
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lowres.data.batches import IGNORED
 from lowres.engine.common import EngineSettings
 from lowres.engine.layout import aligned_elements
+from lowres.engine.pieces import Additions
 from lowres.model import PLAIN, Dropout, lora
 from lowres.storage import Storage, TensorSpec
 from lowres.target import kind_of
@@ -50,19 +51,31 @@ def adds_wide() -> bool:
             return False
 
 
-def accumulate(grad: Tensor, dy: Tensor, x: Tensor) -> None:
-    """grad [out, in] += dy^T x for dy [tokens, out] and x [tokens, in], in the precision of grad. If dy and x
-    have more columns, those are padding."""
-    dy, x = dy[:, : grad.shape[0]], x[:, : grad.shape[1]]
-    if dy.dtype == grad.dtype:
-        grad.addmm_(dy.T, x)
-        return
-    if dy.dtype == torch.bfloat16 and kind_of(grad.device) == "cuda" and adds_wide():
-        torch.addmm(grad, dy.T, x, out_dtype=grad.dtype, out=grad)  # no memory for the product
-        return
-    rows = max(1, PRODUCT_CHUNK // grad.shape[1])
-    for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
-        part.add_(columns.T @ x if kind_of(x.device) == "cpu" else matmul_wide(columns.T, x))
+class Gradient:
+    """The gradient of a matrix [out, in], to which every piece of a batch is added. buffer: fp32 or better.
+    additions: see there; by default, nothing is repeated."""
+
+    def __init__(self, buffer: Tensor, additions: Additions | None = None) -> None:
+        self.buffer, self.additions = buffer, additions or Additions()
+
+    def add(self, dy: Tensor, x: Tensor) -> None:
+        """Add dy^T x for dy [tokens, out] and x [tokens, in], in the precision of the buffer. If dy and x
+        have more columns, those are padding."""
+        grad, additions = self.buffer, self.additions
+        dy, x = dy[:, : grad.shape[0]], x[:, : grad.shape[1]]
+        wide = dy.dtype == torch.bfloat16 and kind_of(grad.device) == "cuda" and adds_wide()
+        in_place = wide or dy.dtype == grad.dtype  # no memory for the product
+        rows = len(grad) if in_place else max(1, PRODUCT_CHUNK // grad.shape[1])
+        for part, columns in zip(grad.split(rows), dy.split(rows, dim=1), strict=True):
+            if not additions.lacks(part):
+                continue
+            if wide:
+                torch.addmm(part, columns.T, x, out_dtype=part.dtype, out=part)
+            elif in_place:
+                part.addmm_(columns.T, x)
+            else:
+                part.add_(columns.T @ x if kind_of(x.device) == "cpu" else matmul_wide(columns.T, x))
+            additions.done(part)
 
 
 class Room:
@@ -90,9 +103,9 @@ def working_copy(storage: Storage, spec: TensorSpec, dtype: torch.dtype, room: R
 
 
 class WorkingMatrix:
-    """A matrix during the visit of its layer: its values in compute precision and its gradient buffer."""
+    """A matrix during the visit of its layer: its values in compute precision and its gradient."""
 
-    def __init__(self, value: Tensor, grad: Tensor | None) -> None:
+    def __init__(self, value: Tensor, grad: Gradient | None) -> None:
         """grad: None in the forward pass and for a frozen matrix."""
         self.value, self.grad = value, grad
 
@@ -113,7 +126,7 @@ class WorkingMatrix:
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add dy^T x to the gradient; return dy W."""
         if self.grad is not None:
-            accumulate(self.grad, dy.flatten(0, -2), x.flatten(0, -2))
+            self.grad.add(dy.flatten(0, -2), x.flatten(0, -2))
         return dy @ self.value
 
 
@@ -140,9 +153,8 @@ class AdaptedMatrix(WorkingMatrix):
     def backward(self, dy: Tensor, x: Tensor) -> Tensor:
         """Add to the gradients of A and B; return the gradient of x."""
         assert self.a.grad is not None and self.b.grad is not None
-        add_a, add_b = partial(accumulate, self.a.grad), partial(accumulate, self.b.grad)
         dx = dy @ self.value
-        return lora.add_gradients(dx, dy, x, self._mask(x), self.adapter, add_a, add_b)
+        return lora.add_gradients(dx, dy, x, self._mask(x), self.adapter, self.a.grad.add, self.b.grad.add)
 
     def _mask(self, x: Tensor) -> Tensor | None:
         return lora.padded_mask(self.dropout, self.spec, x)
@@ -157,9 +169,9 @@ class PlainWeights:
         self._settings, self._dropout = settings, dropout
 
     def matrix(
-        self, storage: Storage, spec: TensorSpec, grad: Tensor | None, room: Room, backward: bool
+        self, storage: Storage, spec: TensorSpec, grad: Gradient | None, room: Room, backward: bool
     ) -> WorkingMatrix:
-        """grad: the buffer of its gradient, if it has one. backward: whether the visit differentiates."""
+        """grad: its gradient, if it has one. backward: whether the visit differentiates."""
         value = working_copy(storage, spec, self._settings.compute, room, self._settings.pad)
         return WorkingMatrix(value, grad)
 

@@ -61,11 +61,13 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, d_weigh
         wide, grad = x.float(), dy.float()
         inverse = wide.square().mean(1, keepdim=True).add_(eps).rsqrt_()
         normed = wide * inverse
-        if d_weight is not None:
-            d_weight.add_((grad * normed).sum(0))
+        added = (grad * normed).sum(0)
         d_normed = grad * weight
         along = (d_normed * normed).mean(1, keepdim=True)
-        return ((d_normed - normed * along) * inverse).to(x.dtype)
+        dx = ((d_normed - normed * along) * inverse).to(x.dtype)
+        if d_weight is not None:  # last, so that a lack of memory leaves it as it was
+            d_weight.add_(added)
+        return dx
     dx, blocks = torch.empty_like(x), -(-len(x) // ROWS)
     partial = torch.empty(blocks, x.shape[1], dtype=torch.float32, device=x.device)
     if d_weight is None:

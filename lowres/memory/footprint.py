@@ -145,9 +145,8 @@ class Footprint:
         """Memory during updates, and memory that they keep."""
         found = self.trace.updates()
         block, rest = found.kept
-        norms = GRADIENT_NORM * (
-            len(self.blocks) - 1
-        )  # of all units, to the end of a step; a trace has one block
+        # those of all units are kept to the end of a step; the trace has one block
+        norms = GRADIENT_NORM * (len(self.blocks) - 1)
         return [
             Component("update workspace", GPU, found.workspace + norms, "update"),
             Component("projections", GPU, block * len(self.blocks) + rest),

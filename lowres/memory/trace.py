@@ -217,8 +217,8 @@ class Tracer:
         self, engine: LayerwiseEngine, live: Traced, shape: tuple[int, int], count: int, step: int
     ) -> None:
         with engine.rooms.allocate_in(HOST):
-            batch = [torch.zeros(shape, dtype=torch.int64) for _ in range(count)]
-        engine.reserve(count * shape[0], shape[1], training=True)
+            batch = torch.zeros(count * shape[0], shape[1], dtype=torch.int64)
+        engine.reserve(len(batch), shape[1], training=True)
         engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False)
 
     @staticmethod

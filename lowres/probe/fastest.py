@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lowres.config import Config
-from lowres.device import BF16, is_out_of_memory
+from lowres.device import BF16
 from lowres.engine import Choice, EngineSettings, LayerwiseEngine
 from lowres.kernels import forms, product
 from lowres.model import count_parameters, empty_units, initialize
-from lowres.rooms import Rooms
+from lowres.rooms import Rooms, is_out_of_memory
 from lowres.storage import Unit
 
 # floating-point operations of a run that takes minutes in fp32 on two cores; shorter runs do not measure
@@ -108,6 +108,7 @@ def _seconds(config: Config, device: torch.device, layers: int) -> float:
     sequences = max(1, min(config.batch_sequences, 2048 // length, most // length))
     settings = EngineSettings.of(config, Choice(sequences), device, adapted=False)
     engine = LayerwiseEngine(cut, units, _Still(), rooms, settings)
+    engine.shrinks = False
     batch: Any = torch.arange(sequences * (length + 1)).view(sequences, length + 1) % model.vocab
     times: list[float] = []
     while len(times) <= REPEATS and sum(times) < ENOUGH_SECONDS:

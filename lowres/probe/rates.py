@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from lowres.config import Config, ModelConfig
-from lowres.device import is_out_of_memory
 from lowres.engine.common import EngineSettings, sum_of_squares
 from lowres.engine.fused import DenseMatrix, FusedOperations, Int8Matrix, Operand
-from lowres.engine.working import WorkingMatrix, cross_entropy
+from lowres.engine.working import Gradient, WorkingMatrix, cross_entropy
 from lowres.errors import DoesNotFit
 from lowres.kernels import loss as loss_kernels
 from lowres.kernels.product import along_sum
@@ -29,7 +28,7 @@ from lowres.kernels.quantise import quantise_rows
 from lowres.memory import Plan
 from lowres.model import PLAIN, block, empty_units, initialize, rope_tables, unit_specs
 from lowres.optim import make_optimizer
-from lowres.rooms import GPU, HOST, Mover, Rooms
+from lowres.rooms import GPU, HOST, Mover, Rooms, is_out_of_memory
 from lowres.storage import BIAS, DENSE_DTYPES, MATRIX, TensorSpec, Unit, compute_dtype
 
 # each measurement is repeated this often, or until it has taken this many seconds
@@ -153,13 +152,14 @@ def _product(
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """A product of a matrix as the run computes it, forward and backward. INT8 includes the quantisation of
     gradients; that of activations is done with the norm or SwiGLU before the product."""
+    gradient = Gradient(grad)
     if not settings.fused:
-        plain = WorkingMatrix(values, grad)
+        plain = WorkingMatrix(values, gradient)
         return partial(plain, x), partial(plain.backward, dy, x)
-    matrix: DenseMatrix | Int8Matrix = DenseMatrix(values, grad)
+    matrix: DenseMatrix | Int8Matrix = DenseMatrix(values, gradient)
     if settings.int8:
         weight = quantise_rows(values)
-        matrix = Int8Matrix(weight, along_sum(weight.codes), grad, settings.wide_gradients)
+        matrix = Int8Matrix(weight, along_sum(weight.codes), gradient, settings.wide_gradients)
     operand = Operand(x, quantise_rows(x) if settings.int8 else None, (len(x),))
     return partial(matrix.product, operand, torch.empty_like(dy)), partial(matrix.backward, dy, operand, None)
 

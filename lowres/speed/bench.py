@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lowres.config import Config
-from lowres.device import is_out_of_memory, pick_device
+from lowres.device import pick_device
 from lowres.errors import DoesNotFit, UserError
 from lowres.meter import Meter
 from lowres.probe.rates import device_name
 from lowres.probe.work import model_flops_per_token
+from lowres.rooms import is_out_of_memory
 from lowres.speed.peak import DTYPES, gemm_peak
 from lowres.speed.phases import BETWEEN, Clock, following
 from lowres.speed.subject import Subject, with_random_tokens

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowres import memory
 from lowres.config import Config
 from lowres.device import use_kernels
+from lowres.engine import LayerwiseEngine
 from lowres.model import initialize
 from lowres.optim.schedule import factor
 from lowres.probe.fastest import choose
@@ -33,6 +34,8 @@ class Subject:
         memory.require_machine(self.plan, device)
         self.rooms = rooms or Rooms(device)
         self.engine, _ = training_engine(config, self.plan, self.rooms, adapted=False)
+        if isinstance(self.engine, LayerwiseEngine):
+            self.engine.shrinks = False  # what is measured is the plan
         self.engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         initialize(self.engine.units(write=True), config.run.seed, device)
 
