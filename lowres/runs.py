@@ -154,13 +154,17 @@ def _rows(
 def _newest(folder: Path) -> tuple[Config, Path, State]:
     """The config of a run, its newest valid checkpoint, and its state."""
     found, damaged = checkpoint.newest_state(folder / CHECKPOINTS)
-    for path, problem in damaged:
-        say(f"note: {path} is damaged ({problem}); using an older one")
-    if found is None and not (folder / CONFIG).exists():
+    if found is not None:
+        for path, problem in damaged:
+            say(f"note: {path} is damaged ({problem}); using an older one")
+        return config_of(folder, found[1]), *found
+    if damaged:
+        path, problem = damaged[0]
+        more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
+        raise UserError(f"{folder} has no checkpoint that can be used: {path} is damaged ({problem}){more}")
+    if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
-    if found is None:
-        raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
-    return config_of(folder, found[1]), *found
+    raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
 
 
 def config_of(folder: Path, state: State | None) -> Config:
