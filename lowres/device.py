@@ -11,7 +11,7 @@ from lowres.config import Config
 from lowres.errors import UserError
 from lowres.kernels import forms, product
 from lowres.model import count_parameters
-from lowres.rooms import EXACT_LOCKING, is_out_of_memory  # noqa: F401 - for `lowres.start`
+from lowres.rooms import EXACT_LOCKING
 from lowres.storage import compute_dtype
 from lowres.target import CPU, CUDA, kind_of
 

@@ -9,9 +9,9 @@ import torch
 
 from lowres import probe, runs
 from lowres.cli import main
-from lowres.device import SETTINGS, is_out_of_memory, pick_device, prepare_cuda
+from lowres.device import SETTINGS, pick_device, prepare_cuda
 from lowres.errors import UserError
-from lowres.rooms import EXACT_LOCKING
+from lowres.rooms import EXACT_LOCKING, is_out_of_memory
 from tests.helpers import make_config
 
 SUMS = torch.backends.cuda.matmul

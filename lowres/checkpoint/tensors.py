@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, checked, parse
+from lowres.storage import all_finite
 
 # size of the pieces that are hashed, written or moved between devices
 PIECE_BYTES = 8 << 20
@@ -42,7 +43,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHECKED = 1 << 18  # numbers whose finiteness is checked together
 _SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 _Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
@@ -148,20 +148,12 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     yield len(text).to_bytes(8, "little") + text
     bounce = _bounce()
     for name, tensor in ordered.items():
+        if not all_finite([tensor]):
+            raise NotFinite(name)
         whole = tensor.detach().contiguous().view(-1)
         for piece in whole.view(torch.uint8).split(PIECE_BYTES):
             host = piece if _on_host(piece) else bounce[: len(piece)].copy_(piece)
-            _require_finite(name, host, tensor.dtype)
             yield host.numpy().data
-
-
-def _require_finite(name: str, piece: Tensor, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        return
-    for numbers in piece.view(dtype).split(_CHECKED):
-        wide = numbers.float() if dtype.itemsize == 1 else numbers  # isfinite does not know fp8
-        if not wide.isfinite().all():
-            raise NotFinite(name)
 
 
 def _bounce() -> Tensor:

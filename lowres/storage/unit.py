@@ -122,7 +122,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     for every device that they are on."""
     found: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.numel():
             for part in _comparable(tensor.reshape(-1)):
                 # both are NaN if any number is
                 found.setdefault(tensor.device, []).extend(x.double() for x in part.aminmax())
