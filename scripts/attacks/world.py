@@ -209,8 +209,8 @@ class World:
             return f"the message names {saved} and {target}"
         target.mkdir(parents=True, exist_ok=True)
         place = target / saved.name
-        if place.exists():
-            return f"{place} exists already"
+        if place.exists():  # the disk let it be finished, and then failed
+            return "; ".join(checkpoint.verify(place))
         shutil.move(saved, place)
         return ""
 
