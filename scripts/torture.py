@@ -34,7 +34,7 @@ from attacks.children import Case, each  # noqa: E402
 from attacks.world import DETECTED, EXACT, FAILED, HARMLESS, World, verdict  # noqa: E402
 
 OUT = ROOT / "benchmarks/results/torture.json"
-MOST_SHOWN = 8  # failures of an attack that are printed
+MOST_SHOWN = 8  # failures of an attack that are printed, before its line
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def attack(world: World, name: str, full: bool, seed: int, jobs: int) -> dict[st
             counts[kind] += 1
             if kind == FAILED:
                 failures[f"{case} ({len(failures)})"] = text
+                if len(failures) <= MOST_SHOWN:
+                    print(f"    {case}: {text}", flush=True)
     return {
         "attack": ATTACKS[name].text,
         "tried": sum(counts.values()),
@@ -159,8 +161,6 @@ def main() -> int:
                 f"  ({found['seconds']:.0f} s)",
                 flush=True,
             )
-            for case, text in list(found["failures"].items())[:MOST_SHOWN]:
-                print(f"    {case}: {text}", flush=True)
     record = records.provenance(torch.device("cpu")) | {
         "seconds": round(time.monotonic() - began, 1),
         "attacks": results,
