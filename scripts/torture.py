@@ -34,7 +34,7 @@ from attacks.children import Case, each  # noqa: E402
 from attacks.world import DETECTED, EXACT, FAILED, HARMLESS, World, verdict  # noqa: E402
 
 OUT = ROOT / "benchmarks/results/torture.json"
-MOST_SHOWN = 8  # failures of an attack that are printed
+MOST_SHOWN = 8  # failures of an attack that are printed, before its line
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,33 @@ ATTACKS: dict[str, Attack] = {
     "kill-everywhere": Attack(
         "SIGKILL before every file operation, and in the middle of every write",
         lambda w, full, seed: chain(
-            *(kills.at_operations(w, name, 1 if full else 37) for name in kills.RUNS),
-            kills.prepared(w, 1 if full else 13),
+            *(kills.at_operations(w, name, 1 if full else 61) for name in kills.RUNS),
+            kills.prepared(w, 1 if full else 19),
         ),
     ),
     "disk-full": Attack(
         "no room from any write on; files that may not grow",
         lambda w, full, seed: chain(
-            disks.failing(w, "ENOSPC", 1 if full else 11),
-            disks.failing(w, "ENOSPC", 2 if full else 29, beside=True),
-            disks.full_everywhere(w, 3 if full else 31),
-            disks.limited(w),
+            disks.failing(w, "ENOSPC", 1 if full else 19),
+            disks.failing(w, "ENOSPC", 2 if full else 41, beside=True),
+            disks.full_everywhere(w, 3 if full else 41),
+            disks.limited(w, 1 if full else 3),
         ),
     ),
     "disk-errors": Attack(
         "input/output errors at any write, once and from then on",
         lambda w, full, seed: chain(
-            disks.failing(w, "EIO", 1 if full else 11, lasting=False),
-            disks.failing(w, "EIO", 2 if full else 23),
+            disks.failing(w, "EIO", 1 if full else 19, lasting=False),
+            disks.failing(w, "EIO", 2 if full else 31),
         ),
     ),
     "damage": Attack(
         "bits that flip and files that are cut, in run folders and prepared data",
-        lambda w, full, seed: mutations.flips(w, 300 if full else 20, seed),
+        lambda w, full, seed: mutations.flips(w, 300 if full else 10, seed),
     ),
     "hostile": Attack(
         "run folders that no run has written: types, pipes, links, names, forged seals, missing parts",
-        lambda w, full, seed: hostile.cases(w, 3000 if full else 60, 7 if full else 5, seed),
+        lambda w, full, seed: hostile.cases(w, 2000 if full else 60, 11 if full else 7, seed),
     ),
     "signals": Attack(
         "TERM, INT and HUP in every part of a run; two signals",
@@ -95,7 +95,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "settings": Attack(
         "settings at random, also for resumed runs",
-        lambda w, full, seed: chain(configs.neutral(w), configs.cases(w, 1500 if full else 60, seed)),
+        lambda w, full, seed: chain(configs.neutral(w), configs.cases(w, 1500 if full else 40, seed)),
     ),
     "folder-gone": Attack(
         "the folder of a run is deleted, moved, replaced or made read-only in the middle",
@@ -120,6 +120,8 @@ def attack(world: World, name: str, full: bool, seed: int, jobs: int) -> dict[st
             counts[kind] += 1
             if kind == FAILED:
                 failures[f"{case} ({len(failures)})"] = text
+                if len(failures) <= MOST_SHOWN:
+                    print(f"    {case}: {text}", flush=True)
     return {
         "attack": ATTACKS[name].text,
         "tried": sum(counts.values()),
@@ -159,8 +161,6 @@ def main() -> int:
                 f"  ({found['seconds']:.0f} s)",
                 flush=True,
             )
-            for case, text in list(found["failures"].items())[:MOST_SHOWN]:
-                print(f"    {case}: {text}", flush=True)
     record = records.provenance(torch.device("cpu")) | {
         "seconds": round(time.monotonic() - began, 1),
         "attacks": results,

@@ -174,7 +174,7 @@ def test_keeps_the_newest_and_clears_what_a_kill_left(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
 
 
-@pytest.mark.parametrize("failure", ["write", "sync"])
+@pytest.mark.parametrize("failure", ["write", "sync", "sync of the name"])
 def test_a_failing_disk_leaves_the_old_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
@@ -182,10 +182,12 @@ def test_a_failing_disk_leaves_the_old_checkpoints(
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def full(descriptor: int) -> None:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        there = os.fstat(descriptor)
+        named = (tmp_path / "step_00000002").exists() and os.path.samestat(there, tmp_path.stat())
+        if named if failure == "sync of the name" else stat.S_ISREG(there.st_mode):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    if failure == "sync":
+    if failure != "write":
         monkeypatch.setattr(os, "fsync", full)
     try:
         if failure == "write":  # fails as a full disk does, in the middle of a file

@@ -152,7 +152,11 @@ def write(
         disk.sync_folder(temporary)
         _read_back(temporary, files)
         temporary.rename(target)
-        disk.sync_folder(target.parent)
+        try:
+            disk.sync_folder(target.parent)
+        except BaseException:
+            target.rename(temporary)
+            raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

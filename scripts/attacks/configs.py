@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from attacks.children import Case, Done, run
 from attacks.world import DETECTED, EXACT, HARMLESS, Verdict, World, WrongError, no_picture, verdict
-from lowres import terminal
+from lowres import cli
 from lowres.config import Config
 from lowres.config_file import load_config
-from lowres.errors import UserError
 from lowres.start import decide
 
 NUMBERS = (*range(-1, 9), 16, 31, 64, 100, 1000, 4096, 10**6, 10**9, 2**31, 2**63, 2**64, 10**30)
@@ -119,13 +118,12 @@ def _judge(done: Done, text: str) -> Verdict:
 
 
 def _decide(world: World, sets: list[str], folder: Path, resume: bool) -> int:
-    """Everything that a run decides before it is built, with the exit codes of the command line."""
-    try:
+    """Everything that a run decides before it is built, with the errors of the command line."""
+
+    def command(_: argparse.Namespace) -> None:
         decide(load_config(world.config, sets)[0], folder, resume)
-    except UserError as error:
-        print(f"lowres: {terminal.clean(str(error))}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return cli._run(argparse.Namespace(command=command))
 
 
 def _is_small(sets: list[str]) -> bool:

@@ -78,16 +78,21 @@ def _resumed(world: World, place: Path) -> tuple[Path, list[object]]:
 
 def _restarted(world: World, place: Path) -> tuple[Path, list[object]]:
     folder = world.copy_of_mid(place)
-    return folder, world.train(folder, more=["--restart"])
+    return folder, world.train(folder, *SHORT, more=["--restart"])
 
 
 RUNS = {"a new run": _fresh, "a resumed run": _resumed, "a restarted run": _restarted}
 
 
+def _keys(name: str) -> tuple[str, ...]:
+    """The settings of a run of RUNS."""
+    return () if RUNS[name] is _resumed else SHORT
+
+
 def at_operations(world: World, name: str, stride: int) -> Iterator[Case]:
     """A kill before every stride-th operation, and one in the middle of every stride-th write."""
     make = RUNS[name]
-    world.truth(*(SHORT if make is _fresh else ()))
+    world.truth(*_keys(name))
     with world.place() as place:
         folder, command = make(world, place)
         log = place / "operations"
@@ -102,7 +107,7 @@ def at_operations(world: World, name: str, stride: int) -> Iterator[Case]:
 
 def _one(world: World, name: str, number: int, how: str) -> Verdict:
     make = RUNS[name]
-    keys = SHORT if make is _fresh else ()
+    keys = _keys(name)
     with world.place() as place:
         folder, command = make(world, place)
         done = run(command, both(no_picture, partial(Faults, folder, number, how)))

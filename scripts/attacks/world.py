@@ -63,7 +63,7 @@ progress = false
 EXACT, DETECTED, HARMLESS, FAILED = "exact", "detected", "without effect", "FAILED"
 Verdict = tuple[str, str]  # one of the four, and details
 # what a command prints about damage that it has seen
-_NOTICED = ("is damaged", "cannot be read", "missing", "set aside")
+_NOTICED = ("damaged", "does not match its", "is truncated", "cannot be read", "missing", "set aside")
 
 
 class WrongError(Exception):
@@ -209,8 +209,8 @@ class World:
             return f"the message names {saved} and {target}"
         target.mkdir(parents=True, exist_ok=True)
         place = target / saved.name
-        if place.exists():
-            return f"{place} exists already"
+        if place.exists():  # the disk let it be finished, and then failed
+            return "; ".join(checkpoint.verify(place))
         shutil.move(saved, place)
         return ""
 
