@@ -60,6 +60,10 @@ class Watch:
         not learnt anything yet has had half of its patience."""
         return self.seen.bad == (1 if self.doubtful else max(1, self._config.patience // 2))
 
+    def ends_badly(self, steps: int) -> bool:
+        """Whether a run of so many steps that ends now has no good end: a tenth of it."""
+        return self.doubtful and self.seen.bad >= min(self._config.patience, max(2, steps // 10))
+
     def go_back(self, seen: Windows) -> None:
         """Continue from what a checkpoint has."""
         self.seen = seen

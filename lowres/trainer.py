@@ -244,7 +244,7 @@ class _Loop:
             run.events.say("spike", f"step {self.step}: {verdict.spike}", step=self.step)
         elif verdict.bad and run.watch.worth_saying:
             run.events.say("bad", f"step {self.step}: {verdict.bad}", step=self.step)
-        if verdict.dead:
+        if verdict.dead or (self.step == self.total and run.watch.ends_badly(self.total)):
             raise CheckFailed(self.why_dead(verdict, report))
         if verdict.spike and run.config.health.spikes == "rollback":
             self.roll_back(verdict.spike)
@@ -252,9 +252,9 @@ class _Loop:
     def why_dead(self, verdict: Verdict, report: StepReport) -> str:
         guess = math.log(self.run.config.model.vocab)
         return (
-            f"training: the run is dead: {self.run.config.health.patience} bad steps in a row "
-            f"(health.patience); step {self.step}: {verdict.bad}; loss {report.loss:.3f} (guessing evenly is "
-            f"{guess:.3f}), gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
+            f"training: the run is dead: {self.run.watch.seen.bad} bad steps in a row (health.patience is "
+            f"{self.run.config.health.patience}); step {self.step}: {verdict.bad}; loss {report.loss:.3f} "
+            f"(guessing evenly is {guess:.3f}), gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
         )
 
     def roll_back(self, spike: str) -> None:

@@ -112,3 +112,16 @@ def test_a_start_without_success_is_saved_but_not_for_ever() -> None:
         assert bool(verdict.bad) == (step > 2) and not found.doubtful
         assert found.worth_saying == (step == 7) and verdict.dead == (step == 12)
     assert watch().see(1, report(GUESS, 0.0)).bad  # no gradient at all is wrong at once
+
+
+def test_a_run_that_ends_with_bad_steps_has_no_good_end() -> None:
+    found = after(40)
+    for step in range(41, 46):
+        found.see(step, report(4.0, math.nan, skipped=4))
+        assert found.ends_badly(50) == (step == 45) and found.ends_badly(20) == (step > 41)
+    found.see(46, report())
+    assert not found.ends_badly(50)
+    young = watch()
+    for step in range(1, 20):
+        young.see(step, report(GUESS + 1, 1.0))
+    assert not young.ends_badly(20)  # it has learnt nothing, and that is all
