@@ -2,7 +2,7 @@
 # accelerate 1.15.0, torch 2.13.0: Accelerator.save_state() with automatic_checkpoint_naming and total_limit=2.
 #
 # A guess: the oldest checkpoint is deleted once a newer one is on the disk, so with a limit of 2 there is always a
-# whole one; load_state() takes the newest. Seen, on a full disk (here a limit on the size of a file) and after a restart:
+# whole one; load_state() takes the newest. Seen, on a full disk (here a limit on file sizes) and after a restart:
 # - The oldest is deleted first, and a save that failed counts as a checkpoint. Tried again, save_state deletes the last
 #   whole one and then refuses, as the folder of the failed one is in its way. Nothing is left.
 # - After load_state() numbers begin at 0 again (save_iteration is not restored). Age is judged by the number, so each
@@ -77,6 +77,8 @@ elif session == "resume":
     assert checkpoints() == {"checkpoint_0": 4, "checkpoint_2": 3}, "it counts on now"
     save(5)
     assert checkpoints() == {"checkpoint_1": 5, "checkpoint_2": 3}, "age is not the number any more"
+    assert save(6) == "ValueError"
+    assert checkpoints() == {"checkpoint_2": 3}, "it keeps the newest now"
 elif session == "counted":
     accelerator.load_state()
     accelerator.project_configuration.iteration = 3
@@ -85,7 +87,7 @@ elif session == "counted":
     assert checkpoints() == {"checkpoint_3": 4, "checkpoint_4": 5}
 elif session == "again":
     accelerator.load_state()
-    print(f"another one loads step {int(model.weight[0, 0])}; the newest was 5")
+    print(f"another one loads step {int(model.weight[0, 0])}; it had trained to step 6")
     assert int(model.weight[0, 0]) == 3, "it takes the newest now"
 PY
 for session in begin resume again; do

@@ -4,7 +4,7 @@
 # A guess: a torchdata StatefulDataLoader resumes a shuffled epoch exactly, also with another seed; so it does inside
 # Accelerator.prepare, whose option is there for that, with save_state and load_state. Seen: torchdata alone does. With
 # accelerate the state has the number of batches and no sampler, as accelerate hands over the one of the plain
-# DataLoader. The tutorial of torchdata 0.8 says that those of torch are patched; they are not, and it saves only its own.
+# DataLoader. The tutorial of torchdata 0.8 says that torch's are patched; they are not, and only its own are saved.
 # load_state goes to the right number of batches in a new permutation: the lengths agree, but rows of this epoch are
 # seen twice and others never. The RNG states of save_state do not help: they are from after the permutation was drawn.
 # With use_seedable_sampler=True and the same seed the first epoch is right; in the second one the order is again
