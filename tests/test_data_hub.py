@@ -103,6 +103,31 @@ def test_lost_connection(
     assert len(said) == 5 and all(f"{source}: connection lost" in line for line in said)
 
 
+def test_a_version_whose_state_stops_is_not_asked_for_it(
+    source: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` 5.0.0: after `load_state_dict`, `state_dict` gives the same for ever."""
+    stopped: dict[int, Any] = {}
+    load, state = datasets.IterableDataset.load_state_dict, datasets.IterableDataset.state_dict
+
+    def loaded(self: Any, value: Any) -> None:
+        stopped[id(self)] = value
+        load(self, value)
+
+    monkeypatch.setattr(datasets.IterableDataset, "load_state_dict", loaded)
+    monkeypatch.setattr(
+        datasets.IterableDataset, "state_dict", lambda self: stopped.get(id(self)) or state(self)
+    )
+    error = ConnectionError("Server Disconnected")
+    breaking(monkeypatch, [10, 25, 5], error)
+    assert list(documents(source)) != ROWS  # so it would be
+    said.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "__version__", "5.0.0")
+        breaking(patch, [10, 25, 5], error)
+        assert list(documents(source)) == ROWS and len(said) == 3
+
+
 @pytest.mark.parametrize("error", NOT_LOST, ids=repr)
 def test_errors_of_the_data_set_are_not_tried_again(
     source: str, said: list[str], monkeypatch: pytest.MonkeyPatch, error: BaseException

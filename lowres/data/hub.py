@@ -62,6 +62,9 @@ _LOST_HERE = (
 )
 _LOCAL = "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
 _LATER = "start the same command again when there is a connection, a run with --resume; nothing is lost"
+# versions of `datasets` in which the state no longer moves after it was loaded once (their issue 8308), so
+# that a second lost connection would bring rows again
+_STATES_THAT_STOP = ("5.0.0",)
 T = TypeVar("T")
 
 
@@ -79,6 +82,7 @@ def rows(source: str, start: int) -> Iterator[dict[str, Any]]:
     row, failures, begun = start, 0, time.monotonic()
     opened: Any = None  # kept, because a data set that is opened again may be of another commit
     state: dict[str, Any] | None = None  # where it goes on; so the rows before are not read again
+    has_state = getattr(datasets, "__version__", "") not in _STATES_THAT_STOP
     while True:
         try:
             with _watched(source, row if state is None else 0) as watch:
@@ -93,7 +97,7 @@ def rows(source: str, start: int) -> Iterator[dict[str, Any]]:
                 elif state is not None:
                     opened.load_state_dict(state)
                 for found in watch.over(opened):
-                    state = opened.state_dict() if hasattr(opened, "state_dict") else None
+                    state = opened.state_dict() if has_state and hasattr(opened, "state_dict") else None
                     row, failures = row + 1, 0
                     _reached.add(source)
                     yield found
