@@ -10,6 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -88,6 +89,27 @@ def open_regular(path: Path, follow: bool = True) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def open_to_write(path: Path, mode: int) -> FileIO:
+    """An ordinary file, opened for writing without a buffer. mode: O_TRUNC or O_APPEND. Raises OSError for
+    anything else, without waiting: a named pipe would wait for a reader."""
+    flags = os.O_WRONLY | os.O_CREAT | mode | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not an ordinary file")
+    return FileIO(descriptor, "wb" if mode == os.O_TRUNC else "ab")
+
+
+def write_all(file: FileIO, text: bytes | memoryview) -> None:
+    """Write all of a text. Raises OSError; a full disk may have taken a part."""
+    left = memoryview(text).cast("B")
+    while len(left):
+        written = file.write(left)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left = left[written:]
+
+
 def read_whole(path: Path, follow: bool = True, limit: int = 1 << 30) -> bytes:
     """The content of an ordinary file. Raises OSError, also if it has more than `limit` bytes."""
     with open_regular(path, follow) as file:
@@ -111,10 +133,9 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
 
 def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file and wait until the disk has it. Raises OSError."""
-    with path.open("wb") as file:
+    with open_to_write(path, os.O_TRUNC) as file:
         for part in parts:
-            file.write(part)
-        file.flush()
+            write_all(file, part)
         os.fsync(file.fileno())
 
 

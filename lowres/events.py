@@ -54,8 +54,8 @@ class Events:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         with suppress(OSError):
             text = json.dumps({"time": now, "event": event, **more}, default=str)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            with disk.open_to_write(self._path, os.O_APPEND) as file:
+                disk.write_all(file, f"{text}\n".encode())
 
     def say(self, event: str, text: str, **more: Any) -> None:
         """Append one line, and print its text."""

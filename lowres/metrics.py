@@ -11,12 +11,12 @@ Lines that cannot be read are passed over, kept, and counted: they never keep a 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lowres import disk, ranks
 
@@ -26,14 +26,14 @@ class MetricsLog:
     records), so a resumed run has every step exactly once."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._unread: list[int] = []
         self.path = path
         if not ranks.is_first():
             return
         try:
             self._cut(step)
-            self._file = path.open("ab", buffering=0)
+            self._file = disk.open_to_write(path, os.O_APPEND)
         except OSError as error:
             raise disk.DiskError(path, error, "written") from None
 
@@ -63,10 +63,11 @@ class MetricsLog:
     def _append(self, text: bytes) -> None:
         assert self._file is not None
         end = os.fstat(self._file.fileno()).st_size
-        written = self._file.write(text)
-        if written != len(text):  # a full disk takes a part
-            os.ftruncate(self._file.fileno(), end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        try:
+            disk.write_all(self._file, text)
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)  # a full disk has taken a part
+            raise
 
     def _cut(self, step: int) -> None:
         """Remove the records after a step. Lines between kept records stay even if they cannot be read."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 from pathlib import Path
 from typing import Any
 
-from lowres import metrics
+from lowres import disk, metrics
 
 
 def draw_loss(run: Path) -> Path | None:
@@ -33,9 +34,7 @@ def draw_loss(run: Path) -> Path | None:
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
-    target = run / "loss.png"
-    figure.savefig(target, dpi=130)
-    return target
+    return _saved(figure, run / "loss.png")
 
 
 def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, Any]]) -> list[Path] | None:
@@ -57,8 +56,7 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
     if numeric and not names and len(numeric) <= 2:
         figure = Figure(figsize=(7, 5), layout="constrained")
         (_contours if len(numeric) == 2 else _curve)(figure, numeric, points)
-        drawn.append(folder / "loss.png")
-        figure.savefig(drawn[-1], dpi=130)
+        drawn.append(_saved(figure, folder / "loss.png"))
 
     # ---- against lr over batch: one curve for each combination of values, except of the first numeric axis
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -75,9 +73,18 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
     _loss_axis(plot, [point["val_loss"] for point in points])
     if any(curves):
         plot.legend(fontsize="small")
-    drawn.append(folder / "lr_over_batch.png")
-    figure.savefig(drawn[-1], dpi=130)
+    drawn.append(_saved(figure, folder / "lr_over_batch.png"))
     return drawn
+
+
+def _saved(figure: Any, target: Path) -> Path:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    try:
+        disk.write_whole(target, picture.getvalue())
+    except OSError as error:
+        raise disk.DiskError(target, error, "written") from None
+    return target
 
 
 def _is_number(value: Any) -> bool:

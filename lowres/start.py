@@ -80,12 +80,12 @@ class Start:
 def is_finished(config: Config, folder: Path) -> bool:
     """Whether the run in a folder has reached the end that the config gives."""
     try:
-        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+        summary = json.loads(disk.read_whole(folder / SUMMARY))
         # in tokens if the config gives tokens, because the batch may have changed during the run
         if config.train.tokens is not None:
             return bool(summary["tokens"] >= config.train.tokens)
         return bool(summary["step"] >= config.train.total_steps)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lowres import __version__, disk, metrics, ranks
+from lowres.errors import first_line
 from lowres.report import draw_loss
 from lowres.running import Run
 from lowres.runs import METRICS, SUMMARY
@@ -50,8 +51,12 @@ def finish(run: Run, seconds: float) -> None:
         disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     except OSError as error:
         raise disk.DiskError(run.folder / SUMMARY, error, "written") from None
-    picture = draw_loss(run.folder)
     run.events.write("finished", step=run.config.train.total_steps)
+    try:
+        picture = draw_loss(run.folder)
+    except Exception as error:  # the run is finished, and a picture is only that
+        ranks.say(f"note: no loss curve: {first_line(error)}")
+        picture = None
     if first is not None and summary.get("val_loss") is not None:
         print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
     print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))

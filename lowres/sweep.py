@@ -159,8 +159,8 @@ class _Point:
     def _summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
         try:
-            summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text("utf-8"))
-        except (OSError, ValueError):
+            summary: dict[str, Any] = json.loads(disk.read_whole(self.folder / "summary.json"))
+        except (OSError, ValueError, RecursionError):
             return None
         return summary
 

@@ -1,6 +1,7 @@
 """What a resumed run accepts, refuses, finds and keeps."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,23 @@ def test_a_dead_run_is_named_and_its_last_good_checkpoint_stays(config: Path, tm
     assert "--resume and a lower optim.lr than 1e+06" in ended
     good = checkpoint.newest_valid(run / "checkpoints")[0]
     assert good is not None and json.loads((good / "state.json").read_text())["step"] < 20
+
+
+@pytest.mark.parametrize(
+    "name", ["events.jsonl", "loss.png", "summary.json", "metrics.jsonl", "tokenizer.model"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_something_else_in_the_place_of_a_file(
+    name: str, kind: str, config: Path, stopped: Path, straight: Path
+) -> None:
+    """No waiting, and the weights are what counts."""
+    path = stopped / name
+    path.unlink(missing_ok=True)
+    (os.mkfifo if kind == "pipe" else Path.mkdir)(path)
+    needed = {"pipe": {"metrics.jsonl"}, "folder": {"metrics.jsonl", "tokenizer.model", "summary.json"}}[kind]
+    done = trained(config, stopped, "--resume", code=2 if name in needed else 0)
+    if name in needed:
+        assert str(path) in done.stderr.splitlines()[-1]
+        path.unlink() if kind == "pipe" else path.rmdir()
+        trained(config, stopped, "--resume")
+    assert tensors_of(stopped) == tensors_of(straight)
