@@ -114,8 +114,8 @@ def _one(world: World, name: str, number: int, how: str) -> Verdict:
         if done.code != -signal.SIGKILL:
             raise WrongError(f"was not killed: exit {done.code}: {done.line}")
         again = world.again(folder, *keys)
-        if make is _restarted and not (folder / "old-1").exists():
-            again = command  # nothing has been moved aside yet
+        if make is _restarted and not (folder / "old-1/checkpoints").exists():
+            again = command  # not everything has been moved aside
         done = run(again, no_picture)
         if done.code != 0 or done.ill():
             raise WrongError(f"going on gives exit {done.code}: {done.ill() or done.line}")
