@@ -76,7 +76,9 @@ def _one(world: World, number: int, whole: bool, seed: int) -> Verdict:
         if draw.random() < 0.3:
             second = draw.choice(known)
             # the first may have left nothing for it
-            with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, RecursionError):
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
+            ):
                 text += f"; {second}: {MUTATIONS[second](draw, folder, world)}"
         before = contents(outside)  # a mutation may go through a link of another
         try:
