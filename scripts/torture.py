@@ -48,7 +48,9 @@ class Attack:
 ATTACKS: dict[str, Attack] = {
     "kill-random": Attack(
         "SIGKILL at random moments, also during saves",
-        lambda w, full, seed: kills.at_random(w, 100 if full else 6, 10 if full else 2, seed),
+        lambda w, full, seed: chain(
+            kills.at_random(w, 100 if full else 6, 10 if full else 2, seed), kills.in_slow_saves(w)
+        ),
     ),
     "kill-everywhere": Attack(
         "SIGKILL before every file operation, and in the middle of every write",

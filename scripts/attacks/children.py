@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from lowres.cli import main
 
@@ -117,6 +120,8 @@ def start(command: Command, before: Callable[[], object] | None = None) -> Child
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # that of tqdm is shared by forked processes, and stays closed if one is killed while it has it
+        tqdm.set_lock(threading.RLock())
         if before is not None:
             before()
         code = _call(command)

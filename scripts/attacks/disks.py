@@ -35,19 +35,32 @@ def failing(
         operations = count(log)
     how = "from" if lasting else "once at"
     for number in range(1, len(operations) + 1, stride):
-        action = partial(_one, world, name, number, kinds, lasting, keys)
+        retried = not lasting and _is_of_a_save(operations[number - 1])
+        action = partial(_one, world, name, number, kinds, lasting, keys, retried)
         yield f"{name} {how} {number}{' beside' * beside}: {operations[number - 1]}", action
 
 
+def _is_of_a_save(operation: str) -> bool:
+    """Whether an operation writes a checkpoint or a record, so that it must be tried again."""
+    ends = (".safetensors", " state.json", " manifest.json", " tokenizer.model", " checkpoints")
+    return operation.endswith(ends) or operation == "write metrics.jsonl" or " step_" in operation
+
+
 def _one(
-    world: World, name: str, number: int, kinds: tuple[str, ...], lasting: bool, keys: tuple[str, ...]
+    world: World,
+    name: str,
+    number: int,
+    kinds: tuple[str, ...],
+    lasting: bool,
+    keys: tuple[str, ...],
+    retried: bool,
 ) -> Verdict:
     error = ERRORS[name]
     with world.place() as place:
         folder = place / "run"
         own = (*keys, f"run.rescue={place}/rescue")
         fault = partial(Faults, folder, number, error, lasting, kinds)
-        return judged(world, run(world.train(folder, *own), fault), folder, error, own)
+        return judged(world, run(world.train(folder, *own), fault), folder, error, own, retried)
 
 
 def judged(

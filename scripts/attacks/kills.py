@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -9,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from attacks.children import Case, Done, run, start
 from attacks.faults import Faults, count
-from attacks.world import EXACT, Verdict, World, WrongError, both, no_picture
+from attacks.world import EXACT, Verdict, World, WrongError, at_step, both, no_picture
+from lowres.checkpoint import saving
 from lowres.data import prepare
 
 BESIDE = "train.save_beside=yes"  # a thread writes the checkpoints
@@ -56,6 +59,37 @@ def _session(world: World, kills: int, whole: float, seed: int) -> Verdict:
             if wrong := world.finish(folder, truth, *keys):
                 raise WrongError(f"seed {seed}, after {killed} kills, run {runs}: {wrong}")
     return EXACT, f"{killed} kills in {runs} runs"
+
+
+def in_slow_saves(world: World) -> Iterator[Case]:
+    """A kill while a thread still writes the first checkpoint, or the second, some steps later."""
+    for number in (1, 2):
+        yield f"in slow save {number}, beside training", partial(_in_slow_save, world, number)
+
+
+def _in_slow_save(world: World, number: int) -> Verdict:
+    inside: Any = saving
+    original, saves = saving.write, 0
+
+    def write(*arguments: Any) -> int:
+        nonlocal saves
+        saves += 1
+        if saves == number:
+            time.sleep(1000)
+        return original(*arguments)
+
+    def slow() -> None:
+        inside.write = write
+
+    with world.place() as place:
+        folder = place / "run"
+        kill = at_step(3 * number + 2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        done = run(world.train(folder, BESIDE), both(no_picture, slow, kill))
+        if done.code != -signal.SIGKILL:
+            raise WrongError(f"was not killed: exit {done.code}: {done.line}")
+        if wrong := world.finish(folder, world.truth(), BESIDE):
+            raise WrongError(wrong)
+    return EXACT, ""
 
 
 # ---- before every file operation
@@ -114,8 +148,8 @@ def _one(world: World, name: str, number: int, how: str) -> Verdict:
         if done.code != -signal.SIGKILL:
             raise WrongError(f"was not killed: exit {done.code}: {done.line}")
         again = world.again(folder, *keys)
-        if make is _restarted and not (folder / "old-1").exists():
-            again = command  # nothing has been moved aside yet
+        if make is _restarted and not (folder / "old-1/checkpoints").exists():
+            again = command  # not everything has been moved aside
         done = run(again, no_picture)
         if done.code != 0 or done.ill():
             raise WrongError(f"going on gives exit {done.code}: {done.ill() or done.line}")

@@ -91,7 +91,7 @@ def losses_in(folder: Path) -> list[tuple[int, str, float]]:
     found = []
     with contextlib.suppress(OSError):
         for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 found += [(record["step"], key, record[key]) for key in ("loss", "val_loss") if key in record]
     return found
