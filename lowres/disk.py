@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -28,6 +28,7 @@ _REMEDIES = {
     errno.EDQUOT: _FULL,
     errno.ENOENT: _GONE,
     errno.ENOTDIR: _GONE,
+    errno.EISDIR: "a folder is in the place of the file; move it away",
     errno.ESTALE: _GONE,
     errno.EIO: _FAILING,
     errno.ENXIO: _FAILING,
@@ -49,6 +50,15 @@ class DiskError(UserError):
     def __init__(self, path: Path, error: OSError, doing: str) -> None:
         self.path, self.errno = path, error.errno
         super().__init__(f"{path}: cannot be {doing} ({what_failed(error)}); {remedy(error)}")
+
+
+@contextlib.contextmanager
+def named(path: Path, doing: str) -> Iterator[None]:
+    """Raise DiskError, which names this file, for an OSError in the block. doing: "written", "read"."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(path, error, doing) from None
 
 
 def what_failed(error: OSError) -> str:

@@ -42,19 +42,15 @@ class MetricsLog:
         if self._file is None:
             return
         text = _line(record)
-        try:
+        with disk.named(self.path, "written"):
             disk.retried(lambda: self._append(text))
-        except OSError as error:
-            raise disk.DiskError(self.path, error, "written") from None
 
     def sync(self) -> None:
         """Wait until the disk has all records. Raises DiskError."""
         if self._file is None:
             return
-        try:
+        with disk.named(self.path, "written"):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk.DiskError(self.path, error, "written") from None
 
     def close(self) -> None:
         if self._file is not None:

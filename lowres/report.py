@@ -80,10 +80,8 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
 def _saved(figure: Any, target: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
-    try:
+    with disk.named(target, "written"):
         disk.write_whole(target, picture.getvalue())
-    except OSError as error:
-        raise disk.DiskError(target, error, "written") from None
     return target
 
 

@@ -274,19 +274,22 @@ def _write_folder(start: Start) -> Events:
     folder, log = start.folder, Events(start.folder)
     if not ranks.is_first():
         return log
-    try:
+    kept = Kept(folder / CHECKPOINTS, newest=0)
+    with disk.named(folder, "written to"):
         folder.mkdir(parents=True, exist_ok=True)
         if start.restart:
             _move_aside(folder)
-        kept = Kept(folder / CHECKPOINTS, newest=0)
         for path in start.damaged:
             if not kept.checkpoints.is_symlink():
                 log.write("set aside", path=str(kept.set_aside(path)))
+    with disk.named(folder / SUMMARY, "removed"):
         (folder / SUMMARY).unlink(missing_ok=True)
-        disk.write_whole(folder / CONFIG, to_toml(start.config).encode())
-        disk.write_whole(folder / TOKENIZER, start.data.tokenizer.path.read_bytes())
-    except OSError as error:
-        raise disk.DiskError(folder, error, "written to") from None
+    for name, content in (
+        (CONFIG, to_toml(start.config).encode()),
+        (TOKENIZER, start.data.tokenizer.path.read_bytes()),
+    ):
+        with disk.named(folder / name, "written"):
+            disk.write_whole(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
     log.started(
         step=start.step,

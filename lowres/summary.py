@@ -47,10 +47,8 @@ def finish(run: Run, seconds: float) -> None:
     if text is not None:
         summary["sample"] = text
         print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
-    try:
+    with disk.named(run.folder / SUMMARY, "written"):
         disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
-    except OSError as error:
-        raise disk.DiskError(run.folder / SUMMARY, error, "written") from None
     run.events.write("finished", step=run.config.train.total_steps)
     try:
         picture = draw_loss(run.folder)

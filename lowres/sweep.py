@@ -265,7 +265,5 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    try:
+    with disk.named(path, "written"):
         disk.write_whole(path, text.encode())
-    except OSError as error:
-        raise disk.DiskError(path, error, "written") from None
