@@ -174,6 +174,25 @@ def test_keeps_the_newest_and_clears_what_a_kill_left(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000010"]
 
 
+@pytest.mark.parametrize("kind", ["pipe", "file", "link"])
+def test_remains_that_are_no_folders_are_removed(tmp_path: Path, kind: str) -> None:
+    for name in ("run/step_00000002.unfinished", "run/step_00000001.deleted"):
+        rest = tmp_path / name
+        rest.parent.mkdir(exist_ok=True)
+        if kind == "pipe":
+            os.mkfifo(rest)
+        elif kind == "file":
+            rest.write_text("x")
+        else:
+            (tmp_path / "other").mkdir(exist_ok=True)
+            (tmp_path / "other/text").write_text("x")
+            rest.symlink_to(tmp_path / "other")
+    assert checkpoint.verify(save(tmp_path / "run", 2)) == []
+    left = ["step_00000001.deleted"] if kind == "link" else []  # links of other steps are left alone
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [*left, "step_00000002"]
+    assert kind != "link" or (tmp_path / "other/text").exists()
+
+
 @pytest.mark.parametrize("failure", ["write", "sync", "sync of the name"])
 def test_a_failing_disk_leaves_the_old_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,6 +130,16 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found and folder.name == f"{PREFIX}{int(found[1]):08d}" else None
 
 
+def clear(rest: Path) -> None:
+    """Remove what is left of something, whatever it is; of a link, the link. Errors are ignored, as what
+    needs the place will meet them."""
+    if rest.is_dir() and not rest.is_symlink():
+        shutil.rmtree(rest, ignore_errors=True)
+        return
+    with suppress(OSError):  # rmtree would open it, and wait for ever for a named pipe
+        rest.unlink()
+
+
 def write(
     target: Path, units: Iterable[tuple[str, Mapping[str, Tensor]]], state: State, more: Mapping[str, bytes]
 ) -> int:
@@ -138,7 +149,7 @@ def write(
     the disk does not return what was written; then there is no such folder. Raises NotFinite.
     """
     temporary = target.with_name(target.name + UNFINISHED)
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear(temporary)
     try:
         temporary.mkdir(parents=True)
         files = {}

@@ -14,7 +14,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowres.checkpoint.folder import DAMAGED, DELETED, PREFIX, UNFINISHED, State, load, step_folder, step_of
+from lowres.checkpoint.folder import (
+    DAMAGED,
+    DELETED,
+    PREFIX,
+    UNFINISHED,
+    State,
+    clear,
+    load,
+    step_folder,
+    step_of,
+)
 from lowres.errors import DoesNotFit
 from lowres.sealed import Damaged
 
@@ -80,7 +90,7 @@ class Kept:
             else:
                 self.set_aside(target)
         for rest in self._rests():
-            shutil.rmtree(rest, ignore_errors=True)
+            clear(rest)
         return target
 
     def add(self, step: int) -> None:

@@ -49,6 +49,7 @@ NAMES = (
         "step_4611686018427387904",
     ),
 )
+NOT_POSSIBLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 Mutation = Callable[[random.Random, Path, "World"], str]
 
 
@@ -76,9 +77,7 @@ def _one(world: World, number: int, whole: bool, seed: int) -> Verdict:
         if draw.random() < 0.3:
             second = draw.choice(known)
             # the first may have left nothing for it
-            with contextlib.suppress(
-                OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError
-            ):
+            with contextlib.suppress(*NOT_POSSIBLE):
                 text += f"; {second}: {MUTATIONS[second](draw, folder, world)}"
         before = contents(outside)  # a mutation may go through a link of another
         try:
