@@ -141,6 +141,12 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def store(path: Path, content: bytes) -> None:
+    """`write_whole`, tried again after an error. Raises DiskError."""
+    with named(path, "written"):
+        retried(lambda: write_whole(path, content))
+
+
 def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file and wait until the disk has it. Raises OSError."""
     with open_to_write(path, os.O_TRUNC) as file:

@@ -11,9 +11,11 @@ Lines that cannot be read are passed over, kept, and counted: they never keep a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -23,34 +25,51 @@ from lowres import disk, ranks
 
 class MetricsLog:
     """Appends to a run's metrics, on the first rank only. Opening it removes records after `step` (-1: all
-    records), so a resumed run has every step exactly once."""
+    records), so a resumed run has every step exactly once.
 
-    def __init__(self, path: Path, step: int) -> None:
+    pending: records that could not be written; a checkpoint takes them along. digest: BLAKE2b of the file.
+    notes: on what is not as it was written, after opening.
+    """
+
+    def __init__(
+        self, path: Path, step: int, pending: Iterable[dict[str, Any]] = (), digest: str | None = None
+    ) -> None:
+        """pending, digest: of the checkpoint of this step. Raises DiskError."""
+        self.path, self.pending, self.notes = path, list[dict[str, Any]](), list[str]()
+        self.last = step  # step of the last record
         self._file: FileIO | None = None
-        self._unread: list[int] = []
-        self.path = path
+        self._digest = hashlib.blake2b(digest_size=16)
         if not ranks.is_first():
             return
-        try:
-            self._cut(step)
+        with disk.named(path, "written"):
+            self._cut(step, digest)
             self._file = disk.open_to_write(path, os.O_APPEND)
-        except OSError as error:
-            raise disk.DiskError(path, error, "written") from None
+        for record in pending:
+            self.write(record)
+        self._look_for_gaps(step)
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record. Raises DiskError."""
+        """Append one record. Raises DiskError; the record is then pending."""
         if self._file is None:
             return
         text = _line(record)
+        self.pending.append(record)
         with disk.named(self.path, "written"):
             disk.retried(lambda: self._append(text))
+        self.pending.pop()
+        self.last = record["step"]
+        self._digest.update(text)
 
     def sync(self) -> None:
         """Wait until the disk has all records. Raises DiskError."""
-        if self._file is None:
-            return
-        with disk.named(self.path, "written"):
-            os.fsync(self._file.fileno())
+        file = self._file
+        if file is not None:
+            with disk.named(self.path, "written"):
+                disk.retried(lambda: os.fsync(file.fileno()))
 
     def close(self) -> None:
         if self._file is not None:
@@ -65,31 +84,30 @@ class MetricsLog:
             os.ftruncate(self._file.fileno(), end)  # a full disk has taken a part
             raise
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, step: int, digest: str | None) -> None:
         """Remove the records after a step. Lines between kept records stay even if they cannot be read."""
         lines = _lines(self.path)
         steps = [_step(line) for line in lines]
-        kept = [at is None or at <= step for at in steps]
         last = max((i for i, at in enumerate(steps) if at is not None and at <= step), default=-1)
-        left = [line for i, line in enumerate(lines) if i <= last and kept[i]]
+        left = [line for line, at in zip(lines[: last + 1], steps, strict=False) if at is None or at <= step]
+        content = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)
         if left != lines or not self.path.exists():
-            disk.write_whole(
-                self.path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)
-            )
+            disk.retried(lambda: disk.write_whole(self.path, content))
+        self._digest.update(content)
+        if step < 0:
+            return
         # a kill may leave a last line that is incomplete
-        self._unread = [i for i, line in enumerate(lines, 1) if line.endswith(b"\n") and _step(line) is None]
+        unread = [i for i, line in enumerate(lines, 1) if line.endswith(b"\n") and _step(line) is None]
+        if unread:
+            self.notes.append(f"{self.path}: {_listed(unread, 'line')} cannot be read")
+        elif digest not in (None, self.digest):
+            self.notes.append(f"{self.path}: was changed since step {step} was saved")
 
-    def look_for_gaps(self, step: int) -> list[str]:
-        """Notes on lines that could not be read when it was opened, and on steps up to this one without a
-        record."""
-        notes, lines = [], _lines(self.path) if self._file else []
-        if self._unread:
-            notes.append(f"{self.path}: {_listed(self._unread, 'line')} cannot be read")
-        logged = {record["step"] for line in lines if (record := _record(line)) and "loss" in record}
+    def _look_for_gaps(self, step: int) -> None:
+        logged = {record["step"] for record in read(self.path) if "loss" in record}
         missing = [at for at in range(1, step + 1) if at not in logged]
-        if missing and self._file:
-            notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
-        return notes
+        if missing:
+            self.notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
 
 
 def _listed(numbers: list[int], what: str) -> str:

@@ -80,8 +80,7 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
 def _saved(figure: Any, target: Path) -> Path:
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
-    with disk.named(target, "written"):
-        disk.write_whole(target, picture.getvalue())
+    disk.store(target, picture.getvalue())
     return target
 
 

@@ -61,9 +61,9 @@ def find_checkpoint(
 def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
     """Raise UserError if a run without a usable checkpoint has had one: it is never started over without
     being asked."""
-    records = metrics.read(folder / METRICS)
+    records, known = metrics.read(folder / METRICS), events.read(folder)
     reached = max((record["step"] for record in records), default=0)
-    saved = [one["step"] for one in events.read(folder) if one.get("event") == "saved"]
+    saved = [one["step"] for one in known if one.get("event") == "saved"]
     try:
         every = config_of(folder, None).train.checkpoint_every
     except UserError:
@@ -71,7 +71,10 @@ def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
             raise
         every = 1  # there is progress, and the config cannot tell how much was saved
     aside = sorted((folder / CHECKPOINTS).glob(f"*{checkpoint.DAMAGED}*"))
-    if not (damaged or saved or aside or (folder / SUMMARY).exists() or (every and reached > every)):
+    # a save in the background may not have ended; without events, steps are what tells
+    silent = not any(one.get("event") == "started" for one in known)
+    should_have = silent and every and reached > every
+    if not (damaged or saved or aside or (folder / SUMMARY).exists() or should_have):
         return
     found = [f"{path.name} is damaged ({problem})" for path, problem in damaged]
     found += [f"{path.name} was set aside" for path in aside]

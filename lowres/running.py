@@ -29,6 +29,7 @@ from lowres.errors import CheckFailed
 from lowres.events import Events
 from lowres.health import Watch
 from lowres.meter import Meter
+from lowres.metrics import MetricsLog
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
@@ -74,7 +75,7 @@ class Run:
     kept: Kept
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
-    unlogged: list[dict[str, Any]] = field(default_factory=list)  # records that the metrics could not take
+    log: MetricsLog = field(init=False)
     _folder: int | None = None  # an open handle of the folder, which tells if it was moved
 
     def __post_init__(self) -> None:
@@ -116,6 +117,14 @@ class Run:
             checkpoint.load_unit(saved, unit.spec.name, tensors_before(unit), all_used=False, new=LIMITER)
             start_adapters(unit, self.config.run.seed, step)
 
+    def open_log(self, state: State | None) -> None:
+        """Continue the metrics from a checkpoint, or begin them."""
+        step, found = (state.step, state) if state else (-1, None)
+        pending, digest = (found.pending, found.metrics) if found else ([], None)
+        self.log = MetricsLog(self.folder / METRICS, step, pending, digest)
+        for note in self.log.notes:
+            self.events.say("note", f"note: {note}")
+
     # saving
 
     def state(self, step: int, val_loss: float | None = None) -> State:
@@ -132,7 +141,8 @@ class Run:
             micro_batch=self.micro_batch,
             val_loss=val_loss,
             best=self.best,
-            unlogged=self.unlogged,
+            metrics=self.log.digest if self.log.last == step else None,
+            pending=self.log.pending,
         )
 
     def save(self, step: int, val_loss: float | None = None) -> None:
@@ -200,7 +210,9 @@ class Run:
         some = itertools.islice(self._units(), 2)
         try:
             if ranks.is_first():
-                checkpoint.write(checkpoint.step_folder(place, 0), some, self.state(0), {})
+                start = Start(**self.started_with)
+                state = State(step=0, tokens=0, data=self.data.fingerprint, start=start)
+                checkpoint.write(checkpoint.step_folder(place, 0), some, state, {})
             else:
                 for _ in some:
                     pass
@@ -213,6 +225,13 @@ class Run:
         """Remember which folder this is."""
         with suppress(OSError):  # Windows opens no folders
             self._folder = os.open(self.folder, os.O_RDONLY)
+
+    def release(self) -> None:
+        """Close what is open."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+        self.log.close()
 
     def require_folder(self) -> None:
         """Raise DiskError if the folder was deleted or moved."""

@@ -99,6 +99,7 @@ def begin(config: Config, folder: Path, resume: bool, restart: bool = False) -> 
     rehearse = start.config.memory.rehearse
     if rehearse is True or (rehearse == "auto" and start.device.type == "cuda"):
         _rehearse(run)
+    run.open_log(start.state)
     return run, start.step
 
 
@@ -288,8 +289,7 @@ def _write_folder(start: Start) -> Events:
         (CONFIG, to_toml(start.config).encode()),
         (TOKENIZER, start.data.tokenizer.path.read_bytes()),
     ):
-        with disk.named(folder / name, "written"):
-            disk.write_whole(folder / name, content)
+        disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
     log.started(
         step=start.step,
@@ -331,7 +331,6 @@ def _build(start: Start, log: Events) -> Run:
         passed=list(state.passed) if state else [],
         best=best,
         micro_batch=state.micro_batch if state else None,
-        unlogged=list(state.unlogged) if state else [],
         watch=Watch(config.health, config.model.vocab, config.warmup_steps, state.watch if state else None),
         events=log,
         kept=Kept(

@@ -47,8 +47,7 @@ def finish(run: Run, seconds: float) -> None:
     if text is not None:
         summary["sample"] = text
         print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
-    with disk.named(run.folder / SUMMARY, "written"):
-        disk.write_whole(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    disk.store(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     run.events.write("finished", step=run.config.train.total_steps)
     try:
         picture = draw_loss(run.folder)

@@ -88,7 +88,7 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
                 return
             records.append(record)
             found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
-            _write(folder / SWEEP, json.dumps(found, indent=1))
+            disk.store(folder / SWEEP, json.dumps(found, indent=1).encode())
 
     print(table(axes, records))
     pictures = draw_sweep(folder, axes, records)
@@ -262,8 +262,3 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _write(path: Path, text: str) -> None:
-    with disk.named(path, "written"):
-        disk.write_whole(path, text.encode())

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import checkpoint, disk, lock, metrics, ranks
+from lowres import checkpoint, disk, lock, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
@@ -32,7 +32,7 @@ from lowres.optim.schedule import factor
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Run
-from lowres.runs import CHECKPOINTS, METRICS
+from lowres.runs import CHECKPOINTS
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
@@ -57,6 +57,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         if ranks.is_first() and (note := stack.enter_context(lock.held(folder)).note):
             say(f"note: {note}")
         run, step = begin(config, folder, resume, restart)
+        stack.callback(run.release)
         stopper = stack.enter_context(Stopper(config.train.max_minutes, began))
         loop = _Loop(run, step, stopper, profile)
         try:
@@ -90,7 +91,6 @@ class _Loop:
             say(f"note: {error}")
             profile = RunProfile(0, run.folder)
         self.profile = profile
-        self.log = self._open_log()
         self.ahead = self._ahead()
         silent = not (run.config.log.progress and ranks.is_first())
         self.bar = tqdm(total=self.total, initial=step, unit="step", disable=True if silent else None)
@@ -131,7 +131,7 @@ class _Loop:
 
             # ---- log
             record = _record(run, self.step, schedule, report, seconds)
-            self.write(record)
+            run.log.write(record)
             run.require_folder()
             self.bar.update()
             self.bar.set_postfix_str(_progress_text(record))
@@ -145,23 +145,6 @@ class _Loop:
         return ""
 
     # ---- the parts of the loop
-
-    def _open_log(self) -> metrics.MetricsLog:
-        log = metrics.MetricsLog(self.run.folder / METRICS, self.step or -1)
-        for record in self.run.unlogged:
-            log.write(record)
-        self.run.unlogged.clear()
-        for note in log.look_for_gaps(self.step):
-            self.run.events.say("note", f"note: {note}")
-        return log
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Log a record. If that fails, the next checkpoint takes it along."""
-        try:
-            self.log.write(record)
-        except UserError:
-            self.run.unlogged.append(record)
-            raise
 
     def _ahead(self) -> ReadAhead:
         return ReadAhead(self.run.batch, self.total)
@@ -200,7 +183,7 @@ class _Loop:
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
             scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}")
-        self.write({"step": self.step, **scores})
+        run.log.write({"step": self.step, **scores})
         return scores
 
     def should_save(self, scores: dict[str, float]) -> bool:
@@ -226,7 +209,7 @@ class _Loop:
         if step == self.saved:
             return
         before = time.monotonic()
-        self.log.sync()
+        run.log.sync()
         if val_loss is not None and val_loss < (run.best.val_loss if run.best else math.inf):
             run.best, run.kept.best_step = Best(step=step, val_loss=val_loss), step
         run.save(step, val_loss)
@@ -281,8 +264,8 @@ class _Loop:
         self.in_step = False
         run.watch.go_back(state.watch)
         self.step = self.resumed_at = self.saved = self.good = state.step
-        self.log.close()
-        self.log = self._open_log()
+        run.log.close()
+        run.open_log(state)
         self.ahead = self._ahead()
         self.bar.n = self.step
         self.bar.refresh()
@@ -301,7 +284,6 @@ class _Loop:
 
     def close(self) -> None:
         self.bar.close()
-        self.log.close()
 
     def leave(self, error: UserError | OSError) -> None:
         """End because of an error, and save first what would be lost."""

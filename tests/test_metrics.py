@@ -34,7 +34,7 @@ def test_resuming_cuts_back_to_the_checkpoint(tmp_path: Path) -> None:
     log = MetricsLog(path, 3)
     log.write({"step": 4, "tokens": 4, "loss": 40.0})
     assert [r["loss"] for r in read(path)] == [1.0, 2.0, 3.0, 40.0]
-    assert log.look_for_gaps(4) == []
+    assert log.notes == []
 
 
 def logged(path: Path, steps: int) -> list[bytes]:
@@ -66,16 +66,16 @@ def test_a_damaged_line_stays_and_is_noted(tmp_path: Path, damaged: bytes) -> No
     path.write_bytes(b"".join(lines))
     assert [r["step"] for r in read(path)] == [1, 2, 4, 5, 6]
     log = MetricsLog(path, 5)
-    assert log.look_for_gaps(5) == [f"{path}: line 3 cannot be read", f"{path}: step 3 of 5 missing"]
+    assert log.notes == [f"{path}: line 3 cannot be read", f"{path}: step 3 of 5 missing"]
     assert path.read_bytes() == b"".join(lines[:5])
 
 
 def test_missing_records_are_noted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     logged(path, 20)
-    assert MetricsLog(path, 30).look_for_gaps(30) == [f"{path}: 10 steps from 21 to 30 of 30 missing"]
+    assert MetricsLog(path, 30).notes == [f"{path}: 10 steps from 21 to 30 of 30 missing"]
     path.unlink()
-    assert MetricsLog(path, 2).look_for_gaps(2) == [f"{path}: steps 1, 2 of 2 missing"]
+    assert MetricsLog(path, 2).notes == [f"{path}: steps 1, 2 of 2 missing"]
 
 
 def test_a_record_that_cannot_be_written_is_tried_again(
@@ -115,3 +115,30 @@ def test_a_record_that_cannot_be_written_is_tried_again(
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left.*make room"):
         log.write({"step": 2, "val_loss": 2.0})
     assert path.read_bytes().count(b"\n") == 2 and path.read_bytes().endswith(b"\n")
+
+
+def test_a_changed_digit_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, -1)
+    for step in range(1, 6):
+        log.write({"step": step, "tokens": step, "loss": float(step)})
+        if step == 4:
+            digest = log.digest
+    log.close()
+    assert MetricsLog(path, 4, digest=digest).notes == []
+    path.write_bytes(path.read_bytes().replace(b"2.0", b"7.0"))
+    assert MetricsLog(path, 4, digest=digest).notes == [f"{path}: was changed since step 4 was saved"]
+
+
+def test_pending_records_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "PAUSES", ())
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, -1)
+    log.write({"step": 0, "val_loss": 2.0})
+    monkeypatch.setattr(log, "_append", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    for step in (1, 2):
+        with pytest.raises(UserError):
+            log.write({"step": step, "tokens": step, "loss": 1.0})
+    assert [record["step"] for record in log.pending] == [1, 2] and log.last == 0
+    assert MetricsLog(path, 2, log.pending, log.digest).notes == []
+    assert [record["step"] for record in read(path)] == [0, 1, 2]
