@@ -20,7 +20,7 @@ from lowres.config import Config
 from lowres.config_file import load_config, to_toml
 from lowres.data import open_data, open_text, prepare
 from lowres.device import pick_device, prepare_cuda
-from lowres.errors import CheckFailed, UserError
+from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
@@ -30,7 +30,7 @@ from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import sample
 from lowres.speed import bench, with_random_tokens
-from lowres.stopping import Left
+from lowres.stopping import Left, loud
 from lowres.sweep import sweep
 from lowres.trainer import train
 
@@ -41,10 +41,12 @@ LOST = 128 + 13  # as a program that SIGPIPE ends
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     prepare_cuda()
-    with terminal.guard() as (out, _):
+    with terminal.guard() as (out, _), loud():
         parsed = _parser().parse_args(arguments)
         code = _run(parsed)
     if code == 0 and out.lost is not None and parsed.command in _PRINTING:
+        if not isinstance(out.lost, BrokenPipeError):
+            print(f"lowres: the output could not be written ({first_line(out.lost)})", file=sys.stderr)
         return LOST  # its output was its purpose
     return code
 

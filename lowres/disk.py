@@ -29,6 +29,8 @@ _REMEDIES = {
     errno.ENOENT: _GONE,
     errno.ENOTDIR: _GONE,
     errno.EISDIR: "a folder is in the place of the file; move it away",
+    errno.EINVAL: "something else is in the place of the file; move it away",
+    errno.ELOOP: "a link is in the place of the file; move it away",
     errno.ESTALE: _GONE,
     errno.EIO: _FAILING,
     errno.ENXIO: _FAILING,

@@ -46,6 +46,7 @@ class Events:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / EVENTS
+        self._folder: os.stat_result | None = None
 
     def write(self, event: str, **more: Any) -> None:
         """Append one line. more: values that JSON can hold."""
@@ -53,6 +54,10 @@ class Events:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         with suppress(OSError):
+            here = self._path.parent.stat()
+            self._folder = self._folder or here
+            if not os.path.samestat(self._folder, here):  # the folder was moved, and another is there
+                return
             text = json.dumps({"time": now, "event": event, **more}, default=str)
             with disk.open_to_write(self._path, os.O_APPEND) as file:
                 disk.write_all(file, f"{text}\n".encode())

@@ -6,8 +6,9 @@ Only accepted, finite values that are no spike enter the window, so a spike does
 window is in every checkpoint, so a resumed run judges as the straight one.
 
 A step is bad if it was skipped, if it has no gradient (less than a millionth of the median), or if after the
-warm-up its loss is no better than ln V, that of guessing evenly among V pieces. After a bad step nothing is
-saved as good, unless it only guesses because it has not learnt anything yet.
+warm-up its loss is ruined, compared with ln V, that of guessing evenly among V pieces: not below it in a run
+that has learnt something before; more than a nat above it, or just at it, in any run. After a bad step
+nothing is saved as good.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lowres.engine import StepReport
 FEWEST = 16  # values in a window from which on it can tell
 NO_GRADIENT = 1e-6
 LOSS_DEVIATIONS, LOSS_MARGIN = 6 * 1.4826, 0.5
-GUESSING, LEARNT = 1e-3, 0.1  # nats below ln V
+GUESSING, LEARNT, RUINED = 1e-3, 0.1, 1.0  # nats from ln V
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,8 @@ class Watch:
 
     @property
     def worth_saying(self) -> bool:
-        """Whether the user should hear of the last step: it is the first bad one in a row, or a run that has
-        not learnt anything yet has had half of its patience."""
-        return self.seen.bad == (1 if self.doubtful else max(1, self._config.patience // 2))
+        """Whether the user should hear of the last step: it is the first bad one in a row."""
+        return self.seen.bad == 1
 
     def ends_badly(self, steps: int) -> bool:
         """Whether a run of so many steps that ends now has no good end: a tenth of it."""
@@ -86,8 +86,7 @@ class Watch:
         elif more["spikes"] >= self._config.patience and self._config.spikes == "warn":
             spike += "; after so many, this is the new level"
             more |= {"losses": [], "norms": [], "spikes": 0}
-        only_guesses = not (report.skipped or self._vanished(report))
-        self.doubtful = bool(bad) and (seen.learnt or not only_guesses)
+        self.doubtful = bool(bad)
         self.seen = seen.model_copy(update=more)
         return Verdict(spike, bad, self.seen.bad >= self._config.patience)
 
@@ -124,7 +123,9 @@ class Watch:
             return "skipped: a spike" if finite else "skipped: a loss or gradient that is not finite"
         if self._vanished(report):
             return f"no gradient (norm {report.grad_norm:.3g})"
-        if step > self._warmup and report.loss > self._guess - GUESSING:
+        above = report.loss - self._guess
+        at = abs(above) < GUESSING
+        if step > self._warmup and (at or above > (-GUESSING if self.seen.learnt else RUINED)):
             return f"loss {report.loss:.3f}, no better than guessing evenly (ln V = {self._guess:.3f})"
         return ""
 

@@ -7,6 +7,7 @@ another run: settings that may not change are compared, and the data by their fi
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lowres.config_file import (
 )
 from lowres.data import TokenData
 from lowres.errors import UserError
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
 
 # keys that say where the data are; their fingerprints say what they are
 DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
@@ -35,6 +36,12 @@ def find_checkpoint(
 ) -> tuple[Path | None, State | None, list[tuple[Path, str]]]:
     """The newest valid checkpoint of a resumed run, the same on all ranks, and its state; newer ones that are
     damaged, with what is wrong."""
+    if (place := folder / CHECKPOINTS).is_symlink() or place.exists():
+        link = f" (a link to {os.readlink(place)})" if place.is_symlink() else ""
+        if not place.is_dir() and not restart:
+            raise UserError(
+                f"--run: {place}{link} is not a folder; is its disk mounted? Otherwise move it away"
+            )
     holds_run = any((folder / name).exists() for name in (CONFIG, METRICS, CHECKPOINTS))
     if restart:
         return None, None, []
@@ -47,7 +54,9 @@ def find_checkpoint(
     if not resume:
         return None, None, []
     checkpoints = folder / CHECKPOINTS
-    found, damaged = checkpoint.newest_state(checkpoints) if ranks.is_first() else (None, [])
+    found, damaged = (
+        checkpoint.newest_state(checkpoints, identities(folder)) if ranks.is_first() else (None, [])
+    )
     own = found[1].step if found else -1
     (step,) = ranks.total(own if ranks.is_first() else 0)
     if step < 0:

@@ -72,6 +72,7 @@ class Run:
     micro_batch: int | None  # if it was lowered because memory ran out
     watch: Watch
     events: Events
+    identity: str  # see State
     kept: Kept
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
@@ -141,6 +142,7 @@ class Run:
             micro_batch=self.micro_batch,
             val_loss=val_loss,
             best=self.best,
+            run=self.identity,
             metrics=self.log.digest if self.log.last == step else None,
             pending=self.log.pending,
         )
@@ -185,8 +187,8 @@ class Run:
     def way_on(self) -> str:
         """What to do after the numbers went wrong."""
         last, lower = max(self.kept.good, default=None), f"a lower optim.lr than {self.config.optim.lr:g}"
-        if last is None:
-            return f"there is no good checkpoint; start again with --restart and {lower}"
+        if last is None or not self.watch.seen.learnt:
+            return f"it has learnt nothing that is worth keeping; start again with --restart and {lower}"
         return f"the checkpoint of step {last} is kept; go on from it with --resume and {lower}"
 
     def _units(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]:

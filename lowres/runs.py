@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowres import checkpoint, memory
+from lowres import checkpoint, events, memory
 from lowres.checkpoint import State
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_resolved, parse_config, with_values
@@ -153,7 +153,7 @@ def _rows(
 
 def _newest(folder: Path) -> tuple[Config, Path, State]:
     """The config of a run, its newest valid checkpoint, and its state."""
-    found, damaged = checkpoint.newest_state(folder / CHECKPOINTS)
+    found, damaged = checkpoint.newest_state(folder / CHECKPOINTS, identities(folder))
     if found is not None:
         for path, problem in damaged:
             say(f"note: {path} is damaged ({problem}); using an older one")
@@ -165,6 +165,11 @@ def _newest(folder: Path) -> tuple[Config, Path, State]:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
     raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
+
+
+def identities(folder: Path) -> set[str]:
+    """The identities under which a run was started, as far as its events tell."""
+    return {str(event["run"]) for event in events.read(folder) if event.get("run")}
 
 
 def config_of(folder: Path, state: State | None) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ class Start:
     damaged: list[Path]  # newer checkpoints, which are set aside
     changed: dict[str, tuple[Any, Any]]  # settings that change the mathematics from here on: before, after
     restart: bool  # whether to move aside what is there
+    identity: str  # of the run, see checkpoint.State
     origin: Path | None  # the run that provides the first weights
     lines: list[str]  # messages to print
 
@@ -78,13 +80,19 @@ class Start:
 
 
 def is_finished(config: Config, folder: Path) -> bool:
-    """Whether the run in a folder has reached the end that the config gives."""
+    """Whether the run in a folder has reached the end that the config gives, and its last checkpoint is as it
+    was written."""
     try:
         summary = json.loads(disk.read_whole(folder / SUMMARY))
         # in tokens if the config gives tokens, because the batch may have changed during the run
         if config.train.tokens is not None:
-            return bool(summary["tokens"] >= config.train.tokens)
-        return bool(summary["step"] >= config.train.total_steps)
+            left = config.train.tokens - summary["tokens"]
+            reached = -config.train.batch_tokens < left <= 0
+        else:
+            reached = summary["step"] == config.train.total_steps
+        return bool(reached) and not checkpoint.verify(
+            checkpoint.step_folder(folder / CHECKPOINTS, summary["step"])
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -134,6 +142,10 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
+    if origin is not None and restart and origin.resolve() == folder.resolve():
+        raise UserError(
+            f"--init-from: {origin} is the run that --restart moves aside; copy it, or give another --run DIR"
+        )
     if origin is not None:
         require_same_shape(config, origin)
     asides = [
@@ -156,6 +168,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         damaged=[path for path, _ in damaged],
         changed=changed,
         restart=restart,
+        identity=(state.run if state else None) or secrets.token_hex(8),
         origin=origin,
         lines=lines,
     )
@@ -189,7 +202,7 @@ def require_folder(folder: Path) -> None:
     if not there.is_dir():
         raise UserError(f"--run: {there} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--run: {there} may not be written to; give another folder")
+        raise UserError(f"--run: {there} may not be written to; make it writable, or give another")
 
 
 def _with_origin(config: Config, saved: Config | None) -> Config:
@@ -292,6 +305,7 @@ def _write_folder(start: Start) -> Events:
         disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
     log.started(
+        run=start.identity,
         step=start.step,
         device=str(start.device),
         micro_batch=start.plans[start.config.relora.stored_at(start.step)].micro_batch,
@@ -319,6 +333,9 @@ def _build(start: Start, log: Events) -> Run:
     """The run with its weights and state: loaded, taken from another run, or new."""
     config, data, state, train = start.config, start.data, start.state, start.config.train
     best = state.best if state else None
+    seen = state.watch if state else None
+    if seen is not None and start.changed:  # a new chance
+        seen = seen.model_copy(update={"bad": 0, "spikes": 0})
     run = Run(
         folder=start.folder,
         config=config,
@@ -331,8 +348,9 @@ def _build(start: Start, log: Events) -> Run:
         passed=list(state.passed) if state else [],
         best=best,
         micro_batch=state.micro_batch if state else None,
-        watch=Watch(config.health, config.model.vocab, config.warmup_steps, state.watch if state else None),
+        watch=Watch(config.health, config.model.vocab, config.warmup_steps, seen),
         events=log,
+        identity=start.identity,
         kept=Kept(
             start.folder / CHECKPOINTS,
             train.keep_checkpoints,

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, BinaryIO
 
@@ -20,6 +22,26 @@ REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 class Left(KeyboardInterrupt):
     """A second signal: leave at once. The argument is the number of the signal."""
+
+
+@contextmanager
+def loud() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: with a line, and nothing left half done."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise Left(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in REQUESTS[1:]:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Stopper:

@@ -248,12 +248,17 @@ class _Loop:
         if not steps:
             run.events.say("note", f"step {self.step}: no checkpoint to go back to, so training goes on")
             return
-        if sum(one.step == at for one in run.passed) >= MOST_ROLLBACKS:
+        before = sum(one.step == at for one in run.passed)
+        if before >= MOST_ROLLBACKS:
             raise CheckFailed(
                 f"training: step {self.step} has a spike with {MOST_ROLLBACKS + 1} different batches "
-                f"({spike}), so it is not in the data; {run.way_on()}"
+                f"({spike}), so it is not in the data; the checkpoint of step {max(steps)} is kept; if the "
+                "run is sound, go on from it with --resume and a larger health.spike_factor, or with "
+                "health.spikes=warn"
             )
-        found = checkpoint.step_folder(run.folder / CHECKPOINTS, max(steps))
+        # an older one each time, where there is one: the cause may be in the steps before
+        back_to = sorted(steps)[-1 - min(before, len(steps) - 1)]
+        found = checkpoint.step_folder(run.folder / CHECKPOINTS, back_to)
         state = checkpoint.load_state(found)
         run.passed.append(Passed(step=at, sequences=run.config.batch_sequences))
         adapted = run.config.relora.stored_at(state.step)
@@ -325,7 +330,8 @@ class _Loop:
                 return ""
         place = run.rescue(self.step)
         if place is None:
-            return f". Nothing could be saved elsewhere either; the last checkpoint is that of step {before}"
+            last = f"the last checkpoint is that of step {before}" if before else "there is no checkpoint"
+            return f". Nothing could be saved elsewhere either; {last}"
         saved = checkpoint.step_folder(place / CHECKPOINTS, self.step)
         if place.name.startswith("lowres-rescue"):
             return (

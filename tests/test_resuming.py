@@ -262,6 +262,7 @@ def test_a_spike_that_is_not_in_the_data_ends_the_run(
     monkeypatch.setattr(LayerwiseEngine, "_loss_and_backward", poisoned)
     ended = lowres_here("train", config, "--set", "health.spikes=rollback", "--run", run, code=1).stderr
     assert f"{MOST_ROLLBACKS + 1} different batches" in ended and "the checkpoint of step 20 is kept" in ended
+    assert "health.spikes=warn" in ended
     assert checkpoint.verify(run / "checkpoints" / "step_00000020") == []
 
 
@@ -294,3 +295,62 @@ def test_something_else_in_the_place_of_a_file(
         path.unlink() if kind == "pipe" else path.rmdir()
         trained(config, stopped, "--resume")
     assert tensors_of(stopped) == tensors_of(straight)
+
+
+def test_a_finished_run_is_only_finished_with_its_last_checkpoint(config: Path, straight: Path) -> None:
+    wanted, last = tensors_of(straight), straight / "checkpoints" / "step_00000008"
+    keep = ["--set", "train.keep_checkpoints=0", "--resume"]
+    assert "is finished" in trained(config, straight, *keep).stdout
+    assert "has done 8 steps" in trained(config, straight, *keep, "--set", "train.steps=7", code=2).stderr
+    content = bytearray((last / "head.safetensors").read_bytes())
+    content[-1] ^= 1
+    (last / "head.safetensors").write_bytes(content)
+    assert "continuing" in trained(config, straight, *keep).stderr
+    assert tensors_of(straight) == wanted
+    shutil.rmtree(straight / "checkpoints")
+    assert "--restart" in trained(config, straight, *keep, code=2).stderr
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(
+    config: Path, straight: Path, stopped: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    trained(config, other, "--set", "optim.lr=0.003", "--set", "train.steps=7")
+    shutil.copytree(other / "checkpoints" / "step_00000007", stopped / "checkpoints" / "step_00000007")
+    done = trained(config, stopped, "--resume", "--set", "train.keep_checkpoints=0")
+    assert "it is of another run" in done.stderr and "at step 6" in done.stderr
+    same(stopped, straight)
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "file"])
+def test_a_place_for_checkpoints_that_is_none(config: Path, tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    place = run / "checkpoints"
+    if kind == "file":
+        place.write_text("")
+    else:
+        place.symlink_to("/nonexistent/disk" if kind == "link" else "checkpoints")
+    for options in ([], ["--resume"]):
+        refused = trained(config, run, *options, code=2).stderr
+        assert f"{place}" in refused and "is its disk mounted?" in refused
+    assert list(run.iterdir()) == [place]
+
+
+def test_what_a_restart_moves_aside_cannot_give_the_weights(config: Path, stopped: Path) -> None:
+    before = sorted(stopped.rglob("*"))
+    assert "--init-from" in trained(config, stopped, "--restart", "--init-from", stopped, code=2).stderr
+    assert sorted(stopped.rglob("*")) == before
+
+
+def test_a_ruined_start_pushes_out_no_checkpoint(config: Path, tmp_path: Path) -> None:
+    """And the advice works."""
+    run = tmp_path / "run"
+    keys = ("train.steps=60", "health.patience=20", "train.checkpoint_every=2", "schedule.warmup_steps=5")
+    keys += ("optim.name=adamw", "train.eval_every=0", "memory.weights=fp32")
+    options = [option for key in keys for option in ("--set", key)]
+    ended = lowres_here("train", config, *options, "--set", "optim.lr=1.0", "--run", run, code=1).stderr
+    kept = [checkpoint.step_of(path) for path in checkpoint.find(run / "checkpoints")]
+    assert max(step or 0 for step in kept) <= 12
+    assert f"the checkpoint of step {kept[-1]} is kept; go on from it with --resume and a lower" in ended
+    lowres_here("train", config, *options, "--set", "optim.lr=0.001", "--run", run, "--resume")

@@ -102,8 +102,8 @@ class State(Record):
 
     tokens: trained on so far. data, validation: fingerprints. config: the resolved config of the run,
     sections of keys. passed: batches that rollbacks left out. micro_batch: if it was lowered because memory
-    ran out. val_loss: of an evaluation at this step. metrics: digest of the records up to this step. pending:
-    records that they could not take.
+    ran out. val_loss: of an evaluation at this step. run: its identity, which tells its checkpoints from
+    others. metrics: digest of the records up to this step. pending: records that they could not take.
     """
 
     step: Count
@@ -117,6 +117,7 @@ class State(Record):
     micro_batch: Positive | None = None
     val_loss: float | None = None
     best: Best | None = None
+    run: str | None = None
     metrics: str | None = None
     pending: list[dict[str, int | float | None]] = Field(default_factory=list)
 

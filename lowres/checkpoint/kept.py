@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,12 +43,18 @@ def newest_valid(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]
     return (found[0] if found else None), damaged
 
 
-def newest_state(checkpoints: Path) -> tuple[tuple[Path, State] | None, list[tuple[Path, str]]]:
-    """`newest_valid` with its state."""
+def newest_state(
+    checkpoints: Path, ours: Collection[str] = ()
+) -> tuple[tuple[Path, State] | None, list[tuple[Path, str]]]:
+    """`newest_valid` with its state. ours: identities of the run, if they are known; a checkpoint of another
+    run is not used either."""
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(find(checkpoints)):
         try:
-            return (folder, load(folder)), damaged
+            state = load(folder)
+            if not ours or state.run is None or state.run in ours:
+                return (folder, state), damaged
+            damaged.append((folder, "it is of another run"))
         except (OSError, Damaged) as error:
             damaged.append((folder, str(error)))
     return None, damaged

@@ -410,8 +410,7 @@ class HealthConfig(Section):
     """Accepted steps to compare with; with fewer than 16 nothing is a spike."""
     patience: Positive = resumable(50)
     """Bad steps in a row after which the run stops with exit code 1: steps that are skipped, have no
-    gradient, or, after the warm-up, a loss no better than that of guessing evenly. The last good checkpoint
-    is kept."""
+    gradient, or, after the warm-up, a loss that is ruined. The last good checkpoint is kept."""
 
 
 class LogConfig(Section):
