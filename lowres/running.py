@@ -189,7 +189,10 @@ class Run:
         last, lower = max(self.kept.good, default=None), f"a lower optim.lr than {self.config.optim.lr:g}"
         if last is None or not self.watch.seen.learnt:
             return f"it has learnt nothing that is worth keeping; start again with --restart and {lower}"
-        return f"the checkpoint of step {last} is kept; go on from it with --resume and {lower}"
+        return (
+            f"the checkpoint of step {last} is kept; go on from it with --resume and {lower}, or, if it is "
+            "ruined already, start again with --restart"
+        )
 
     def _units(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]:
         return ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())

@@ -353,4 +353,4 @@ def test_a_ruined_start_pushes_out_no_checkpoint(config: Path, tmp_path: Path) -
     kept = [checkpoint.step_of(path) for path in checkpoint.find(run / "checkpoints")]
     assert max(step or 0 for step in kept) <= 12
     assert f"the checkpoint of step {kept[-1]} is kept; go on from it with --resume and a lower" in ended
-    lowres_here("train", config, *options, "--set", "optim.lr=0.001", "--run", run, "--resume")
+    lowres_here("train", config, *options, "--set", "optim.lr=0.001", "--run", run, "--restart")

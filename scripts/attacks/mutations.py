@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from attacks.children import Case, Done, run
-from attacks.world import DETECTED, HARMLESS, Verdict, World, WrongError, losses_in, no_picture, noticed
+from attacks.world import DETECTED, HARMLESS, Verdict, World, WrongError, no_picture, noticed
 
 
 def flips(world: World, count: int, seed: int) -> Iterator[Case]:
@@ -113,8 +113,8 @@ def _judge(
         raise WrongError(f"train: {wrong}")
     if done.code == 0:
         if wrong := world.differs(folder, world.truth()):
-            # records that cannot be read are lost, but the run says so
-            only = not world.differs(folder, world.truth(), metrics=False) and _fewer(world, folder)
+            # records that cannot be read are lost, and changed ones stay, but the run says so
+            only = not world.differs(folder, world.truth(), metrics=False)
             if not (only and path.name == "metrics.jsonl" and noticed(done)):
                 raise WrongError(f"silently different: {wrong}")
         return (DETECTED if noticed(*found) else HARMLESS), ""
@@ -124,12 +124,6 @@ def _judge(
     if wrong := world.finish(folder, world.truth(), *keys):
         raise WrongError(f"after putting {path.name} back: {wrong}; it was refused with {done.line}")
     return DETECTED, done.line
-
-
-def _fewer(world: World, folder: Path) -> bool:
-    """Whether metrics.jsonl only lacks records."""
-    expected = iter(world.truth().losses)
-    return all(one in expected for one in losses_in(folder))
 
 
 def _same_json(path: Path, before: bytes) -> bool:

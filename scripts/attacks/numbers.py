@@ -47,8 +47,8 @@ def poison(factor: float | None) -> None:
         if now and factor is None:
             return loss * math.nan
         if now:
-            for i in range(len(targets)):
-                kept.carry.put(i, kept.carry.get(i) * factor)
+            for part in self._micro_batches(targets):
+                kept.carry.put(part, kept.carry.get(part) * factor)
             for grad in self._grads["head"].values():
                 grad.mul_(factor)
         return loss

@@ -63,7 +63,15 @@ progress = false
 EXACT, DETECTED, HARMLESS, FAILED = "exact", "detected", "without effect", "FAILED"
 Verdict = tuple[str, str]  # one of the four, and details
 # what a command prints about damage that it has seen
-_NOTICED = ("damaged", "does not match its", "is truncated", "cannot be read", "missing", "set aside")
+_NOTICED = (
+    "damaged",
+    "does not match its",
+    "is truncated",
+    "cannot be read",
+    "missing",
+    "set aside",
+    "was changed",
+)
 
 
 class WrongError(Exception):
