@@ -346,8 +346,8 @@ def test_what_a_restart_moves_aside_cannot_give_the_weights(config: Path, stoppe
 def test_a_ruined_start_pushes_out_no_checkpoint(config: Path, tmp_path: Path) -> None:
     """And the advice works."""
     run = tmp_path / "run"
-    keys = ("train.steps=60", "health.patience=20", "train.checkpoint_every=2", "schedule.warmup_steps=5")
-    keys += ("optim.name=adamw", "train.eval_every=0", "memory.weights=fp32")
+    keys = ["train.steps=60", "health.patience=20", "train.checkpoint_every=2", "schedule.warmup_steps=5"]
+    keys += ["optim.name=adamw", "train.eval_every=0", "memory.weights=fp32"]
     options = [option for key in keys for option in ("--set", key)]
     ended = lowres_here("train", config, *options, "--set", "optim.lr=1.0", "--run", run, code=1).stderr
     kept = [checkpoint.step_of(path) for path in checkpoint.find(run / "checkpoints")]
