@@ -190,6 +190,6 @@ def test_bad_files(config: Path, prepared: Path, tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
         refused = lowres_here("train", config, "--run", tmp_path / "new", code=2).stderr
-    assert refused == f"lowres: --run: {tmp_path} may not be written to; give another folder\n"
+    assert refused == f"lowres: --run: {tmp_path} may not be written to; make it writable, or give another\n"
     fails("sample", tmp_path / "nothing", "--prompt", "x", saying="is not a run", run=False)
     fails("checkpoint", "verify", tmp_path / "nothing", saying="neither a checkpoint nor a run", run=False)
