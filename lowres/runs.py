@@ -176,7 +176,9 @@ def config_of(folder: Path, state: State | None) -> Config:
     """The config of a run: that of its checkpoint, whose checksum holds, or else config.toml."""
     if state is None or state.config is None:
         return load_resolved(folder / CONFIG)
-    return parse_config(state.config, f"{folder}: the config in its checkpoint")[0]
+    # what has no value is left to its default, as in a file
+    given = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in state.config.items()}
+    return parse_config(given, f"{folder}: the config in its checkpoint")[0]
 
 
 def _tokenizer_of(folder: Path, found: Path) -> Path:
