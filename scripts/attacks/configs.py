@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from attacks.children import Case, Done, run
 from attacks.world import DETECTED, EXACT, HARMLESS, Verdict, World, WrongError, no_picture, verdict
-from lowres import cli
+from lowres import cli, terminal
 from lowres.config import Config
 from lowres.config_file import load_config
 from lowres.start import decide
@@ -123,7 +123,8 @@ def _decide(world: World, sets: list[str], folder: Path, resume: bool) -> int:
     def command(_: argparse.Namespace) -> None:
         decide(load_config(world.config, sets)[0], folder, resume)
 
-    return cli._run(argparse.Namespace(command=command))
+    with terminal.guard():
+        return cli._run(argparse.Namespace(command=command))
 
 
 def _is_small(sets: list[str]) -> bool:
