@@ -26,13 +26,14 @@ class Left(KeyboardInterrupt):
 
 @contextmanager
 def loud() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: with a line, and nothing left half done."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: with a line, and nothing left half done. Not one of
+    several ranks: the launcher ends these, and the first has spoken."""
 
     def leave(number: int, _: FrameType | None) -> None:
         raise Left(number)
 
     before = {}
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread() and ranks.size() == 1:
         for name in REQUESTS[1:]:
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
