@@ -26,8 +26,8 @@ class Left(KeyboardInterrupt):
 
 @contextmanager
 def loud() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: with a line, and nothing left half done. Not one of
-    several ranks: the launcher ends these, and the first has spoken."""
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: with a line, and nothing left half done. Several
+    ranks are ended by their launcher, after the first of them has spoken."""
 
     def leave(number: int, _: FrameType | None) -> None:
         raise Left(number)
