@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
-from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, on_host, sum_of_squares
+from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, sum_of_squares
 from lowres.engine.fused import FusedWeights, norm_backward
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.pieces import Additions, Size
@@ -359,13 +359,14 @@ class LayerwiseEngine:
         inputs, targets, count = self._on_device(batch)
         allowed = Limits.of(norm_limit, loss_limit)
         results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed)
-        loss, norm, updated, *norms = results.tolist()  # the only wait for the device
+        numbers = torch.stack(results).tolist()  # the only wait for the device
+        loss, norm, updated, *norms = numbers
         by_unit = dict(zip(self._units, norms, strict=True))
         return StepReport(loss, norm, len(self._units) - int(updated), by_unit)
 
     def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int]:
         """Inputs and targets, and the number of targets that count: 16 bytes a token, copied once."""
-        inputs, targets, count = on_host(batch, self.rooms)
+        (inputs,), (targets,), count = split(batch, len(batch), self.rooms)
         inputs, targets = (tokens.to(self.device, non_blocking=True) for tokens in (inputs, targets))
         return inputs, targets, count
 
@@ -379,11 +380,11 @@ class LayerwiseEngine:
         schedule: float,
         rehearsal: bool,
         limits: Limits = Limits(),  # noqa: B008 - frozen
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], count: see
-        `on_host`; on the device.
+        `split`; on the device.
 
-        Returns fp64 numbers on the device: loss, norm of the gradient, number of units that were updated, and
+        Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated, and
         the norm of the gradient of every unit. Once the host has read them, all copies are done and host
         slabs are complete.
         """
@@ -420,8 +421,8 @@ class LayerwiseEngine:
         self.rooms.phase = ""
         self.dropout.step = None
         self._join()
-        norms = torch.stack([squares[name] for name in self._units]).sqrt()
-        return torch.cat((torch.stack([loss, total.sqrt(), updated.double()]), norms))
+        norms = (squares[name].sqrt() for name in self._units)
+        return [loss, total.sqrt(), updated.double(), *norms]
 
     def _join(self) -> None:
         """Let what is enqueued next wait for all copies. So host slabs are complete as soon as its result is
