@@ -21,7 +21,8 @@ REQUESTS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Left(KeyboardInterrupt):
-    """A second signal: leave at once. The argument is the number of the signal."""
+    """A signal that is no request: a second one, or one before the first step. Leave at once. The argument is
+    the number of the signal."""
 
 
 @contextmanager

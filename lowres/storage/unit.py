@@ -112,10 +112,6 @@ class Unit:
         count = {} if self.updates is None else {f"{self.spec.name}.{UPDATES}": self.updates}
         return self.weight_tensors() | state | count
 
-    def is_finite(self) -> bool:
-        """Whether all weights and state are finite; waits once for a device. Of codes, their scales are."""
-        return all_finite(self.tensors().values())
-
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers of the floating-point tensors are finite. Needs next to no memory, and waits once
