@@ -25,7 +25,6 @@ from lowres.config_file import (
     with_values,
 )
 from lowres.data import TokenData, cache_bytes, open_data
-from lowres.data.sources import is_stream
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -47,6 +46,7 @@ from lowres.runs import (
     initialize_from,
     require_same_shape,
 )
+from lowres.text import is_stream
 
 # what --restart moves aside
 HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")

@@ -23,6 +23,7 @@ from lowres.data.folder import Job
 from lowres.data.shards import HEADER_BYTES, Shard
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
+from lowres.text import Source
 
 prepare_module = sys.modules["lowres.data.prepare"]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
@@ -372,7 +373,7 @@ def test_error_in_the_thread_reaches_the_training_loop(
 def test_stream_goes_on_where_it_was_without_reading_what_it_has(
     stream_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job(stream_config.source, vocab_size=280, shard_tokens=BLOCK)
+    job = Job(Source(stream_config.source), vocab_size=280, shard_tokens=BLOCK)
     stream = BlockStream(job, tmp_path / "blocks", False)
     assert stream.has(3)
     stream.close()

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from lowres.data import hub
-from lowres.data.sources import documents, numbered_documents
 from lowres.errors import UserError
+from lowres.text import documents, hub, numbered_documents
 
 datasets = pytest.importorskip("datasets")
 ROWS = [f"document {i}" for i in range(90)]

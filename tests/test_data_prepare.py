@@ -20,6 +20,7 @@ from lowres.data.folder import locked
 from lowres.data.shards import HEADER_BYTES, Shard, token_dtype, write_shard
 from lowres.data.survey import EvenSample, survey
 from lowres.errors import UserError
+from lowres.text import Source
 
 module = sys.modules["lowres.data.prepare"]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
@@ -359,14 +360,14 @@ def test_candidates_beyond_the_memory_bound_change_nothing(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(survey_module, "VAL_CHARS", 500)
-    unbounded = survey(source, True, False)
+    unbounded = survey(Source(source), True, False)
     monkeypatch.setattr(survey_module, "_CANDIDATE_CHARS", 2000)
-    bounded = survey(source, True, False)
+    bounded = survey(Source(source), True, False)
     # the lowest hashes are the same; only what fills the last gap may differ
     common = set(bounded.validation) & set(unbounded.validation)
     assert common and 300 < sum(map(len, bounded.validation)) <= 500
 
 
 def test_nothing_is_held_out_if_not_asked_for(source: str) -> None:
-    seen = survey(source, False, False)
+    seen = survey(Source(source), False, False)
     assert not seen.validation and seen.held_out.training_part(0, "text") == "text"

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lowres.data import hub, sources
-from lowres.data.sources import documents, fingerprint, is_stream, numbered_documents
 from lowres.errors import UserError
+from lowres.text import documents, fingerprint, hub, is_stream, listing, numbered_documents
 
 TEXTS = ["first\r\n\tdocument ", "zweites Dokument: ä\u2028", "  third\n"]
 
@@ -122,7 +121,7 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[str, bytes, list[str]]]:
         "broken JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', ["a.jsonl:2", "not valid JSON"]),
         "deep JSON": ("a.jsonl", b'{"text": ' + b"[" * 100_000, ["a.jsonl:1", "not valid JSON"]),
         "no object": ("a.jsonl", b'["text"]\n', ["a.jsonl:1", "JSON object"]),
-        "no text": ("a.jsonl", b'{"body": "a", "n": 1}\n', ["a.jsonl:1", "body, n"]),
+        "no text": ("a.jsonl", b'{"prose": "a", "n": 1}\n', ["a.jsonl", "prose, n", "data.text_key"]),
         "number": ("a.jsonl", b'{"text": 1}\n', ["a.jsonl:1", "int"]),
         "cut gz": ("a.jsonl.gz", compress(good, ".gz")[:-100], ["a.jsonl.gz", "truncated"]),
         "cut xz": ("a.jsonl.xz", compress(good, ".xz")[:-100], ["a.jsonl.xz", "truncated"]),
@@ -132,11 +131,15 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[str, bytes, list[str]]]:
         "no zst": ("a.txt.zst", b"hello", ["a.txt.zst", "damaged"]),
         "no parquet": ("a.parquet", b"PAR1hello", ["a.parquet", "parquet file"]),
         "cut parquet": ("a.parquet", parquet(tmp_path, {"text": TEXTS})[:-20], ["a.parquet", "parquet file"]),
-        "parquet columns": ("a.parquet", parquet(tmp_path, {"body": TEXTS}), ["a.parquet", "body"]),
+        "parquet columns": (
+            "a.parquet",
+            parquet(tmp_path, {"prose": TEXTS, "n": [1, 2, 3]}),
+            ["a.parquet", "prose, n"],
+        ),
         "parquet numbers": ("a.parquet", parquet(tmp_path, {"text": [1]}), ["a.parquet", "int"]),
         "nothing": ("a.txt", b"", ["a.txt", "no text"]),
         "blank": ("a.jsonl", b'\n{"text": " "}\n', ["a.jsonl", "no text"]),
-        "unknown": ("a.doc", b"hello", ["a.doc", ".jsonl"]),
+        "unknown": ("a.doc", b"hel\0lo", ["a.doc", ".jsonl"]),
     }
 
 
@@ -168,7 +171,7 @@ def test_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / name).touch()
+    (tmp_path / name).write_bytes(b"PAR1")
     message = complaint(name if is_stream(name) else tmp_path / name)
     assert f"pip install {package}" in message
 
@@ -198,7 +201,10 @@ def test_hf_streams_a_local_folder(tmp_path: Path) -> None:
     assert list(documents(source)) == ["a", "b", "c"]
     assert list(numbered_documents(source, 2)) == [(2, "b"), (3, "c")]
     assert list(documents(f"{source}::test")) == ["t"]
-    assert fingerprint(source) == source
+    before = fingerprint(source)
+    assert before == fingerprint(source) != fingerprint(f"{source}::test")
+    (tmp_path / "train.jsonl").write_bytes(json_lines(["a", "", "b", "d"]))
+    assert fingerprint(source) != before
     assert "nosuch" in complaint(f"{source}::nosuch")
     assert "--set data.source=PATH" in complaint(f"hf:{tmp_path}/missing")
     assert "write it as hf:" in complaint("hf:")
@@ -219,5 +225,5 @@ def test_hf_without_the_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
 def test_library_file_in_another_encoding_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
     (tmp_path / "utf8.py").write_text("pass")
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(listing.sysconfig, "get_path", lambda _: str(tmp_path))
     assert list(numbered_documents("stdlib")) == [(1, "pass")]

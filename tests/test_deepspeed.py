@@ -365,7 +365,9 @@ def killed(small: Path) -> Iterator[Path]:
         for process in (started.pid, *map(int, children)):
             os.kill(process, signal.SIGKILL)
         started.wait()
-        while any(Path(f"/proc/{child}").exists() for child in children):  # each holds the lock till it is gone
+        while any(
+            Path(f"/proc/{child}").exists() for child in children
+        ):  # each holds the lock till it is gone
             assert time.monotonic() < end
             time.sleep(0.05)
     yield run

@@ -24,6 +24,7 @@ FLOORS = {
     "storage": 2,
     "lock": 2,
     "meter": 2,
+    "text": 2,
     "rules": 3,
     "config": 4,
     "config_file": 5,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lowres.data.sources import documents
 from lowres.errors import UserError
+from lowres.text import documents
 from tests.helpers import lowres
 
 ROOT = Path(__file__).parents[1]

@@ -132,9 +132,12 @@ class ModelConfig(Section):
         return self.vocab_size or PRESET_VOCAB
 
 
+Patterns = Annotated[tuple[str, ...], Field(strict=False)]
+
+
 class DataConfig(Section):
     """What to train on. A source is one of: stdlib; a folder made by `lowres data prepare`; a path (file,
-    folder or glob of .txt, .md, .py, .jsonl, .parquet, also .gz, .xz, .zst); or
+    folder or glob, see docs/data.md); or
     hf:<dataset>[:<config>[:<split>]]."""
 
     source: Annotated[str, Field(min_length=1)] = "stdlib"
@@ -148,6 +151,22 @@ class DataConfig(Section):
     size of the text."""
     seq_len: Annotated[Size, Field(ge=2)] = 256
     """Tokens in a sequence."""
+    text_key: Annotated[str, Field(min_length=1)] | None = None
+    """Column with the text in tables and JSON; with dots, a path of keys into nested objects. Default: the
+    first of text, content, raw_content, markdown, document, body, article, story, passage, code."""
+    separator: str | None = None
+    """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
+    has some. Empty: a text file is one document."""
+    include: Patterns = ()
+    """Only read files whose path below the source matches one of these globs, in any case; a glob without /
+    is for the file's name."""
+    exclude: Patterns = ()
+    """Do not read files that match one of these globs."""
+    damaged: Literal["refuse", "skip"] = "refuse"
+    """What to do about a file that cannot be read to its end: stop, or leave out the rest of it, and say
+    so."""
+    max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest share of the source's bytes that looks like data and is not read; more is an error."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 

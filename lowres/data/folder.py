@@ -37,9 +37,9 @@ from lowres.data.manifest import (
     write,
 )
 from lowres.data.shards import write_shard
-from lowres.data.sources import fingerprint
 from lowres.data.tokenizer import Tokenizer, check_enough_pieces, check_vocab_size
 from lowres.errors import UserError
+from lowres.text import Source, fingerprint
 
 SHARD_TOKENS = 1 << 26
 # what a killed preparation leaves of a file that it was writing
@@ -53,7 +53,7 @@ class Job:
     `exact_vocab`: if true, an impossible vocab_size is an error; if false, it is lowered, with a note.
     """
 
-    source: str
+    source: Source
     tokenizer: str | None = None
     vocab_size: int | None = None
     exact_vocab: bool = True
@@ -69,7 +69,7 @@ class Job:
     def arguments(self) -> Arguments:
         """The arguments as recorded in the folder, to recognise the same job when it runs again."""
         return Arguments(
-            source=self.source,
+            source=self.source.name,
             source_fingerprint=fingerprint(self.source),
             tokenizer=Tokenizer(self.tokenizer).fingerprint if self.tokenizer else None,
             vocab_size=None if self.tokenizer else self.vocab_size,
@@ -105,7 +105,7 @@ def find_manifest(job: Job, out: Path) -> Started | Progress | Complete | None:
         recorded = recorded.model_copy(update={"source": asked.source})
     elif recorded.source == asked.source:
         raise UserError(
-            f"{out}: the files of {job.source} have changed since then; give another folder or remove it"
+            f"{out}: the files of {job.source.name} have changed since then; give another folder or remove it"
         )
     for key, value in asked:
         if value != getattr(recorded, key):

@@ -23,10 +23,10 @@ from lowres.data.manifest import (
 )
 from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
 from lowres.data.shards import token_dtype
-from lowres.data.sources import documents, is_stream
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenizer import Tokenizer
 from lowres.errors import UserError
+from lowres.text import Source, documents, is_stream
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
@@ -118,9 +118,22 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 
+def source_of(config: DataConfig, name: str | None = None) -> Source:
+    """What the config says of its source, or of another of this name."""
+    return Source(
+        name or config.source,
+        config.text_key,
+        config.separator,
+        config.include,
+        config.exclude,
+        config.damaged,
+        config.max_left_out,
+    )
+
+
 def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
     return Job(
-        config.source,
+        source_of(config),
         config.tokenizer,
         config.vocab_size or vocab_size,
         # the model may have more rows than the tokenizer has pieces
@@ -138,7 +151,7 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
-        job = Job(config.val_source, str(tokenizer.path), max_tokens=limit, hold_out=False)
+        job = Job(source_of(config, config.val_source), str(tokenizer.path), max_tokens=limit, hold_out=False)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -165,7 +178,7 @@ def _as_prepared(source: str) -> Path | None:
 
 
 def _cache_folder(config: DataConfig, job: Job) -> Path:
-    name = job.source.removeprefix("hf:") if is_stream(job.source) else Path(job.source).name
+    name = job.source.name.removeprefix("hf:") if is_stream(job.source) else Path(job.source.name).name
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:40] or "data"
     return Path(config.cache).expanduser() / f"{readable}-{job.content_hash()}"
 

@@ -42,17 +42,18 @@ from lowres.data.manifest import (
     write,
 )
 from lowres.data.shards import shard_name, token_dtype, write_file
-from lowres.data.sources import numbered_documents
 from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, train
 from lowres.errors import UserError
+from lowres.text import Source, numbered_documents
+from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
 _BATCH_CHARS = 1 << 21
 
 
 def prepare(
-    source: str,
+    source: Source | str,
     out: str | Path,
     *,
     tokenizer: str | None = None,
@@ -68,7 +69,7 @@ def prepare(
     the result lists notes for the user. Raises UserError if the folder holds something else; if the source
     cannot be used, nothing is written.
     """
-    job = Job(source, tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
+    job = Job(as_source(source), tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
     return run(job, Path(out), progress).model_dump()
 
 
@@ -198,7 +199,7 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
 
 
 def _encoded(
-    source: str, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm
+    source: Source, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(row, tokens) of every training document, beginning with row `start`."""
     batch: list[tuple[int, str]] = []

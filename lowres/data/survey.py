@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lowres.data.sources import is_stream, numbered_documents
+from lowres.text import Source, is_stream, numbered_documents
 
 VAL_CHARS = 4_000_000
 VAL_PART = 0.05
@@ -118,7 +118,7 @@ class _Candidates:
         return chosen
 
 
-def survey(source: str, hold_out: bool, progress: bool) -> Survey:
+def survey(source: Source, hold_out: bool, progress: bool) -> Survey:
     """Read the source. With `hold_out` False, all text is for training."""
     stream = is_stream(source)
     sample, candidates = EvenSample(SAMPLE_CHARS), _Candidates()

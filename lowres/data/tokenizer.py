@@ -28,9 +28,9 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from lowres.data.sources import without_surrogates
 from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
+from lowres.text import without_surrogates
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 BYTES_AND_SPECIALS = 256 + 3

@@ -1,0 +1,67 @@
+"""Which column of a table is the text.
+
+data.text_key names it: a column, or a path of keys with dots into nested objects. By default it is the first
+of COLUMNS that there is, in any case; or else the only column of strings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowres.text.source import BadFileError
+
+COLUMNS = (
+    "text", "content", "raw_content", "markdown", "document", "body", "article", "story", "passage", "code",
+)  # fmt: skip
+STRING, OTHER = "string", "other"
+
+
+def kinds_of(row: dict[str, Any]) -> dict[str, str]:
+    """Column -> STRING or OTHER, from a row. A null may be either, so it counts as a string."""
+    return {name: STRING if value is None or isinstance(value, str) else OTHER for name, value in row.items()}
+
+
+def of_arrow(schema: Any) -> dict[str, str]:
+    """The same from a schema of pyarrow."""
+    return {
+        field.name: STRING if str(field.type).removeprefix("large_") in ("string", "string_view") else OTHER
+        for field in schema
+    }
+
+
+def choose(columns: dict[str, str], text_key: str | None) -> str | None:
+    """The column of the text; None if no rule finds one."""
+    if text_key is not None:
+        return text_key if text_key in columns or text_key.split(".")[0] in columns else None
+    by_name = {name.lower(): name for name in reversed(columns)}
+    for known in COLUMNS:
+        if known in by_name and (known == COLUMNS[0] or columns[by_name[known]] == STRING):
+            return by_name[known]
+    strings = [name for name, kind in columns.items() if kind == STRING]
+    return strings[0] if len(strings) == 1 and len(columns) == 1 else None
+
+
+def text_of(row: dict[str, Any], column: str, place: str) -> str:
+    """The text of a row; "" if it is null. Raises BadFileError."""
+    value: Any = row
+    if column in row:
+        value = row[column]
+    else:
+        for key in column.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise BadFileError(f"{place}: {no_column(row, column)}")
+            value = value[key]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadFileError(
+            f'{place}: the column "{column}" holds {type(value).__name__} values; it must hold strings'
+        )
+    return value
+
+
+def no_column(columns: Any, column: str | None) -> str:
+    """What to say where there is no text."""
+    found = ", ".join(columns) or "none"
+    missing = f'no column "{column}"' if column else 'no column "text"'
+    return f"{missing}; found {found}; name the one with the text in data.text_key"

@@ -1,0 +1,50 @@
+"""A JSON object per line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from lowres.errors import first_line
+from lowres.text.columns import kinds_of, text_of
+from lowres.text.kinds.registry import Kind, Rank, register
+from lowres.text.opening import opened
+from lowres.text.source import BadFileError, File, Source
+
+
+def read(file: File, source: Source) -> Iterator[str]:
+    assert file.column is not None
+    for place, row in _rows(file):
+        yield "" if row is None else text_of(row, file.column, place)
+
+
+def columns(file: File) -> dict[str, str] | None:
+    for _, row in _rows(file):
+        if row is not None:
+            return kinds_of(row)
+    return None
+
+
+def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(file:line, object; None for a blank line)"""
+    with opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            place = f"{file.path}:{number}"
+            if line.isspace():
+                yield place, None
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
+            except (ValueError, RecursionError) as error:
+                raise BadFileError(
+                    f"{place}: not valid JSON ({first_line(error)}); correct that line"
+                ) from None
+            if not isinstance(row, dict):
+                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column')
+            yield place, row
+
+
+register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns))

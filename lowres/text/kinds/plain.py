@@ -1,0 +1,96 @@
+"""Text as it is: a document per file, or several with a separator between them."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lowres.text.kinds.registry import Kind, Rank, register
+from lowres.text.opening import opened
+from lowres.text.source import BadFileError, File, Source
+
+# how GPT-2's documents, and many text files made for it, are separated
+END_OF_TEXT = "<|endoftext|>"
+_PIECE = 1 << 20
+_HEAD = 1 << 20
+CODE = (
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".java", ".js", ".jsx",
+    ".mjs", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".cs", ".swift", ".kt", ".kts", ".scala", ".hs",
+    ".ml", ".mli", ".lua", ".pl", ".pm", ".r", ".jl", ".m", ".mm", ".f", ".f90", ".f95", ".for", ".ada",
+    ".adb", ".ads", ".pas", ".d", ".dart", ".ex", ".exs", ".erl", ".clj", ".cljs", ".el", ".lisp", ".scm",
+    ".rkt", ".vb", ".fs", ".fsx", ".nim", ".zig", ".v", ".sv", ".vhd", ".vhdl", ".asm", ".s", ".sh", ".bash",
+    ".zsh", ".fish", ".ps1", ".bat", ".sql", ".css", ".scss", ".less", ".vue", ".svelte", ".proto", ".thrift",
+    ".cmake", ".mk", ".gradle", ".tf", ".sol", ".glsl", ".hlsl", ".wgsl", ".tex", ".lean", ".coq", ".thy",
+    ".agda", ".tcl", ".awk", ".groovy", ".cl",
+)  # fmt: skip
+MARKUP = (".md", ".markdown", ".mdx", ".rst", ".adoc", ".org", ".html", ".htm", ".xhtml", ".wiki")
+
+
+def read(file: File, source: Source) -> Iterator[str]:
+    """The documents of a text file."""
+    with opened(file) as stream:
+        separator = source.separator if source.separator is not None else file.separator
+        yield from (_separated(file.path, stream, separator) if separator else [_whole(file.path, stream)])
+
+
+def marker_in(head: bytes) -> str | None:
+    """The separator that the beginning of a text file shows, if it has lines that are nothing else."""
+    lines = head.replace(b"\r\n", b"\n").split(b"\n")
+    return END_OF_TEXT if END_OF_TEXT.encode() in lines else None
+
+
+def is_text(head: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 without NUL. It may end inside a character."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in head
+
+
+def decoded(path: Path, data: bytes, place: str = "") -> str:
+    """UTF-8 without its byte order mark. Raises BadFileError. place: which part of the file it is, for
+    messages."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadFileError(
+            f"{path}{place}: not UTF-8 text (byte {error.start}); convert it, or leave it out with "
+            f"data.exclude"
+        ) from None
+    # UTF-16 and most binary formats contain many NUL bytes; text has none
+    if "\0" in text:
+        raise BadFileError(
+            f"{path}{place}: not UTF-8 text (it holds NUL bytes); convert it, or leave it out with "
+            f"data.exclude"
+        )
+    return text
+
+
+def _whole(path: Path, stream: IO[bytes]) -> str:
+    return decoded(path, stream.read())
+
+
+def _separated(path: Path, stream: IO[bytes], separator: str) -> Iterator[str]:
+    """The parts between separators, in memory for one part. Line ends beside a separator belong to it."""
+    mark = separator.encode()
+    held = bytearray()
+    searched, row = 0, 0
+    while piece := stream.read(_PIECE):
+        held += piece
+        while (end := held.find(mark, max(0, searched - len(mark) + 1))) >= 0:
+            row += 1
+            yield decoded(path, bytes(held[:end]), f" document {row}").strip("\r\n")
+            del held[: end + len(mark)]
+            searched = 0
+        searched = len(held)
+    yield decoded(path, bytes(held), f" document {row + 1}").strip("\r\n")
+
+
+register(Kind("text", (".txt", ".text"), Rank.TEXT, read))
+register(Kind("markup", MARKUP, Rank.PROSE, read))
+register(Kind("source code", CODE, Rank.PROSE, read))
+# by content; no suffix leads here
+register(Kind("other text", (), Rank.PROSE, read))

@@ -1,0 +1,60 @@
+"""What a kind of file says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import PurePath
+
+from lowres.text.opening import COMPRESSIONS
+from lowres.text.source import File, Source
+
+
+class Rank(IntEnum):
+    """How surely a file is data. Where a folder has TOKENS or ROWS, what is PROSE only describes or makes
+    them."""
+
+    TOKENS = 0  # ids of a tokenizer
+    ROWS = 1  # a document per row
+    TEXT = 2  # text files
+    PROSE = 3  # markdown, source code, any other text
+
+
+@dataclass(frozen=True)
+class Kind:
+    """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
+    columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
+    suffix has no documents, None if it has."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    rank: Rank
+    read: Callable[[File, Source], Iterator[str]]
+    columns: Callable[[File], dict[str, str] | None] | None = None
+    refused: Callable[[File], str | None] | None = None
+
+
+KINDS: dict[str, Kind] = {}
+_BY_SUFFIX: dict[str, Kind] = {}
+
+
+def register(kind: Kind) -> None:
+    KINDS[kind.name] = kind
+    for suffix in kind.suffixes:
+        _BY_SUFFIX[suffix] = kind
+
+
+def kind_of_name(name: str) -> tuple[Kind | None, str]:
+    """(kind or None, compression) by the suffixes of a file's name, in any case."""
+    path = PurePath(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    if compression:
+        path = path.with_suffix("")
+    return _BY_SUFFIX.get(path.suffix), compression
+
+
+def names() -> str:
+    """The known suffixes, for messages."""
+    listed = [suffix for kind in KINDS.values() if kind.rank < Rank.PROSE for suffix in kind.suffixes]
+    return f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}"

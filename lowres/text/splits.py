@@ -1,0 +1,56 @@
+"""Which files are for training, validation and test, by their names.
+
+A *plain* name is the word alone: the folder `validation/`, the file `val.jsonl.zst`. It counts where other
+files are for training. A word *inside* a name (`c4-validation.00000-of-00008`, `TinyStories-valid.txt`)
+counts only beside names with the word "train": alone, `my-test-set.jsonl` is a name like any other. The
+words are those of the `datasets` library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lowres.text.source import TEST, TRAIN, VALIDATION
+
+WORDS = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+_PART = {word: part for part, words in WORDS.items() for word in words}
+_BETWEEN = re.compile(r"[-._ 0-9]+")
+
+
+def part_of_word(word: str) -> str:
+    """The part that a split of this name is: "train_sft" is TRAIN, and so is anything unknown."""
+    found = {_PART[w] for w in _BETWEEN.split(word.lower()) if w in _PART}
+    return found.pop() if len(found) == 1 else TRAIN
+
+
+def parts(names: Sequence[str]) -> list[str]:
+    """TRAIN, VALIDATION or TEST for each file, by its path relative to the source."""
+    plain = [_plain(name) for name in names]
+    inside = [_inside(name) for name in names]
+    paired = TRAIN in inside or TRAIN in plain
+    found = [p or (i if paired else None) or TRAIN for p, i in zip(plain, inside, strict=True)]
+    # a source of nothing but test files is what the user wants to read
+    return found if TRAIN in found else [TRAIN] * len(found)
+
+
+def _plain(name: str) -> str | None:
+    """The part that the deepest folder, or the file, of a plain name says."""
+    for component in reversed(name.lower().split("/")):
+        word = component.split(".")[0]
+        # shards have numbers: validation_00
+        if part := _PART.get(re.sub(r"[-_ 0-9]+$", "", word)):
+            return part
+    return None
+
+
+def _inside(name: str) -> str | None:
+    for component in reversed(name.lower().split("/")):
+        found = {_PART[word] for word in _BETWEEN.split(component) if word in _PART}
+        if len(found) == 1:
+            return found.pop()
+    return None
