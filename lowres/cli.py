@@ -17,8 +17,8 @@ import torch
 
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
-from lowres.config_file import load_config, to_toml
-from lowres.data import open_data, open_text, prepare
+from lowres.config_file import data_config, load_config, to_toml
+from lowres.data import inspect, open_data, open_text, prepare
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -173,6 +173,11 @@ def _add_data(commands: Commands) -> None:
     data = commands.add_parser("data", help="Work with training data.").add_subparsers(
         required=True, metavar="COMMAND"
     )
+    sub = _command(data, "inspect", _inspect, "Show what a source holds, and what would be left out.")
+    sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
+    _add_data_set(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
@@ -181,6 +186,12 @@ def _add_data(commands: Commands) -> None:
         "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
     )
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
+
+
+def _add_data_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
+    )
 
 
 def _add_use(commands: Commands) -> None:
@@ -340,6 +351,11 @@ def _plan(parsed: argparse.Namespace) -> None:
 def _bench(parsed: argparse.Namespace) -> None:
     found = bench(_load(parsed), parsed.steps)
     print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
+
+
+def _inspect(parsed: argparse.Namespace) -> None:
+    found = inspect(data_config(parsed.source, parsed.set))
+    print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
 
 
 def _prepare(parsed: argparse.Namespace) -> None:

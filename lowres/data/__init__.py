@@ -1,7 +1,5 @@
-"""Data, in the order in which a token passes through it:
+"""Data: from the documents of a source (`lowres.text`) to batches of tokens.
 
-sources     standard library, files, folders or a stream as a sequence of documents
-hub         the rows of a stream, over lost connections
 survey      the first pass: a sample for the tokenizer, documents held out for validation
 tokenizer   text <-> ids, lossless
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
@@ -10,12 +8,14 @@ stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
 manifest    the records of a folder of prepared data: data.json and progress.json
 folder      the folder of prepared data, and which job may write to it
+inspection  what a source holds, before anything is written
 opening     prepares and opens the data of a configuration
 """
 
 from lowres.data.batches import TokenData
+from lowres.data.inspection import inspect
 from lowres.data.opening import cache_bytes, open_data, open_text
 from lowres.data.prepare import prepare
 from lowres.data.tokenizer import Tokenizer
 
-__all__ = ["TokenData", "Tokenizer", "cache_bytes", "open_data", "open_text", "prepare"]
+__all__ = ["TokenData", "Tokenizer", "cache_bytes", "inspect", "open_data", "open_text", "prepare"]

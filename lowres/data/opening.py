@@ -26,7 +26,9 @@ from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenizer import Tokenizer
 from lowres.errors import UserError
-from lowres.text import Source, documents, is_stream
+from lowres.ranks import say
+from lowres.text import Source, documents, is_stream, list_files
+from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
@@ -69,6 +71,7 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     folder = _as_prepared(config.source)
     if folder is None:
         job = _training_job(config, vocab_size, SHARD_TOKENS)
+        say(f"data: {summary(list_files(job.source))}")
         folder = _cache_folder(config, job)
         run(job, folder, progress)
         return folder

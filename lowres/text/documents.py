@@ -97,15 +97,20 @@ def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
     if listed.tokens:
         raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
     for file in listed.part(part):
-        try:
-            yield from KINDS[file.kind].read(file, source)
-        except BadFileError as error:
-            if source.name == "stdlib":
-                yield ""
-            elif source.damaged == "refuse":
-                raise
-            elif skipped is not None:
-                skipped[file.name] = str(error)
+        yield from rows_of(file, source, skipped)
+
+
+def rows_of(file: File, source: Source, skipped: Skipped | None = None) -> Iterator[str]:
+    """The text of every row of a file, "" for one without; see `numbered_documents`."""
+    try:
+        yield from KINDS[file.kind].read(file, source)
+    except BadFileError as error:
+        if source.name == "stdlib":
+            yield ""
+        elif source.damaged == "refuse":
+            raise
+        elif skipped is not None:
+            skipped[file.name] = str(error)
 
 
 def _stream_rows(source: Source, start: int) -> Iterator[str]:

@@ -180,14 +180,13 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             left_out.append(LeftOut(f.name, f.size, f.reason, data=f.reason.startswith("a link to nothing")))
         else:
             wanted.append(f)
-    known = _of_card(source, wanted, left_out, notes) if folder else {}
+    known, elsewhere = _of_card(source, wanted, notes) if folder else ({}, {})
     files = list[File]()
     for f in wanted:
         if known and not source.include and f.name not in known:
-            if not any(each.name == f.name for each in left_out):
-                left_out.append(
-                    LeftOut(f.name, f.size, "not in the card's configs", data=not _describes(f.name))
-                )
+            describes = _describes(f.name)
+            reason = "describes the data" if describes else "not in the card's configs"
+            left_out.append(LeftOut(f.name, f.size, elsewhere.get(f.name, reason), data=not describes))
             continue
         made = _recognised(f, source)
         files.append(made) if isinstance(made, File) else left_out.append(made)
@@ -272,31 +271,23 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
 # ---------------------------------------------------------------------------- the part
 
 
-def _of_card(source: Source, found: list[Found], left_out: list[LeftOut], notes: list[str]) -> dict[str, str]:
-    """name -> part of the files that the card lists; nothing if there is no card that does."""
-    cards = [f for f in found if f.name.lower() == card.CARD]
-    listed = [
-        (config, config.parts([f.name for f in found]))
-        for each in cards
-        for config in card.configs(each.path)
-    ]
-    there = [(config, parts) for config, parts in listed if parts]
+def _of_card(source: Source, found: list[Found], notes: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(name -> part of the files that the card lists, name -> reason of those that it lists elsewhere);
+    nothing without a card that lists files which are there."""
+    names = [f.name for f in found]
+    cards = [config for f in found if f.name.lower() == card.CARD for config in card.configs(f.path)]
+    there = [(config, parts) for config in cards if (parts := config.parts(names))]
     if not there:
-        return {}
-    chosen, known = next(((c, p) for c, p in there if c.default), there[0])
-    if len(there) > 1 and not source.include:
-        others = [config.name for config, _ in there if config is not chosen]
+        return {}, {}
+    chosen, known = next((each for each in there if each[0].default), there[0])
+    others = [each for each in there if each[0] is not chosen]
+    if others and not source.include:
         notes.append(
-            f'the card has several configs: "{chosen.name}" is read, not {", ".join(others)}; '
-            "data.include takes the files of another"
+            f'the card has several configs: "{chosen.name}" is read, not '
+            f"{', '.join(config.name for config, _ in others)}; data.include takes the files of another"
         )
-        sizes = {f.name: f.size for f in found}
-        elsewhere = {name: config.name for config, parts in there for name in parts if name not in known}
-        left_out += [
-            LeftOut(name, sizes[name], f'of the card\'s config "{config}"')
-            for name, config in elsewhere.items()
-        ]
-    return known
+    elsewhere = {name: f'of the card\'s config "{config.name}"' for config, parts in others for name in parts}
+    return known, elsewhere
 
 
 def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:

@@ -18,6 +18,7 @@ from lowres.errors import UserError, first_line
 from lowres.text.source import BadFileError, File
 
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+_raw: dict[Path, IO[bytes]] = {}  # files that are open
 _DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 # what says that a file is no use as it is; any other error may go away, and then the rows would change
 _ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ELOOP}
@@ -33,7 +34,8 @@ def opened(file: File) -> Iterator[IO[bytes]]:
 @contextmanager
 def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
     try:
-        with _decompressed(path, compression) as stream:
+        with path.open("rb") as raw, _decompressed(path, raw, compression) as stream:
+            _raw[path] = raw
             yield stream
     except _DAMAGED as error:
         raise BadFileError(
@@ -48,25 +50,33 @@ def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
         if error.errno in _ITS_OWN:
             raise BadFileError(f"{path}: cannot be read ({first_line(error)})") from None
         raise DiskError(path, error, "read") from None
+    finally:
+        _raw.pop(path, None)
 
 
-def _decompressed(path: Path, compression: str) -> IO[bytes]:
+def position(path: Path) -> int:
+    """How many bytes of a file have been read, compressed as it is, while it is open; 0 if it is not."""
+    raw = _raw.get(path)
+    return raw.tell() if raw else 0
+
+
+def _decompressed(path: Path, raw: IO[bytes], compression: str) -> IO[bytes]:
     if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path))
+        return cast(IO[bytes], gzip.open(raw))
     if compression == ".xz":
-        return lzma.open(path)
+        return lzma.open(raw)
     if compression == ".bz2":
-        return cast(IO[bytes], bz2.open(path))
+        return cast(IO[bytes], bz2.open(raw))
     if compression == ".zst":
-        return io.BufferedReader(_ZstdReader(path), 1 << 20)
-    return path.open("rb")
+        return io.BufferedReader(_ZstdReader(path, raw), 1 << 20)
+    return raw
 
 
 class _ZstdReader(io.RawIOBase):
     """Bytes of a .zst file with any number of frames. The reader in `zstandard` treats the end of a truncated
     file as the end of the text, and refuses frames with a window over 128 MiB (`zstd --long=31`)."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, raw: IO[bytes]) -> None:
         try:
             import zstandard
         except ImportError:
@@ -74,7 +84,7 @@ class _ZstdReader(io.RawIOBase):
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
-        self._file = file.open("rb")
+        self._file = raw
         self._ready = b""
 
     def readable(self) -> bool:
@@ -98,7 +108,3 @@ class _ZstdReader(io.RawIOBase):
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
