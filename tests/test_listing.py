@@ -140,7 +140,7 @@ def test_all_that_is_text_is_read(tmp_path: Path) -> None:
 
 
 def test_suffixes_count_in_any_case_and_kinds_mix(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "A.jsonl": rows("1"),
         "B.JSONL": rows("2"),
         "c.ndjson.GZ": gzip.compress(rows("3")),
@@ -150,8 +150,8 @@ def test_suffixes_count_in_any_case_and_kinds_mix(tmp_path: Path) -> None:
 
 
 def test_what_only_describes_is_left_out_beside_data(tmp_path: Path) -> None:
-    data = {"a.jsonl": rows("text " * 500)}
-    aside = {
+    data: dict[str, bytes | str] = {"a.jsonl": rows("text " * 500)}
+    aside: dict[str, bytes | str] = {
         "README.md": "# Card",
         "LICENSE": "MIT",
         "LICENSE.txt": "MIT",
