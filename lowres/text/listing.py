@@ -13,6 +13,7 @@ error.
 from __future__ import annotations
 
 import glob
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +87,25 @@ _OTHER_MEDIA = frozenset(
         ".crc",
     ]
 )
+# what editors and downloads leave
+_UNFINISHED = frozenset(
+    [
+        ".bak",
+        ".orig",
+        ".tmp",
+        ".temp",
+        ".part",
+        ".partial",
+        ".crdownload",
+        ".download",
+        ".incomplete",
+        ".aria2",
+        ".swp",
+        ".old",
+    ]
+)
+_LARGEST_POINTER = 1024
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*size (\d+)\n")
 _EXAMPLES = 3
 
 
@@ -197,6 +217,7 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             f"{source.name}: no file of a known type ({where}); known are {names()}"
             + (f"; left out: {_some(reasons)}" if reasons else "")
         )
+    notes += _twice(files)
     files = _with_parts(files, known)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
 
@@ -217,9 +238,16 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
+    suffix = PurePath(found.name.lower()).suffix
     file = File(found.name, found.path, found.size, kind.name if kind else "other text", compression)
-    if not kind and PurePath(found.name.lower()).suffix in _OTHER_MEDIA:
+    if not kind and suffix in _OTHER_MEDIA:
         return LeftOut(found.name, found.size, "no text")
+    if suffix in _UNFINISHED or suffix.endswith("~"):
+        return LeftOut(found.name, found.size, "a backup copy, or an unfinished download", data=True)
+    if found.size < _LARGEST_POINTER and (pointer := _POINTER.match(_head(replace(file, compression="")))):
+        return LeftOut(
+            found.name, int(pointer[1]), "a Git LFS pointer; `git lfs pull` gets the file", data=True
+        )
     if not found.size and (compression or not kind or kind.rank <= Rank.ROWS):
         failed = bool(compression) or kind is not None
         return LeftOut(found.name, 0, "empty: a download that failed?" if failed else "empty", data=failed)
@@ -266,6 +294,16 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
         else:
             kept.append(f)
     return kept
+
+
+def _twice(files: list[File]) -> list[str]:
+    """A note on files that are there compressed and decompressed."""
+    names = {f.name.lower() for f in files}
+    both = [f.name for f in files if f.compression and f.name.lower().removesuffix(f.compression) in names]
+    if not both:
+        return []
+    more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+    return [f"{both[0]}{more}: also there without the compression, and both are read; is that the same text?"]
 
 
 # ---------------------------------------------------------------------------- the part

@@ -6,12 +6,13 @@ import contextlib
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowres.disk import read_whole
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse
+from lowres.text.kinds.registry import kind_of_name
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,18 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _once(found: list[Found]) -> list[Found]:
-    """The same, but a file that has several names through links is read once, by its own name if it has one
-    here."""
-    own = {os.path.realpath(f.path): f.name for f in found if not f.reason and not f.path.is_symlink()}
-    seen, result = dict(own), list[Found]()
+    """The same, but a file with several names is read once: by one whose suffix is known (the hub's cache has
+    links with names to files without), and by its own rather than a link's."""
+    names: dict[str, list[Found]] = {}
     for f in found:
-        if f.reason or not f.path.is_symlink():
-            result.append(f)
-            continue
-        first = seen.setdefault(os.path.realpath(f.path), f.name)
-        again = "" if first == f.name else f"a link to {first}, which is read"
-        result.append(Found(f.name, f.path, f.size, f.mtime_ns, again))
-    return result
+        if not f.reason:
+            names.setdefault(os.path.realpath(f.path), []).append(f)
+    best = {
+        real: min(each, key=lambda f: (kind_of_name(f.name)[0] is None, f.path.is_symlink(), f.name)).name
+        for real, each in names.items()
+    }
+    other = {f.name: best[real] for real, each in names.items() for f in each if f.name != best[real]}
+    return [
+        replace(f, reason=f"the same file as {other[f.name]}, which is read") if f.name in other else f
+        for f in found
+    ]
