@@ -148,6 +148,9 @@ class DataConfig(Section):
     size of the text."""
     seq_len: Annotated[Size, Field(ge=2)] = 256
     """Tokens in a sequence."""
+    document_mask: bool = False
+    """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
+    document, and its first token is not predicted. Otherwise all tokens before are context."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 
