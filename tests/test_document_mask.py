@@ -30,9 +30,9 @@ from lowres.model import Llama, Units, empty_units, initialize, lengths_of, rota
 from lowres.rooms import GPU, Homes, Rooms
 from lowres.runs import open_run
 from lowres.storage import ADAPTER
-from tests.helpers import CPU, ROOMS, Recorder, dense_copy, lowres_here, make_config, make_optimizer
+from tests.helpers import CPU, ROOMS, Recorder, dense_copy, lowres_here, make_config
 from tests.helpers import make_units as units_of
-from tests.measuring import held, phases, planned
+from tests.measuring import build, held, phases, planned
 from tests.test_model import VARIANTS, reference
 
 BOS = 1
@@ -290,9 +290,7 @@ def test_the_plan_knows_it(memory: dict[str, object]) -> None:
     plan = make_plan(config, CPU)
     rooms = Rooms(CPU)
     with forms.using("cpu", "kernels" in memory), LiveTensors(rooms) as live:
-        kept = config.memory
-        units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)
-        engine = make_engine(config, units, make_optimizer(config, units, rooms), rooms, plan.choice, START)
+        units, engine = build(config, plan, rooms, adapted=False)
         initialize(units.values(), 0, CPU)
         engine.reserve(8, 128, training=True)
         live.reset()
@@ -301,7 +299,7 @@ def test_the_plan_knows_it(memory: dict[str, object]) -> None:
     rows = 2 * 4 * 4 * 128 * config.model.head_dim
     assert plan.peak(GPU) >= make_plan(without, CPU).peak(GPU) + rows
     assert live.peak[GPU] == pytest.approx(plan.peak(GPU), rel=0.02)
-    if kept.engine == "layerwise":
+    if config.memory.engine == "layerwise":
         found, wanted = held(units, plan.choice.homes, rooms) | phases(live, rooms), planned(plan)
         assert found["backward", GPU] == pytest.approx(wanted["backward", GPU], rel=0.02)
 
