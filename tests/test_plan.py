@@ -18,6 +18,7 @@ from lowres import rng, target
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.engine import LayerwiseEngine, layerwise, working
+from lowres.engine.common import Documents
 from lowres.errors import UserError
 from lowres.memory import ADAPTERS, GIB, Choice, Crew, Plan, choice, make_plan, make_plans, trace
 from lowres.memory.choice import _Planner
@@ -52,7 +53,7 @@ def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan
         step = relora.start_step + relora.cycle_steps - 1 if adapted else 0  # with adapters one that merges
         assert isinstance(engine, LayerwiseEngine)
         # the plan assumes one document in each sequence
-        many = [(length - 9, 8, 1)] * len(batch) if config.data.document_mask else None
+        many: Documents = [(length - 9, 8, 1)] * len(batch) if config.data.document_mask else None
         engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=many)
         found = held(units, plan.choice.homes, rooms) | phases(live, rooms)
         left = live.current[GPU] - sum(size for (_, room), size in rooms.held().items() if room == GPU)
