@@ -29,6 +29,7 @@ from lowres.meter import LiveTensors
 from lowres.model import Llama, Units, empty_units, initialize, lengths_of, rotate, starting_with
 from lowres.rooms import GPU, Homes, Rooms
 from lowres.runs import open_run
+from lowres.speed.subject import Subject
 from lowres.storage import ADAPTER
 from tests.helpers import CPU, ROOMS, Recorder, dense_copy, lowres_here, make_config
 from tests.helpers import make_units as units_of
@@ -302,6 +303,12 @@ def test_the_plan_knows_it(memory: dict[str, object]) -> None:
     if config.memory.engine == "layerwise":
         found, wanted = held(units, plan.choice.homes, rooms) | phases(live, rooms), planned(plan)
         assert found["backward", GPU] == pytest.approx(wanted["backward", GPU], rel=0.02)
+
+
+def test_a_benchmark_says_that_it_is_without() -> None:
+    subject = Subject(make_config(data={"document_mask": True}), CPU)
+    assert any(note.startswith("data.document_mask: ") for note in subject.notes)
+    assert subject.step(None, 0)[1] > 0
 
 
 def test_a_run_with_it(config: Path, tmp_path: Path) -> None:
