@@ -33,7 +33,7 @@ from lowres.metrics import MetricsLog
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, training_engine
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, starts_of, training_engine
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -98,7 +98,8 @@ class Run:
         """Make the parts and replace earlier ones; weights and state are all zero."""
         self.__dict__.pop("parts", None)  # first, because both may not fit
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
-        engine, relora = training_engine(config, plan, rooms, adapted)
+        starts = starts_of(config, self.data.tokenizer)
+        engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 

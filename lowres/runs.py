@@ -28,7 +28,7 @@ from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
-from lowres.model import Units, empty_units, storage_kinds, unit_specs
+from lowres.model import Starts, Units, empty_units, starting_with, storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
 from lowres.relora import MERGE_ROWS, Relora, adapters_of
@@ -49,21 +49,34 @@ def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -
 
 
 def engine_of(
-    config: Config, units: Units, optimizer: Optimizer | Relora | None, plan: memory.Plan, rooms: Rooms
+    config: Config,
+    units: Units,
+    optimizer: Optimizer | Relora | None,
+    plan: memory.Plan,
+    rooms: Rooms,
+    starts: Starts | None = None,
 ) -> Engine:
     """The engine of a run, with the choice of the plan."""
-    return make_engine(config, units, optimizer, rooms, plan.choice)
+    return make_engine(config, units, optimizer, rooms, plan.choice, starts)
 
 
-def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> tuple[Engine, Relora]:
-    """The training engine of a run, with weights and state all zero, and the Relora that does its updates."""
+def starts_of(config: Config, tokenizer: Tokenizer) -> Starts | None:
+    """Where documents start that do not see each other, for the engine of a run."""
+    return starting_with(tokenizer.bos_id) if config.data.document_mask else None
+
+
+def training_engine(
+    config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool, starts: Starts | None = None
+) -> tuple[Engine, Relora]:
+    """The training engine of a run, with weights and state all zero, and the Relora that does its updates.
+    starts: see `starts_of`."""
     optimizer = make_optimizer(config)
     relora = Relora(config.relora, optimizer)
     if config.memory.engine == "deepspeed":
-        return ZeroEngine(config, optimizer, plan.micro_batch, rooms), relora
+        return ZeroEngine(config, optimizer, plan.micro_batch, rooms, starts), relora
     units = make_units(config, plan, rooms, adapted)
     optimizer.attach(units.values(), rooms, plan.choice.homes.state)
-    return engine_of(config, units, relora, plan, rooms), relora
+    return engine_of(config, units, relora, plan, rooms, starts), relora
 
 
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
@@ -82,7 +95,9 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    return config, engine_of(config, units, None, plan, rooms), Tokenizer(_tokenizer_of(folder, found))
+    tokenizer = Tokenizer(_tokenizer_of(folder, found))
+    starts = starts_of(config, tokenizer)
+    return config, engine_of(config, units, None, plan, rooms, starts), tokenizer
 
 
 def _for_use(config: Config) -> Config:

@@ -400,7 +400,8 @@ def _rehearse(run: Run) -> None:
     config, parts = run.config, run.parts
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
-    batch = torch.zeros(shape, dtype=torch.int64)
+    # not the token with which documents start, because long ones need the most memory
+    batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):

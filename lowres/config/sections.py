@@ -167,6 +167,9 @@ class DataConfig(Section):
     so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
+    document_mask: bool = False
+    """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
+    document, and its first token is not predicted. Otherwise all tokens before are context."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 
