@@ -3,7 +3,7 @@
 sources     standard library, files, folders or a stream as a sequence of documents
 hub         the rows of a stream, over lost connections
 survey      the first pass: a sample for the tokenizer, documents held out for validation
-tokenizer   text <-> ids, lossless
+tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 shards      files of token ids, verified and read in pieces
 stream      the same shards, written while training reads them
@@ -16,6 +16,16 @@ opening     prepares and opens the data of a configuration
 from lowres.data.batches import TokenData
 from lowres.data.opening import cache_bytes, open_data, open_text
 from lowres.data.prepare import prepare
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
-__all__ = ["TokenData", "Tokenizer", "cache_bytes", "open_data", "open_text", "prepare"]
+__all__ = [
+    "FILE_NAMES",
+    "TokenData",
+    "Tokenizer",
+    "cache_bytes",
+    "find_tokenizer",
+    "open_data",
+    "open_text",
+    "open_tokenizer",
+    "prepare",
+]
