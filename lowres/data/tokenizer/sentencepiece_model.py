@@ -100,7 +100,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Any) -> str:
         text = super().decode(ids)
-        return text.removeprefix(" ") if self._spec.adds_prefix else text
+        if not self._spec.adds_prefix:
+            return text
+        return text.removesuffix(" ") if self._spec.is_suffix else text.removeprefix(" ")
 
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         found: list[np.ndarray] = self._processor.encode(parts, num_threads=threads(), return_type="numpy")
@@ -171,8 +173,8 @@ class _Spec:
         removes, escapes = bool(normaliser.get(4, 1)), bool(normaliser.get(5, 1))
         others = bool(normaliser.get(2)) or removes or not escapes
         self.normalises = self.adds_prefix or others
-        # LLaMA's form; as a suffix it would need the end of the text
-        self.only_adds_prefix = not others and not trainer.get(24, 0)
+        self.is_suffix = bool(trainer.get(24, 0))  # whether the prefix goes to the end
+        self.only_adds_prefix = not others and not self.is_suffix  # LLaMA's form
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
