@@ -181,7 +181,9 @@ def _add_data(commands: Commands) -> None:
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
-    sub.add_argument("--tokenizer", metavar="PATH", help="SentencePiece model (default: train one)")
+    sub.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or tokenizer.json (default: train one)"
+    )
     sub.add_argument(
         "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
     )
@@ -376,6 +378,8 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
+    if not tokenizer.has_text:
+        print(f"note: {parsed.run} has no tokenizer for text; a sample is ids", file=sys.stderr)
     print(
         sample(
             engine,
@@ -402,9 +406,10 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(scores))
     else:
+        bits = scores.get("val_bits_per_byte")
         print(
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-            f"{scores['val_bits_per_byte']:.4f} bits per byte"
+            + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
 
 

@@ -163,7 +163,9 @@ def test_documents_apart_follow_our_adamw(stage: int, tmp_path: Path) -> None:
     for step in range(3):
         batch = make_batch(8, seed=step)
         batch[torch.rand(batch.shape, generator=torch.Generator().manual_seed(step)) < 0.2] = 1
-        assert theirs.step(batch, step, 1.0).loss == pytest.approx(apart.step(batch, step, 1.0).loss, rel=1e-5)
+        assert theirs.step(batch, step, 1.0).loss == pytest.approx(
+            apart.step(batch, step, 1.0).loss, rel=1e-5
+        )
     assert furthest(tensors_of(theirs), tensors_of(apart)) < 1e-4
     wanted = apart.evaluate(batch)
     assert theirs.evaluate(batch) == (pytest.approx(wanted[0], rel=1e-5), wanted[1])

@@ -145,7 +145,16 @@ class DataConfig(Section):
     val_source: str | None = None
     """Validation text; default (also if empty): documents held out from the source."""
     tokenizer: str | None = None
-    """Path of a SentencePiece model; default: one is trained on the source."""
+    """Path of a SentencePiece model or of a tokenizer.json, or of a folder with one; default: one is trained
+    on the source."""
+    tokenizer_form: Literal["exact", "own"] | None = None
+    """Of a SentencePiece model: exact never changes a text; own has the model's own dummy prefix and
+    normaliser, as LLaMA-2 was trained. Default: own with weights of another run (run.init_from), otherwise
+    exact."""
+    bos: str | int | None = None
+    """Token or id that begins every document, if nothing beside a tokenizer.json says it."""
+    eos: str | int | None = None
+    """Token or id that ends every document, if nothing beside a tokenizer.json says it."""
     vocab_size: Annotated[Size, Field(ge=260)] | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text."""

@@ -1,7 +1,7 @@
 """Data: from the documents of a source (`lowres.text`) to batches of tokens.
 
 survey      the first pass: a sample for the tokenizer, documents held out for validation
-tokenizer   text <-> ids, lossless
+tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 shards      files of token ids, verified and read in pieces
 stream      the same shards, written while training reads them
@@ -16,6 +16,17 @@ from lowres.data.batches import TokenData
 from lowres.data.inspection import inspect
 from lowres.data.opening import cache_bytes, open_data, open_text
 from lowres.data.prepare import prepare
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
-__all__ = ["TokenData", "Tokenizer", "cache_bytes", "inspect", "open_data", "open_text", "prepare"]
+__all__ = [
+    "FILE_NAMES",
+    "TokenData",
+    "Tokenizer",
+    "cache_bytes",
+    "find_tokenizer",
+    "inspect",
+    "open_data",
+    "open_text",
+    "open_tokenizer",
+    "prepare",
+]

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres.data.manifest import Complete, Entry, hash_of, open_tokenizer, read_complete
+from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
 from lowres.data.shards import Shard
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
@@ -50,7 +50,7 @@ class TokenData:
         self.seq_len = seq_len
         self._stream = stream
         manifest = stream.state if stream else read_complete(folder)
-        self.tokenizer = open_tokenizer(folder, manifest)
+        self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
         self.notes: list[str] = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)

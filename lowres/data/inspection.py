@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from lowres.config import DataConfig
-from lowres.data.opening import source_of
+from lowres.data.opening import given_tokenizer, source_of
 from lowres.data.tokenizer import Tokenizer
 from lowres.text import documents, is_stream, list_files
 from lowres.text.documents import Skipped, rows_of
@@ -105,7 +105,7 @@ def inspect(config: DataConfig) -> Inspection:
     """Look at the config's source. Reads everything up to EXACT_BYTES of a kind of file, and samples above.
     Raises UserError for what `train` would refuse."""
     source = source_of(config)
-    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = given_tokenizer(config)
     estimated = tokenizer is None
     if is_stream(source):
         count = Count(exact=False)

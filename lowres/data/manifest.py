@@ -17,13 +17,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, PlainValidator, model_validator
 
 from lowres.data.shards import AGAIN, shard_name, write_file
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, parse, seal, unseal
 
 FORMAT = 1
-DATA, PROGRESS, TOKENIZER = "data.json", "progress.json", "tokenizer.model"
+DATA, PROGRESS = "data.json", "progress.json"
 
 
 def _is_text(value: Any) -> str:
@@ -168,9 +168,10 @@ def read_progress(folder: Path) -> Started | Progress:
     return _read(folder / PROGRESS, lambda content: Progress if "tokenizer" in content else Started)
 
 
-def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def recorded_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a prepared folder. Raises UserError if it is not the recorded one."""
-    tokenizer = Tokenizer(folder / TOKENIZER, manifest.tokenizer, remedy=AGAIN)
+    path = find_tokenizer(folder) or folder / "tokenizer.model"
+    tokenizer = open_tokenizer(path, form="own", fingerprint=manifest.tokenizer, remedy=AGAIN)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise UserError(f"{folder}: damaged (vocab_size is not that of its tokenizer); {AGAIN}")
     return tokenizer
@@ -218,4 +219,4 @@ def _has_our_keys(content: dict[str, Any]) -> bool:
 def _has_shards(folder: Path) -> bool:
     """Whether a folder has a tokenizer and a first shard, so that it is ours whatever its record says."""
     first = [folder / shard_name(part, 0) for part in ("val", "train")]
-    return (folder / TOKENIZER).exists() and any(path.exists() for path in first)
+    return find_tokenizer(folder) is not None and any(path.exists() for path in first)

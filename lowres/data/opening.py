@@ -17,14 +17,14 @@ from lowres.data.manifest import (
     Manifest,
     Progress,
     found_in,
-    open_tokenizer,
     read_complete,
     read_progress,
+    recorded_tokenizer,
 )
-from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
+from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.errors import UserError
 from lowres.ranks import say
 from lowres.text import Source, documents, is_stream, list_files
@@ -40,8 +40,8 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
     most this many pieces; an existing tokenizer with more raises UserError.
     """
-    if config.tokenizer:
-        _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
+    if given := given_tokenizer(config):
+        _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
         _check_pieces(config.vocab_size, vocab_size)
     if not is_stream(config.source):
@@ -65,6 +65,13 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         raise
 
 
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the config names; None if it names none."""
+    if not config.tokenizer:
+        return None
+    return open_tokenizer(config.tokenizer, config.tokenizer_form, config.bos, config.eos)
+
+
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
     """The prepared folder for the config's source: the source itself if it is a prepared folder, otherwise a
     folder in config.cache, which is filled if needed. Its name depends on all that determines its content."""
@@ -76,7 +83,8 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
         run(job, folder, progress)
         return folder
     recorded = read_complete(folder).tokenizer
-    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != recorded:
+    given = given_tokenizer(config)
+    if given and given.fingerprint != recorded:
         raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
     return folder
 
@@ -91,7 +99,7 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
-    tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(list(documents(source)))]
+    tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(list(documents(source)))]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
 
@@ -113,10 +121,7 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
         return 0
     if found is not None and isinstance(state := read_progress(folder), Progress):
         there = sum(entry.tokens for entry in state.train)
-    if config.tokenizer:
-        pieces = Tokenizer(config.tokenizer).vocab_size
-    else:
-        pieces = job.vocab_size or LARGEST_DEFAULT_VOCAB
+    pieces = job.tokenizer.vocab_size if job.tokenizer else job.vocab_size or LARGEST_DEFAULT_VOCAB
     ahead = BLOCK_TOKENS  # one block is written before it is wanted
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
@@ -137,7 +142,7 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
 def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
     return Job(
         source_of(config),
-        config.tokenizer,
+        given_tokenizer(config),
         config.vocab_size or vocab_size,
         # the model may have more rows than the tokenizer has pieces
         exact_vocab=config.vocab_size is not None,
@@ -150,11 +155,11 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = open_tokenizer(training, manifest)
+    tokenizer = recorded_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
-        job = Job(source_of(config, config.val_source), str(tokenizer.path), max_tokens=limit, hold_out=False)
+        job = Job(source_of(config, config.val_source), tokenizer, max_tokens=limit, hold_out=False)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:

@@ -1,9 +1,9 @@
 """From a source to a folder of token shards, in two passes over the text.
 
 The first pass (survey.py) decides on the tokenizer and the validation data; the second pass writes the
-training shards. Every document is stored as bos, its tokens, eos. Files are written under a temporary name
-and then renamed, and everything is a pure function of the source and the arguments. So a preparation that
-was killed at any moment continues after its last shard and produces the same bytes.
+training shards. Every document is stored with its ends (`Tokenizer.with_ends`). Files are written under a
+temporary name and then renamed, and everything is a pure function of the source and the arguments. So a
+preparation that was killed at any moment continues after its last shard and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from lowres.data.folder import (
 from lowres.data.manifest import (
     FORMAT,
     PROGRESS,
-    TOKENIZER,
     Complete,
     Entry,
     HeldOutRecord,
     Position,
     Progress,
     Started,
-    open_tokenizer,
     read_complete,
+    recorded_tokenizer,
     write,
 )
 from lowres.data.shards import shard_name, token_dtype, write_file
 from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
-from lowres.data.tokenizer import Tokenizer, train
+from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
+from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.errors import UserError
 from lowres.text import Source, numbered_documents
 from lowres.text.source import as_source
@@ -57,6 +57,9 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | None = None,
+    tokenizer_form: Form | None = None,
+    bos: str | int | None = None,
+    eos: str | int | None = None,
     vocab_size: int | None = None,
     max_tokens: int | None = None,
     progress: bool = True,
@@ -64,12 +67,13 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise a source into the folder `out`; returns the content of its data.json.
 
-    `tokenizer`: path of a SentencePiece model; without it, one with `vocab_size` pieces is trained (the
-    default depends on the size of the text). `max_tokens`: limit on the training tokens. The key `notes` of
-    the result lists notes for the user. Raises UserError if the folder holds something else; if the source
-    cannot be used, nothing is written.
+    `tokenizer`, `tokenizer_form`, `bos`, `eos`: as the keys of the section data; without a tokenizer, one
+    with `vocab_size` pieces is trained (the default depends on the size of the text). `max_tokens`: limit on
+    the training tokens. The key `notes` of the result lists notes for the user. Raises UserError if the
+    folder holds something else; if the source cannot be used, nothing is written.
     """
-    job = Job(as_source(source), tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
+    given = open_tokenizer(tokenizer, tokenizer_form, bos, eos) if tokenizer else None
+    job = Job(as_source(source), given, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
     return run(job, Path(out), progress).model_dump()
 
 
@@ -118,21 +122,22 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
 @dataclass(frozen=True)
 class _Plan:
-    """The result of the first pass; `model`: the content of the tokenizer's file."""
+    """The result of the first pass; `tokenizer`: name and content of its file."""
 
     survey: Survey
-    model: bytes
+    tokenizer: tuple[str, bytes]
     notes: list[str]
 
 
 def _plan(job: Job, progress: bool) -> _Plan:
     seen = survey(job.source, job.hold_out, progress)
     if job.tokenizer:
-        return _Plan(seen, Path(job.tokenizer).read_bytes(), seen.notes)
+        given = job.tokenizer
+        return _Plan(seen, (given.file_name, given.content), seen.notes + given.notes)
     asked = job.vocab_size or _default_vocab(seen)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     notes = [] if pieces == asked else [f"vocab_size: the text gives only {pieces} pieces instead of {asked}"]
-    return _Plan(seen, model, seen.notes + notes)
+    return _Plan(seen, (SentencePieceTokenizer.file_name, model), seen.notes + notes)
 
 
 def _default_vocab(seen: Survey) -> int:
@@ -146,12 +151,13 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     """Write tokenizer, validation data and progress.json."""
     # marks the folder as this job's, in case the next lines are interrupted
     write(out / PROGRESS, Started(format=FORMAT, arguments=job.arguments))
-    write_file(out / TOKENIZER, plan.model)
-    tokenizer = Tokenizer(out / TOKENIZER)
+    name, content = plan.tokenizer
+    write_file(out / name, content)
+    tokenizer = open_tokenizer(out / name, form="own")
     val = []
     if plan.survey.validation:
         ids = tokenizer.encode_batch(plan.survey.validation)
-        tokens = np.concatenate([with_ends(tokenizer, of_document) for of_document in ids])
+        tokens = np.concatenate([tokenizer.with_ends(of_document) for of_document in ids])
         val = [store_shard(out, shard_name("val", 0), tokens, tokenizer)]
     held_out = plan.survey.held_out
     state = Progress(
@@ -182,7 +188,7 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     """
     if isinstance(state, Complete):
         return
-    tokenizer = open_tokenizer(out, state)
+    tokenizer = recorded_tokenizer(out, state)
     record = state.held_out
     held_out = HeldOut(frozenset(record.hashes), record.tail_row, record.tail_start)
     left = (job.max_tokens or sys.maxsize) - sum(shard.tokens for shard in state.train)
@@ -207,7 +213,7 @@ def _encoded(
 
     def encode_batch() -> Iterator[tuple[int, np.ndarray]]:
         for (row, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-            yield row, with_ends(tokenizer, ids)
+            yield row, tokenizer.with_ends(ids)
 
     for row, text in numbered_documents(source, start):
         bar.update(len(text))
@@ -219,11 +225,6 @@ def _encoded(
             yield from encode_batch()
             batch, size = [], 0
     yield from encode_batch()
-
-
-def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """A document as it is stored: bos, its tokens, eos."""
-    return np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))
 
 
 def _cut(
