@@ -8,7 +8,7 @@ import pytest
 from lowres.data import prepare
 from lowres.data.manifest import read_complete
 from lowres.data.shards import Shard
-from lowres.data.tokenizer import find_tokenizer, train
+from lowres.data.tokenizer import open_tokenizer, train
 from lowres.text import VALIDATION, Source, documents, list_files
 from tests.layouts import LAYOUTS, TEST, TEXTS, Layout
 
@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def decoded(folder: Path, part: str) -> list[str]:
     """The documents of a prepared folder."""
-    tokenizer = find_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     found = list[list[int]]()
     for entry in getattr(read_complete(folder), part):
         for token in Shard(folder / entry.file).read().tolist():
