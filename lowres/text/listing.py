@@ -6,6 +6,8 @@
    make them, and are left out. Cards, licences and checksums are no text where other files are.
 4. The part: training, validation or test (`splits`).
 
+A tar or zip file is a folder like any other (`archives`).
+
 What is left out and looks like data is said; if it is more than data.max_left_out of the bytes, it is an
 error.
 """
@@ -20,10 +22,10 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 
 from lowres.errors import UserError
-from lowres.text import card, columns, splits, walk
+from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
-from lowres.text.kinds import KINDS, Rank, kind_of_name, names, plain
-from lowres.text.opening import opened
+from lowres.text.kinds import KINDS, NotData, Rank, kind_of_name, names, plain
+from lowres.text.opening import faults_of, opened
 from lowres.text.source import TEST, TRAIN, BadFileError, File, Source, as_source, is_stream
 from lowres.text.walk import Found
 
@@ -161,6 +163,8 @@ def _of_one(source: Source, path: Path) -> Listing:
     found = walk.one(path.name, path)
     if found.reason:
         raise UserError(f"{source.name}: {found.reason}; give a file, a folder or a glob")
+    if archives.is_archive(found.name):
+        return _of_many(source, [found], "in this archive", None)
     made = _recognised(found, source)
     if isinstance(made, LeftOut):
         raise UserError(f"{source.name}: {made.reason}; known are {names()}")
@@ -173,7 +177,11 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
     for f in found:
         if any(matches(f.name, pattern) for pattern in source.exclude):
             left_out.append(LeftOut(f.name, f.size, "data.exclude"))
-        elif source.include and not any(matches(f.name, pattern) for pattern in source.include):
+        elif (
+            source.include
+            and not archives.is_archive(f.name)
+            and not any(matches(f.name, pattern) for pattern in source.include)
+        ):
             left_out.append(LeftOut(f.name, f.size, "not in data.include"))
         elif f.reason:
             # a link to nothing was something once
@@ -189,8 +197,13 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
                     LeftOut(f.name, f.size, "not in the card's configs", data=not _describes(f.name))
                 )
             continue
-        made = _recognised(f, source)
-        files.append(made) if isinstance(made, File) else left_out.append(made)
+        if archives.is_archive(f.name):
+            of_it = _in_archive(f, source)
+            known |= {each.name: known[f.name] for each in of_it if f.name in known}
+        else:
+            of_it = [_recognised(f, source)]
+        for made in of_it:
+            files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
     if not files:
         reasons = [each for each in left_out if each.reason not in ("hidden", "data.exclude")]
@@ -203,6 +216,39 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
 
 
 # ---------------------------------------------------------------------------- the kind
+
+
+def _in_archive(archive: Found, source: Source) -> list[File | LeftOut]:
+    """What is in an archive, each member looked at where the reading stands. The globs are for members, or
+    for the archive as a whole."""
+    include = source.include
+    if any(matches(archive.name, pattern) for pattern in include):
+        include = ()
+    made = dict[str, File | LeftOut]()
+    replaced = list[File | LeftOut]()
+    try:
+        with faults_of(archive.path):
+            for f in archives.members(archive):
+                if (earlier := made.pop(f.name, None)) is not None:
+                    replaced.append(
+                        LeftOut(earlier.name, earlier.size, "replaced by a later member of the same name")
+                    )
+                if any(matches(f.name, pattern) for pattern in source.exclude):
+                    made[f.name] = LeftOut(f.name, f.size, "data.exclude")
+                elif include and not any(matches(f.name, pattern) for pattern in include):
+                    made[f.name] = LeftOut(f.name, f.size, "not in data.include")
+                elif f.reason:
+                    looks_so = f.reason != "hidden" and "link" not in f.reason
+                    made[f.name] = LeftOut(f.name, f.size, f.reason, data=looks_so)
+                else:
+                    made[f.name] = _recognised(f, source)
+    except BadFileError as error:
+        if source.damaged == "refuse":
+            raise
+        rest = max(0, archive.size - sum(each.size for each in made.values()))
+        reason = f"the rest of the archive: {str(error).removeprefix(f'{archive.path}: ')}"
+        replaced.append(LeftOut(archive.name, rest, reason, data=True))
+    return [*made.values(), *replaced]
 
 
 def _recognised(found: Found, source: Source) -> File | LeftOut:
@@ -218,7 +264,12 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
-    file = File(found.name, found.path, found.size, kind.name if kind else "other text", compression)
+    file = File(
+        *(found.name, found.path, found.size, kind.name if kind else "other text", compression),
+        column=text_key if kind and kind.columns else None,
+        archive=found.archive,
+        at=found.at,
+    )
     if not kind and PurePath(found.name.lower()).suffix in _OTHER_MEDIA:
         return LeftOut(found.name, found.size, "no text")
     if not found.size and (compression or not kind or kind.rank <= Rank.ROWS):
@@ -227,6 +278,8 @@ def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     if not kind:
         text = plain.is_text(_head(file))
         return file if text else LeftOut(found.name, found.size, "unknown type", data=True)
+    if kind.rank == Rank.TOKENS and found.archive:
+        return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None
     if not reason and kind.columns:
         # a table without a row has no columns
@@ -235,7 +288,10 @@ def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
         reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))
-    return LeftOut(found.name, found.size, reason, data=not _describes(found.name)) if reason else file
+    if reason:
+        no_data = isinstance(reason, NotData) or _describes(found.name)
+        return LeftOut(found.name, found.size, reason, data=not no_data)
+    return file
 
 
 def _head(file: File) -> bytes:

@@ -16,13 +16,16 @@ from lowres.sealed import Damaged, parse
 
 @dataclass(frozen=True)
 class Found:
-    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may."""
+    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at: see
+    `source.File`."""
 
     name: str
     path: Path
     size: int
     mtime_ns: int
     reason: str = ""
+    archive: Path | None = None
+    at: int = 0
 
 
 def in_folder(root: Path, leave_out: frozenset[str] = frozenset()) -> list[Found]:

@@ -1,0 +1,93 @@
+"""Tables as text, with a line of column names: CSV, and TSV.
+
+What divides the columns is a comma or a tab, or what the line of names shows where a comma finds no text. A
+column of text is taken by its name only: a table without a line of names would lose its first row to it.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lowres.errors import first_line
+from lowres.text.columns import COLUMNS, OTHER, STRING, choose
+from lowres.text.kinds.plain import decoded
+from lowres.text.kinds.registry import Kind, Rank, register
+from lowres.text.opening import opened
+from lowres.text.source import BadFileError, File, Source
+
+_DIVIDERS = {"CSV": ",;\t|", "TSV": "\t"}
+# a quote that is never closed would take the rest of the file
+_LONGEST = min(1 << 30, sys.maxsize)
+
+
+def read(file: File, source: Source) -> Iterator[str]:
+    assert file.column is not None
+    with opened(file) as stream:
+        names, divider = _names(file)
+        rows = _rows(stream, divider, file.path)
+        next(rows)
+        taken = [i for i, name in enumerate(names) if name == file.column]
+        if len(taken) > 1:
+            raise BadFileError(f'{file.path}:1: has {len(taken)} columns "{file.column}"; rename all but one')
+        for line, row in rows:
+            if len(row) == len(names):
+                yield row[taken[0]]
+            elif not row:
+                yield ""
+            else:
+                raise BadFileError(
+                    f"{file.path}:{line}: has {len(row)} columns instead of {len(names)}; correct that row"
+                )
+
+
+def columns(file: File) -> dict[str, str] | None:
+    names, _ = _names(file)
+    return _kinds(names, file.column)
+
+
+def _kinds(names: list[str], text_key: str | None) -> dict[str, str]:
+    return {name: STRING if name == text_key or name.lower() in COLUMNS else OTHER for name in names}
+
+
+def _names(file: File) -> tuple[list[str], str]:
+    """(names of the columns, what divides them). file.column: what to look for, if that is known."""
+    found = list[tuple[list[str], str]]()
+    for divider in _DIVIDERS[file.kind]:
+        with opened(file) as stream:
+            _, row = next(_rows(stream, divider, file.path), (0, []))
+        names = [name.strip() for name in row]
+        if choose(_kinds(names, file.column), file.column):
+            return names, divider
+        found.append((names, divider))
+    return found[0]
+
+
+def _rows(stream: IO[bytes], divider: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line on which a row ends, its fields); no field for a blank line."""
+    csv.field_size_limit(_LONGEST)
+    reader = csv.reader(_lines(stream, path), delimiter=divider, strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise BadFileError(
+                f"{path}:{reader.line_num}: no valid row ({first_line(error)}); correct it"
+            ) from None
+        yield reader.line_num, row
+
+
+def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        text = decoded(path, line, f":{number}")
+        # decoded() takes a byte order mark for one on every line
+        yield text if number == 1 or not line.startswith(b"\xef\xbb\xbf") else "\ufeff" + text
+
+
+register(Kind("CSV", (".csv",), Rank.ROWS, read, columns))
+register(Kind("TSV", (".tsv", ".tab"), Rank.ROWS, read, columns))
