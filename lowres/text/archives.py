@@ -244,9 +244,12 @@ class _Tape:
         return self._forward()
 
     def member(self, at: int) -> IO[bytes]:
-        if self._at_place() == at and self._part and self._part.again():
-            return io.BufferedReader(self._part, _PIECE)
-        if self._at_place() >= at or self._at_end:
+        place = self._at_place()
+        if place == at and self._part:
+            if self._part.again():
+                return io.BufferedReader(self._part, _PIECE)
+            place = at + 1
+        if place > at or self._at_end:
             self.close()
             self._rewind()
         while self._at_place() < at:
@@ -281,6 +284,9 @@ class _Part(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        """Nothing, as it may be read again."""
 
     def again(self) -> bool:
         """Begin from the first byte, if that is possible."""

@@ -7,6 +7,7 @@ of COLUMNS that there is, in any case; or else the only column of strings.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from lowres.text.source import BadFileError
@@ -38,6 +39,11 @@ def kinds_of(row: dict[str, Any]) -> dict[str, str]:
 def of_arrow(schema: Any) -> dict[str, str]:
     """The same from a schema of pyarrow."""
     return {field.name: STRING if _ARROW_STRING.match(str(field.type)) else OTHER for field in schema}
+
+
+def by_name_only(columns: Iterable[str], text_key: str | None) -> dict[str, str]:
+    """Columns of which only those with a known name may be the text."""
+    return {name: STRING if name == text_key or name.lower() in COLUMNS else OTHER for name in columns}
 
 
 def choose(columns: dict[str, str], text_key: str | None) -> str | None:

@@ -14,7 +14,9 @@ error.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ _DESCRIBES = (
     "requirements*.txt", "*sha256sum*", "*md5sum*", "*checksum*", "*.md5", "*.sha1", "*.sha256", "*.sha512",
     "*.asc", "*.sig", "manifest.txt", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
 )  # fmt: skip
+_DESCRIBES_RE = re.compile("|".join(map(fnmatch.translate, _DESCRIBES)))
 # neither text nor tokens, however large: pictures, sound, films, weights, programs, fonts
 _OTHER_MEDIA = frozenset(
     [
@@ -201,7 +204,7 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             of_it = _in_archive(f, source)
             known |= {each.name: known[f.name] for each in of_it if f.name in known}
         else:
-            of_it = [_recognised(f, source)]
+            of_it = (_recognised(f, source),)
         for made in of_it:
             files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
@@ -218,7 +221,8 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
 # ---------------------------------------------------------------------------- the kind
 
 
-def _in_archive(archive: Found, source: Source) -> list[File | LeftOut]:
+@lru_cache(maxsize=1 << 10)
+def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
     """What is in an archive, each member looked at where the reading stands. The globs are for members, or
     for the archive as a whole."""
     include = source.include
@@ -248,7 +252,7 @@ def _in_archive(archive: Found, source: Source) -> list[File | LeftOut]:
         rest = max(0, archive.size - sum(each.size for each in made.values()))
         reason = f"the rest of the archive: {str(error).removeprefix(f'{archive.path}: ')}"
         replaced.append(LeftOut(archive.name, rest, reason, data=True))
-    return [*made.values(), *replaced]
+    return (*made.values(), *replaced)
 
 
 def _recognised(found: Found, source: Source) -> File | LeftOut:
@@ -300,7 +304,7 @@ def _head(file: File) -> bytes:
 
 
 def _describes(name: str) -> bool:
-    return any(matches(name, pattern) for pattern in _DESCRIBES)
+    return _DESCRIBES_RE.match(name.rsplit("/", 1)[-1].lower()) is not None
 
 
 def _without_descriptions(files: list[File], left_out: list[LeftOut], source: Source) -> list[File]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from lowres.errors import first_line
-from lowres.text.columns import COLUMNS, OTHER, STRING, choose
-from lowres.text.kinds.plain import decoded
+from lowres.text.columns import by_name_only, choose
+from lowres.text.kinds.plain import decoded, utf_8
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
@@ -46,11 +46,7 @@ def read(file: File, source: Source) -> Iterator[str]:
 
 def columns(file: File) -> dict[str, str] | None:
     names, _ = _names(file)
-    return _kinds(names, file.column)
-
-
-def _kinds(names: list[str], text_key: str | None) -> dict[str, str]:
-    return {name: STRING if name == text_key or name.lower() in COLUMNS else OTHER for name in names}
+    return by_name_only(names, file.column)
 
 
 def _names(file: File) -> tuple[list[str], str]:
@@ -60,7 +56,7 @@ def _names(file: File) -> tuple[list[str], str]:
         with opened(file) as stream:
             _, row = next(_rows(stream, divider, file.path), (0, []))
         names = [name.strip() for name in row]
-        if choose(_kinds(names, file.column), file.column):
+        if choose(by_name_only(names, file.column), file.column):
             return names, divider
         found.append((names, divider))
     return found[0]
@@ -84,9 +80,7 @@ def _rows(stream: IO[bytes], divider: str, path: Path) -> Iterator[tuple[int, li
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(stream, 1):
-        text = decoded(path, line, f":{number}")
-        # decoded() takes a byte order mark for one on every line
-        yield text if number == 1 or not line.startswith(b"\xef\xbb\xbf") else "\ufeff" + text
+        yield (decoded if number == 1 else utf_8)(path, line, f":{number}")
 
 
 register(Kind("CSV", (".csv",), Rank.ROWS, read, columns))

@@ -13,14 +13,15 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
 from typing import IO, Any
 
 from lowres.errors import first_line
-from lowres.text.columns import COLUMNS, STRING, choose, kinds_of, text_of
+from lowres.text.columns import COLUMNS, STRING, by_name_only, choose, text_of
+from lowres.text.globs import matches
 from lowres.text.kinds.json_lines import DECODER
 from lowres.text.kinds.registry import Kind, NotData, Rank, register
 from lowres.text.opening import opened
@@ -35,13 +36,17 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _KEY = re.compile(r'[ \t\n\r]*("(?:[^"\\]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
 # what JSON does not have and settings do: comments, and commas before a bracket
 _SETTINGS = re.compile(r"[ \t\n\r]*(//|/\*|[}\]])")
+_SETTINGS_NAMES = (
+    "dataset_info*.json", "dataset_dict.json", "state.json", "tokenizer*.json", "special_tokens_map.json",
+    "vocab.json", "config.json", "*_config.json", "*.index.json", "package*.json", "tsconfig*.json",
+)  # fmt: skip
 _NO_ROWS = NotData("one JSON object without rows: settings?")
 
 
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with opened(file) as stream:
-        for place, row in _rows(_Text(stream, file.path)):
+        for place, row in _rows(_Text(stream, file.path), file.column):
             if isinstance(row, str):
                 yield row
             elif isinstance(row, dict):
@@ -54,25 +59,24 @@ def read(file: File, source: Source) -> Iterator[str]:
 
 def columns(file: File) -> dict[str, str] | None:
     with opened(file) as stream:
-        for _, row in _rows(_Text(stream, file.path)):
+        for _, row in _rows(_Text(stream, file.path), file.column):
             if isinstance(row, str):
                 return {COLUMNS[0]: STRING}
             if isinstance(row, dict):
-                return kinds_of(row)
+                return by_name_only(row, file.column)
     return None
 
 
 def refused(file: File) -> str | None:
+    if any(matches(file.path.name, pattern) for pattern in _SETTINGS_NAMES):
+        return NotData("settings")
     with opened(file) as stream:
         text = _Text(stream, file.path)
         if text.next() not in ("{", "["):
             return NotData("JSON without rows") if text.next() else None
-        form = _form(text)
+        form = _form(text, file.column)
     if isinstance(form, _Single):
-        names = {name: kind for name, kind in kinds_of(form.row).items() if name.lower() in COLUMNS}
-        if file.column or names:
-            return None if choose(kinds_of(form.row) if file.column else names, file.column) else _NO_ROWS
-        return _NO_ROWS
+        return None if _has_text(form.row, file.column) else _NO_ROWS
     return form if isinstance(form, str) else None
 
 
@@ -93,25 +97,31 @@ class _Array:
     at: int
 
 
-def _form(text: _Text) -> _Single | _Array | str | None:
+def _form(text: _Text, text_key: str | None) -> _Single | _Array | str | None:
     """Which form a text has that begins with a bracket; a string for why it has no rows; None for objects
     one after the other. Nothing of the text is consumed."""
-    text.fill(_HEAD)
-    start, head = text.at, text.buffer
-    if head[start] == "[":
-        return _Array(start)
+    head = text.head(_HEAD)
+    if head[0] == "[":
+        return _Array(0)
     try:
-        first, end = DECODER.raw_decode(head, start)
+        first, end = DECODER.raw_decode(head)
     except (ValueError, RecursionError) as error:
         if text.ended and isinstance(error, JSONDecodeError) and _SETTINGS.match(head, error.pos):
             return NotData("JSON with comments: settings")
-        return _unfinished_array(head, start)
-    if not text.ended or _SPACE.fullmatch(head, end) is None:
+        return _unfinished_array(head, text_key)
+    while not text.ended and _SPACE.fullmatch(head, end):
+        head = text.head(len(head) + 1)
+    if not _SPACE.fullmatch(head, end):
         return None
     arrays = [key for key, value in first.items() if _is_rows(value)]
-    if not arrays or choose(kinds_of(first), None) == COLUMNS[0]:
+    if not arrays or _has_text(first, text_key):
         return _Single(first)
-    return _place_of(head, start, arrays[0]) if len(arrays) == 1 else _several(arrays)
+    place = next(at for name, at, _ in _members(head) if name == arrays[0])
+    return _Array(place) if len(arrays) == 1 else _several(arrays)
+
+
+def _has_text(names: Iterable[str], text_key: str | None) -> bool:
+    return choose(by_name_only(names, text_key), text_key) is not None
 
 
 def _several(arrays: list[str]) -> str:
@@ -122,9 +132,9 @@ def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict | str)
 
 
-def _members(head: str, start: int) -> Iterator[tuple[str, int, Any]]:
-    """(key, where its value begins, value; None if that does not end in the head) of the object at `start`"""
-    at = start + 1
+def _members(head: str) -> Iterator[tuple[str, int, Any]]:
+    """(key, where its value begins, value; None if that does not end in the head) of the object that it is"""
+    at = 1
     while match := _KEY.match(head, at):
         at = match.end()
         try:
@@ -139,14 +149,12 @@ def _members(head: str, start: int) -> Iterator[tuple[str, int, Any]]:
         at += 1
 
 
-def _place_of(head: str, start: int, key: str) -> _Array:
-    return _Array(next(at for name, at, _ in _members(head, start) if name == key))
-
-
-def _unfinished_array(head: str, start: int) -> _Array | str | None:
+def _unfinished_array(head: str, text_key: str | None) -> _Array | str | None:
     """The array in a large object that does not end in the head; None if that does not end in an array."""
-    found = list(_members(head, start))
+    found = list(_members(head))
     if not found or found[-1][2] is not None or not re.compile(r'\[[ \t\n\r]*[{"]').match(head, found[-1][1]):
+        return None
+    if _has_text([key for key, _, _ in found], text_key):
         return None
     arrays = [key for key, _, value in found if _is_rows(value)]
     return _several([*arrays, found[-1][0]]) if arrays else _Array(found[-1][1])
@@ -155,11 +163,11 @@ def _unfinished_array(head: str, start: int) -> _Array | str | None:
 # ---------------------------------------------------------------------------- rows
 
 
-def _rows(text: _Text) -> Iterator[tuple[str, Any]]:
+def _rows(text: _Text, text_key: str | None) -> Iterator[tuple[str, Any]]:
     """(file, line and row; value)"""
     if not text.next():
         return
-    form = _form(text)
+    form = _form(text, text_key)
     if isinstance(form, str):
         raise BadFileError(f"{text.path}: {form}")
     if isinstance(form, _Array):
@@ -167,7 +175,7 @@ def _rows(text: _Text) -> Iterator[tuple[str, Any]]:
         text.at = form.at + 1
         yield from _elements(text)
         if in_object:
-            _rest_of_object(text)
+            _rest_of_object(text, text_key)
         if text.next():
             raise text.invalid("something follows the end of the JSON")
         return
@@ -190,7 +198,7 @@ def _elements(text: _Text) -> Iterator[tuple[str, Any]]:
             return
 
 
-def _rest_of_object(text: _Text) -> None:
+def _rest_of_object(text: _Text, text_key: str | None) -> None:
     """What follows the array inside its object: nothing that would be lost."""
     while text.next() == ",":
         text.at += 1
@@ -200,9 +208,8 @@ def _rest_of_object(text: _Text) -> None:
         if text.next() != ":":
             raise text.invalid("no colon after a key")
         text.at += 1
-        text.next()
-        if _is_rows(text.value()[1]):
-            raise text.invalid(f'a second array, "{key}"; give it a file of its own')
+        if _is_rows(text.value()[1]) or _has_text([key], text_key):
+            raise text.invalid(f'"{key}" beside an array of rows')
     if text.next() != "}":
         raise text.invalid("the object has no end")
     text.at += 1
@@ -219,9 +226,12 @@ class _Text:
         self._fault: Exception | None = None  # comes after what is in memory
         self._line, self._counted, self._row = 1, 0, 0
 
-    def fill(self, size: int) -> None:
-        while len(self.buffer) - self.at < size and not self.ended and not self._fault:
+    def head(self, size: int) -> str:
+        """As many of the next characters, or more; fewer at the end, or before a fault."""
+        self._drop()
+        while len(self.buffer) < size and not self.ended and not self._fault:
             self._more()
+        return self.buffer
 
     def next(self) -> str:
         """The next character that is no space; "" at the end."""
@@ -233,6 +243,7 @@ class _Text:
     def value(self) -> tuple[str, Any]:
         """(file, line and row; the next value)"""
         self._row += 1
+        self.next()
         while True:
             try:
                 found, end = DECODER.raw_decode(self.buffer, self.at)
@@ -255,6 +266,11 @@ class _Text:
         self._counted = self.at
         return f"{self.path}:{self._line}" + (f" row {self._row}" if self._row else "")
 
+    def _drop(self) -> None:
+        """What is behind."""
+        self._place()
+        self.buffer, self.at, self._counted = self.buffer[self.at :], 0, 0
+
     def _more(self) -> bool:
         """Whether there was more. As much again as there is, so that a long value is not decoded often."""
         if self._fault:
@@ -268,8 +284,8 @@ class _Text:
             text = bytes(error.object[: error.start]).decode("utf-8", "replace").removeprefix("\ufeff")
             self._fault = BadFileError(f"{self.path}: not UTF-8 text; convert the file")
         self.ended = not data
-        self._place()
-        self.buffer, self.at, self._counted = self.buffer[self.at :] + text, 0, 0
+        self._drop()
+        self.buffer += text
         return bool(text) or (not self.ended and self._more())
 
     def _read(self, size: int) -> bytes:
