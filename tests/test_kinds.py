@@ -1,5 +1,6 @@
 """The kinds of file: each gives back what was written, byte for byte, and says what it does not read."""
 
+import base64
 import bz2
 import csv
 import gzip
@@ -315,7 +316,7 @@ def test_text_inside_objects(tmp_path: Path, kind: str) -> None:
         ("a.json", b'{"text": "a", "text": "b"}', ["a.json:1", '"text" comes twice']),
         ("a.csv", b"prose,n\na,1\n", ["a.csv", "found prose, n", "data.text_key"]),
         ("a.csv", b"Once upon a time\nthere was\n", ["a.csv", "found Once upon a time", "data.text_key"]),
-        ("a.csv", b"text,text\na,b\n", ["a.csv:1", '2 columns "text"']),
+        ("a.csv", b"text,text\na,b\n", ["a.csv", '2 columns "text"']),
     ],
 )
 def test_what_is_no_column_of_text(tmp_path: Path, name: str, data: bytes, expected: list[str]) -> None:
@@ -328,6 +329,39 @@ def test_numbers_that_json_cannot_hold_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"n": ' + b"9" * 5000 + b', "x": NaN, "y": 1e999, "text": "a"}')
     (tmp_path / "b.json").write_bytes(b'[{"h": {"k": 1, "k": 2}, "n": -' + b"9" * 5000 + b', "text": "b"}]')
     assert read(tmp_path) == ["a", "b"]
+
+
+def test_what_surrounds_the_rows_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\r\n\r\ntext,n\r\na,1\r\n\r\n,2\r\nb,3")
+    assert list(numbered_documents(str(path))) == [(0, "a"), (3, "b")]
+    path.write_bytes(b"\n\n")
+    assert "no text" in complaint(path)
+    path.write_bytes(b"id\ttext\n1\ta, b; c\n")
+    assert read(path) == ["a, b; c"]
+
+
+def test_an_encrypted_table_says_so(tmp_path: Path) -> None:
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):  # type: ignore[name-defined]
+        def wrap_key(self, key: bytes, name: str) -> bytes:
+            return base64.b64encode(key)
+
+    factory = encryption.CryptoFactory(lambda connection: Keys())
+    for in_the_open in (True, False):
+        how = encryption.EncryptionConfiguration(
+            footer_key="a", column_keys={"b": ["text"]}, plaintext_footer=in_the_open
+        )
+        properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+        (tmp_path / "a.parquet").write_bytes(parquet(TABLE, encryption_properties=properties))
+        assert "encrypted" in complaint(tmp_path / "a.parquet")
+
+
+def test_a_page_of_parquet_with_another_checksum_is_damaged(tmp_path: Path) -> None:
+    data = parquet(TABLE, compression="none", use_dictionary=False, write_page_checksum=True)
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"text 20", b"text 2O"))
+    assert "a.parquet" in complaint(tmp_path)
 
 
 # ---------------------------------------------------------------------------- JSON
@@ -398,7 +432,7 @@ JSON_FAULTS = {
 CSV_FAULTS = {
     "ragged": (b"id,text\n1,a\n2,b,c\n", ["a"], ["a.csv:3", "3 columns instead of 2"]),
     "short": (b"id,text\n1,a\n2\n", ["a"], ["a.csv:3", "1 columns instead of 2"]),
-    "open quote": (b'id,text\n1,a\n2,"b\n3,c\n', ["a"], ["a.csv:4", "unexpected end"]),
+    "open quote": (b'id,text\n1,a\n2,"b\n3,c\n', ["a"], ["a.csv:3", "unexpected end"]),
     "text after a quote": (b'id,text\n1,a\n2,"b"c\n', ["a"], ["a.csv:3", "expected after"]),
     "not UTF-8": (b"id,text\n1,a\n2,caf\xe9\n", ["a"], ["a.csv:3", "not UTF-8"]),
     "NUL": (b"id,text\n1,a\n2,b\0\n", ["a"], ["a.csv:3", "NUL"]),

@@ -92,6 +92,7 @@ _OTHER_MEDIA = frozenset(
     ]
 )
 _EXAMPLES = 3
+_UNKNOWN, _NO_TEXT = "unknown type", "no text"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def _of_one(source: Source, path: Path) -> Listing:
         return _of_many(source, [found], "in this archive", None)
     made = _recognised(found, source)
     if isinstance(made, LeftOut):
-        raise UserError(f"{source.name}: {made.reason}; known are {names()}")
+        known = f"; known are {names()}" if made.reason in (_UNKNOWN, _NO_TEXT) else ""
+        raise UserError(f"{source.name}: {made.reason}{known}")
     return Listing(source, (made,), ())
 
 
@@ -275,13 +277,13 @@ def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
         at=found.at,
     )
     if not kind and PurePath(found.name.lower()).suffix in _OTHER_MEDIA:
-        return LeftOut(found.name, found.size, "no text")
+        return LeftOut(found.name, found.size, _NO_TEXT)
     if not found.size and (compression or not kind or kind.rank <= Rank.ROWS):
         failed = bool(compression) or kind is not None
         return LeftOut(found.name, 0, "empty: a download that failed?" if failed else "empty", data=failed)
     if not kind:
         text = plain.is_text(_head(file))
-        return file if text else LeftOut(found.name, found.size, "unknown type", data=True)
+        return file if text else LeftOut(found.name, found.size, _UNKNOWN, data=True)
     if kind.rank == Rank.TOKENS and found.archive:
         return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None

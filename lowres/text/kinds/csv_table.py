@@ -7,7 +7,6 @@ column of text is taken by its name only: a table without a line of names would 
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,18 +20,20 @@ from lowres.text.source import BadFileError, File, Source
 
 _DIVIDERS = {"CSV": ",;\t|", "TSV": "\t"}
 # a quote that is never closed would take the rest of the file
-_LONGEST = min(1 << 30, sys.maxsize)
+_LONGEST = 1 << 28
 
 
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with opened(file) as stream:
         names, divider = _names(file)
-        rows = _rows(stream, divider, file.path)
-        next(rows)
         taken = [i for i, name in enumerate(names) if name == file.column]
         if len(taken) > 1:
-            raise BadFileError(f'{file.path}:1: has {len(taken)} columns "{file.column}"; rename all but one')
+            raise BadFileError(f'{file.path}: has {len(taken)} columns "{file.column}"; rename all but one')
+        rows = _rows(stream, divider, file.path)
+        for _, row in rows:
+            if row:
+                break
         for line, row in rows:
             if len(row) == len(names):
                 yield row[taken[0]]
@@ -54,7 +55,7 @@ def _names(file: File) -> tuple[list[str], str]:
     found = list[tuple[list[str], str]]()
     for divider in _DIVIDERS[file.kind]:
         with opened(file) as stream:
-            _, row = next(_rows(stream, divider, file.path), (0, []))
+            row = next((row for _, row in _rows(stream, divider, file.path) if row), [])
         names = [name.strip() for name in row]
         if choose(by_name_only(names, file.column), file.column):
             return names, divider
@@ -63,19 +64,21 @@ def _names(file: File) -> tuple[list[str], str]:
 
 
 def _rows(stream: IO[bytes], divider: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line on which a row ends, its fields); no field for a blank line."""
+    """(line on which a row begins, its fields); no field for a blank line."""
     csv.field_size_limit(_LONGEST)
     reader = csv.reader(_lines(stream, path), delimiter=divider, strict=True)
     while True:
+        line = reader.line_num + 1
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise BadFileError(
-                f"{path}:{reader.line_num}: no valid row ({first_line(error)}); correct it"
+                f"{path}:{line}: no valid row ({first_line(error)}); a field that begins with a quote ends "
+                "with one, and doubles those inside"
             ) from None
-        yield reader.line_num, row
+        yield line, row
 
 
 def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:

@@ -46,6 +46,10 @@ def _table(file: File) -> Iterator[Any]:
             raise BadFileError(
                 f"{file.path}: not a complete parquet file ({first_line(error)}); get the file again"
             ) from None
+        except OSError as error:
+            if "crypt" not in str(error):
+                raise
+            raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
 register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns))
