@@ -145,7 +145,7 @@ def _sample(file: File, source: Source, tokenizer: Tokenizer | None, count: Coun
     for text in rows_of(file, source):
         count.add(text, tokenizer)
         if count.characters >= end:
-            return position(file.path)
+            return position(file) or file.size
     return file.size
 
 

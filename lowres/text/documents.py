@@ -76,7 +76,7 @@ def fingerprint(source: Source | str) -> str:
 
 
 def _stamp(file: File) -> str:
-    status = file.path.stat()
+    status = file.on_disk.stat()
     part = "" if file.part == TRAIN else f"\0{file.part}"
     return f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}{part}"
 
