@@ -26,7 +26,7 @@ from pathlib import Path, PurePath
 from lowres.errors import UserError
 from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
-from lowres.text.kinds import KINDS, NotData, Rank, kind_of_name, names, plain
+from lowres.text.kinds import KINDS, Kind, NotData, Rank, kind_of_name, names, plain
 from lowres.text.opening import faults_of, opened
 from lowres.text.source import TEST, TRAIN, BadFileError, File, Source, as_source, is_stream
 from lowres.text.walk import Found
