@@ -167,6 +167,12 @@ class DataConfig(Section):
     so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
+    drop_duplicates: bool = False
+    """Train on the first of several documents with the same text only."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = resumable(0.01)
+    """Largest share of the validation documents that may also be in the training text, where the source has a
+    validation split of its own or val_source is given; more is an error. Training never sees a document of
+    the split; those of val_source are only counted."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 

@@ -51,6 +51,7 @@ def numbered_documents(
         if row >= start and text and not text.isspace():
             empty = False
             yield row, without_surrogates(text)
+        del text  # it may be large, and the next one too
     if empty and start == 0:
         raise UserError(f"{source.name}: contains no text; set data.source to files with text")
 
