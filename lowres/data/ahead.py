@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterator[T], weight: Callable[[T], int], limit: int) -> Iterator[T]:
+def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Generator[T]:
     """The items, read by a thread that waits while more than `limit` is read and not used. An item is used
     when the next one is asked for. An error comes in its place, and the thread does not keep the process
     alive."""

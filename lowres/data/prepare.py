@@ -277,10 +277,10 @@ def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tq
                 parts.append(part)
             del part
         _check_skipped(job.source, state, dict(skipped))  # the thread may add to it
-        ids = tokenizer.encode_batch(parts)
+        ids = deque(tokenizer.encode_batch(parts))
         del parts
-        for (row, hash, dropped), of_document in zip(kept, ids, strict=True):
-            yield _Document(row, with_ends(tokenizer, of_document), hash, dropped)
+        for row, hash, dropped in kept:
+            yield _Document(row, with_ends(tokenizer, ids.popleft()), hash, dropped)
     _check_skipped(job.source, state, skipped, at_end=True)
     yield _Document(row, np.empty(0, np.int32), 0, Dropped(held_out=left_out, duplicates=duplicates))
 

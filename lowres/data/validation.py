@@ -142,7 +142,7 @@ class _Ends:
             self._of[hash] for hash in sorted(self._of) if len(self._of[hash].text) >= _LEAST_END * longest
         ]
         # from the beginning of a line, if one is near
-        texts = [end.text[end.text.find("\n", 0, len(end.text) // 4) + 1 :] for end in kept]
+        texts = [end.text[end.text.find("\n", 0, len(end.text) // 2) + 1 :] for end in kept]
         ends = {end.row: end.length - len(text) for end, text in zip(kept, texts, strict=True)}
         what = f"the last {sum(map(len, texts)):,} characters of the {len(texts):,} largest documents"
         return Validation(texts, [end.hash for end in kept], ends, what)
