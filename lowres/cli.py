@@ -18,7 +18,7 @@ import torch
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare
+from lowres.data import inspect, open_data, open_text, prepare, source_of
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -64,7 +64,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            _complain("interrupted; to continue, give a run --resume, or start a sweep or data prepare again")
+            run = "to continue, give a run --resume, or start a sweep again"
+            _complain(f"interrupted; {'start it again to go on' if parsed.command is _prepare else run}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -188,6 +189,7 @@ def _add_data(commands: Commands) -> None:
         "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
     )
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
+    _add_data_set(sub)
 
 
 def _add_data_set(sub: argparse.ArgumentParser) -> None:
@@ -361,12 +363,20 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 
 def _prepare(parsed: argparse.Namespace) -> None:
+    config = data_config(parsed.source, parsed.set)
+    for key in ("val_source", "seq_len", "cache"):
+        if key in config.model_fields_set:
+            raise UserError(
+                f"--set data.{key}: data prepare does not use it; leave it to the config of a run"
+            )
     summary = prepare(
-        parsed.source,
+        source_of(config),
         parsed.out,
-        tokenizer=parsed.tokenizer,
-        vocab_size=parsed.vocab_size,
+        tokenizer=parsed.tokenizer or config.tokenizer,
+        vocab_size=parsed.vocab_size or config.vocab_size,
         max_tokens=parsed.max_tokens,
+        drop_duplicates=config.drop_duplicates,
+        max_overlap=config.max_overlap,
     )
     for note in summary["notes"]:
         ranks.say(f"note: {note}")

@@ -179,6 +179,12 @@ class DataConfig(Section):
     document_mask: bool = False
     """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
     document, and its first token is not predicted. Otherwise all tokens before are context."""
+    drop_duplicates: bool = False
+    """Train on the first of several documents with the same text only."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = resumable(0.01)
+    """Largest share of the validation documents that may also be in the training text, where the source has a
+    validation split of its own or val_source is given; more is an error. Training never sees a document of
+    the split; those of val_source are only counted."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 

@@ -1,8 +1,10 @@
 """Data: from the documents of a source (`lowres.text`) to batches of tokens.
 
-survey      the first pass: a sample for the tokenizer, documents held out for validation
+survey      the first pass: a sample for the tokenizer, and what is left out of the source
+validation  which text is the validation data
 tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
+hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces
 stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
@@ -14,7 +16,7 @@ opening     prepares and opens the data of a configuration
 
 from lowres.data.batches import TokenData
 from lowres.data.inspection import inspect
-from lowres.data.opening import cache_bytes, open_data, open_text
+from lowres.data.opening import cache_bytes, open_data, open_text, source_of
 from lowres.data.prepare import prepare
 from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
@@ -29,4 +31,5 @@ __all__ = [
     "open_text",
     "open_tokenizer",
     "prepare",
+    "source_of",
 ]

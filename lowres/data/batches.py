@@ -57,7 +57,9 @@ class TokenData:
         self._order: _GlobalOrder | _BlockOrder
         if stream:
             # later blocks are unknown, but the arguments determine them
-            self.fingerprint = hash_of(manifest.arguments.model_dump() | {"source": None}, manifest.tokenizer)
+            self.fingerprint = hash_of(
+                manifest.arguments.determining() | {"source": None}, manifest.tokenizer
+            )
             self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
             self._order = _BlockOrder(stream, self._train, seq_len, seed)
         else:

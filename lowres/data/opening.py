@@ -12,8 +12,10 @@ from torch import Tensor
 from lowres.config import DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.folder import SHARD_TOKENS, Job
+from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
     DATA,
+    Entry,
     Manifest,
     Progress,
     found_in,
@@ -25,9 +27,11 @@ from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenizer import Tokenizer, open_tokenizer
+from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
 from lowres.text import Source, documents, is_stream, list_files
+from lowres.text.listing import part_to_evaluate
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
@@ -50,6 +54,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         _check_pieces(manifest.vocab_size, vocab_size)
         validation = _validation_folder(config, folder, manifest, progress)
         data = TokenData(folder, config.seq_len, seed, validation)
+        data.notes += _validation_notes(config, folder, manifest.train, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
@@ -59,7 +64,9 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
         validation = _validation_folder(config, stream.folder, stream.state, progress)
-        return TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        data = TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
+        return data
     except BaseException:
         stream.close()
         raise
@@ -90,8 +97,8 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
 
 
 def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
-    """All text of a source as windows, in the form of `TokenData.validation`. For a prepared folder: its
-    validation tokens, which must come from this tokenizer."""
+    """All text of a source, or its own validation split, as windows in the form of `TokenData.validation`.
+    For a prepared folder: its validation tokens, which must come from this tokenizer."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -99,7 +106,8 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
-    tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(list(documents(source)))]
+    texts = list(documents(source, part_to_evaluate(Source(source))))
+    tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
 
@@ -148,6 +156,8 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
         exact_vocab=config.vocab_size is not None,
         shard_tokens=shard_tokens,
         hold_out=config.val_source is None,
+        drop_duplicates=config.drop_duplicates,
+        max_overlap=config.max_overlap,
     )
 
 
@@ -159,7 +169,9 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
-        job = Job(source_of(config, config.val_source), tokenizer, max_tokens=limit, hold_out=False)
+        source = source_of(config, config.val_source)
+        part = part_to_evaluate(source)
+        job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -168,6 +180,26 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
             f"prepare it with --tokenizer {tokenizer.path}"
         )
     return folder
+
+
+def _validation_notes(
+    config: DataConfig, training: Path, entries: list[Entry], validation: Path | None
+) -> list[str]:
+    """How large the text of config.val_source is, and how much of it is in the training text, where that is
+    known. entries: of the training shards so far. Raises UserError if it is too much."""
+    if validation is None:
+        return []
+    manifest = read_complete(validation)
+    theirs = manifest.train + manifest.val
+    notes = size_notes(sum(entry.tokens for entry in theirs), "data.val_source")
+    if any(entry.hashes is None for entry in [*entries, *theirs]):
+        return [
+            *notes,
+            f"{training}: an older version prepared it, so overlap with data.val_source is unknown",
+        ]
+    hashes = np.concatenate([np.empty(0, np.uint64), *read_hashes(validation, theirs)])
+    found = common(hashes, read_hashes(training, entries))
+    return notes + check_overlap(found, len(np.unique(hashes)), config.max_overlap, "data.val_source")
 
 
 def _as_prepared(source: str) -> Path | None:

@@ -45,12 +45,15 @@ def numbered_documents(
     left out with damaged = "skip"."""
     source = as_source(source)
     empty = True
-    first = start if is_stream(source) else 0
+    row = start if is_stream(source) else 0
     rows = _stream_rows(source, start) if is_stream(source) else _rows(source, part, skipped)
-    for row, text in enumerate(rows, first):
+    for text in rows:
         if row >= start and text and not text.isspace():
             empty = False
-            yield row, without_surrogates(text)
+            given = [without_surrogates(text)]
+            del text  # it may be large, and nothing here needs it any longer
+            yield row, given.pop()
+        row += 1
     if empty and start == 0:
         raise UserError(f"{source.name}: contains no text; set data.source to files with text")
 

@@ -28,7 +28,7 @@ from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
 from lowres.text.kinds import KINDS, Kind, NotData, Rank, kind_of_name, names, plain
 from lowres.text.opening import faults_of, opened
-from lowres.text.source import TEST, TRAIN, BadFileError, File, Source, as_source, is_stream
+from lowres.text.source import TEST, TRAIN, VALIDATION, BadFileError, File, Source, as_source, is_stream
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -180,6 +180,12 @@ def list_files(source: Source | str) -> Listing:
     raise UserError(
         f"{source.name}: no such file or folder; data.source is stdlib, a path, a glob or hf:<dataset>"
     )
+
+
+def part_to_evaluate(source: Source) -> str:
+    """The part of a source that is read where a loss is measured: its own validation split, or all."""
+    own = not is_stream(source) and list_files(source).part(VALIDATION)
+    return VALIDATION if own else TRAIN
 
 
 def _of_one(source: Source, path: Path) -> Listing:

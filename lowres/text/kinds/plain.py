@@ -32,7 +32,10 @@ def read(file: File, source: Source) -> Iterator[str]:
     """The documents of a text file."""
     with opened(file) as stream:
         separator = source.separator if source.separator is not None else file.separator
-        yield from (_separated(file.path, stream, separator) if separator else [_whole(file.path, stream)])
+        if separator:
+            yield from _separated(file.path, stream, separator)
+        else:
+            yield _whole(file.path, stream)
 
 
 def marker_in(head: bytes) -> str | None:
