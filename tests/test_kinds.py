@@ -403,6 +403,16 @@ def test_settings_are_no_data(tmp_path: Path, name: str, data: bytes) -> None:
     assert listing.warnings() == []
 
 
+def test_an_array_of_something_else_is_left_out_with_a_word(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text " * 100)
+    for data in ("[1, 2]", "[[1], [2]]", "[true]"):
+        (tmp_path / "b.json").write_text(data)
+        assert read(tmp_path) == ["text " * 100]
+        assert "without objects or strings" in list_files(str(tmp_path)).warnings()[0]
+    (tmp_path / "b.json").write_text('[null, {"text": "b"}]')
+    assert list(numbered_documents(str(tmp_path / "b.json"))) == [(1, "b")]
+
+
 def test_a_document_in_one_object(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"title": "A", "text": "first", "tags": ["x"]}, indent=2))
     (tmp_path / "b.json").write_text(json.dumps({"Content": "second", "refs": [{"text": "no row"}]}))
