@@ -126,7 +126,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """files: those that are read, or are a test split; sorted by name."""
+    """files: those that are read, or are a test split; sorted by name, inside an archive as they come."""
 
     source: Source
     files: tuple[File, ...]

@@ -14,8 +14,8 @@ from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
 _ROWS = 256
-# bytes that are read at once from the column of a row group, which may hold gigabytes
-_BUFFER = 1 << 20
+# the column of a row group may hold gigabytes; the default reads all of it first, whatever the buffer
+_IN_PIECES = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 
 def read(file: File, source: Source) -> Iterator[str]:
@@ -41,7 +41,7 @@ def _table(file: File) -> Iterator[Any]:
         ) from None
     with opened_for_seeking(file) as stream:
         try:
-            yield pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER, page_checksum_verification=True)
+            yield pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True, **_IN_PIECES)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise BadFileError(
                 f"{file.path}: not a complete parquet file ({first_line(error)}); get the file again"
