@@ -393,7 +393,8 @@ def _sample(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     if parsed.data:
-        windows = open_text(parsed.data, tokenizer, config.data.seq_len)
+        data = config.data
+        windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
     else:
         windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
             0
@@ -403,8 +404,8 @@ def _eval(parsed: argparse.Namespace) -> None:
         print(json.dumps(scores))
     else:
         print(
-            f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-            f"{scores['val_bits_per_byte']:.4f} bits per byte"
+            f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token"
+            + (f", {scores['val_bits_per_byte']:.4f} bits per byte" if "val_bits_per_byte" in scores else "")
         )
 
 

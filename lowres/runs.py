@@ -24,6 +24,7 @@ from lowres.checkpoint import State
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_resolved, parse_config, with_values
 from lowres.data import Tokenizer
+from lowres.data.tokenised import VOCABULARY, open_vocabulary
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
@@ -37,6 +38,7 @@ from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_field
 
 CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 TOKENIZER = "tokenizer.model"
+TOKENIZERS = (TOKENIZER, VOCABULARY)
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -82,7 +84,7 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    return config, engine_of(config, units, None, plan, rooms), Tokenizer(_tokenizer_of(folder, found))
+    return config, engine_of(config, units, None, plan, rooms), _tokenizer_of(folder, found)
 
 
 def _for_use(config: Config) -> Config:
@@ -181,7 +183,8 @@ def config_of(folder: Path, state: State | None) -> Config:
     return parse_config(given, f"{folder}: the config in its checkpoint")[0]
 
 
-def _tokenizer_of(folder: Path, found: Path) -> Path:
+def _tokenizer_of(folder: Path, found: Path) -> Tokenizer:
     """The tokenizer of a run: that of its checkpoint, if it has one."""
-    own = found / TOKENIZER
-    return own if own.exists() else folder / TOKENIZER
+    places = [place / name for place in (found, folder) for name in TOKENIZERS]
+    path = next((place for place in places if place.exists()), folder / TOKENIZER)
+    return open_vocabulary(path)

@@ -42,6 +42,8 @@ from lowres.runs import (
     METRICS,
     SUMMARY,
     TOKENIZER,
+    TOKENIZERS,
+    VOCABULARY,
     config_of,
     initialize_from,
     require_same_shape,
@@ -49,8 +51,8 @@ from lowres.runs import (
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
-# the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
+HISTORY = (CONFIG, TOKENIZER, VOCABULARY, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+# the smallest vocabulary of a tokenizer, used if the config gives none
 LEAST_VOCABULARY = 260
 
 
@@ -210,8 +212,8 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     origin = config.run.init_from or (saved or config).run.init_from
     if origin is None:
         return config
-    tokenizer = Path(origin) / TOKENIZER
-    if not tokenizer.exists():
+    tokenizer = next((p for name in TOKENIZERS if (p := Path(origin) / name).exists()), None)
+    if tokenizer is None:
         raise UserError(f"run.init_from: {origin} is not a run: it has no {TOKENIZER}")
     run = config.run.model_copy(update={"init_from": origin})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
@@ -300,7 +302,7 @@ def _write_folder(start: Start) -> Events:
         (folder / SUMMARY).unlink(missing_ok=True)
     for name, content in (
         (CONFIG, to_toml(start.config).encode()),
-        (TOKENIZER, start.data.tokenizer.path.read_bytes()),
+        (start.data.tokenizer.file_name, start.data.tokenizer.content),
     ):
         disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lowres import __version__, disk, metrics, ranks
-from lowres.errors import first_line
+from lowres.errors import UserError, first_line
 from lowres.report import draw_loss
 from lowres.running import Run
 from lowres.runs import METRICS, SUMMARY
@@ -19,14 +19,17 @@ def finish(run: Run, seconds: float) -> None:
     """Write the summary and the loss curve; print a sample."""
     asked, text = run.config.log, None
     if asked.sample_tokens:
-        text = sample(
-            run.parts.engine,
-            run.data.tokenizer,
-            asked.sample_prompt,
-            tokens=asked.sample_tokens,
-            seq_len=run.config.data.seq_len,
-            seed=run.config.run.seed,
-        )
+        try:
+            text = sample(
+                run.parts.engine,
+                run.data.tokenizer,
+                asked.sample_prompt,
+                tokens=asked.sample_tokens,
+                seq_len=run.config.data.seq_len,
+                seed=run.config.run.seed,
+            )
+        except UserError as error:  # ids alone are no text to go on from
+            ranks.say(f"note: no sample: log.sample_prompt: {error}")
     if not ranks.is_first():
         return
     summary: dict[str, Any] = {}

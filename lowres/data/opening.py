@@ -14,7 +14,6 @@ from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.folder import SHARD_TOKENS, Job
 from lowres.data.manifest import (
     DATA,
-    Manifest,
     Progress,
     found_in,
     open_tokenizer,
@@ -24,10 +23,11 @@ from lowres.data.manifest import (
 from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
+from lowres.data.tokenised import ids_of, open_corpus, open_vocabulary
 from lowres.data.tokenizer import Tokenizer
 from lowres.errors import UserError
 from lowres.ranks import say
-from lowres.text import Source, documents, is_stream, list_files
+from lowres.text import Listing, Source, documents, is_stream, list_files
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
@@ -40,6 +40,8 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
     most this many pieces; an existing tokenizer with more raises UserError.
     """
+    if (listing := _token_listing(source_of(config))) is not None:
+        return _open_ids(config, listing, vocab_size, seed, progress)
     if config.tokenizer:
         _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
@@ -48,7 +50,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
         _check_pieces(manifest.vocab_size, vocab_size)
-        validation = _validation_folder(config, folder, manifest, progress)
+        validation = _validation_folder(config, open_tokenizer(folder, manifest), progress)
         data = TokenData(folder, config.seq_len, seed, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
@@ -58,11 +60,45 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
-        validation = _validation_folder(config, stream.folder, stream.state, progress)
+        tokenizer = open_tokenizer(stream.folder, stream.state)
+        validation = _validation_folder(config, tokenizer, progress)
         return TokenData(stream.folder, config.seq_len, seed, validation, stream)
     except BaseException:
         stream.close()
         raise
+
+
+def _open_ids(
+    config: DataConfig, listing: Listing, vocab_size: int | None, seed: int, progress: bool
+) -> TokenData:
+    """The data of a source that holds token ids. vocab_size: as in `open_data`, and also that of the ids if
+    nothing else says it."""
+    tokenizer = open_vocabulary(Path(config.tokenizer)) if config.tokenizer else None
+    validation, folder = None, None
+    if config.val_source is not None:
+        validation = _token_listing(source_of(config, config.val_source))
+        if validation is None and tokenizer is None:
+            raise UserError(
+                f"data.val_source: {config.val_source} is text, and {config.source} holds token ids; set "
+                "data.tokenizer to what they were made with"
+            )
+        if validation is None and tokenizer is not None:
+            folder = _validation_folder(config, tokenizer, progress)
+    corpus = open_corpus(
+        listing,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size or vocab_size,
+        seq_len=config.seq_len,
+        cache=Path(config.cache).expanduser(),
+        validation=validation,
+        hold_out=folder is None,
+    )
+    _check_pieces(corpus.tokenizer.vocab_size, vocab_size)
+    if config.vocab_size not in (None, corpus.tokenizer.vocab_size):
+        corpus.notes.append(
+            f"data.vocab_size is not used: data.tokenizer has {corpus.tokenizer.vocab_size} pieces"
+        )
+    return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
@@ -81,9 +117,15 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     return folder
 
 
-def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+def open_text(
+    source: str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    token_dtype: str | None = None,
+    cache: Path = Path("data"),
+) -> Tensor:
     """All text of a source as windows, in the form of `TokenData.validation`. For a prepared folder: its
-    validation tokens, which must come from this tokenizer."""
+    validation tokens, which must come from this tokenizer. Of token ids: all, or those for validation."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -91,6 +133,8 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
+    if (listing := _token_listing(Source(source, token_dtype=token_dtype))) is not None:
+        return consecutive_windows(torch.from_numpy(ids_of(listing, tokenizer, cache).head(None)), seq_len)
     tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(list(documents(source)))]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
@@ -131,6 +175,7 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
         config.exclude,
         config.damaged,
         config.max_left_out,
+        config.token_dtype,
     )
 
 
@@ -146,11 +191,10 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
     )
 
 
-def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, progress: bool) -> Path | None:
+def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool) -> Path | None:
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = open_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
@@ -178,6 +222,14 @@ def _as_prepared(source: str) -> Path | None:
     raise UserError(
         f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
     )
+
+
+def _token_listing(source: Source) -> Listing | None:
+    """The files of a source that holds token ids; None if it is anything else."""
+    if is_stream(source) or source.name == "stdlib" or _as_prepared(source.name) is not None:
+        return None
+    listing = list_files(source)
+    return listing if listing.tokens else None
 
 
 def _cache_folder(config: DataConfig, job: Job) -> Path:

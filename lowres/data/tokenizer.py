@@ -50,8 +50,10 @@ class Tokenizer:
     """A SentencePiece model with byte fallback.
 
     `vocab_size`: number of pieces. `encode` never produces `bos_id` and `eos_id`. `fingerprint`: hash of the
-    file. Raises UserError if the file is not such a model.
+    file; `content`: of the file; `file_name`: of its copies. Raises UserError if it is not such a model.
     """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, path: str | Path, fingerprint: str | None = None, remedy: str | None = None) -> None:
         """fingerprint: that of the file, if it is known; then a changed file is never given to SentencePiece.
@@ -66,7 +68,7 @@ class Tokenizer:
                 f"tokenizer {path}: cannot be read ({what_failed(error)}); "
                 f"{remedy or 'give the path of a SentencePiece model'}"
             ) from None
-        self.path = path
+        self.path, self.content = path, model
         self.fingerprint = hashlib.blake2b(model, digest_size=16).hexdigest()
         if fingerprint not in (None, self.fingerprint):
             raise UserError(f"tokenizer {path}: changed; {remedy or 'put the original back'}")

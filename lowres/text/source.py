@@ -28,6 +28,7 @@ class Source:
     exclude: tuple[str, ...] = ()
     damaged: str = "refuse"
     max_left_out: float = 0.1
+    token_dtype: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What determines the documents, besides the name: all that is not its default."""
@@ -43,8 +44,8 @@ class Source:
 @dataclass(frozen=True)
 class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
-    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, in a table. separator:
-    between the documents of a text."""
+    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, or the ids, in a table.
+    separator: between the documents of a text. token_dtype: of ids without a header."""
 
     name: str
     path: Path
@@ -54,6 +55,7 @@ class File:
     part: str = TRAIN
     column: str | None = None
     separator: str | None = None
+    token_dtype: str | None = None
 
 
 def is_stream(source: Source | str) -> bool:

@@ -51,4 +51,4 @@ def _table(file: File) -> Iterator[Any]:
             ) from None
 
 
-register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns))
+register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns, ids="parquet of ids"))
