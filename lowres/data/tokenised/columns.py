@@ -38,7 +38,9 @@ def open_file(file: File, vocab_size: int, cache: Path) -> TokenFile:
     try:
         found = None if file.kind == PARQUET else _in_place(file)
         return found or _unpacked(file, vocab_size, cache)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have none
+            raise disk.DiskError(file.path, error, "read") from None
         raise BadFileError(
             f"{file.path}: damaged or cut short ({first_line(error)}); get the file again"
         ) from None

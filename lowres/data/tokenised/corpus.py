@@ -173,9 +173,12 @@ def _known_vocabulary(listing: Listing) -> int:
             with file.path.open("rb") as stream:
                 magic = int.from_bytes(stream.read(4), "little")
             return llm_c.VOCABULARIES[LLM_C_MAGIC[magic]][0]
+    raw_files = any(file.kind == RAW for file in listing.files)
+    asks_for_type = raw_files and listing.source.token_dtype is None
     raise UserError(
         f"data.vocab_size: {listing.source.name} holds token ids, and does not say of which vocabulary; set "
         "data.tokenizer to what they were made with, or data.vocab_size to the number of its pieces"
+        + (", and data.token_dtype" if asks_for_type else "")
     )
 
 
