@@ -606,6 +606,20 @@ def test_nothing_is_prepared_of_ids(root: Path) -> None:
         prepare(str(root), root.parent / "out", progress=False)
 
 
+@every_format
+def test_inspect_counts_and_writes_nothing(root: Path, name: str) -> None:
+    write, options = FORMATS[name]
+    parts, val = write(root)
+    settings = [part for key, value in options.items() for part in ("--set", f"data.{key}={value}")]
+    found = json.loads(lowres_here("data", "inspect", root, *settings, "--json").stdout)
+    tokens = {"train": 0, "validation": 0}
+    for group in found["groups"]:
+        tokens[group["part"]] += group["tokens"]
+    assert tokens == {"train": sum(map(len, parts)), "validation": len(val)}
+    assert f"{sum(map(len, parts)):,}" in lowres_here("data", "inspect", root, *settings).stdout
+    assert not (root.parent / "cache").exists()
+
+
 # ---------------------------------------------------------------------------- changes
 
 

@@ -73,6 +73,7 @@ def _open_ids(
 ) -> TokenData:
     """The data of a source that holds token ids. vocab_size: as in `open_data`, and also that of the ids if
     nothing else says it."""
+    say(f"data: {summary(listing)}")
     tokenizer = open_vocabulary(Path(config.tokenizer)) if config.tokenizer else None
     validation, folder = None, None
     if config.val_source is not None:

@@ -257,15 +257,14 @@ def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> Fil
     reason = kind.refused(file) if kind.refused else None
     if kind.look:
         seen = kind.look(replace(file, token_dtype=token_dtype))
-        if isinstance(seen, File):
-            return seen
-        reason = seen
+        file, reason = (seen, None) if isinstance(seen, File) else (file, seen)
     elif not reason and kind.columns:
         # a table without a row has no columns
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
         if kind.ids and (ids := columns.ids(there, text_key)):
-            return replace(file, kind=kind.ids, column=ids)
-        file = replace(file, column=columns.choose(there, text_key))
+            file = replace(file, kind=kind.ids, column=ids)
+        else:
+            file = replace(file, column=columns.choose(there, text_key))
         reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))

@@ -11,8 +11,8 @@ documents    how the documents of a corpus are separated
 corpus       training and validation ids of a source, with all checks
 """
 
-from lowres.data.tokenised.corpus import Corpus, ids_of, open_corpus
+from lowres.data.tokenised.corpus import Corpus, count_ids, ids_of, open_corpus
 from lowres.data.tokenised.files import Part
 from lowres.data.tokenised.vocabulary import VOCABULARY, IdsOnly, open_vocabulary
 
-__all__ = ["VOCABULARY", "Corpus", "IdsOnly", "Part", "ids_of", "open_corpus", "open_vocabulary"]
+__all__ = ["VOCABULARY", "Corpus", "IdsOnly", "Part", "count_ids", "ids_of", "open_corpus", "open_vocabulary"]

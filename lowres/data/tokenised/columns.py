@@ -31,13 +31,31 @@ _TEMPORARY = ".unfinished"
 
 def open_file(file: File, vocab_size: int, cache: Path) -> TokenFile:
     """Raises UserError for an id outside the vocabulary if the ids are unpacked, and BadFileError."""
+    with _faults(file):
+        found = None if file.kind == PARQUET else _in_place(file)
+        return found or _unpacked(file, vocab_size, cache)
+
+
+def count(file: File, first: int) -> tuple[int, int, list[int]]:
+    """(rows, ids, the first ids), without unpacking anything to the disk."""
+    rows, ids, beginning = 0, 0, list[int]()
+    with _faults(file):
+        for lists in _lists(file):
+            values, start, length = _values(lists)
+            beginning = beginning or values.slice(start, min(first, length)).to_pylist()
+            rows, ids = rows + len(lists), ids + length
+    return rows, ids, beginning
+
+
+@contextlib.contextmanager
+def _faults(file: File) -> Iterator[None]:
+    """Raise BadFileError for what pyarrow says of a file."""
     try:
         import pyarrow
     except ImportError:
         raise UserError(f"{file.path}: needs the package pyarrow: pip install pyarrow") from None
     try:
-        found = None if file.kind == PARQUET else _in_place(file)
-        return found or _unpacked(file, vocab_size, cache)
+        yield
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # pyarrow's own have none
             raise disk.DiskError(file.path, error, "read") from None

@@ -112,10 +112,24 @@ def ids_of(listing: Listing, tokenizer: Tokenizer, cache: Path) -> Part:
     return Part([Span(file, 0, len(file)) for file in files])
 
 
-class _Opener:
-    """left_out: files that were damaged, with damaged = "skip"."""
+def count_ids(file: File, token_dtype: str | None) -> tuple[int, int, list[int]]:
+    """(documents, or 0 if they are not known; ids; the first ones) of a file. Nothing is written, and ids are
+    not checked. Raises UserError."""
+    if file.kind == MEGATRON_INDEX:
+        return 0, 0, []
+    if file.kind in (PARQUET, ARROW):
+        return columns.count(file, _SHOWN)
+    opened = _Opener(token_dtype, "refuse", None, None).open([file])[0]
+    return len(opened.documents or ()), len(opened), opened.read(0, _SHOWN).tolist()
 
-    def __init__(self, token_dtype: str | None, damaged: str, vocab_size: int, cache: Path) -> None:
+
+class _Opener:
+    """left_out: files that were damaged, with damaged = "skip". vocab_size, cache: None if ids are only
+    counted."""
+
+    def __init__(
+        self, token_dtype: str | None, damaged: str, vocab_size: int | None, cache: Path | None
+    ) -> None:
         self._token_dtype, self._damaged, self._vocab_size, self._cache = (
             token_dtype,
             damaged,
@@ -142,6 +156,7 @@ class _Opener:
         if file.kind == RAW:
             return raw.open_file(file, self._token_dtype, self._vocab_size)
         if file.kind in (PARQUET, ARROW):
+            assert self._vocab_size is not None and self._cache is not None
             return columns.open_file(file, self._vocab_size, self._cache)
         opened = {
             LLM_C: llm_c.open_file,

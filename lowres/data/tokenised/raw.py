@@ -14,13 +14,13 @@ _BIG_ENDIAN = {"uint16": ">u2", "uint32": ">u4", "int64": ">i8"}
 _PIECES, _PIECE_BYTES = 64, 1 << 12
 
 
-def open_file(file: File, given: str | None, vocab_size: int) -> TokenFile:
-    """given: data.token_dtype. Raises UserError if it is missing, or if the file looks like another type."""
+def open_file(file: File, given: str | None, vocab_size: int | None) -> TokenFile:
+    """given: data.token_dtype. vocab_size: if it is known. Raises UserError if the type is missing, or if the
+    file looks like another one."""
     if given is None:
-        likely = "uint16" if vocab_size <= 1 << 16 else "uint32"
         raise UserError(
             f"{file.path}: ids without a header, so their type is not known; set data.token_dtype (nanoGPT "
-            f"writes uint16; for a vocabulary of {vocab_size:,} {likely} is likely)"
+            "writes uint16, which is enough for a vocabulary of 65,536)"
         )
     dtype = np.dtype(given).newbyteorder("<")
     if file.size % dtype.itemsize:
@@ -29,7 +29,8 @@ def open_file(file: File, given: str | None, vocab_size: int) -> TokenFile:
             "data.token_dtype is another"
         )
     made = TokenFile(file.path, f"{given} without a header", dtype, [(0, file.size // dtype.itemsize)])
-    _check_dtype(file, given, vocab_size)
+    if vocab_size is not None:
+        _check_dtype(file, given, vocab_size)
     return made
 
 
