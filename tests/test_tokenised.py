@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -538,6 +539,12 @@ def rows_of(path: Path, rows: list[Any]) -> None:
     parquet.write_table(pyarrow.table({"input_ids": rows}), path)
 
 
+def compressed_rows(path: Path, rows: list[Any]) -> None:
+    rows_of(path.with_suffix(""), rows)
+    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+    path.with_suffix("").unlink()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_one_line(root: Path, fault: str) -> None:
     name, damage, words = FAULTS[fault]
@@ -564,6 +571,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["magic number 20240326"],
     ),
     "newer llm.c": (lambda r: llm_c(r / "train.bin", np.arange(9), 20260101), ["newer; known are 20240520"]),
+    "compressed rows": (
+        lambda r: compressed_rows(r / "a.parquet.gz", [[1, 2]]),
+        ["token ids in a compressed file; decompress it"],
+    ),
+    "a prepared shard": (lambda r: (r / "x.bin").write_bytes(b"lowres\0\0" + bytes(99)), ["give the folder"]),
+    "nothing": (lambda r: llm_c(r / "train.bin", np.arange(0)), ["has no ids"]),
     "empty": (lambda r: (r / "train.bin").write_bytes(b""), ["empty: a download that failed?"]),
 }
 

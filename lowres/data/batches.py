@@ -92,6 +92,7 @@ class TokenData:
         self._train, self._validation = corpus.train, corpus.validation
         if validation_folder is not None:
             self._validation = self._all_of(validation_folder)
+            self._validation.verify_if_small()
         self.validation_fingerprint = self._validation.fingerprint()
         self._check_length(self._train.lengths())
         self._order = _GlobalOrder([_windows(n, self.seq_len) for n in self._train.lengths()], seed)

@@ -263,9 +263,10 @@ def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> Fil
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
         if kind.ids and (ids := columns.ids(there, text_key)):
             file = replace(file, kind=kind.ids, column=ids)
+            reason = "token ids in a compressed file; decompress it" if compression else None
         else:
             file = replace(file, column=columns.choose(there, text_key))
-        reason = None if file.column else columns.no_column(there, text_key)
+            reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))
     return LeftOut(found.name, found.size, reason, data=not _describes(found.name)) if reason else file
