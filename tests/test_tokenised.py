@@ -526,10 +526,20 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
         lambda r: rows_of(r / "train-00000-of-00001.parquet", [[1, 2], None]),
         ['the column "input_ids" has nulls'],
     ),
-    "Arrow cut": (
+    "Arrow without its end": (
         "save_to_disk",
-        lambda r: cut(next((r / "train").glob("*.arrow")), 4000),
-        ["data-00000-of-00001.arrow: damaged or cut short"],
+        lambda r: cut(next((r / "train").glob("*.arrow")), 8),
+        ["data-00000-of-00001.arrow: has no end: cut short"],
+    ),
+    "Arrow file cut": (
+        "Arrow file",
+        lambda r: cut(r / "train.arrow", 700),
+        ["train.arrow: not a complete Arrow file"],
+    ),
+    "parquet page": (
+        "parquet",
+        lambda r: patch(r / "train-00000-of-00001.parquet", 4, bytes(40)),
+        ["train-00000-of-00001.parquet: damaged or cut short"],
     ),
 }
 

@@ -27,6 +27,8 @@ from lowres.text.source import BadFileError, File
 
 _ROWS = 256
 _TEMPORARY = ".unfinished"
+# how a message of an Arrow stream begins, and how the stream ends
+_MESSAGE, _END = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def open_file(file: File, vocab_size: int, cache: Path) -> TokenFile:
@@ -107,7 +109,9 @@ def _unpack(file: File, ids: Path, index: Path, dtype: np.dtype, vocab_size: int
     lengths, row = list[np.ndarray](), 0
     temporary = ids.with_name(ids.name + _TEMPORARY)
     try:
-        with disk.named(ids, "written"), disk.open_to_write(temporary, os.O_TRUNC) as out:
+        with disk.named(ids, "written"):
+            out = disk.open_to_write(temporary, os.O_TRUNC)
+        with out:
             for lists in _lists(file):
                 values, first, count = _values(_checked(lists, file, row))
                 found = values.slice(first, count).to_numpy()
@@ -119,10 +123,12 @@ def _unpack(file: File, ids: Path, index: Path, dtype: np.dtype, vocab_size: int
                         f"{file.path}: row {at}: id {found[bad]} is not in the vocabulary of {vocab_size:,}; "
                         "set data.vocab_size or data.tokenizer to what the ids were made with"
                     )
-                disk.write_all(out, memoryview(found.astype(dtype)))
+                with disk.named(ids, "written"):
+                    disk.write_all(out, memoryview(found.astype(dtype)))
                 lengths.append(here)
                 row += len(here)
-            os.fsync(out.fileno())
+            with disk.named(ids, "written"):
+                os.fsync(out.fileno())
         with disk.named(ids, "written"):
             os.replace(temporary, ids)
     except BaseException:
@@ -138,7 +144,8 @@ def _lists(file: File) -> Iterator[Any]:
         import pyarrow.parquet
 
         with file.path.open("rb") as stream:
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches(_ROWS, columns=[file.column]):
+            table = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+            for batch in table.iter_batches(_ROWS, columns=[file.column]):
                 yield batch.column(0)
     else:
         with file.path.open("rb") as stream:
@@ -150,7 +157,13 @@ def _arrow_batches(stream: Any, file: File) -> Iterator[Any]:
     """Record batches with only the column of ids."""
     from pyarrow import ipc
 
-    is_file = stream.read(6) == b"ARROW1"
+    beginning = stream.read(6)
+    is_file = beginning == b"ARROW1"
+    if not is_file and beginning.startswith(_MESSAGE):
+        stream.seek(-len(_END), os.SEEK_END)
+        # the reader takes a cut between two batches for the end
+        if stream.read() != _END:
+            raise BadFileError(f"{file.path}: has no end: cut short; get the file again")
     stream.seek(0)
     table = ipc.open_file(stream) if is_file else ipc.open_stream(stream)
     batches = (table.get_batch(i) for i in range(table.num_record_batches)) if is_file else iter(table)
@@ -159,7 +172,9 @@ def _arrow_batches(stream: Any, file: File) -> Iterator[Any]:
 
 
 def _checked(lists: Any, file: File, at: int) -> Any:
-    """The array. Raises BadFileError for a null, which is no id."""
+    """The array. Raises BadFileError for a null, which is no id, and pyarrow's errors for lengths that cannot
+    be."""
+    lists.validate(full=True)
     values, first, count = _values(lists)
     if lists.null_count or values.slice(first, count).null_count:
         raise BadFileError(

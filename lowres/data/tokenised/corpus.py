@@ -258,7 +258,8 @@ def _summary(
     test = listing.part(TEST)
     return (
         f"{listing.source.path.name}: {', '.join(dict.fromkeys(file.what for file in files))}: "
-        f"{sum(corpus.train.lengths()):,} training tokens in {len(corpus.train.spans):,} files, "
+        f"{sum(corpus.train.lengths()):,} training tokens in {len(corpus.train.spans):,} "
+        f"file{'s' * (len(corpus.train.spans) != 1)}, "
         f"{sum(corpus.validation.lengths()):,} for validation ({how})"
         + (f", {len(test):,} test files that are not read" if test else "")
         + f"; largest id {largest:,}{sampled}, vocabulary {corpus.tokenizer.vocab_size:,}"

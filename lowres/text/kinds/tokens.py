@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -101,7 +102,8 @@ def npy_header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
             )
             shape, columns_first, dtype = read(stream)
             return shape, columns_first, dtype, stream.tell()
-        except ValueError as error:
+        # numpy lets the errors of the parsers that it uses pass
+        except (ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
             raise BadFileError(
                 f"{path}: not a complete .npy file ({str(error).splitlines()[0]}); get the file again"
             ) from None
