@@ -694,7 +694,7 @@ def test_a_vocabulary_has_ids_only(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50304, -1, 50256)
     assert tokenizer.delimiter == 50256 and not tokenizer.has_text
     assert tokenizer.decode([17, 4]) == "<17><4>" and tokenizer.encode("<17><4>") == [17, 4]
-    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [0, 5]
+    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [5]
     assert tokenizer.with_ends(np.array([3], np.int32)).tolist() == [3, 50256]
     assert tokenizer.token_bytes().tolist() == [0] * 50304
     for text in ("hello", "<50304>", "<17> <4>"):
