@@ -95,7 +95,7 @@ def without_surrogates(text: str) -> str:
 
 
 def files_of(source: Source, part: str) -> list[File]:
-    """The files of a part of a local source. Raises UserError if too much is left out, or they are no text."""
+    """The files of a part of a local source. Raises UserError if too much is left out, or it is no text."""
     listed = list_files(source)
     listed.check()
     if listed.tokens:
