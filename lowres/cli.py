@@ -407,7 +407,8 @@ def _sample(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     if parsed.data:
-        windows = open_text(parsed.data, tokenizer, config.data.seq_len)
+        data = config.data
+        windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
     else:
         windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
             0

@@ -321,7 +321,7 @@ def test_text_inside_objects(tmp_path: Path, kind: str) -> None:
     [
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "hi"}]}', ["messages", "supervised"]),
         ("a.json", b'[{"conversations": [{"from": "human"}]}]', ["conversations", "supervised"]),
-        ("a.parquet", parquet(pa.table({"input_ids": [[1, 2]]})), ["token ids", "input_ids"]),
+        ("a.parquet", parquet(pa.table({"input_ids": [[1, 2]]})), ["token ids", "no text"]),
         ("a.parquet", parquet(pa.table({"text": [["a", "b"]]})), ["a.parquet:1", "list", "data.text_key"]),
         ("a.parquet", parquet(pa.table({"text": [b"a"]})), ["a.parquet:1", "bytes"]),
         ("a.arrow", arrow_stream(pa.table({"text": [1.5]})), ["a.arrow:1", "float"]),

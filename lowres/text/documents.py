@@ -98,7 +98,10 @@ def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
     listed = list_files(source)
     listed.check()
     if listed.tokens:
-        raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
+        raise UserError(
+            f"{source.name}: holds token ids already, so there is no text to prepare; train on it as it "
+            "is, as data.source"
+        )
     for file in listed.part(part):
         yield from rows_of(file, source, skipped)
 

@@ -285,7 +285,7 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
 
 def _recognised(found: Found, source: Source) -> File | LeftOut:
     try:
-        return _sniffed(found, source.text_key)
+        return _sniffed(found, source.text_key, source.token_dtype)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -293,7 +293,7 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 
 
 @lru_cache(maxsize=1 << 16)
-def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
+def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
     file = File(
@@ -310,11 +310,19 @@ def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     if kind.rank == Rank.TOKENS and found.archive:
         return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None
-    if not reason and kind.columns:
+    if kind.look:
+        seen = kind.look(replace(file, token_dtype=token_dtype))
+        file, reason = (seen, None) if isinstance(seen, File) else (file, seen)
+    elif not reason and kind.columns:
         # a table without a row has no columns
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
-        file = replace(file, column=columns.choose(there, text_key))
-        reason = None if file.column else columns.no_column(there, text_key)
+        if kind.ids and (ids := columns.ids(there, text_key)):
+            file = replace(file, kind=kind.ids, column=ids)
+            packed = "a compressed file; decompress it" if compression else "an archive; unpack it"
+            reason = f"token ids in {packed}" if compression or found.archive else None
+        else:
+            file = replace(file, column=columns.choose(there, text_key))
+            reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))
     if reason:
@@ -353,7 +361,10 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
     if source.include:
         return files
     ranks = {KINDS[f.kind].rank for f in files if not _describes(f.name)}
-    best = min(ranks, default=Rank.PROSE)
+    size = {rank: sum(f.size for f in files if KINDS[f.kind].rank == rank) for rank in Rank}
+    # a few ids among much text are its, like the expected values of a test
+    beside = ranks & {Rank.ROWS, Rank.TEXT} or size[Rank.TOKENS] < size[Rank.PROSE]
+    best = min(ranks - {Rank.TOKENS} if beside else ranks, default=Rank.PROSE)
     kept = list[File]()
     for f in files:
         rank = KINDS[f.kind].rank
@@ -362,7 +373,7 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
         elif rank == Rank.PROSE and best <= Rank.ROWS:
             reason = f"{f.kind} beside data files; data.include takes it"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
-        elif rank == Rank.TOKENS and ranks & {Rank.ROWS, Rank.TEXT}:
+        elif rank == Rank.TOKENS and beside:
             reason = "token ids beside text; data.include takes one of them"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
         else:

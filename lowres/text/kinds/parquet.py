@@ -10,6 +10,7 @@ from lowres.errors import UserError, first_line
 from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tokens import PARQUET
 from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
@@ -52,4 +53,4 @@ def _table(file: File) -> Iterator[Any]:
             raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
-register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns))
+register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns, ids=PARQUET))
