@@ -103,11 +103,7 @@ def files_of(source: Source, part: str) -> list[File]:
             f"{source.name}: holds token ids already, so there is no text to prepare; train on it as it "
             "is, as data.source"
         )
-    return listed.part(part)
-
-
-def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
-    for file in files_of(source, part):
+    for file in listed.part(part):
         yield from rows_of(file, source, skipped)
 
 
