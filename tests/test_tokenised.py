@@ -795,7 +795,7 @@ def test_ids_without_a_tokenizer_in_all_commands(root: Path) -> None:
     assert "a sample after 4 steps ---\n<" in command(root, "run", "--set", "log.sample_prompt=hello", **RAW)
     run = root.parent / "run"
     assert {p.name for p in run.iterdir()} >= {"vocabulary.json"} and not (run / "tokenizer.model").exists()
-    assert lowres_here("sample", run, "--prompt", "<5><6>", "--tokens", 2).stdout.startswith("<0><5><6><")
+    assert lowres_here("sample", run, "--prompt", "<5><6>", "--tokens", 2).stdout.startswith("<5><6><")
     assert "as <17><4>" in lowres_here("sample", run, "--prompt", "words", code=2).stderr
     own = json.loads(lowres_here("eval", run, "--json").stdout)
     assert own.keys() == {"val_loss", "val_ppl"}

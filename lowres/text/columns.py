@@ -18,7 +18,6 @@ COLUMNS = (
 # where corpora of token ids have them
 IDS_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
 STRING, IDS, OTHER = "string", "ids", "other"
-_LIST_OF_IDS = re.compile(r"(large_|fixed_size_)?list<[^<>]*: u?int(16|32|64)( not null)?>(\[\d+\])?")
 _ARROW_STRING = re.compile(r"(dictionary<values=)?(large_)?string(_view)?(,|$)")
 _LIST_OF_IDS = re.compile(r"(large_|fixed_size_)?list<[^<>]*: u?int(16|32|64)( not null)?>(\[\d+\])?")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
@@ -43,12 +42,6 @@ def kinds_of(row: dict[str, Any]) -> dict[str, str]:
 def of_arrow(schema: Any) -> dict[str, str]:
     """The same from a schema of pyarrow; a column of lists of whole numbers is IDS."""
     return {field.name: _kind_of_type(str(field.type)) for field in schema}
-
-
-def _kind_of_type(name: str) -> str:
-    if _ARROW_STRING.match(name):
-        return STRING
-    return IDS if _LIST_OF_IDS.fullmatch(name) else OTHER
 
 
 def by_name_only(columns: Iterable[str], text_key: str | None) -> dict[str, str]:

@@ -103,7 +103,11 @@ def files_of(source: Source, part: str) -> list[File]:
             f"{source.name}: holds token ids already, so there is no text to prepare; train on it as it "
             "is, as data.source"
         )
-    for file in listed.part(part):
+    return listed.part(part)
+
+
+def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
+    for file in files_of(source, part):
         yield from rows_of(file, source, skipped)
 
 
