@@ -14,6 +14,7 @@ from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.folder import SHARD_TOKENS, Job
 from lowres.data.manifest import (
     DATA,
+    TOKENIZER,
     Manifest,
     Progress,
     found_in,
@@ -32,12 +33,16 @@ from lowres.text import Source, documents, is_stream
 _VAL_STREAM_TOKENS = 1 << 22
 
 
-def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
-    """The data that the config names, prepared first if needed.
-
-    `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
-    most this many pieces; an existing tokenizer with more raises UserError.
-    """
+def open_source(
+    config: DataConfig,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    validation: DataConfig | None = None,
+) -> TokenData:
+    """The data of the config's source, prepared first if needed; see `mixing.open_data`. validation: says
+    how data.val_source is read, if it is not this config."""
+    of_validation = validation or config
     if config.tokenizer:
         _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
@@ -46,8 +51,8 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
         _check_pieces(manifest.vocab_size, vocab_size)
-        validation = _validation_folder(config, folder, manifest, progress)
-        data = TokenData(folder, config.seq_len, seed, validation)
+        val_folder = _validation_folder(of_validation, folder, manifest, progress)
+        data = TokenData(folder, config.seq_len, seed, val_folder)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
@@ -56,8 +61,8 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
-        validation = _validation_folder(config, stream.folder, stream.state, progress)
-        return TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        val_folder = _validation_folder(of_validation, stream.folder, stream.state, progress)
+        return TokenData(stream.folder, config.seq_len, seed, val_folder, stream)
     except BaseException:
         stream.close()
         raise
@@ -160,6 +165,12 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
             f"prepare it with --tokenizer {tokenizer.path}"
         )
     return folder
+
+
+def own_tokenizer(source: str) -> Path | None:
+    """The tokenizer of a source that is tokens already; None if it is text."""
+    folder = _as_prepared(source)
+    return folder / TOKENIZER if folder else None
 
 
 def _as_prepared(source: str) -> Path | None:

@@ -129,13 +129,13 @@ def _plan(job: Job, progress: bool) -> _Plan:
     seen = survey(job.source, job.hold_out, progress)
     if job.tokenizer:
         return _Plan(seen, Path(job.tokenizer).read_bytes(), seen.notes)
-    asked = job.vocab_size or _default_vocab(seen)
+    asked = job.vocab_size or default_vocab(seen)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     notes = [] if pieces == asked else [f"vocab_size: the text gives only {pieces} pieces instead of {asked}"]
     return _Plan(seen, model, seen.notes + notes)
 
 
-def _default_vocab(seen: Survey) -> int:
+def default_vocab(seen: Survey) -> int:
     """A vocabulary size for a model of a size that fits the amount of text."""
     if not seen.complete or seen.characters >= 200_000_000:
         return LARGEST_DEFAULT_VOCAB
