@@ -28,6 +28,7 @@ from lowres.config import (
 )
 from lowres.errors import UserError
 from lowres.rules import KEYS, RULES
+from lowres.text import is_stream
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -88,6 +89,34 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
     """The config with values of a section replaced. They are not checked."""
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})
+
+
+def with_places(config: Config, saved: Config | None) -> Config:
+    """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
+    path that does not exist here is the one that the run was started with, if that ends so."""
+    data, before = config.data, saved.data if saved else None
+    changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
+    for key in ("source", "val_source", "tokenizer"):
+        kept = getattr(before, key) if before else None
+        changes[key] = _place(getattr(data, key), [kept] if kept else [])
+    if data.mixture:
+        del changes["source"]
+        known = before.sources if before else []
+        changes["mixture"] = tuple(
+            part.model_copy(update={"source": _place(part.source, known)}) for part in data.mixture
+        )
+    return with_values(config, "data", **changes)
+
+
+def _place(given: str | None, known: list[str]) -> str | None:
+    """See `with_places`. known: what the run was started with."""
+    if given is None or given == "stdlib" or is_stream(given):
+        return given
+    path = Path(given).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    same = (one for one in known if Path(one).parts[-len(path.parts) :] == path.parts)
+    return given if path.is_absolute() else next(same, given)
 
 
 def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:

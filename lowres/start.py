@@ -22,7 +22,7 @@ from lowres.config import Config
 from lowres.config_file import (
     rates_of,
     to_toml,
-    with_values,
+    with_places,
 )
 from lowres.data import Data, MixedData, cache_bytes, open_data, with_tokenizer
 from lowres.device import pick_device, use_kernels
@@ -125,7 +125,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
     saved = config_of(folder, state) if resume and not restart else None
-    config = _with_places(_with_origin(config, saved), saved)
+    config = with_places(_with_origin(config, saved), saved)
     # refuse what cannot fit before anything is read or written
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
     opened = _with_own_tokenizer(config, folder, state)
@@ -219,34 +219,6 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     run = config.run.model_copy(update={"init_from": origin})
     data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
     return config.model_copy(update={"run": run, "data": data})
-
-
-def _with_places(config: Config, saved: Config | None) -> Config:
-    """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
-    path that does not exist here is the one that the run was started with, if that ends so."""
-    data, before = config.data, saved.data if saved else None
-    changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
-    for key in ("source", "val_source", "tokenizer"):
-        kept = getattr(before, key) if before else None
-        changes[key] = _place(getattr(data, key), [kept] if kept else [])
-    if data.mixture:
-        del changes["source"]
-        known = before.sources if before else []
-        changes["mixture"] = tuple(
-            part.model_copy(update={"source": _place(part.source, known)}) for part in data.mixture
-        )
-    return with_values(config, "data", **changes)
-
-
-def _place(given: str | None, known: list[str]) -> str | None:
-    """See `_with_places`. known: what the run was started with."""
-    if given is None or given == "stdlib" or is_stream(given):
-        return given
-    path = Path(given).expanduser()
-    if path.exists():
-        return str(path.absolute())
-    same = (one for one in known if Path(one).parts[-len(path.parts) :] == path.parts)
-    return given if path.is_absolute() else next(same, given)
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
