@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lowres import events, metrics
+from lowres.checkpoint import Passed, Start, State
 from lowres.config import DataConfig
 from lowres.config_file import load_config, parse_config, to_toml
 from lowres.data import MixedData, TokenData, cache_bytes, open_data, prepare, record_of_one
@@ -19,6 +20,7 @@ from lowres.data import opening as opening_module
 from lowres.data.mixture import Part
 from lowres.data.turns import LARGEST_DENOMINATOR, Schedule, Turns, whole_shares
 from lowres.errors import UserError
+from lowres.resuming import sequences_before
 from tests.helpers import lowres_here, train_and_kill
 
 SEQ = 16
@@ -293,6 +295,13 @@ def test_a_source_may_become_a_mixture(folders: dict[str, Path]) -> None:
     assert numbers == {"web": list(range(70, 80)), "math": list(range(10))}
 
 
+def test_batches_that_a_rollback_left_out_are_used() -> None:
+    config = parse_config({"data": {"seq_len": 32}, "train": {"batch_tokens": 256}})[0]
+    passed = [Passed(step=2, sequences=8), Passed(step=7, sequences=8)]
+    state = State(step=4, tokens=4 * 256, data="", start=Start(batch_tokens=256), passed=passed)
+    assert sequences_before(state, config) == 4 * 8 + 8
+
+
 def test_a_limit_that_changes_counts_what_was_read(folders: dict[str, Path]) -> None:
     size = TokenData(folders["code"], SEQ, 0).epoch(0) or 0
     first = mixed(folders, {"web": 0.5, "code": 0.5})
@@ -475,7 +484,10 @@ def test_validation_is_spread_over_the_parts(folders: dict[str, Path], tmp_path:
     for name, found in windows.items():
         assert torch.equal(found, TokenData(folders[name], SEQ, 0).validation(30))
     assert torch.equal(data.validation(90), torch.cat(list(windows.values())))
+    # val_source is read with the keys of [data], not with those of a part
     text = write_source(tmp_path / "val.jsonl", 5, 20)
+    deep = write_source(tmp_path / "deep.jsonl", 50, 21, column="deep")
+    parts += [{"source": str(deep), "weight": 1, "text_key": "deep"}]
     data = opened(data_config(tmp_path, *parts, val_source=str(text)))
     assert list(data.validation_parts(0)) == [""]
     first = data.tokenizer.decode(data.validation(0)[0].tolist())
@@ -525,6 +537,8 @@ def test_bytes_that_a_stream_will_add(stream_parts: tuple[DataConfig, Path]) -> 
     opened(config, 280).close()
     # half of the tokens, one block ahead, less what is there: at most all that
     assert 2 * 50_000 - 2 * 3000 < cache_bytes(config, 280, 100_000) <= 2 * (50_000 + 700)
+    stream = config.mixture[0].model_copy(update={"weight": 0.0})
+    assert cache_bytes(config.model_copy(update={"mixture": (stream, config.mixture[1])}), 280, 9**9) == 0
 
 
 # ---------------------------------------------------------------------------- runs

@@ -190,11 +190,7 @@ class MixedData(Data):
             )
         old = _shares([(key, one["weight"], one["epochs"]) for key, one in was.items()])
         new = _shares([(key, part.weight, part.epochs) for key, part in ours.items()])
-        self._gone = [
-            one | {"weight": 0.0, "epochs": None, "before": one["read"]}
-            for key, one in was.items()
-            if key not in ours
-        ]
+        self._gone = [one | {"weight": 0.0} for key, one in was.items() if key not in ours]
         position, since = ("before", record["since"]) if old == new else ("read", sequence)
         self._begin(since, [was[key][position] if key in was else 0 for key in ours])
         if old == new:
