@@ -28,7 +28,15 @@ from lowres.errors import UserError
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
 
 # keys that say where the data are; their fingerprints say what they are
-DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
+DATA_KEYS = (
+    "data.source",
+    "data.val_source",
+    "data.tokenizer",
+    "data.tokenizer_form",
+    "data.bos",
+    "data.eos",
+    "data.vocab_size",
+)
 
 
 def find_checkpoint(

@@ -24,7 +24,15 @@ from lowres.config_file import (
     to_toml,
     with_places,
 )
-from lowres.data import Data, MixedData, cache_bytes, open_data, with_tokenizer
+from lowres.data import (
+    FILE_NAMES,
+    Data,
+    MixedData,
+    cache_bytes,
+    find_tokenizer,
+    open_data,
+    with_tokenizer,
+)
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -41,7 +49,6 @@ from lowres.runs import (
     CONFIG,
     METRICS,
     SUMMARY,
-    TOKENIZER,
     config_of,
     initialize_from,
     require_same_shape,
@@ -49,7 +56,7 @@ from lowres.runs import (
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -128,7 +135,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     config = with_places(_with_origin(config, saved), saved)
     # refuse what cannot fit before anything is read or written
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
-    opened = _with_own_tokenizer(config, folder, state)
+    opened = _with_own_tokenizer(config, found, folder if state else None)
     data = _open_data(opened)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
 
@@ -213,12 +220,14 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     origin = config.run.init_from or (saved or config).run.init_from
     if origin is None:
         return config
-    tokenizer = Path(origin) / TOKENIZER
-    if not tokenizer.exists():
-        raise UserError(f"run.init_from: {origin} is not a run: it has no {TOKENIZER}")
+    tokenizer = find_tokenizer(Path(origin))
+    if tokenizer is None:
+        raise UserError(f"run.init_from: {origin} is not a run: it has no tokenizer")
     run = config.run.model_copy(update={"init_from": origin})
-    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
-    return config.model_copy(update={"run": run, "data": data})
+    data = config.data
+    # weights want the ids that they were trained with
+    given = {"tokenizer": data.tokenizer or str(tokenizer), "tokenizer_form": data.tokenizer_form or "own"}
+    return config.model_copy(update={"run": run, "data": data.model_copy(update=given)})
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
@@ -271,13 +280,10 @@ def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> lis
     return notes
 
 
-def _with_own_tokenizer(config: Config, folder: Path, state: State | None) -> Config:
-    """The config with which the data of a run are opened."""
-    return (
-        config
-        if state is None
-        else config.model_copy(update={"data": with_tokenizer(config.data, folder / TOKENIZER)})
-    )
+def _with_own_tokenizer(config: Config, *places: Path | None) -> Config:
+    """The config with which the data of a run are opened. places: folders that may have its tokenizer."""
+    own = next((path for place in places if place and (path := find_tokenizer(place))), None)
+    return config.model_copy(update={"data": with_tokenizer(config.data, own)}) if own else config
 
 
 def _open_data(config: Config) -> Data:
@@ -313,7 +319,7 @@ def _write_folder(start: Start) -> Events:
         (folder / SUMMARY).unlink(missing_ok=True)
     for name, content in (
         (CONFIG, to_toml(start.config).encode()),
-        (TOKENIZER, start.data.tokenizer.path.read_bytes()),
+        (start.data.tokenizer.file_name, start.data.tokenizer.content),
     ):
         disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
@@ -414,7 +420,8 @@ def _rehearse(run: Run) -> None:
     config, parts = run.config, run.parts
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
-    batch = torch.zeros(shape, dtype=torch.int64)
+    # not the token with which documents start, because long ones need the most memory
+    batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):

@@ -46,11 +46,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found, model = dict[str, Path](), None
     for seed, (name, count) in enumerate({"web": 150, "code": 40, "math": 60}.items()):
         source = write_source(base / f"{name}.jsonl", count, seed)
-        size = {"vocab_size": 300} if model is None else {}
-        prepare(source.as_posix(), base / name, tokenizer=model, progress=False, shard_tokens=2000, **size)
+        size = 300 if model is None else None
+        out = base / name
+        prepare(str(source), out, tokenizer=model, vocab_size=size, progress=False, shard_tokens=2000)
         found[name] = base / name
         model = str(base / "web" / "tokenizer.model")
     return found
+
+
+def texts_of(folder: Path) -> list[str]:
+    """The documents of the source of a prepared folder."""
+    return [json.loads(line)["text"] for line in folder.with_suffix(".jsonl").read_text().splitlines()]
 
 
 def mixed(folders: dict[str, Path], weights: dict[str, float], seed: int = 0, **epochs: float) -> MixedData:
@@ -492,6 +498,36 @@ def test_validation_is_spread_over_the_parts(folders: dict[str, Path], tmp_path:
     assert list(data.validation_parts(0)) == [""]
     first = data.tokenizer.decode(data.validation(0)[0].tolist())
     assert json.loads(text.read_text().split("\n")[0])["text"].startswith(first[:20])
+
+
+def test_validation_text_of_a_part_in_another(folders: dict[str, Path], tmp_path: Path) -> None:
+    def held_out(folder: Path) -> list[str]:
+        data = TokenData(folder, SEQ, 0)
+        tokens = torch.cat([row[:-1] for row in data.validation(0)]).clamp(min=0)
+        text = data.tokenizer.decode(tokens.tolist())
+        return [one for one in texts_of(folder) if one in text]
+
+    source = write_source(tmp_path / "other.jsonl", 20, 30)
+    ours = held_out(folders["web"])
+    copies = "".join(json.dumps({"text": text}) + "\n" for text in ours)
+    source.write_text(source.read_text() + copies)
+    model = str(folders["web"] / "tokenizer.model")
+    prepare(str(source), tmp_path / "other", tokenizer=model, progress=False)
+    both = len(set(ours) - set(held_out(tmp_path / "other")))
+    assert both > 0
+    parts: list[dict[str, Any]] = [
+        {"source": str(folders["web"]), "weight": 1},
+        {"source": str(tmp_path / "other"), "weight": 1},
+    ]
+    line = (
+        f"data.mixture.web beside other: {both} of {len(ours)} validation documents are also in the training"
+    )
+    message = complaint(open_data, data_config(tmp_path, *parts), None, 0, False)
+    assert line in message and "data.max_overlap" in message
+    notes = opened(data_config(tmp_path, *parts, max_overlap=1.0)).notes
+    assert any(note.startswith(line) for note in notes)
+    parts[1]["weight"] = 0  # then nobody is trained on it
+    assert not any("also in" in note for note in opened(data_config(tmp_path, *parts)).notes)
 
 
 @pytest.fixture

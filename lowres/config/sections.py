@@ -154,7 +154,16 @@ class DataConfig(Section):
     val_source: str | None = None
     """Validation text; default (also if empty): documents held out from the source."""
     tokenizer: str | None = None
-    """Path of a SentencePiece model; default: one is trained on the source."""
+    """Path of a SentencePiece model or of a tokenizer.json, or of a folder with one; default: one is trained
+    on the source."""
+    tokenizer_form: Literal["exact", "own"] | None = None
+    """Of a SentencePiece model: exact never changes a text; own has the model's own dummy prefix and
+    normaliser, as LLaMA-2 was trained. Default: own with weights of another run (run.init_from), otherwise
+    exact."""
+    bos: str | int | None = None
+    """Token or id that begins every document, if nothing beside a tokenizer.json says it."""
+    eos: str | int | None = None
+    """Token or id that ends every document, if nothing beside a tokenizer.json says it."""
     vocab_size: Annotated[Size, Field(ge=260)] | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text."""
@@ -176,6 +185,15 @@ class DataConfig(Section):
     so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
+    document_mask: bool = False
+    """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
+    document, and its first token is not predicted. Otherwise all tokens before are context."""
+    drop_duplicates: bool = False
+    """Train on the first of several documents with the same text only."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = resumable(0.01)
+    """Largest share of the validation documents that may also be in the training text, where the source has a
+    validation split of its own or val_source is given; more is an error. Training never sees a document of
+    the split; those of val_source are only counted."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
     mixture: Annotated[tuple[MixturePart, ...], Field(strict=False)] = resumable(())

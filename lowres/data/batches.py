@@ -9,7 +9,7 @@ sequences g = step * sequences + i, plus an offset if the batch size of the run 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lowres.data.base import Data
-from lowres.data.manifest import Complete, Entry, hash_of, open_tokenizer, read_complete
+from lowres.data.hashes import read_hashes
+from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
 from lowres.data.shards import Shard
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
@@ -48,14 +49,16 @@ class TokenData(Data):
         self.seq_len = seq_len
         self._stream = stream
         manifest = stream.state if stream else read_complete(folder)
-        self.tokenizer = open_tokenizer(folder, manifest)
+        self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
         self.notes = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         self._order: _GlobalOrder | _BlockOrder
         if stream:
             # later blocks are unknown, but the arguments determine them
-            self.fingerprint = hash_of(manifest.arguments.model_dump() | {"source": None}, manifest.tokenizer)
+            self.fingerprint = hash_of(
+                manifest.arguments.determining() | {"source": None}, manifest.tokenizer
+            )
             self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
             self._order = _BlockOrder(stream, self._train, seq_len, seed)
         else:
@@ -98,6 +101,10 @@ class TokenData(Data):
     def is_stream(self) -> bool:
         """Whether its length is not known yet."""
         return self._stream is not None and self._stream.length() is None
+
+    def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
+        """uint64 [documents], for each shard so far; see `hashes`."""
+        return (self._validation if validation else self._train).hashes()
 
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
@@ -153,6 +160,9 @@ class _Shards:
     def fingerprint(self) -> str:
         """Changes with the tokens."""
         return hash_of([entry.crc32 for entry in self._entries()])
+
+    def hashes(self) -> Iterator[np.ndarray]:
+        return read_hashes(self._folder, self._entries())
 
     def lengths(self) -> list[int]:
         return [entry.tokens for entry in self._entries()]

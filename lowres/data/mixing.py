@@ -11,16 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from lowres.config import DataConfig, MixturePart
 from lowres.data import opening
 from lowres.data.base import Data
-from lowres.data.manifest import TOKENIZER, hash_of
+from lowres.data.hashes import common
+from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
-from lowres.data.opening import open_source, own_tokenizer, source_of
+from lowres.data.opening import given_tokenizer, open_source, own_tokenizer, source_of
 from lowres.data.prepare import default_vocab
 from lowres.data.shards import write_file
-from lowres.data.survey import LOOKAHEAD_CHARS, SAMPLE_CHARS, HeldOut, Survey, sample
+from lowres.data.survey import LOOKAHEAD_CHARS, SAMPLE_CHARS, Survey, sample
 from lowres.data.tokenizer import Tokenizer, train
+from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lowres.data.validation import check_overlap
 from lowres.errors import UserError
 from lowres.text import fingerprint, is_stream
 
@@ -33,14 +38,16 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     """
     if not config.mixture:
         return open_source(config, vocab_size, seed, progress)
-    tokenizer, is_trained = _shared_tokenizer(config, vocab_size, progress)
+    given, is_trained = _with_shared_tokenizer(config, vocab_size, progress)
     parts: list[Part] = []
     try:
-        for part, of_part in _parts(config, tokenizer):
+        for part, of_part in _parts(given):
             with _named(part.name):
                 data = open_source(of_part, vocab_size, seed, progress, validation=config)
             parts.append(Part(part.name, data, part.weight, part.epochs))
         mixed = MixedData(parts, seed, own_validation=config.val_source is None)
+        if config.val_source is None:
+            mixed.notes += _overlaps(parts, config.max_overlap)
     except BaseException:
         for one in parts:
             one.data.close()
@@ -57,7 +64,13 @@ def with_tokenizer(config: DataConfig, tokenizer: Path) -> DataConfig:
     has changed would train another."""
     if not config.mixture or config.tokenizer is not None:
         return config
-    return config.model_copy(update={"tokenizer": str(tokenizer)})
+    return _with(config, tokenizer)
+
+
+def _with(config: DataConfig, tokenizer: Path) -> DataConfig:
+    """The config with a tokenizer as it was stored."""
+    own = {"tokenizer": str(tokenizer), "tokenizer_form": "own", "bos": None, "eos": None, "vocab_size": None}
+    return config.model_copy(update=own)
 
 
 def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
@@ -65,9 +78,9 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     config.cache at most; see `opening.cache_bytes`."""
     if not config.mixture:
         return opening.cache_bytes(config, vocab_size, tokens)
-    tokenizer, _ = _shared_tokenizer(config, vocab_size, progress=False)
+    given, _ = _with_shared_tokenizer(config, vocab_size, progress=False)
     found = 0
-    for part, of_part in _parts(config, tokenizer):
+    for part, of_part in _parts(given):
         # the parts with a limit may leave their weight to the others
         lasting = sum(other.weight for other in config.mixture if other.epochs is None or other is part)
         if part.weight > 0 and is_stream(part.source):
@@ -76,11 +89,24 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     return found
 
 
-def _parts(config: DataConfig, tokenizer: Path) -> Iterator[tuple[MixturePart, DataConfig]]:
+def _parts(config: DataConfig) -> Iterator[tuple[MixturePart, DataConfig]]:
     """The parts of a mixture, each with the config of its own source."""
     for number, part in enumerate(config.mixture):
-        own = {"tokenizer": str(tokenizer), "vocab_size": None}
-        yield part, config.of_part(number).model_copy(update=own)
+        yield part, config.of_part(number)
+
+
+def _overlaps(parts: list[Part], allowed: float) -> list[str]:
+    """How many validation documents of a part are in the training text of another, so far as that is known.
+    Raises UserError if they are too many."""
+    notes = []
+    for part in parts:
+        own = np.concatenate([np.empty(0, np.uint64), *part.data.hashes(validation=True)])
+        for other in parts:
+            if other is not part and other.weight > 0:
+                what = f"data.mixture.{part.name} beside {other.name}"
+                found = common(own, other.data.hashes())
+                notes += check_overlap(found, len(np.unique(own)), allowed, what)
+    return notes
 
 
 @contextmanager
@@ -93,29 +119,31 @@ def _named(name: str) -> Iterator[None]:
         raise
 
 
-def _shared_tokenizer(config: DataConfig, vocab_size: int | None, progress: bool) -> tuple[Path, bool]:
-    """The tokenizer of all parts, and whether it was trained on them. Raises UserError if a part is tokens of
-    another one."""
-    found: dict[str, Path] = {}
+def _with_shared_tokenizer(
+    config: DataConfig, vocab_size: int | None, progress: bool
+) -> tuple[DataConfig, bool]:
+    """The config with the tokenizer of all parts, and whether that was trained on them. Raises UserError if a
+    part is tokens of another one."""
+    found: dict[str, Tokenizer] = {}
     for part in config.mixture:
         with _named(part.name):
             own = own_tokenizer(part.source)
         if own is not None:
             found[part.name] = own
-    if config.tokenizer:
-        whose, path = "data.tokenizer", Path(config.tokenizer)
+    if given := given_tokenizer(config):
+        whose, wanted, with_it = "data.tokenizer", given, config
     elif found:
-        whose, path = next(iter(found.items()))
+        whose, wanted = next(iter(found.items()))
+        with_it = _with(config, wanted.path)
     else:
-        return _trained(config, vocab_size, progress), True
-    wanted = Tokenizer(path).fingerprint
+        return _with(config, _trained(config, vocab_size, progress)), True
     for name, own in found.items():
-        if Tokenizer(own).fingerprint != wanted:
+        if own.fingerprint != wanted.fingerprint:
             raise UserError(
-                f"data.mixture.{name}: {own.parent} was prepared with another tokenizer than {whose}; "
-                f"prepare its text with --tokenizer {path}"
+                f"data.mixture.{name}: {own.path.parent} was prepared with another tokenizer than {whose}; "
+                f"prepare its text with --tokenizer {wanted.path}"
             )
-    return path, False
+    return with_it, False
 
 
 def _trained(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
@@ -127,7 +155,7 @@ def _trained(config: DataConfig, vocab_size: int | None, progress: bool) -> Path
             sources.append(source_of(config.of_part(number)))
             shares.append((fingerprint(sources[-1]), part.weight / total))
     key = hash_of(sorted(shares), config.vocab_size, vocab_size)[:8]
-    path = Path(config.cache).expanduser() / f"mixture-{key}" / TOKENIZER
+    path = Path(config.cache).expanduser() / f"mixture-{key}" / SentencePieceTokenizer.file_name
     if path.exists():
         return path
     blocks, characters, complete = list[str](), 0, True
@@ -136,7 +164,7 @@ def _trained(config: DataConfig, vocab_size: int | None, progress: bool) -> Path
             with _named(part.name):
                 found = sample(source, int(SAMPLE_CHARS * share), int(LOOKAHEAD_CHARS * share), progress)
             blocks, characters, complete = blocks + found[0], characters + found[1], complete and found[2]
-    seen = Survey(characters, complete, blocks, HeldOut(), [], [])
+    seen = Survey(characters, complete, blocks)
     asked = config.vocab_size or vocab_size or default_vocab(seen)
     model, _ = train(blocks, asked, exact=config.vocab_size is not None)
     try:

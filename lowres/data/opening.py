@@ -12,22 +12,27 @@ from torch import Tensor
 from lowres.config import DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.folder import SHARD_TOKENS, Job
+from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
     DATA,
-    TOKENIZER,
+    Entry,
     Manifest,
     Progress,
     found_in,
-    open_tokenizer,
     read_complete,
     read_progress,
+    recorded_tokenizer,
 )
-from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
+from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import Tokenizer, open_tokenizer
+from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
-from lowres.text import Source, documents, is_stream
+from lowres.ranks import say
+from lowres.text import Source, documents, is_stream, list_files
+from lowres.text.listing import part_to_evaluate
+from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
@@ -43,8 +48,8 @@ def open_source(
     """The data of the config's source, prepared first if needed; see `mixing.open_data`. validation: says
     how data.val_source is read, if it is not this config."""
     of_validation = validation or config
-    if config.tokenizer:
-        _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
+    if given := given_tokenizer(config):
+        _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
         _check_pieces(config.vocab_size, vocab_size)
     if not is_stream(config.source):
@@ -53,6 +58,7 @@ def open_source(
         _check_pieces(manifest.vocab_size, vocab_size)
         val_folder = _validation_folder(of_validation, folder, manifest, progress)
         data = TokenData(folder, config.seq_len, seed, val_folder)
+        data.notes += _validation_notes(config, folder, manifest.train, val_folder)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
@@ -62,10 +68,19 @@ def open_source(
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
         val_folder = _validation_folder(of_validation, stream.folder, stream.state, progress)
-        return TokenData(stream.folder, config.seq_len, seed, val_folder, stream)
+        data = TokenData(stream.folder, config.seq_len, seed, val_folder, stream)
+        data.notes += _validation_notes(config, stream.folder, stream.entries, val_folder)
+        return data
     except BaseException:
         stream.close()
         raise
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the config names; None if it names none."""
+    if not config.tokenizer:
+        return None
+    return open_tokenizer(config.tokenizer, config.tokenizer_form, config.bos, config.eos)
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
@@ -74,18 +89,20 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     folder = _as_prepared(config.source)
     if folder is None:
         job = _training_job(config, vocab_size, SHARD_TOKENS)
+        say(f"data: {summary(list_files(job.source))}")
         folder = _cache_folder(config, job)
         run(job, folder, progress)
         return folder
     recorded = read_complete(folder).tokenizer
-    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != recorded:
+    given = given_tokenizer(config)
+    if given and given.fingerprint != recorded:
         raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
     return folder
 
 
 def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
-    """All text of a source as windows, in the form of `TokenData.validation`. For a prepared folder: its
-    validation tokens, which must come from this tokenizer."""
+    """All text of a source, or its own validation split, as windows in the form of `TokenData.validation`.
+    For a prepared folder: its validation tokens, which must come from this tokenizer."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -93,7 +110,8 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
-    tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(list(documents(source)))]
+    texts = list(documents(source, part_to_evaluate(Source(source))))
+    tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
 
@@ -115,10 +133,7 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
         return 0
     if found is not None and isinstance(state := read_progress(folder), Progress):
         there = sum(entry.tokens for entry in state.train)
-    if config.tokenizer:
-        pieces = Tokenizer(config.tokenizer).vocab_size
-    else:
-        pieces = job.vocab_size or LARGEST_DEFAULT_VOCAB
+    pieces = job.tokenizer.vocab_size if job.tokenizer else job.vocab_size or LARGEST_DEFAULT_VOCAB
     ahead = BLOCK_TOKENS  # one block is written before it is wanted
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
@@ -139,12 +154,14 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
 def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
     return Job(
         source_of(config),
-        config.tokenizer,
+        given_tokenizer(config),
         config.vocab_size or vocab_size,
         # the model may have more rows than the tokenizer has pieces
         exact_vocab=config.vocab_size is not None,
         shard_tokens=shard_tokens,
         hold_out=config.val_source is None,
+        drop_duplicates=config.drop_duplicates,
+        max_overlap=config.max_overlap,
     )
 
 
@@ -152,11 +169,13 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = open_tokenizer(training, manifest)
+    tokenizer = recorded_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
-        job = Job(source_of(config, config.val_source), str(tokenizer.path), max_tokens=limit, hold_out=False)
+        source = source_of(config, config.val_source)
+        part = part_to_evaluate(source)
+        job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -167,10 +186,30 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
     return folder
 
 
-def own_tokenizer(source: str) -> Path | None:
+def own_tokenizer(source: str) -> Tokenizer | None:
     """The tokenizer of a source that is tokens already; None if it is text."""
     folder = _as_prepared(source)
-    return folder / TOKENIZER if folder else None
+    return recorded_tokenizer(folder, read_complete(folder)) if folder else None
+
+
+def _validation_notes(
+    config: DataConfig, training: Path, entries: list[Entry], validation: Path | None
+) -> list[str]:
+    """How large the text of config.val_source is, and how much of it is in the training text, where that is
+    known. entries: of the training shards so far. Raises UserError if it is too much."""
+    if validation is None:
+        return []
+    manifest = read_complete(validation)
+    theirs = manifest.train + manifest.val
+    notes = size_notes(sum(entry.tokens for entry in theirs), "data.val_source")
+    if any(entry.hashes is None for entry in [*entries, *theirs]):
+        return [
+            *notes,
+            f"{training}: an older version prepared it, so overlap with data.val_source is unknown",
+        ]
+    hashes = np.concatenate([np.empty(0, np.uint64), *read_hashes(validation, theirs)])
+    found = common(hashes, read_hashes(training, entries))
+    return notes + check_overlap(found, len(np.unique(hashes)), config.max_overlap, "data.val_source")
 
 
 def _as_prepared(source: str) -> Path | None:

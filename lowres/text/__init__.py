@@ -1,15 +1,17 @@
 """Text: what a source holds, as documents in a fixed order.
 
-source      what to read, and how: the keys of [data] that determine the documents
-walk        the files of a folder or a glob
-kinds/      the kinds of file, one file each: how they are recognised and read
-columns     which column of a table is the text
-opening     the bytes of a file, decompressed
-splits      which files are for training, validation and test
-card        what a data set's card says of its files
-listing     what each file of a source is, and what is left out, with the reason
-hub         the rows of a stream, over lost connections
-documents   the documents of a source, by row
+source       what to read, and how: the keys of [data] that determine the documents
+walk         the files of a folder or a glob
+archives     what is in a tar or zip file
+kinds/       the kinds of file, one file each: how they are recognised and read
+columns      which column of a table is the text
+opening      the bytes of a file, decompressed
+compression  how they are compressed
+splits       which files are for training, validation and test
+card         what a data set's card says of its files
+listing      what each file of a source is, and what is left out, with the reason
+hub          the rows of a stream, over lost connections
+documents    the documents of a source, by row
 """
 
 from lowres.text.documents import documents, fingerprint, numbered_documents, without_surrogates

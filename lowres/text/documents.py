@@ -45,12 +45,15 @@ def numbered_documents(
     left out with damaged = "skip"."""
     source = as_source(source)
     empty = True
-    first = start if is_stream(source) else 0
+    row = start if is_stream(source) else 0
     rows = _stream_rows(source, start) if is_stream(source) else _rows(source, part, skipped)
-    for row, text in enumerate(rows, first):
+    for text in rows:
         if row >= start and text and not text.isspace():
             empty = False
-            yield row, without_surrogates(text)
+            given = [without_surrogates(text)]
+            del text  # it may be large, and nothing here needs it any longer
+            yield row, given.pop()
+        row += 1
     if empty and start == 0:
         raise UserError(f"{source.name}: contains no text; set data.source to files with text")
 
@@ -76,7 +79,7 @@ def fingerprint(source: Source | str) -> str:
 
 
 def _stamp(file: File) -> str:
-    status = file.path.stat()
+    status = file.on_disk.stat()
     part = "" if file.part == TRAIN else f"\0{file.part}"
     return f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}{part}"
 
@@ -97,15 +100,20 @@ def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
     if listed.tokens:
         raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
     for file in listed.part(part):
-        try:
-            yield from KINDS[file.kind].read(file, source)
-        except BadFileError as error:
-            if source.name == "stdlib":
-                yield ""
-            elif source.damaged == "refuse":
-                raise
-            elif skipped is not None:
-                skipped[file.name] = str(error)
+        yield from rows_of(file, source, skipped)
+
+
+def rows_of(file: File, source: Source, skipped: Skipped | None = None) -> Iterator[str]:
+    """The text of every row of a file, "" for one without; see `numbered_documents`."""
+    try:
+        yield from KINDS[file.kind].read(file, source)
+    except BadFileError as error:
+        if source.name == "stdlib":
+            yield ""
+        elif source.damaged == "refuse":
+            raise
+        elif skipped is not None:
+            skipped[file.name] = str(error)
 
 
 def _stream_rows(source: Source, start: int) -> Iterator[str]:

@@ -43,8 +43,9 @@ class Source:
 @dataclass(frozen=True)
 class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
-    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, in a table. separator:
-    between the documents of a text."""
+    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, in a table; data.text_key
+    until it is chosen. separator: between the documents of a text. archive, at: the archive that it is in,
+    and where; `path` is then for messages only."""
 
     name: str
     path: Path
@@ -54,6 +55,13 @@ class File:
     part: str = TRAIN
     column: str | None = None
     separator: str | None = None
+    archive: Path | None = None
+    at: int = 0
+
+    @property
+    def on_disk(self) -> Path:
+        """The file that is opened: its own, or that of its archive."""
+        return self.archive or self.path
 
 
 def is_stream(source: Source | str) -> bool:

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lowres.errors import UserError, first_line
-from lowres.text.columns import of_arrow, text_of
+from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, Rank, register
-from lowres.text.opening import opened
+from lowres.text.kinds.tables import outermost, texts
+from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
 _ROWS = 256
+# bytes that are read at once from the column of a row group, which may hold gigabytes
+_BUFFER = 1 << 20
 
 
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with _table(file) as table:
-        # a path of names inside structures is read as its outermost column
-        outer = file.column if file.column in table.schema_arrow.names else file.column.split(".")[0]
-        for batch in table.iter_batches(batch_size=_ROWS, columns=[outer]):
-            for row in batch.to_pylist():
-                yield text_of(row, file.column, str(file.path))
+        outer = outermost(file.column, table.schema_arrow.names)
+        yield from texts(table.iter_batches(batch_size=_ROWS, columns=[outer]), file.column, file.path)
 
 
 def columns(file: File) -> dict[str, str] | None:
@@ -40,15 +39,17 @@ def _table(file: File) -> Iterator[Any]:
         raise UserError(
             f"{file.path}: .parquet files need the package pyarrow: pip install pyarrow"
         ) from None
-    with opened(file) as stream:
-        # parquet is read from its end, and seeking in compressed data would decompress it many times
-        seekable = io.BytesIO(stream.read()) if file.compression else stream
+    with opened_for_seeking(file) as stream:
         try:
-            yield pyarrow.parquet.ParquetFile(seekable)
+            yield pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER, page_checksum_verification=True)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise BadFileError(
                 f"{file.path}: not a complete parquet file ({first_line(error)}); get the file again"
             ) from None
+        except OSError as error:
+            if "crypt" not in str(error):
+                raise
+            raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
-register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns))
+register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns))

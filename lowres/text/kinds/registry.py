@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import PurePath
 
-from lowres.text.opening import COMPRESSIONS
+from lowres.text.compression import COMPRESSIONS
 from lowres.text.source import File, Source
 
 
@@ -21,11 +21,15 @@ class Rank(IntEnum):
     PROSE = 3  # markdown, source code, any other text
 
 
+class NotData(str):
+    """Why a file has no documents, where nothing is wrong with it: settings, a cache."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
-    suffix has no documents, None if it has."""
+    suffix has no documents, None if it has; see also NotData."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -57,4 +61,6 @@ def kind_of_name(name: str) -> tuple[Kind | None, str]:
 def names() -> str:
     """The known suffixes, for messages."""
     listed = [suffix for kind in KINDS.values() if kind.rank < Rank.PROSE for suffix in kind.suffixes]
-    return f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}"
+    return (
+        f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}, in .tar or .zip"
+    )
