@@ -29,7 +29,7 @@ def sample(
     for i in range(tokens):
         logits = engine.logits(torch.tensor([ids[-seq_len:]]))[0].cpu()[: tokenizer.vocab_size]
         choice = _choose(logits, temperature, top_k, rng.make_key(seed, "sample", step=i))
-        if choice == tokenizer.eos_id:
+        if choice == tokenizer.end_id:
             break
         ids.append(choice)
     return tokenizer.decode(ids)

@@ -170,10 +170,10 @@ def evaluation(name: str) -> str:
 class Letters:
     """Replaces a tokenizer."""
 
-    bos_id, eos_id, vocab_size = 0, 2, VOCABULARY
+    end_id, vocab_size = 2, VOCABULARY
 
-    def encode(self, text: str) -> list[int]:
-        return [3] * len(text)
+    def prompt(self, text: str) -> list[int]:
+        return [0] + [3] * len(text)
 
     def decode(self, ids: list[int]) -> str:
         return "a" * len(ids)

@@ -15,7 +15,7 @@ from lowres import events, metrics
 from lowres.checkpoint import Passed, Start, State
 from lowres.config import DataConfig
 from lowres.config_file import load_config, parse_config, to_toml
-from lowres.data import MixedData, TokenData, cache_bytes, open_data, prepare, record_of_one
+from lowres.data import MixedData, TokenData, cache_bytes, open_data, prepare, record_of_one, with_tokenizer
 from lowres.data import opening as opening_module
 from lowres.data.mixture import Part
 from lowres.data.turns import LARGEST_DENOMINATOR, Schedule, Turns, whole_shares
@@ -477,6 +477,31 @@ def test_prepared_parts_bring_their_tokenizer(folders: dict[str, Path], tmp_path
         open_data, data_config(tmp_path, web, {"source": str(short), "weight": 1}), None, 0, False
     )
     assert message.startswith("data.mixture.short: ")
+
+
+def test_parts_that_are_token_ids(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of one vocabulary, or with data.tokenizer beside text."""
+    for name, seed in (("one", 1), ("two", 2)):
+        ids = np.random.default_rng(seed).integers(3, 300, 4000, np.uint16)
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "ids.npy", ids)
+    one, two = ({"source": str(tmp_path / name), "weight": 1} for name in ("one", "two"))
+    data = opened(data_config(tmp_path, one, two, vocab_size=300))
+    assert not data.tokenizer.has_text and data.read(10)["one"][0] == 5
+    stored = tmp_path / data.tokenizer.file_name
+    stored.write_bytes(data.tokenizer.content)
+    again = opened(with_tokenizer(data_config(tmp_path, one, two, vocab_size=300), stored))
+    assert again.fingerprint == data.fingerprint and torch.equal(again.batch(7, 8), data.batch(7, 8))
+
+    text = {"source": str(write_source(tmp_path / "text.jsonl", 60, 7)), "weight": 1}
+    message = complaint(open_data, data_config(tmp_path, text, one), None, 0, False)
+    assert message.startswith("data.mixture.one: holds token ids") and "data.tokenizer" in message
+    model = str(folders["web"] / "tokenizer.model")
+    data = opened(data_config(tmp_path, text, one, tokenizer=model))
+    found = rows(data.batch(0, 20))
+    numbers = np.load(tmp_path / "one" / "ids.npy").tolist()
+    starts = {tuple(numbers[i : i + SEQ + 1]) for i in range(0, len(numbers) - SEQ, SEQ)}
+    assert sum(row in starts for row in found) == 10
 
 
 def test_validation_is_spread_over_the_parts(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -2,25 +2,35 @@
 
 import io
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as library
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lowres.config import DataConfig
-from lowres.data import Data, TokenData, find_tokenizer, open_data, open_text, prepare
+from lowres.config_file import load_config
+from lowres.data import FILE_NAMES, Data, TokenData, find_tokenizer, open_data, open_text, prepare
 from lowres.data.shards import Shard
 from lowres.data.tokenizer import Tokenizer, Vocabulary, base, huggingface, open_tokenizer, train
+from lowres.engine import Choice, make_engine
 from lowres.errors import UserError
+from lowres.evaluate import evaluate
+from lowres.runs import open_run
+from lowres.sample import sample
+from lowres.start import HISTORY, decide
+from tests.helpers import ROOMS, lowres_here, make_batch, make_config, make_units
 
 PROSE = (
     "The cat sat on the mat, and the other cat (42 years old) didn't.\n    return cats[0]  # ok\n"
@@ -510,6 +520,7 @@ def refused(path: Path, **options: Any) -> str:
         (b'{"the": 5, "a": 6}', "not a tokenizer.json (it has no model)"),
         (b'{"model": 5}', "not a tokenizer.json, or damaged"),
         (b'{"model": {"type": "BPE", "vocab": {"<s>": 0}, "merges": [["a", "b"]]}}', "or damaged"),
+        (b'{"model": {"vocab": {"<s>": 100000000000}}}', "or damaged (its largest id is 100000000000)"),
         (b'{"model": {"type": "New", "vocab": {"<s>": 0}, "merges": []}}', "or damaged"),
         (b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken ranks"),
         (b'{"seal": "0", "vocab_size": 5}', "damaged (does not match its seal)"),
@@ -683,7 +694,7 @@ def test_a_vocabulary_has_ids_only(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50304, -1, 50256)
     assert tokenizer.delimiter == 50256 and not tokenizer.has_text
     assert tokenizer.decode([17, 4]) == "<17><4>" and tokenizer.encode("<17><4>") == [17, 4]
-    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [0, 5]
+    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [5]
     assert tokenizer.with_ends(np.array([3], np.int32)).tolist() == [3, 50256]
     assert tokenizer.token_bytes().tolist() == [0] * 50304
     for text in ("hello", "<50304>", "<17> <4>"):
@@ -693,6 +704,34 @@ def test_a_vocabulary_has_ids_only(tmp_path: Path) -> None:
         Vocabulary.content_of(100, None, 100)
     path.write_bytes(path.read_bytes().replace(b"50304", b"50305"))
     assert "damaged (does not match its seal)" in refused(path)
+
+
+def test_ids_without_text_have_no_bits_per_byte_and_give_samples_of_ids(tmp_path: Path) -> None:
+    config = make_config()
+    units = make_units(config.model)
+    engine = make_engine(config, units, None, ROOMS, Choice(micro_batch=4))
+    batch = make_batch()
+    scores = evaluate(engine, batch, torch.zeros(300, dtype=torch.int64), 4)
+    with_text = evaluate(engine, batch, torch.ones(300, dtype=torch.int64), 4)
+    assert scores.keys() == {"val_loss", "val_ppl"} and scores["val_loss"] == with_text["val_loss"]
+    assert with_text["val_bits_per_byte"] == pytest.approx(with_text["val_loss"] / math.log(2))
+    ids = Vocabulary(tmp_path, Vocabulary.content_of(300, 1, None))
+    assert re.fullmatch(r"(<\d+>){2,5}", sample(engine, ids, "<7>", tokens=3, seq_len=8))
+    assert sample(engine, ids, "<7>", tokens=0, seq_len=8) == "<1><7>"
+
+
+def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> None:
+    """GPT-2's kind has one token for both."""
+
+    class Constant:
+        def logits(self, ids: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros(1, 500)
+            found[0, tokenizer.bos_id if ids.shape[1] > 3 else 40] = 9.0
+            return found
+
+    tokenizer, engine = opened(made["gpt2"]), cast(Any, Constant())
+    text = sample(engine, tokenizer, "", tokens=50, seq_len=8, temperature=0)
+    assert text == tokenizer.decode([40] * 3)
 
 
 # ---------------------------------------------------------------------------- prepared data
@@ -735,6 +774,38 @@ def test_prepared_documents_come_back(
     assert summary["val_documents"] + len(found) == len(texts)
     again = prepare(path, out, tokenizer=str(made[name]), progress=False)
     assert any("already prepared" in note for note in again["notes"])
+
+
+def test_a_run_and_its_checkpoints_keep_the_file(
+    made: dict[str, Path], config: Path, source: tuple[str, list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    keys = [
+        f"data.source={source[0]}",
+        f"data.tokenizer={made['llama3']}",
+        "train.steps=2",
+        "data.seq_len=16",
+    ]
+    keys += [f"data.cache={tmp_path / 'cache'}", "log.sample_tokens=2", "train.eval_every=2"]
+    options = [part for key in keys for part in ("--set", key)]
+    lowres_here("train", config, "--run", run, *options)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    original = opened(made["llama3"])
+    for folder in (run, checkpoint):
+        assert find_tokenizer(folder) == folder / "tokenizer.json"
+        assert (folder / "tokenizer.json").read_bytes() == original.content
+    assert "tokenizer.json" in (checkpoint / "manifest.json").read_text()
+    tokenizer = open_run(run)[2]
+    assert (tokenizer.encode(PROSE), tokenizer.eos_id) == (original.encode(PROSE), original.eos_id)
+    assert "bits per byte" in lowres_here("eval", run).stdout
+    lowres_here("train", config, "--run", run, "--resume", *options, "--set", "train.steps=3")
+    # weights bring their tokenizer, in the form in which they were trained
+    again = [*keys[:1], f"data.cache={tmp_path / 'cache'}", f"run.init_from={run}", "data.seq_len=16"]
+    started = decide(load_config(config, again)[0], tmp_path / "b", resume=False)
+    assert started.config.data.tokenizer == str(run / "tokenizer.json")
+    assert started.config.data.tokenizer_form == "own"
+    assert started.data.tokenizer.fingerprint == original.fingerprint
+    assert set(FILE_NAMES) <= set(HISTORY)  # what --restart moves aside
 
 
 def test_the_config_chooses_the_form(source: tuple[str, list[str]], tmp_path: Path) -> None:

@@ -164,9 +164,11 @@ class DataConfig(Section):
     """Token or id that begins every document, if nothing beside a tokenizer.json says it."""
     eos: str | int | None = None
     """Token or id that ends every document, if nothing beside a tokenizer.json says it."""
-    vocab_size: Annotated[Size, Field(ge=260)] | None = None
+    vocab_size: Size | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
-    size of the text."""
+    size of the text. Of a source of token ids without data.tokenizer: the vocabulary of the ids."""
+    token_dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
+    """Type of the ids in files without a header; nanoGPT writes uint16."""
     seq_len: Annotated[Size, Field(ge=2)] = 256
     """Tokens in a sequence."""
     text_key: Annotated[str, Field(min_length=1)] | None = None

@@ -6,6 +6,7 @@ tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces
+tokenised   sources of token ids, read where they are
 stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
 turns       whose turn it is: which part of a mixture gives which sequence

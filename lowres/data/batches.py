@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from lowres.data.stream import BlockStream
 from lowres.errors import UserError
 from lowres.rng import make_key, permutation
 
+if TYPE_CHECKING:
+    from lowres.data.tokenised import Corpus, Part
+
 IGNORED = -100  # the default ignore_index of cross entropy in torch
 # data larger than this is not checked before the first step, as the user would wait too long
 VERIFY_AT_ONCE_BYTES = 4 << 30
@@ -35,7 +39,12 @@ class TokenData(Data):
     """Training and validation tokens of a prepared folder, or of a stream.
 
     `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
+    `corpus`: takes the place of a prepared folder.
     """
+
+    _train: _Shards | Part
+    _validation: _Shards | Part
+    _order: _GlobalOrder | _BlockOrder
 
     def __init__(
         self,
@@ -44,16 +53,19 @@ class TokenData(Data):
         seed: int,
         validation_folder: Path | None = None,
         stream: BlockStream | None = None,
+        corpus: Corpus | None = None,
     ) -> None:
         self.folder = folder
         self.seq_len = seq_len
         self._stream = stream
+        if corpus is not None:
+            self._open_corpus(corpus, seed, validation_folder)
+            return
         manifest = stream.state if stream else read_complete(folder)
         self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
         self.notes = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
-        self._order: _GlobalOrder | _BlockOrder
         if stream:
             # later blocks are unknown, but the arguments determine them
             self.fingerprint = hash_of(
@@ -70,10 +82,26 @@ class TokenData(Data):
         if validation_folder is None:
             self._validation = _Shards(folder, self.vocab_size, lambda: manifest.val)
         else:
-            other = read_complete(validation_folder)
-            self._validation = _Shards(validation_folder, self.vocab_size, lambda: other.train + other.val)
+            self._validation = self._all_of(validation_folder)
         self._validation.verify_if_small()
         self.validation_fingerprint = self._validation.fingerprint()
+
+    def _open_corpus(self, corpus: Corpus, seed: int, validation_folder: Path | None) -> None:
+        self.tokenizer, self.notes = corpus.tokenizer, list(corpus.notes)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.fingerprint = corpus.fingerprint()
+        self._train, self._validation = corpus.train, corpus.validation
+        if validation_folder is not None:
+            self._validation = self._all_of(validation_folder)
+            self._validation.verify_if_small()
+        self.validation_fingerprint = self._validation.fingerprint()
+        self._check_length(self._train.lengths())
+        self._order = _GlobalOrder([_windows(n, self.seq_len) for n in self._train.lengths()], seed)
+
+    def _all_of(self, folder: Path) -> _Shards:
+        """All tokens of a prepared folder."""
+        manifest = read_complete(folder)
+        return _Shards(folder, self.vocab_size, lambda: manifest.train + manifest.val)
 
     def _check_length(self, shards: list[int]) -> None:
         longest = max(shards, default=0)
@@ -103,8 +131,9 @@ class TokenData(Data):
         return self._stream is not None and self._stream.length() is None
 
     def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
-        """uint64 [documents], for each shard so far; see `hashes`."""
-        return (self._validation if validation else self._train).hashes()
+        """uint64 [documents], for each shard so far; see `hashes`. None for token ids."""
+        kept = self._validation if validation else self._train
+        return kept.hashes() if isinstance(kept, _Shards) else iter(())  # ids have no text
 
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         batch = np.empty((sequences, self.seq_len + 1), np.int64)

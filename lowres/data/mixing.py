@@ -19,7 +19,7 @@ from lowres.data.base import Data
 from lowres.data.hashes import common
 from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
-from lowres.data.opening import given_tokenizer, open_source, own_tokenizer, source_of
+from lowres.data.opening import given_tokenizer, holds_ids, open_source, own_tokenizer, source_of
 from lowres.data.prepare import default_vocab
 from lowres.data.shards import write_file
 from lowres.data.survey import LOOKAHEAD_CHARS, SAMPLE_CHARS, Survey, sample
@@ -43,7 +43,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     try:
         for part, of_part in _parts(given):
             with _named(part.name):
-                data = open_source(of_part, vocab_size, seed, progress, validation=config)
+                data = open_source(of_part, vocab_size, seed, progress, of_validation=config)
             parts.append(Part(part.name, data, part.weight, part.epochs))
         mixed = MixedData(parts, seed, own_validation=config.val_source is None)
         if config.val_source is None:
@@ -125,11 +125,20 @@ def _with_shared_tokenizer(
     """The config with the tokenizer of all parts, and whether that was trained on them. Raises UserError if a
     part is tokens of another one."""
     found: dict[str, Tokenizer] = {}
-    for part in config.mixture:
+    ids = list[str]()
+    for part, of_part in _parts(config):
         with _named(part.name):
-            own = own_tokenizer(part.source)
-        if own is not None:
-            found[part.name] = own
+            if (own := own_tokenizer(part.source)) is not None:
+                found[part.name] = own
+            elif holds_ids(of_part):
+                ids.append(part.name)
+    if ids and not config.tokenizer:
+        if len(ids) == len(config.mixture):
+            return config, False  # the ids are the vocabulary, which has to be the same
+        raise UserError(
+            f"data.mixture.{ids[0]}: holds token ids, and other parts do not; set data.tokenizer to what "
+            "they were made with"
+        )
     if given := given_tokenizer(config):
         whose, wanted, with_it = "data.tokenizer", given, config
     elif found:

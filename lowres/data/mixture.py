@@ -52,8 +52,8 @@ class MixedData(Data):
         for part in parts:
             if part.data.tokenizer.fingerprint != first.tokenizer.fingerprint:
                 raise UserError(
-                    f"data.mixture.{part.name}: has another tokenizer than {parts[0].name}; prepare its text "
-                    f"with --tokenizer {first.tokenizer.path}"
+                    f"data.mixture.{part.name}: has another tokenizer than {parts[0].name}; set "
+                    "data.tokenizer, and prepare both with it"
                 )
         for one, other in zip(self._parts, self._parts[1:], strict=False):
             if one.data.fingerprint == other.data.fingerprint:

@@ -16,7 +16,6 @@ from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
     DATA,
     Entry,
-    Manifest,
     Progress,
     found_in,
     read_complete,
@@ -26,16 +25,19 @@ from lowres.data.manifest import (
 from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
+from lowres.data.tokenised import ids_of, open_corpus
 from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
-from lowres.text import Source, documents, is_stream, list_files
+from lowres.text import Listing, Source, documents, is_stream, list_files
 from lowres.text.listing import part_to_evaluate
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
+# where token ids must have the one that begins documents, if it is needed
+_SEARCHED = 1 << 22
 
 
 def open_source(
@@ -43,11 +45,13 @@ def open_source(
     vocab_size: int | None,
     seed: int,
     progress: bool,
-    validation: DataConfig | None = None,
+    of_validation: DataConfig | None = None,
 ) -> TokenData:
-    """The data of the config's source, prepared first if needed; see `mixing.open_data`. validation: says
+    """The data of the config's source, prepared first if needed; see `mixing.open_data`. of_validation: says
     how data.val_source is read, if it is not this config."""
-    of_validation = validation or config
+    of_validation = of_validation or config
+    if (listing := _token_listing(source_of(config))) is not None:
+        return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
     if given := given_tokenizer(config):
         _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
@@ -56,9 +60,9 @@ def open_source(
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
         _check_pieces(manifest.vocab_size, vocab_size)
-        val_folder = _validation_folder(of_validation, folder, manifest, progress)
-        data = TokenData(folder, config.seq_len, seed, val_folder)
-        data.notes += _validation_notes(config, folder, manifest.train, val_folder)
+        validation = _validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
+        data = TokenData(folder, config.seq_len, seed, validation)
+        data.notes += _validation_notes(config, folder, manifest.train, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
@@ -67,9 +71,10 @@ def open_source(
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
-        val_folder = _validation_folder(of_validation, stream.folder, stream.state, progress)
-        data = TokenData(stream.folder, config.seq_len, seed, val_folder, stream)
-        data.notes += _validation_notes(config, stream.folder, stream.entries, val_folder)
+        tokenizer = recorded_tokenizer(stream.folder, stream.state)
+        validation = _validation_folder(of_validation, tokenizer, progress)
+        data = TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
         return data
     except BaseException:
         stream.close()
@@ -81,6 +86,61 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     if not config.tokenizer:
         return None
     return open_tokenizer(config.tokenizer, config.tokenizer_form, config.bos, config.eos)
+
+
+def _open_ids(
+    config: DataConfig,
+    listing: Listing,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    of_validation: DataConfig,
+) -> TokenData:
+    """The data of a source that holds token ids. vocab_size: as in `open_data`, and also that of the ids if
+    nothing else says it."""
+    say(f"data: {summary(listing)}")
+    tokenizer = given_tokenizer(config)
+    validation, folder = None, None
+    if config.val_source is not None:
+        validation = _token_listing(source_of(of_validation, config.val_source))
+        if validation is None and tokenizer is None:
+            raise UserError(
+                f"data.val_source: {config.val_source} is text, and {config.source} holds token ids; set "
+                "data.tokenizer to what they were made with"
+            )
+        if validation is None and tokenizer is not None:
+            folder = _validation_folder(of_validation, tokenizer, progress)
+    corpus = open_corpus(
+        listing,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size or vocab_size,
+        seq_len=config.seq_len,
+        cache=Path(config.cache).expanduser(),
+        validation=validation,
+        hold_out=folder is None,
+    )
+    _check_pieces(corpus.tokenizer.vocab_size, vocab_size)
+    if config.vocab_size not in (None, corpus.tokenizer.vocab_size):
+        corpus.notes.append(
+            f"data.vocab_size is not used: data.tokenizer has {corpus.tokenizer.vocab_size} pieces"
+        )
+    if config.document_mask and corpus.tokenizer.bos_id not in corpus.train.head(_SEARCHED):
+        raise UserError(
+            f"data.document_mask: the ids of {config.source} do not show where documents begin; "
+            "set it to false" + ("" if tokenizer else ", or data.tokenizer to what the ids were made with")
+        )
+    return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
+
+
+def own_tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer of a prepared folder; None for another source."""
+    folder = _as_prepared(source)
+    return recorded_tokenizer(folder, read_complete(folder)) if folder else None
+
+
+def holds_ids(config: DataConfig) -> bool:
+    """Whether the config's source holds token ids."""
+    return _token_listing(source_of(config)) is not None
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
@@ -100,9 +160,16 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     return folder
 
 
-def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+def open_text(
+    source: str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    token_dtype: str | None = None,
+    cache: Path = Path("data"),
+) -> Tensor:
     """All text of a source, or its own validation split, as windows in the form of `TokenData.validation`.
-    For a prepared folder: its validation tokens, which must come from this tokenizer."""
+    For a prepared folder: its validation tokens, which must come from this tokenizer. Of token ids: all, or
+    those for validation."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -110,6 +177,8 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
+    if (listing := _token_listing(Source(source, token_dtype=token_dtype))) is not None:
+        return consecutive_windows(torch.from_numpy(ids_of(listing, tokenizer, cache).head(None)), seq_len)
     texts = list(documents(source, part_to_evaluate(Source(source))))
     tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
@@ -148,6 +217,7 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
         config.exclude,
         config.damaged,
         config.max_left_out,
+        config.token_dtype,
     )
 
 
@@ -165,11 +235,10 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
     )
 
 
-def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, progress: bool) -> Path | None:
+def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool) -> Path | None:
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = recorded_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
@@ -184,12 +253,6 @@ def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, p
             f"prepare it with --tokenizer {tokenizer.path}"
         )
     return folder
-
-
-def own_tokenizer(source: str) -> Tokenizer | None:
-    """The tokenizer of a source that is tokens already; None if it is text."""
-    folder = _as_prepared(source)
-    return recorded_tokenizer(folder, read_complete(folder)) if folder else None
 
 
 def _validation_notes(
@@ -225,6 +288,14 @@ def _as_prepared(source: str) -> Path | None:
     raise UserError(
         f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
     )
+
+
+def _token_listing(source: Source) -> Listing | None:
+    """The files of a source that holds token ids; None if it is anything else."""
+    if is_stream(source) or source.name == "stdlib" or _as_prepared(source.name) is not None:
+        return None
+    listing = list_files(source)
+    return listing if listing.tokens else None
 
 
 def _cache_folder(config: DataConfig, job: Job) -> Path:

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from lowres.data.hashes import content_hash
 from lowres.errors import UserError
-from lowres.text import VALIDATION, Source, list_files, without_surrogates
-from lowres.text.documents import Skipped, rows_of
+from lowres.text import VALIDATION, Source, without_surrogates
+from lowres.text.documents import Skipped, files_of, rows_of
 
 VAL_CHARS = 4_000_000
 VAL_PART = 0.05
@@ -144,13 +144,14 @@ class _Ends:
         # from the beginning of a line, if one is near
         texts = [end.text[end.text.find("\n", 0, len(end.text) // 2) + 1 :] for end in kept]
         ends = {end.row: end.length - len(text) for end, text in zip(kept, texts, strict=True)}
-        what = f"the last {sum(map(len, texts)):,} characters of the {len(texts):,} largest documents"
+        largest = "largest document" if len(texts) == 1 else f"{len(texts):,} largest documents"
+        what = f"the last {sum(map(len, texts)):,} characters of the {largest}"
         return Validation(texts, [end.hash for end in kept], ends, what)
 
 
 def own_split(source: Source, skipped: Skipped) -> Validation | None:
     """The documents of the source's own validation split; None if there is none with text."""
-    files = list_files(source).part(VALIDATION)
+    files = files_of(source, VALIDATION)
     kept: list[list[tuple[int, str]]] = []
     sizes: list[int] = []
     cut = False

@@ -15,8 +15,11 @@ from lowres.text.source import BadFileError
 COLUMNS = (
     "text", "content", "raw_content", "markdown", "document", "body", "article", "story", "passage", "code",
 )  # fmt: skip
-STRING, OTHER = "string", "other"
+# where corpora of token ids have them
+IDS_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
+STRING, IDS, OTHER = "string", "ids", "other"
 _ARROW_STRING = re.compile(r"(dictionary<values=)?(large_)?string(_view)?(,|$)")
+_LIST_OF_IDS = re.compile(r"(large_|fixed_size_)?list<[^<>]*: u?int(16|32|64)( not null)?>(\[\d+\])?")
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 _LONGEST_NAME = 40
 _MOST_NAMES = 20
@@ -37,13 +40,19 @@ def kinds_of(row: dict[str, Any]) -> dict[str, str]:
 
 
 def of_arrow(schema: Any) -> dict[str, str]:
-    """The same from a schema of pyarrow."""
-    return {field.name: STRING if _ARROW_STRING.match(str(field.type)) else OTHER for field in schema}
+    """The same from a schema of pyarrow; a column of lists of whole numbers is IDS."""
+    return {field.name: _kind_of_type(str(field.type)) for field in schema}
 
 
 def by_name_only(columns: Iterable[str], text_key: str | None) -> dict[str, str]:
     """Columns of which only those with a known name may be the text."""
     return {name: STRING if name == text_key or name.lower() in COLUMNS else OTHER for name in columns}
+
+
+def _kind_of_type(name: str) -> str:
+    if _ARROW_STRING.match(name):
+        return STRING
+    return IDS if _LIST_OF_IDS.fullmatch(name) else OTHER
 
 
 def choose(columns: dict[str, str], text_key: str | None) -> str | None:
@@ -56,6 +65,15 @@ def choose(columns: dict[str, str], text_key: str | None) -> str | None:
             return by_name[known]
     strings = [name for name, kind in columns.items() if kind == STRING]
     return strings[0] if len(strings) == 1 and len(columns) == 1 else None
+
+
+def ids(columns: dict[str, str], text_key: str | None) -> str | None:
+    """The column of token ids: the one that data.text_key names, or else that of a table without text."""
+    if text_key is not None:
+        return text_key if columns.get(text_key) == IDS else None
+    if choose(columns, None) is not None:
+        return None
+    return next((name for name in IDS_COLUMNS if columns.get(name) == IDS), None)
 
 
 def text_of(row: dict[str, Any], column: str, place: str) -> str:

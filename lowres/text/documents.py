@@ -94,12 +94,20 @@ def without_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
+def files_of(source: Source, part: str) -> list[File]:
+    """The files of a part of a local source. Raises UserError if too much is left out, or it is no text."""
     listed = list_files(source)
     listed.check()
     if listed.tokens:
-        raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
-    for file in listed.part(part):
+        raise UserError(
+            f"{source.name}: holds token ids already, so there is no text to prepare; train on it as it "
+            "is, as data.source"
+        )
+    return listed.part(part)
+
+
+def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
+    for file in files_of(source, part):
         yield from rows_of(file, source, skipped)
 
 

@@ -109,7 +109,8 @@ _UNFINISHED = frozenset(
     ]
 )
 _LARGEST_POINTER = 1024
-_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:.*\n)*size (\d+)\n")
+_POINTS = b"version https://git-lfs.github.com/spec/v1\n"
+_POINTER = re.compile(re.escape(_POINTS) + rb"(?:.*\n)*size (\d+)\n")
 _EXAMPLES = 3
 _UNKNOWN, _NO_TEXT = "unknown type", "no text"
 
@@ -126,7 +127,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """files: those that are read, or are a test split; sorted by name."""
+    """files: those that are read, or are a test split; sorted by name, inside an archive as they come."""
 
     source: Source
     files: tuple[File, ...]
@@ -285,7 +286,7 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
 
 def _recognised(found: Found, source: Source) -> File | LeftOut:
     try:
-        return _sniffed(found, source.text_key)
+        return _sniffed(found, source.text_key, source.token_dtype)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -293,7 +294,7 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 
 
 @lru_cache(maxsize=1 << 16)
-def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
+def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
     file = File(
@@ -310,11 +311,19 @@ def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     if kind.rank == Rank.TOKENS and found.archive:
         return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None
-    if not reason and kind.columns:
+    if kind.look:
+        seen = kind.look(replace(file, token_dtype=token_dtype))
+        file, reason = (seen, None) if isinstance(seen, File) else (file, seen)
+    elif not reason and kind.columns:
         # a table without a row has no columns
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
-        file = replace(file, column=columns.choose(there, text_key))
-        reason = None if file.column else columns.no_column(there, text_key)
+        if kind.ids and (ids := columns.ids(there, text_key)):
+            file = replace(file, kind=kind.ids, column=ids)
+            packed = "a compressed file; decompress it" if compression else "an archive; unpack it"
+            reason = f"token ids in {packed}" if compression or found.archive else None
+        else:
+            file = replace(file, column=columns.choose(there, text_key))
+            reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))
     if reason:
@@ -330,13 +339,21 @@ def _no_content(file: File, kind: Kind | None) -> LeftOut | None:
         return LeftOut(file.name, file.size, _NO_TEXT)
     if suffix in _UNFINISHED or suffix.endswith("~"):
         return LeftOut(file.name, file.size, "a backup copy, or an unfinished download", data=True)
-    if file.size < _LARGEST_POINTER and (pointer := _POINTER.match(_head(replace(file, compression="")))):
+    if file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
         reason = "a Git LFS pointer; `git lfs pull` gets the file"
-        return LeftOut(file.name, int(pointer[1]), reason, data=True)
+        return LeftOut(file.name, size, reason, data=True)
     if not file.size and (file.compression or not kind or kind.rank <= Rank.ROWS):
         failed = bool(file.compression) or kind is not None
         return LeftOut(file.name, 0, "empty: a download that failed?" if failed else "empty", data=failed)
     return None
+
+
+def _pointed_to(file: File) -> int | None:
+    """The size of the file that Git LFS would put in the place of this one; None if it is no pointer."""
+    with opened(replace(file, compression="")) as stream:
+        head = stream.read(len(_POINTS))
+        pointer = _POINTER.match(head + stream.read(_LARGEST_POINTER)) if head == _POINTS else None
+    return int(pointer[1]) if pointer else None
 
 
 def _head(file: File) -> bytes:
@@ -353,7 +370,10 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
     if source.include:
         return files
     ranks = {KINDS[f.kind].rank for f in files if not _describes(f.name)}
-    best = min(ranks, default=Rank.PROSE)
+    size = {rank: sum(f.size for f in files if KINDS[f.kind].rank == rank) for rank in Rank}
+    # a few ids among much text are its, like the expected values of a test
+    beside = ranks & {Rank.ROWS, Rank.TEXT} or size[Rank.TOKENS] < size[Rank.PROSE]
+    best = min(ranks - {Rank.TOKENS} if beside else ranks, default=Rank.PROSE)
     kept = list[File]()
     for f in files:
         rank = KINDS[f.kind].rank
@@ -362,7 +382,7 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
         elif rank == Rank.PROSE and best <= Rank.ROWS:
             reason = f"{f.kind} beside data files; data.include takes it"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
-        elif rank == Rank.TOKENS and ranks & {Rank.ROWS, Rank.TEXT}:
+        elif rank == Rank.TOKENS and beside:
             reason = "token ids beside text; data.include takes one of them"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
         else:

@@ -28,6 +28,7 @@ class Source:
     exclude: tuple[str, ...] = ()
     damaged: str = "refuse"
     max_left_out: float = 0.1
+    token_dtype: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What determines the documents, besides the name: all that is not its default."""
@@ -43,9 +44,9 @@ class Source:
 @dataclass(frozen=True)
 class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
-    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, in a table; data.text_key
-    until it is chosen. separator: between the documents of a text. archive, at: the archive that it is in,
-    and where; `path` is then for messages only."""
+    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, or the ids, in a table;
+    data.text_key until it is chosen. separator: between the documents of a text. token_dtype: of ids without
+    a header. archive, at: the archive that it is in, and where; `path` is then for messages only."""
 
     name: str
     path: Path
@@ -55,6 +56,7 @@ class File:
     part: str = TRAIN
     column: str | None = None
     separator: str | None = None
+    token_dtype: str | None = None
     archive: Path | None = None
     at: int = 0
 

@@ -30,6 +30,11 @@ def part_of_word(word: str) -> str:
     return found.pop() if len(found) == 1 else TRAIN
 
 
+def has_word(name: str, part: str) -> bool:
+    """Whether a file's name, alone, says that it is for this part."""
+    return part in (_plain(name), _inside(name))
+
+
 def parts(names: Sequence[str]) -> list[str]:
     """TRAIN, VALIDATION or TEST for each file, by its path relative to the source."""
     plain = [_plain(name) for name in names]

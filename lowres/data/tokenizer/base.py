@@ -97,6 +97,11 @@ class Tokenizer(ABC):
         return np.concatenate((np.array([self.bos_id], np.int32), ids, np.array(last, np.int32)))
 
     @property
+    def end_id(self) -> int:
+        """The token after which a document is over: eos, or bos of the next one."""
+        return self.bos_id if self.eos_id is None else self.eos_id
+
+    @property
     def delimiter(self) -> int:
         """The token that every document has once."""
         return self.bos_id

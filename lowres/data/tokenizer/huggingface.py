@@ -30,6 +30,7 @@ _WORD_BOUNDARY = re.compile(r"\b")
 # characters on either side of a cut in which it must make no difference, and places to try
 _CONTEXT = 128
 _TRIES = 16
+_LARGEST_VOCAB = 1 << 24
 
 
 class JsonTokenizer(Tokenizer):
@@ -70,6 +71,8 @@ class JsonTokenizer(Tokenizer):
             super().__init__(path, content)
             self.bos_id, self.eos_id = ends.bos, ends.eos
             self.vocab_size = max(ids.values()) + 1
+            if self.vocab_size > _LARGEST_VOCAB:
+                raise ValueError(f"its largest id is {self.vocab_size - 1}")
             ends_too = {tokens[i] for i in (ends.bos, ends.eos) if i is not None}
             hidden = {token["content"]: token["special"] for token in added if not _is_text(token)}
             hidden |= dict.fromkeys(ends_too, True)
@@ -83,6 +86,7 @@ class JsonTokenizer(Tokenizer):
                     )
             controls = {ids[token] for token, special in hidden.items() if special}
             self._read_table(description, tokens, controls)
+            self.note_loss()
         except UserError:
             raise
         except BaseException as error:  # the library panics too, which is no Exception
@@ -92,7 +96,6 @@ class JsonTokenizer(Tokenizer):
                 f"tokenizer {path}: not a tokenizer.json, or damaged ({first_line(error)}); "
                 f"{remedy or 'give another file'}"
             ) from None
-        self.note_loss()
         spelt = [token for token, special in hidden.items() if not special]
         if spelt:
             self.notes.append(

@@ -72,8 +72,9 @@ class Vocabulary(Tokenizer):
         return self.eos_id if self.bos_id < 0 and self.eos_id is not None else self.bos_id
 
     def prompt(self, text: str) -> list[int]:
+        first = [] if self.bos_id < 0 else [self.bos_id]
         # a model needs one id at least
-        return [max(self.bos_id, 0), *self.encode(text)]
+        return [*first, *self.encode(text)] or [0]
 
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         return [self._ids(part) for part in parts]

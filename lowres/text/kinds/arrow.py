@@ -14,6 +14,7 @@ from lowres.errors import UserError, first_line
 from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, NotData, Rank, register
 from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tokens import ARROW
 from lowres.text.opening import opened, opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
@@ -101,4 +102,4 @@ def _batches(file: File, column: str | None) -> Iterator[tuple[Any, Iterator[Any
             ) from None
 
 
-register(Kind("Arrow", (".arrow", ".feather"), Rank.ROWS, read, columns, refused))
+register(Kind("Arrow", (".arrow", ".feather"), Rank.ROWS, read, columns, refused, ids=ARROW))

@@ -33,6 +33,8 @@ _HEAD = 1 << 22
 # the longest token that may be cut by the end of a piece: \ud800, false, -Infinity
 _TOKEN = 16
 _SPACE = re.compile(r"[ \t\n\r]*")
+# an array with a row, or without an element
+_ROWS = re.compile(r'\[[ \t\n\r]*(null|[{"\]]|$)')
 _KEY = re.compile(r'[ \t\n\r]*("(?:[^"\\]|\\.)*")[ \t\n\r]*:[ \t\n\r]*')
 # what JSON does not have and settings do: comments, and commas before a bracket
 _SETTINGS = re.compile(r"[ \t\n\r]*(//|/\*|[}\]])")
@@ -102,7 +104,7 @@ def _form(text: _Text, text_key: str | None) -> _Single | _Array | str | None:
     one after the other. Nothing of the text is consumed."""
     head = text.head(_HEAD)
     if head[0] == "[":
-        return _Array(0)
+        return _Array(0) if _ROWS.match(head) or len(head) < 2 else "a JSON array without objects or strings"
     try:
         first, end = DECODER.raw_decode(head)
     except (ValueError, RecursionError) as error:
@@ -152,7 +154,7 @@ def _members(head: str) -> Iterator[tuple[str, int, Any]]:
 def _unfinished_array(head: str, text_key: str | None) -> _Array | str | None:
     """The array in a large object that does not end in the head; None if that does not end in an array."""
     found = list(_members(head))
-    if not found or found[-1][2] is not None or not re.compile(r'\[[ \t\n\r]*[{"]').match(head, found[-1][1]):
+    if not found or found[-1][2] is not None or not _ROWS.match(head, found[-1][1]):
         return None
     if _has_text([key for key, _, _ in found], text_key):
         return None

@@ -30,7 +30,9 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     for place, row in _rows(file):
-        yield "" if row is None else text_of(row, file.column, place)
+        text = ["" if row is None else text_of(row, file.column, place)]
+        del row  # it has the text too
+        yield text.pop()
 
 
 def columns(file: File) -> dict[str, str] | None:
@@ -43,7 +45,9 @@ def columns(file: File) -> dict[str, str] | None:
 def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """(file:line, object; None for a blank line)"""
     with opened(file) as stream:
-        for number, line in enumerate(stream, 1):
+        number = 0
+        for line in stream:
+            number += 1
             place = f"{file.path}:{number}"
             if line.isspace():
                 yield place, None
@@ -59,7 +63,9 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
             if not isinstance(row, dict):
                 remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
                 raise BadFileError(f'{place}: a line must be a JSON object with a "text" column{remedy}')
-            yield place, row
+            given = [(place, row)]
+            del line, row  # they may be large, and nothing here needs them any longer
+            yield given.pop()
 
 
 register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns))

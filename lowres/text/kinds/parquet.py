@@ -10,12 +10,13 @@ from lowres.errors import UserError, first_line
 from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tokens import PARQUET
 from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
 _ROWS = 256
-# bytes that are read at once from the column of a row group, which may hold gigabytes
-_BUFFER = 1 << 20
+# the column of a row group may hold gigabytes; the default reads all of it first, whatever the buffer
+_IN_PIECES = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 
 def read(file: File, source: Source) -> Iterator[str]:
@@ -41,7 +42,7 @@ def _table(file: File) -> Iterator[Any]:
         ) from None
     with opened_for_seeking(file) as stream:
         try:
-            yield pyarrow.parquet.ParquetFile(stream, buffer_size=_BUFFER, page_checksum_verification=True)
+            yield pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True, **_IN_PIECES)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise BadFileError(
                 f"{file.path}: not a complete parquet file ({first_line(error)}); get the file again"
@@ -52,4 +53,4 @@ def _table(file: File) -> Iterator[Any]:
             raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
-register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns))
+register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns, ids=PARQUET))

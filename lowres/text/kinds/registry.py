@@ -29,7 +29,9 @@ class NotData(str):
 class Kind:
     """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
-    suffix has no documents, None if it has; see also NotData."""
+    suffix has no documents, None if it has; see also NotData. look: what a file of this suffix is by its
+    content: of another kind, or why it is left out. ids: the kind of the same tables with a column of ids
+    instead of text."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -37,6 +39,8 @@ class Kind:
     read: Callable[[File, Source], Iterator[str]]
     columns: Callable[[File], dict[str, str] | None] | None = None
     refused: Callable[[File], str | None] | None = None
+    look: Callable[[File], File | str] | None = None
+    ids: str | None = None
 
 
 KINDS: dict[str, Kind] = {}
@@ -60,7 +64,10 @@ def kind_of_name(name: str) -> tuple[Kind | None, str]:
 
 def names() -> str:
     """The known suffixes, for messages."""
-    listed = [suffix for kind in KINDS.values() if kind.rank < Rank.PROSE for suffix in kind.suffixes]
+    listed = [
+        suffix for kind in KINDS.values() if kind.rank in (Rank.ROWS, Rank.TEXT) for suffix in kind.suffixes
+    ]
     return (
-        f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}, in .tar or .zip"
+        f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}, in .tar or .zip; "
+        "token ids in .bin and .npy"
     )
