@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowres.config import DataConfig
-from lowres.data import TokenData, cache_bytes, open_data, prepare
+from lowres.data import Data, TokenData, cache_bytes, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
 from lowres.data.ahead import ReadAhead
@@ -274,7 +274,7 @@ def blocks(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.bin"))}
 
 
-def to_the_end(data: TokenData) -> int:
+def to_the_end(data: Data) -> int:
     """Read a stream until it has ended; returns the number of windows."""
     step = 0
     while data.train_tokens is None:
@@ -285,7 +285,7 @@ def to_the_end(data: TokenData) -> int:
 
 def test_stream_is_tokenised_one_block_ahead(stream_config: DataConfig) -> None:
     data = open_data(stream_config, 280, 0, False)
-    assert data.train_tokens is None
+    assert isinstance(data, TokenData) and data.train_tokens is None
     held_out = (BLOCK - 1) // SEQ
     for block in range(3):
         data.batch(block, held_out)
