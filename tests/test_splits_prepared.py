@@ -123,6 +123,8 @@ def test_text_to_evaluate_is_the_split_of_its_source(tmp_path: Path) -> None:
     plain = write_source(tmp_path / "plain.jsonl", make_documents(90, seed=5))
     config = DataConfig(source=plain, val_source=source, cache=str(tmp_path / "cache"), seq_len=16)
     data = open_data(config, 300, 0, False)
+    both = config.model_copy(update={"source": source, "val_source": plain})
+    assert any("own validation split is not used" in each for each in open_data(both, 300, 0, False).notes)
     held = "".join(text for file in VAL for text in file)
     for windows in (data.validation(0), open_text(source, data.tokenizer, 16)):
         targets = inputs_and_targets(windows)[1]
