@@ -2,8 +2,8 @@
 
     stdlib                              the .py files of the running Python's standard library
     a file, a folder or a glob          what `listing` makes of it
-    hf:<dataset>[:<config>[:<split>]]   streamed by the `datasets` library; <dataset> is a name on the
-                                        Hugging Face hub or a local folder; default split: train
+    hf:<dataset>[:<config>[:<split>]]   a data set on the Hugging Face hub (see `hub`), or a local folder;
+                                        default split: train
 
 A document is identified by its *row*: its number in its part of the source. Blank rows and unreadable files
 of the library count too, so reading can continue from any row.
@@ -15,14 +15,17 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lowres.errors import UserError
-from lowres.text import columns, hub, walk
+from lowres.text import columns, hub
+from lowres.text.connection import reached, watched
 from lowres.text.kinds import KINDS
-from lowres.text.listing import list_files
-from lowres.text.source import TRAIN, BadFileError, File, Source, as_source, is_stream
+from lowres.text.listing import list_files, recognised
+from lowres.text.source import TRAIN, BadFileError, File, Source, as_source
+from lowres.text.walk import Found
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 Skipped = dict[str, str]  # name of a damaged file -> what is wrong with it
@@ -38,16 +41,37 @@ def documents(source: Source | str, part: str = TRAIN) -> Iterator[str]:
         yield text
 
 
+class Marks:
+    """Where files of a source begin, so that reading goes on in the middle without those before. Given first:
+    one such place, or the beginning."""
+
+    def __init__(self, row: int = 0, file: int = 0) -> None:
+        self._places = [(row, file)]
+
+    def add(self, row: int, file: int) -> None:
+        """File number `file` begins at a row."""
+        self._places.append((row, file))
+
+    def before(self, row: int) -> tuple[int, int]:
+        """(first row, number) of the file that a row is in. Forgets the files before."""
+        place = bisect_right(self._places, row, key=lambda place: place[0])
+        self._places = self._places[max(0, place - 1) :]
+        return self._places[0]
+
+
 def numbered_documents(
-    source: Source | str, start: int = 0, part: str = TRAIN, skipped: Skipped | None = None
+    source: Source | str,
+    start: int = 0,
+    part: str = TRAIN,
+    skipped: Skipped | None = None,
+    marks: Marks | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(row, document), beginning with row `start`; see `documents`. skipped: gets the files whose rest is
-    left out with damaged = "skip"."""
+    left out with damaged = "skip". marks: what an earlier reader of the same source and part has found of its
+    files; gets more."""
     source = as_source(source)
     empty = True
-    first = start if is_stream(source) else 0
-    rows = _stream_rows(source, start) if is_stream(source) else _rows(source, part, skipped)
-    for row, text in enumerate(rows, first):
+    for row, text in _rows(source, start, part, {} if skipped is None else skipped, marks or Marks()):
         if row >= start and text and not text.isspace():
             empty = False
             yield row, without_surrogates(text)
@@ -63,11 +87,8 @@ def fingerprint(source: Source | str) -> str:
     """
     source = as_source(source)
     settings = json.dumps(source.settings()) if source.settings() else ""
-    if is_stream(source):
-        folder = Path(source.name.removeprefix("hf:").split(":")[0]).expanduser()
-        found = walk.in_folder(folder) if folder.is_dir() else []
-        files = _digest([f"{f.name}\0{f.size}\0{f.mtime_ns}" for f in found if f.reason != "hidden"])
-        return source.name + (f" {files}" if found else "") + settings
+    if source.on_hub:
+        return source.name + settings
     listed = list_files(source)
     if source.name == "stdlib":
         size = sum(file.size for file in listed.files)
@@ -91,26 +112,69 @@ def without_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _rows(source: Source, part: str, skipped: Skipped | None) -> Iterator[str]:
+def _rows(
+    source: Source, start: int, part: str, skipped: Skipped, marks: Marks
+) -> Iterator[tuple[int, str | None]]:
+    """(row, text or "" or None). Rows before `start` may be left out."""
+    if not source.on_hub:
+        yield from _in_files(source, _listed(source, part), start, skipped, marks)
+        return
+    with watched(source.name, start) as watch:
+        opened = hub.DataSet(source)
+        if start:
+            reached(source.name)
+        if opened.files is None:
+            yield from enumerate(_typed_rows(source, watch.over(opened.rows(start))), start)
+        else:
+            yield from watch.over(_in_files(source, opened.files, start, skipped, marks))
+
+
+def _listed(source: Source, part: str) -> list[File]:
     listed = list_files(source)
     listed.check()
     if listed.tokens:
         raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
-    for file in listed.part(part):
+    return listed.part(part)
+
+
+def _in_files(
+    source: Source, files: Sequence[File | Found], start: int, skipped: Skipped, marks: Marks
+) -> Iterator[tuple[int, str | None]]:
+    row, first = marks.before(start)
+    for number in range(first, len(files)):
+        marks.add(row, number)
+        # a file of which the rest is left out has fewer rows than it seems
+        inside = start - row if number == first or source.damaged == "refuse" else 0
         try:
-            yield from KINDS[file.kind].read(file, source)
+            for text in _texts(source, files[number], inside):
+                yield row, text
+                row += 1
         except BadFileError as error:
             if source.name == "stdlib":
-                yield ""
+                yield row, ""
+                row += 1
             elif source.damaged == "refuse":
                 raise
-            elif skipped is not None:
-                skipped[file.name] = str(error)
+            else:
+                skipped[files[number].name] = str(error)
 
 
-def _stream_rows(source: Source, start: int) -> Iterator[str]:
+def _texts(source: Source, file: File | Found, start: int) -> Iterator[str | None]:
+    """The text of every row; those before `start` may be None."""
+    if isinstance(file, Found):
+        made = recognised(file, source)  # a remote file, which is not opened before it is needed
+        if not isinstance(made, File):
+            raise BadFileError(f"{file.path}: {made.reason}")
+        file = made
+    kind = KINDS[file.kind]
+    if kind.read_from and start > 0:
+        return kind.read_from(file, source, start)
+    return kind.read(file, source)
+
+
+def _typed_rows(source: Source, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
     column: str | None = None
-    for row in hub.rows(source.name, start):
+    for row in rows:
         if column is None:
             column = columns.choose(columns.kinds_of(row), source.text_key)
             if column is None:

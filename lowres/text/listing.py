@@ -24,7 +24,7 @@ from lowres.text import card, columns, splits, walk
 from lowres.text.globs import matches
 from lowres.text.kinds import KINDS, Rank, kind_of_name, names, plain
 from lowres.text.opening import opened
-from lowres.text.source import TEST, TRAIN, BadFileError, File, Source, as_source, is_stream
+from lowres.text.source import TEST, TRAIN, BadFileError, File, Source, as_source, hub_name, is_stream
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -139,7 +139,7 @@ class Listing:
 def list_files(source: Source | str) -> Listing:
     """The files of a local source. Raises UserError if none can be read."""
     source = as_source(source)
-    assert not is_stream(source)
+    assert not source.on_hub
     if source.name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in walk.in_folder(root, _NOT_LIBRARY) if f.path.suffix == ".py" and not f.reason]
@@ -150,6 +150,11 @@ def list_files(source: Source | str) -> Listing:
         return _of_many(source, walk.in_folder(path), "in this folder", path)
     if path.exists():
         return _of_one(source, path)
+    if is_stream(source):
+        raise UserError(
+            f"{source.name}: no such file or folder, and no name on the hub; "
+            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
+        )
     if glob.has_magic(source.name):
         return _of_many(source, walk.in_glob(str(path)), "among the files that it matches", None)
     raise UserError(
@@ -161,10 +166,11 @@ def _of_one(source: Source, path: Path) -> Listing:
     found = walk.one(path.name, path)
     if found.reason:
         raise UserError(f"{source.name}: {found.reason}; give a file, a folder or a glob")
-    made = _recognised(found, source)
+    made = recognised(found, source)
     if isinstance(made, LeftOut):
         raise UserError(f"{source.name}: {made.reason}; known are {names()}")
-    return Listing(source, (made,), ())
+    files = _of_split(source, [made], {}, []) if is_stream(source) else [made]
+    return Listing(source, tuple(files), ())
 
 
 def _of_many(source: Source, found: list[Found], where: str, folder: Path | None) -> Listing:
@@ -180,7 +186,7 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             left_out.append(LeftOut(f.name, f.size, f.reason, data=f.reason.startswith("a link to nothing")))
         else:
             wanted.append(f)
-    known = _of_card(source, wanted, left_out, notes) if folder else {}
+    known = _of_card(source, wanted, left_out, notes) if folder else {}  # name -> split
     files = list[File]()
     for f in wanted:
         if known and not source.include and f.name not in known:
@@ -189,7 +195,7 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
                     LeftOut(f.name, f.size, "not in the card's configs", data=not _describes(f.name))
                 )
             continue
-        made = _recognised(f, source)
+        made = recognised(f, source)
         files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
     if not files:
@@ -199,13 +205,16 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             + (f"; left out: {_some(reasons)}" if reasons else "")
         )
     files = _with_parts(files, known)
+    if is_stream(source):
+        files = _of_split(source, files, known, left_out)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
 
 
 # ---------------------------------------------------------------------------- the kind
 
 
-def _recognised(found: Found, source: Source) -> File | LeftOut:
+def recognised(found: Found, source: Source) -> File | LeftOut:
+    """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
     try:
         return _sniffed(found, source.text_key)
     except BadFileError as error:
@@ -218,7 +227,14 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
-    file = File(found.name, found.path, found.size, kind.name if kind else "other text", compression)
+    file = File(
+        found.name,
+        found.path,
+        found.size,
+        kind.name if kind else "other text",
+        compression,
+        remote=found.remote,
+    )
     if not kind and PurePath(found.name.lower()).suffix in _OTHER_MEDIA:
         return LeftOut(found.name, found.size, "no text")
     if not found.size and (compression or not kind or kind.rank <= Rank.ROWS):
@@ -273,25 +289,35 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
 
 
 def _of_card(source: Source, found: list[Found], left_out: list[LeftOut], notes: list[str]) -> dict[str, str]:
-    """name -> part of the files that the card lists; nothing if there is no card that does."""
+    """name -> split of the files that the card lists; nothing if there is no card that does."""
     cards = [f for f in found if f.name.lower() == card.CARD]
     listed = [
-        (config, config.parts([f.name for f in found]))
+        (config, config.splits([f.name for f in found]))
         for each in cards
         for config in card.configs(each.path)
     ]
-    there = [(config, parts) for config, parts in listed if parts]
+    there = [(config, splits) for config, splits in listed if splits]
+    asked = hub_name(source.name).config if is_stream(source) else None
+    if asked is not None and asked not in [config.name for config, _ in there]:
+        names_of = ", ".join(config.name for config, _ in there)
+        raise UserError(
+            f'{source.name}: no config "{asked}"; '
+            + (f"its card has {names_of}" if there else "it has no card with configs: leave it out")
+        )
     if not there:
         return {}
-    chosen, known = next(((c, p) for c, p in there if c.default), there[0])
+    chosen, known = next(
+        ((c, s) for c, s in there if (c.default if asked is None else c.name == asked)), there[0]
+    )
     if len(there) > 1 and not source.include:
         others = [config.name for config, _ in there if config is not chosen]
-        notes.append(
-            f'the card has several configs: "{chosen.name}" is read, not {", ".join(others)}; '
-            "data.include takes the files of another"
-        )
+        if asked is None:
+            notes.append(
+                f'the card has several configs: "{chosen.name}" is read, not {", ".join(others)}; '
+                "data.include takes the files of another"
+            )
         sizes = {f.name: f.size for f in found}
-        elsewhere = {name: config.name for config, parts in there for name in parts if name not in known}
+        elsewhere = {name: config.name for config, splits in there for name in splits if name not in known}
         left_out += [
             LeftOut(name, sizes[name], f'of the card\'s config "{config}"')
             for name, config in elsewhere.items()
@@ -303,10 +329,34 @@ def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:
     """Source code and markup have no splits: `tests/` in a program is no test split."""
     free = [i for i, f in enumerate(files) if f.name not in known and KINDS[f.kind].rank < Rank.PROSE]
     found = dict(zip(free, splits.parts([files[i].name for i in free]), strict=True))
-    made = [replace(f, part=known.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
+    stated = {name: splits.part_of_word(split) for name, split in known.items()}
+    made = [replace(f, part=stated.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
     if all(f.part == TEST for f in made) or not any(f.part == TRAIN for f in made):
         made = [replace(f, part=TRAIN) for f in made]
     return made
+
+
+def _of_split(
+    source: Source, files: list[File], known: dict[str, str], left_out: list[LeftOut]
+) -> list[File]:
+    """The files of hf:<folder>, with those of the split that it names as TRAIN. Raises UserError if there is
+    no such split."""
+    asked = hub_name(source.name).split
+    names_of = {f.name: known.get(f.name, f.part) for f in files}
+    if asked is None:
+        return files
+    if asked not in names_of.values():
+        there = ", ".join(dict.fromkeys(names_of.values()))
+        raise UserError(f'{source.name}: no split "{asked}"; it has {there}')
+    kept = list[File]()
+    for f in files:
+        if names_of[f.name] == asked:
+            kept.append(replace(f, part=TRAIN))
+        elif f.part == TRAIN:
+            left_out.append(LeftOut(f.name, f.size, f'of the split "{names_of[f.name]}"'))
+        else:
+            kept.append(f)
+    return kept
 
 
 def _some(left_out: Sequence[LeftOut]) -> str:

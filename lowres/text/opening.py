@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 from lowres.disk import DiskError
 from lowres.errors import UserError, first_line
+from lowres.text.remote import RemoteFile
 from lowres.text.source import BadFileError, File
 
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
@@ -26,14 +27,17 @@ _ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ELOOP}
 @contextmanager
 def opened(file: File) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; an error while reading raises BadFileError, which names the file."""
-    with opened_path(file.path, file.compression) as stream:
+    with opened_path(file.path, file.compression, file.remote) as stream:
         yield stream
 
 
 @contextmanager
-def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
+def opened_path(path: Path, compression: str, remote: RemoteFile | None = None) -> Iterator[IO[bytes]]:
     try:
-        with _decompressed(path, compression) as stream:
+        with (
+            remote.open() if remote else path.open("rb") as stored,
+            _decompressed(path, stored, compression) as stream,
+        ):
             yield stream
     except _DAMAGED as error:
         raise BadFileError(
@@ -50,31 +54,31 @@ def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
         raise DiskError(path, error, "read") from None
 
 
-def _decompressed(path: Path, compression: str) -> IO[bytes]:
+def _decompressed(path: Path, stored: IO[bytes], compression: str) -> IO[bytes]:
     if compression == ".gz":
-        return cast(IO[bytes], gzip.open(path))
+        return cast(IO[bytes], gzip.open(stored))
     if compression == ".xz":
-        return lzma.open(path)
+        return lzma.open(stored)
     if compression == ".bz2":
-        return cast(IO[bytes], bz2.open(path))
+        return cast(IO[bytes], bz2.open(stored))
     if compression == ".zst":
-        return io.BufferedReader(_ZstdReader(path), 1 << 20)
-    return path.open("rb")
+        return io.BufferedReader(_ZstdReader(path, stored), 1 << 20)
+    return stored
 
 
 class _ZstdReader(io.RawIOBase):
     """Bytes of a .zst file with any number of frames. The reader in `zstandard` treats the end of a truncated
     file as the end of the text, and refuses frames with a window over 128 MiB (`zstd --long=31`)."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, path: Path, stored: IO[bytes]) -> None:
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"{file}: .zst files need the package zstandard: pip install zstandard") from None
+            raise UserError(f"{path}: .zst files need the package zstandard: pip install zstandard") from None
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._error = zstandard.ZstdError
         self._frame: Any = None
-        self._file = file.open("rb")
+        self._file = stored
         self._ready = b""
 
     def readable(self) -> bool:
@@ -98,7 +102,3 @@ class _ZstdReader(io.RawIOBase):
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

@@ -12,17 +12,22 @@ from pathlib import Path
 from lowres.disk import read_whole
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse
+from lowres.text.remote import RemoteFile
+
+UNKNOWN = -1  # size of a remote file
 
 
 @dataclass(frozen=True)
 class Found:
-    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may."""
+    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. remote: see
+    `source.File`."""
 
     name: str
     path: Path
     size: int
     mtime_ns: int
     reason: str = ""
+    remote: RemoteFile | None = None
 
 
 def in_folder(root: Path, leave_out: frozenset[str] = frozenset()) -> list[Found]:

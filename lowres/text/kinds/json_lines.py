@@ -19,6 +19,13 @@ def read(file: File, source: Source) -> Iterator[str]:
         yield "" if row is None else text_of(row, file.column, place)
 
 
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    assert file.column is not None
+    for place, row in _rows(file, start):
+        # a blank line and one that is left out are both rows without text
+        yield None if row is None else text_of(row, file.column, place)
+
+
 def columns(file: File) -> dict[str, str] | None:
     for _, row in _rows(file):
         if row is not None:
@@ -26,10 +33,13 @@ def columns(file: File) -> dict[str, str] | None:
     return None
 
 
-def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(file:line, object; None for a blank line)"""
+def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(file:line, object; None for a blank line and for those before `start`, which are not parsed)"""
     with opened(file) as stream:
         for number, line in enumerate(stream, 1):
+            if number <= start:
+                yield "", None
+                continue
             place = f"{file.path}:{number}"
             if line.isspace():
                 yield place, None
@@ -47,4 +57,4 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield place, row
 
 
-register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns))
+register(Kind("JSON lines", (".jsonl", ".ndjson", ".json"), Rank.ROWS, read, columns, read_from=read_from))

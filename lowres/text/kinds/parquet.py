@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 from lowres.errors import UserError, first_line
@@ -19,16 +20,33 @@ _ROWS = 256
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with _table(file) as table:
-        # a path of names inside structures is read as its outermost column
-        outer = file.column if file.column in table.schema_arrow.names else file.column.split(".")[0]
-        for batch in table.iter_batches(batch_size=_ROWS, columns=[outer]):
-            for row in batch.to_pylist():
-                yield text_of(row, file.column, str(file.path))
+        yield from _texts(file, file.column, table, range(table.num_row_groups))
+
+
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    """Groups of rows before `start` are not decoded."""
+    assert file.column is not None
+    with _table(file) as table:
+        groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        first, passed = 0, 0
+        while first < len(groups) and passed + groups[first] <= start:
+            passed += groups[first]
+            first += 1
+        yield from repeat(None, passed)
+        yield from _texts(file, file.column, table, range(first, len(groups)))
 
 
 def columns(file: File) -> dict[str, str] | None:
     with _table(file) as table:
         return of_arrow(table.schema_arrow)
+
+
+def _texts(file: File, column: str, table: Any, groups: range) -> Iterator[str]:
+    # a path of names inside structures is read as its outermost column
+    outer = column if column in table.schema_arrow.names else column.split(".", 1)[0]
+    for batch in table.iter_batches(batch_size=_ROWS, row_groups=list(groups), columns=[outer]):
+        for row in batch.to_pylist():
+            yield text_of(row, column, str(file.path))
 
 
 @contextmanager
@@ -51,4 +69,4 @@ def _table(file: File) -> Iterator[Any]:
             ) from None
 
 
-register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns))
+register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns, read_from=read_from))

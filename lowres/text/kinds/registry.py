@@ -24,6 +24,7 @@ class Rank(IntEnum):
 @dataclass(frozen=True)
 class Kind:
     """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
+    read_from: the same from a row on, as fast as it can be: None for each row before that.
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
     suffix has no documents, None if it has."""
 
@@ -33,6 +34,7 @@ class Kind:
     read: Callable[[File, Source], Iterator[str]]
     columns: Callable[[File], dict[str, str] | None] | None = None
     refused: Callable[[File], str | None] | None = None
+    read_from: Callable[[File, Source, int], Iterator[str | None]] | None = None
 
 
 KINDS: dict[str, Kind] = {}
