@@ -29,6 +29,9 @@ class FakeHub:
         self.repos.setdefault(name, []).append(files)
         return sha_of(files)
 
+    def shas(self, name: str) -> list[str]:
+        return [sha_of(files) for files in self.repos[name]]
+
     def fetched(self, suffix: str) -> list[str]:
         """The files of this suffix that were read, in order, each request once."""
         return [path for method, path in self.requests if method == "GET" and path.endswith(suffix)]

@@ -219,8 +219,8 @@ def test_failing_source_is_resumed_to_the_same_bytes(
     make(source, tmp_path / "straight")
     read = module.numbered_documents
 
-    def failing(source: str, start: int = 0) -> Iterator[tuple[int, str]]:
-        for row, text in read(source, start):
+    def failing(source: str, start: int = 0, **options: Any) -> Iterator[tuple[int, str]]:
+        for row, text in read(source, start, **options):
             if row == rows:
                 raise OSError("the disk is gone")
             yield row, text

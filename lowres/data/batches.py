@@ -56,8 +56,10 @@ class TokenData:
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         self._order: _GlobalOrder | _BlockOrder
         if stream:
-            # later blocks are unknown, but the arguments determine them
-            self.fingerprint = hash_of(manifest.arguments.model_dump() | {"source": None}, manifest.tokenizer)
+            # later blocks are unknown, but the arguments and the commit determine them
+            arguments = manifest.arguments.model_dump() | {"source": None}
+            commit = [manifest.commit] if manifest.commit else []
+            self.fingerprint = hash_of(arguments, manifest.tokenizer, *commit)
             self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
             self._order = _BlockOrder(stream, self._train, seq_len, seed)
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from lowres.data.shards import shard_name, token_dtype, write_file
 from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, train
 from lowres.errors import UserError
-from lowres.text import Source, numbered_documents
+from lowres.text import Marks, Source, numbered_documents, pinned
 from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
@@ -118,21 +118,31 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
 @dataclass(frozen=True)
 class _Plan:
-    """The result of the first pass; `model`: the content of the tokenizer's file."""
+    """The result of the first pass; `model`: the content of the tokenizer's file; `commit`: see
+    `manifest.Manifest`."""
 
     survey: Survey
     model: bytes
     notes: list[str]
+    commit: str | None
 
 
 def _plan(job: Job, progress: bool) -> _Plan:
-    seen = survey(job.source, job.hold_out, progress)
+    fixed = pinned(job.source)
+    seen = survey(fixed.source, job.hold_out, progress)
+    known = [*fixed.notes, *seen.notes]
+    if fixed.validation and job.hold_out:
+        known.append(
+            f'data.val_source = "{fixed.validation}" validates on the split of the data set instead of '
+            "documents that are held out"
+        )
+    commit = fixed.source.commit
     if job.tokenizer:
-        return _Plan(seen, Path(job.tokenizer).read_bytes(), seen.notes)
+        return _Plan(seen, Path(job.tokenizer).read_bytes(), known, commit)
     asked = job.vocab_size or _default_vocab(seen)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     notes = [] if pieces == asked else [f"vocab_size: the text gives only {pieces} pieces instead of {asked}"]
-    return _Plan(seen, model, seen.notes + notes)
+    return _Plan(seen, model, known + notes, commit)
 
 
 def _default_vocab(seen: Survey) -> int:
@@ -167,6 +177,7 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
             hashes=sorted(held_out.hashes), tail_row=held_out.tail_row, tail_start=held_out.tail_start
         ),
         next=Position(row=0, offset=0),
+        commit=plan.commit,
     )
     write(out / PROGRESS, state)
     return state
@@ -189,17 +200,21 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     with tqdm(
         desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
     ) as bar:
-        documents = _encoded(job.source, tokenizer, held_out, state.next.row, bar)
+        source = replace(job.source, commit=state.commit)
+        marks = Marks(state.next.file_row, state.next.file)
+        documents = _encoded(source, tokenizer, held_out, state.next.row, bar, marks)
         for tokens, following in _cut(documents, state.next, job.shard_tokens, left, tokenizer.vocab_size):
             shard = store_shard(out, shard_name("train", len(state.train)), tokens, tokenizer)
-            state = state.model_copy(update={"train": [*state.train, shard], "next": following})
+            first, file = marks.before(following.row)
+            place = following.model_copy(update={"file": file, "file_row": first})
+            state = state.model_copy(update={"train": [*state.train, shard], "next": place})
             write(out / PROGRESS, state)
             yield state.train
     finish(out, state)
 
 
 def _encoded(
-    source: Source, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm
+    source: Source, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm, marks: Marks
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(row, tokens) of every training document, beginning with row `start`."""
     batch: list[tuple[int, str]] = []
@@ -209,7 +224,7 @@ def _encoded(
         for (row, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
             yield row, with_ends(tokenizer, ids)
 
-    for row, text in numbered_documents(source, start):
+    for row, text in numbered_documents(source, start, marks=marks):
         bar.update(len(text))
         part = held_out.training_part(row, text)
         if part:

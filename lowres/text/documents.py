@@ -17,6 +17,7 @@ import platform
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowres.errors import UserError
@@ -24,7 +25,8 @@ from lowres.text import columns, hub
 from lowres.text.connection import reached, watched
 from lowres.text.kinds import KINDS
 from lowres.text.listing import list_files, recognised
-from lowres.text.source import TRAIN, BadFileError, File, Source, as_source
+from lowres.text.source import TRAIN, VALIDATION, BadFileError, File, Source, as_source, hub_name, is_stream
+from lowres.text.splits import part_of_word
 from lowres.text.walk import Found
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,6 +41,35 @@ def documents(source: Source | str, part: str = TRAIN) -> Iterator[str]:
     """
     for _, text in numbered_documents(source, part=part):
         yield text
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A source whose documents no longer change on the hub. validation: the name of its validation split, if
+    it has one. notes: for the user."""
+
+    source: Source
+    validation: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def pinned(source: Source) -> Pinned:
+    """A stream as it is now; other sources as they are. Raises UserError."""
+    if not is_stream(source):
+        return Pinned(source)
+    name = hub_name(source.name)
+    if source.on_hub:
+        with watched(source.name, 0):
+            opened = hub.DataSet(source)
+            splits, notes = opened.splits, opened.notes()
+        source = replace(source, commit=opened.commit)
+    else:
+        listed = list_files(source)
+        splits, notes = [file.part for file in listed.files], listed.warnings()
+    validation = next((each for each in splits if part_of_word(each) == VALIDATION), None)
+    if validation is not None and part_of_word(name.split or TRAIN) == TRAIN:
+        return Pinned(source, f"hf:{name.dataset}:{name.config or ''}:{validation}", tuple(notes))
+    return Pinned(source, None, tuple(notes))
 
 
 class Marks:

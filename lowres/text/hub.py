@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, cast
 from lowres.errors import UserError
 from lowres.text.connection import Patience
 from lowres.text.kinds import kind_of_name
+from lowres.text.listing import looks_like_data
 from lowres.text.remote import RemoteFile
 from lowres.text.source import Source, hub_name
 from lowres.text.walk import UNKNOWN, Found
@@ -64,6 +66,28 @@ class DataSet:
         found = str(self._builder.hash or "")
         self.commit = found if len(found) == 40 else None
         self.files = self._files(listed)
+
+    def notes(self) -> list[str]:
+        """What the user should know of the files that are not read. Asks the hub once."""
+        if self.files is None or len(getattr(self._builder, "builder_configs", ())) > 1:
+            return []
+        import huggingface_hub
+
+        try:
+            info = huggingface_hub.HfApi().dataset_info(self._name.dataset, revision=self.commit)
+        except Exception:  # a note is not worth a run
+            return []
+        listed = getattr(self._builder.config, "data_files", None) or {}
+        read = {_in_folder(str(url)) for urls in listed.values() for url in urls}
+        names = [each.rfilename for each in info.siblings or () if each.rfilename not in read]
+        lost = [name for name in names if looks_like_data(name)]
+        if not lost:
+            return []
+        more = f" and {len(lost) - 3:,} more" if len(lost) > 3 else ""
+        return [
+            f"{self._source.name}: left out: {', '.join(lost[:3])}{more} (without a card that lists them, "
+            "`datasets` takes files of one format, and in the splits that their names tell)"
+        ]
 
     def rows(self, start: int) -> Iterator[dict[str, Any]]:
         """The rows from `start` on, as `datasets` reads them."""
@@ -135,7 +159,7 @@ class DataSet:
         if builder is None or not urls:
             return None
         changed = self._changed_options()
-        unknown = [url for url in urls if kind_of_name(url)[0] is None]
+        unknown = [url for url in urls if kind_of_name(_known_name(url))[0] is None]
         if changed or unknown:
             if builder in _EXACT:
                 return None
@@ -167,7 +191,7 @@ class DataSet:
     def _found(self, url: str) -> Found:
         name = _in_folder(url)
         return Found(
-            name,
+            _known_name(name),
             Path(f"hf:{self._name.dataset}") / name,
             size=UNKNOWN,
             mtime_ns=0,
@@ -178,3 +202,10 @@ class DataSet:
 def _in_folder(url: str) -> str:
     """The path of a file in its data set: hf://datasets/<owner>/<name>@<commit>/<path>."""
     return url.split("@", 1)[-1].split("/", 1)[-1] if "@" in url else url
+
+
+def _known_name(path: str) -> str:
+    """With the suffix of JSON lines where `datasets` reads them from a file that is called .json."""
+    return (
+        path if kind_of_name(path)[0] else re.sub(r"\.json(\.\w+)?$", r".jsonl\1", path, flags=re.IGNORECASE)
+    )

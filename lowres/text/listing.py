@@ -263,6 +263,12 @@ def _describes(name: str) -> bool:
     return any(matches(name, pattern) for pattern in _DESCRIBES)
 
 
+def looks_like_data(name: str) -> bool:
+    """Whether a file would be data by its name alone."""
+    kind, _ = kind_of_name(name)
+    return kind is not None and kind.rank < Rank.PROSE and not _describes(name)
+
+
 def _without_descriptions(files: list[File], left_out: list[LeftOut], source: Source) -> list[File]:
     """The files without those that only describe or make the others."""
     if source.include:

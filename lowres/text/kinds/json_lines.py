@@ -57,4 +57,4 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
             yield place, row
 
 
-register(Kind("JSON lines", (".jsonl", ".ndjson", ".json"), Rank.ROWS, read, columns, read_from=read_from))
+register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns, read_from=read_from))
