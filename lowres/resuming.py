@@ -26,9 +26,10 @@ from lowres.config_file import (
 from lowres.data import TokenData
 from lowres.errors import UserError
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
+from lowres.text import is_stream
 
 # keys that say where the data are; their fingerprints say what they are
-DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
+DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size", "data.shuffle_blocks")
 
 
 def find_checkpoint(
@@ -146,6 +147,7 @@ def _require_same_data(config: Config, data: TokenData, state: State, folder: Pa
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
+            + (", and its data.shuffle_blocks" if is_stream(config.data.source) else "")
         )
     if state.validation not in (None, data.validation_fingerprint):
         raise UserError(

@@ -167,6 +167,9 @@ class DataConfig(Section):
     so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
+    shuffle_blocks: Annotated[Size, Field(ge=1, le=1024)] = 4
+    """Streams only: over how many neighbouring blocks of 8,388,608 tokens the sequences of a block are
+    spread at random. 1: blocks are not mixed, only what is in each."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 

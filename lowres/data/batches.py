@@ -35,7 +35,8 @@ class TokenData:
     `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
     changes whenever the batches may change, and `validation_fingerprint` for the validation tokens;
     `train_tokens`, None until a stream has ended.
-    `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
+    `validation_folder`: a prepared folder; all its tokens replace the held-out ones. `shuffle_blocks`: see
+    the key of [data]; of a stream only.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TokenData:
         seed: int,
         validation_folder: Path | None = None,
         stream: BlockStream | None = None,
+        shuffle_blocks: int = 1,
     ) -> None:
         self.folder = folder
         self.seq_len = seq_len
@@ -56,12 +58,13 @@ class TokenData:
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         self._order: _GlobalOrder | _BlockOrder
         if stream:
-            # later blocks are unknown, but the arguments and the commit determine them
+            # later blocks are unknown, but the arguments and the commit determine them; and their order
             arguments = manifest.arguments.model_dump() | {"source": None}
-            commit = [manifest.commit] if manifest.commit else []
-            self.fingerprint = hash_of(arguments, manifest.tokenizer, *commit)
+            more: dict[str, str | int] = {"commit": manifest.commit} if manifest.commit else {}
+            more |= {"shuffle_blocks": shuffle_blocks} if shuffle_blocks > 1 else {}
+            self.fingerprint = hash_of(arguments, manifest.tokenizer, *([more] if more else []))
             self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
-            self._order = _BlockOrder(stream, self._train, seq_len, seed)
+            self._order = _BlockOrder(stream, self._train, seq_len, seed, shuffle_blocks)
         else:
             assert isinstance(manifest, Complete)
             self.fingerprint = manifest.fingerprint
@@ -161,6 +164,9 @@ class _Shards:
     def lengths(self) -> list[int]:
         return [entry.tokens for entry in self._entries()]
 
+    def tokens(self, i: int) -> int:
+        return self._entries()[i].tokens
+
     def verify_if_small(self) -> None:
         if sum(self.lengths()) * 4 < VERIFY_AT_ONCE_BYTES:
             for i in range(len(self._entries())):
@@ -208,34 +214,85 @@ class _GlobalOrder:
 
 
 class _BlockOrder:
-    """A stream: block after block, with a random order inside each block. When the stream has ended, its
-    blocks are repeated, each in a new order."""
+    """A stream: the windows of each block are dealt at random into `spread` parts. Slot s, a stretch of the
+    run, has part k of block s - k for all k < spread, in a random order.
 
-    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int) -> None:
+    So a block is mixed with its neighbours on both sides, no window waits for a later block, and the first
+    slots are shorter instead of waiting for `spread` blocks. When the stream has ended, the last slots are
+    what is left; then all blocks are one finite set of data.
+    """
+
+    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int, spread: int) -> None:
         self._stream = stream
         self._blocks = blocks
         self._seq_len = seq_len
+        self._seed = seed
+        self._spread = spread
         # windows in every block except the last, which may be shorter
-        self._block_windows = _windows(stream.block_tokens, seq_len)
+        self._full = _windows(stream.block_tokens, seq_len)
+        self._growing = list(accumulate(((s + 1) * self._full // spread for s in range(spread)), initial=0))
 
-        @lru_cache(maxsize=2)
-        def order(epoch: int, block: int) -> Tensor:
-            key = make_key(seed, "data order", f"block {block}", epoch)
+        @lru_cache(maxsize=spread + 1)
+        def dealt(block: int) -> Tensor:
+            key = make_key(seed, "data order", f"block {block}")
             return permutation(key, self._windows_of(block))
 
-        self._order = order
+        @lru_cache(maxsize=2)
+        def slot(number: int, blocks: int) -> tuple[Tensor, Tensor]:
+            return self._slot(number, [b for b in range(number - spread + 1, number + 1) if 0 <= b < blocks])
 
-    def _windows_of(self, block: int) -> int:
-        return _windows(len(self._blocks.shard(block)), self._seq_len)
+        self._dealt, self._order = dealt, slot
+        self._ended: tuple[list[int], _GlobalOrder] | None = None
 
     def locate(self, sequence: int) -> tuple[int, int]:
         """(block, window in it)"""
-        epoch = 0
-        block, place = divmod(sequence, self._block_windows)
-        if not (self._stream.has(block) and place < self._windows_of(block)):
-            # beyond the end of the stream: wait until its length is known
-            assert not self._stream.has(block + 1)
-            last = (self._stream.length() or 0) - 1
-            epoch, sequence = divmod(sequence, last * self._block_windows + self._windows_of(last))
-            block, place = divmod(sequence, self._block_windows)
-        return block, int(self._order(epoch, block)[place])
+        if sequence < self._growing[-1]:
+            slot = bisect_right(self._growing, sequence) - 1
+            place = sequence - self._growing[slot]
+        else:
+            later, place = divmod(sequence - self._growing[-1], self._full)
+            slot = self._spread + later
+        blocks = slot + 1
+        if not (self._stream.has(slot) and self._windows_of(slot) == self._full):
+            # near or beyond the end of the stream: wait until its length is known
+            assert not self._stream.has(slot + 1)
+            starts, repeated = self._end()
+            if sequence >= starts[-1]:
+                return repeated.locate(sequence)
+            slot = bisect_right(starts, sequence) - 1
+            place = sequence - starts[slot]
+            blocks = self._stream.length() or 0
+        of_block, of_window = self._order(slot, blocks)
+        return int(of_block[place]), int(of_window[place])
+
+    def _slot(self, number: int, blocks: list[int]) -> tuple[Tensor, Tensor]:
+        """int64 [windows of the slot] twice: block and window."""
+        parts = [self._dealt(block)[slice(*self._part(block, number - block))] for block in blocks]
+        windows = torch.cat(parts)
+        owners = torch.cat([torch.full_like(part, b) for b, part in zip(blocks, parts, strict=True)])
+        if self._spread == 1:
+            return owners, windows
+        order = permutation(make_key(self._seed, "data order", f"slot {number}"), len(windows))
+        return owners[order], windows[order]
+
+    def _part(self, block: int, k: int) -> tuple[int, int]:
+        """Where part k of a block begins and ends among its dealt windows."""
+        count = self._windows_of(block)
+        return k * count // self._spread, (k + 1) * count // self._spread
+
+    def _end(self) -> tuple[list[int], _GlobalOrder]:
+        """The first sequence of every slot, and at last how many there are; and the order of what follows."""
+        if self._ended is None:
+            blocks = self._stream.length()
+            assert blocks is not None
+            sizes = [0] * (blocks + self._spread - 1)
+            for block in range(blocks):
+                for k in range(self._spread):
+                    first, end = self._part(block, k)
+                    sizes[block + k] += end - first
+            counts = [self._windows_of(block) for block in range(blocks)]
+            self._ended = list(accumulate(sizes, initial=0)), _GlobalOrder(counts, self._seed)
+        return self._ended
+
+    def _windows_of(self, block: int) -> int:
+        return _windows(self._blocks.tokens(block), self._seq_len)

@@ -57,7 +57,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
         validation = _validation_folder(config, stream.folder, stream.state, progress)
-        return TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        return TokenData(stream.folder, config.seq_len, seed, validation, stream, config.shuffle_blocks)
     except BaseException:
         stream.close()
         raise
@@ -114,7 +114,8 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
         pieces = Tokenizer(config.tokenizer).vocab_size
     else:
         pieces = job.vocab_size or LARGEST_DEFAULT_VOCAB
-    ahead = BLOCK_TOKENS  # one block is written before it is wanted
+    # one block is written before it is wanted, and the first ones are wanted earlier
+    ahead = BLOCK_TOKENS * (config.shuffle_blocks + 1) // 2
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 
