@@ -15,10 +15,10 @@ import pytest
 
 
 class FakeHub:
-    """repos: name -> the commits, each path -> content, the newest last. requests: (method, path) so far."""
+    """repos: name -> its commits, the newest last: sha -> path -> content. requests: (method, path)."""
 
     def __init__(self) -> None:
-        self.repos: dict[str, list[dict[str, bytes]]] = {}
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.requests: list[tuple[str, str]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -26,11 +26,9 @@ class FakeHub:
 
     def put(self, name: str, files: dict[str, bytes]) -> str:
         """Another commit; returns its sha."""
-        self.repos.setdefault(name, []).append(files)
-        return sha_of(files)
-
-    def shas(self, name: str) -> list[str]:
-        return [sha_of(files) for files in self.repos[name]]
+        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.repos.setdefault(name, {})[sha] = files
+        return sha
 
     def fetched(self, suffix: str) -> list[str]:
         """The files of this suffix that were read, in order, each request once."""
@@ -52,17 +50,15 @@ class FakeHub:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "datasets"))
         patch.setattr(datasets.config, "HF_MODULES_CACHE", str(folder / "modules"))
 
-    def commit(self, name: str, revision: str) -> dict[str, bytes] | None:
-        commits = {sha_of(files): files for files in self.repos[name]}
-        return self.repos[name][-1] if revision == "main" else commits.get(revision)
+    def commit(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """(sha, files); None if there is no such revision."""
+        commits = self.repos[name]
+        sha = list(commits)[-1] if revision == "main" else revision
+        return (sha, commits[sha]) if sha in commits else None
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def sha_of(files: dict[str, bytes]) -> str:
-    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -91,14 +87,16 @@ class _Handler(BaseHTTPRequestHandler):
         rest = path.partition(name)[2].strip("/")
         kind, _, below = rest.partition("/")
         revision, _, inside = below.partition("/")
-        files = self.hub.commit(name, revision or "main")
-        if files is None:
+        found = self.hub.commit(name, revision or "main")
+        if found is None:
             self._refuse("RevisionNotFound")
-        elif kind == "resolve":
-            self._file(files, inside)
+            return
+        sha, files = found
+        if kind == "resolve":
+            self._file(sha, files, inside)
         elif kind in ("", "revision"):
             siblings = [{"rfilename": file} for file in files]
-            self._json({"id": name, "sha": sha_of(files), "private": False, "tags": [], "siblings": siblings})
+            self._json({"id": name, "sha": sha, "private": False, "tags": [], "siblings": siblings})
         elif kind == "tree":
             query = parse_qs(url.query)
             self._json(_tree(files, inside, query.get("recursive", ["false"])[0].lower() == "true"))
@@ -106,12 +104,12 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
             self._json([entry for entry in _tree(files, "", True) if entry["path"] in wanted])
 
-    def _file(self, files: dict[str, bytes], path: str) -> None:
+    def _file(self, sha: str, files: dict[str, bytes], path: str) -> None:
         if path not in files:
             self._refuse("EntryNotFound")
             return
         data = files[path]
-        headers = {"X-Repo-Commit": sha_of(files), "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{hash(data)}"'}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not asked:
             self._send(200, data, headers)

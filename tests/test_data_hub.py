@@ -1,6 +1,7 @@
 """Streams: a lost connection loses no document and doubles none, and waiting is never silent."""
 
 import json
+import random
 import socket
 import time
 from collections.abc import Iterator
@@ -118,7 +119,8 @@ def breaking_bytes(monkeypatch: pytest.MonkeyPatch, breaks: list[int], error: Ex
         return Breaking(file), size
 
     monkeypatch.setattr(remote, "_opened", breaking)
-    monkeypatch.setattr(remote, "_BUFFER", 13)
+    for name in ("_BUFFER", "_LEAST", "_MOST"):
+        monkeypatch.setattr(remote, name, 13)
 
 
 def caused(error: BaseException) -> BaseException:
@@ -164,6 +166,26 @@ def test_lost_connection_in_the_middle_of_a_file(
     breaking_bytes(monkeypatch, [40, 200, 0, 0, 1000], error)
     assert list(numbered_documents(LINES)) == list(enumerate(ROWS))
     assert len(said) == 5 and all(f"{LINES}: connection lost" in line for line in said)
+
+
+def test_remote_bytes_are_those_of_the_file_wherever_they_are_read(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As parquet reads them: from anywhere, in any size."""
+    data = bytes(random.Random(0).randbytes(5000))
+    sha = hub.put("x/bytes", {"a.bin": data})
+    monkeypatch.setattr(remote, "_LEAST", 10)
+    monkeypatch.setattr(remote, "_MOST", 300)
+    draw = random.Random(1)
+    with remote.RemoteFile("x", f"hf://datasets/x/bytes@{sha}/a.bin").open() as file:
+        assert file.seek(0, 2) == 5000 and file.read() == b"" and file.seek(-7, 2) == 4993
+        assert file.read() == data[-7:] and file.seek(9999) == 9999 and file.read(1) == b""
+        file.seek(0)
+        for _ in range(300):
+            if draw.random() < 0.4:
+                file.seek(draw.choice([draw.randrange(5000), min(5000, file.tell() + draw.randrange(40))]))
+            at, count = file.tell(), draw.choice([0, 1, 5, 50, 400])
+            assert file.read(count) == data[at : at + count]
 
 
 def test_a_server_that_ends_early_is_not_the_end_of_the_text(

@@ -223,7 +223,7 @@ def test_a_pinned_source_does_not_follow_the_hub(hub: FakeHub) -> None:
     assert list(documents(now)) == ["old", "text"]
     assert list(documents("hf:x/y")) == ["another"]
     assert fingerprint(now) == fingerprint("hf:x/y"), "the cache is found without asking the hub"
-    del hub.repos["x/y"][0]
+    del hub.repos["x/y"][old]
     message = complaint(now)
     assert old in message and "data.cache" in message
 

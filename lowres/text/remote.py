@@ -13,6 +13,9 @@ from lowres.errors import UserError
 from lowres.text.connection import Patience
 
 _BUFFER = 1 << 20
+# a request is for at least _LEAST bytes, and twice as many as the one before while reading goes straight on:
+# the first look at a file costs little, and later the time of a request is small beside that of its bytes
+_LEAST, _MOST = 1 << 20, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class _Bytes(io.RawIOBase):
         self._file: Any = None  # while there is a connection
         self._size = -1  # until it was opened once
         self._at = 0
+        self._ready = memoryview(b"")  # from `_at` on
+        self._ask = _LEAST
 
     def readable(self) -> bool:
         return True
@@ -47,24 +52,36 @@ class _Bytes(io.RawIOBase):
         if whence == os.SEEK_END:
             self._try(lambda file: b"")
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+        target = max(0, start + offset)
+        if 0 <= target - self._at <= len(self._ready):
+            self._ready = self._ready[target - self._at :]
+        else:
+            self._ready, self._ask = memoryview(b""), _LEAST
+        self._at = target
+        return target
 
     def readinto(self, buffer: Any) -> int:
-        data = self._try(lambda file: self._next(file, len(buffer)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        if not self._ready:
+            self._ready = memoryview(self._try(lambda file: self._next(file, max(len(buffer), self._ask))))
+            self._ask = min(2 * self._ask, _MOST)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        self._at += count
+        return count
 
     def close(self) -> None:
         self._disconnect()
         super().close()
 
     def _next(self, file: Any, count: int) -> bytes:
+        count = min(count, self._size - self._at)
+        if count <= 0:
+            return b""
         file.seek(self._at)
         data: bytes = file.read(count)
         # a server that ends early must not look like the end of the text
-        if len(data) < min(count, self._size - self._at):
+        if len(data) < count:
             raise ConnectionError(f"{len(data)} bytes of the {count} asked for")
         return data
 
@@ -96,5 +113,5 @@ def _opened(url: str) -> tuple[Any, int]:
     import fsspec
 
     system, path = fsspec.url_to_fs(url)
-    file = system.open(path, "rb")
+    file = system.open(path, "rb", cache_type="none")
     return file, int(file.size)
