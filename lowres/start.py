@@ -46,7 +46,7 @@ from lowres.runs import (
     initialize_from,
     require_same_shape,
 )
-from lowres.text import is_stream
+from lowres.text import hub_name, is_stream
 
 # what --restart moves aside
 HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
@@ -225,7 +225,12 @@ def _with_places(config: Config, saved: Config | None) -> Config:
     changes = {}
     for key in ("source", "val_source", "tokenizer", "cache"):
         given = getattr(data, key)
-        if given is None or given == "stdlib" or is_stream(given):
+        if given is None or given == "stdlib":
+            continue
+        if is_stream(given):
+            folder = hub_name(given).dataset
+            if Path(folder).expanduser().exists():
+                changes[key] = given.replace(folder, str(Path(folder).expanduser().absolute()), 1)
             continue
         path = Path(given).expanduser()
         kept = getattr(before, key) if before else None

@@ -361,6 +361,9 @@ def test_stream_spreads_each_block_over_its_neighbours(stream_config: DataConfig
     assert set(again) == everything and again != order and len({block for block, _ in again[:40]}) > 10
     complete = open_data(stream_config, 280, 0, False)
     assert [complete._order.locate(place) for place in range(2 * count)] == order + again
+    # a run does not go on in another order
+    other = open_data(stream_config.model_copy(update={"shuffle_blocks": spread + 1}), 280, 0, False)
+    assert complete.fingerprint == data.fingerprint != other.fingerprint and other.folder == data.folder
 
 
 @pytest.mark.parametrize("stops", [[0], [3], [0, 2, 4]])

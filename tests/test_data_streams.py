@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from lowres.config import DataConfig
+from lowres.config_file import parse_config
 from lowres.data import TokenData, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
 from lowres.data.shards import Shard
 from lowres.errors import UserError
 from lowres.sealed import seal
+from lowres.start import _with_places
 from tests.fake_hub import FakeHub
 
 pytest.importorskip("datasets")
@@ -149,3 +151,11 @@ def test_a_validation_split_is_said_and_taken(hub: FakeHub, tmp_path: Path) -> N
     targets = other.validation(0)[:, 1:]
     assert validation["text"] in other.tokenizer.decode(targets[targets >= 0].tolist())
     assert not any("data.val_source" in note for note in other.notes)
+
+
+def test_a_folder_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {"source": "hf:folder::train", "val_source": "hf:x/y::validation"}
+    data = _with_places(parse_config({"data": given})[0], None).data
+    assert (data.source, data.val_source) == (f"hf:{tmp_path}/folder::train", "hf:x/y::validation")

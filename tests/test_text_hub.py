@@ -123,6 +123,8 @@ def test_other_formats_come_through_datasets(hub: FakeHub) -> None:
             tar.addfile(entry, io.BytesIO(data))
     hub.put("x/y", {"train.tar": archive.getvalue()})
     assert list(documents(Source("hf:x/y", text_key="txt"))) == ["hello", "caf\u00e9"]
+    message = complaint(Source("hf:x/y", text_key="txt", include=("*.tar",)))
+    assert "leave out data.include" in message
     message = complaint("hf:x/y")
     assert 'no column "text"; found txt, json' in message and "data.text_key" in message
 
@@ -213,6 +215,14 @@ def test_what_datasets_does_not_take_is_said(hub: FakeHub) -> None:
     assert ("a.jsonl" if read == ["two"] else "b.parquet") in note and "LICENSE" not in note
     hub.put("x/z", {"a.jsonl": json_lines(["one"]), "README.md": b"# Z"})
     assert not pinned(Source("hf:x/z")).notes
+
+
+def test_some_of_the_files(hub: FakeHub) -> None:
+    hub.put("x/y", {f"data/train-{i}.jsonl": json_lines([str(i)]) for i in range(4)})
+    assert list(documents(Source("hf:x/y", include=("*-1.jsonl", "*-3.*")))) == ["1", "3"]
+    assert list(documents(Source("hf:x/y", exclude=("data/train-2*",)))) == ["0", "1", "3"]
+    message = complaint(Source("hf:x/y", include=("*.txt",)))
+    assert "data.include" in message and "data/train-0.jsonl" in message
 
 
 def test_a_pinned_source_does_not_follow_the_hub(hub: FakeHub) -> None:

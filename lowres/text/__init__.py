@@ -23,7 +23,7 @@ from lowres.text.documents import (
     without_surrogates,
 )
 from lowres.text.listing import Listing, list_files
-from lowres.text.source import TEST, TRAIN, VALIDATION, Source, is_stream
+from lowres.text.source import TEST, TRAIN, VALIDATION, Source, hub_name, is_stream
 
 __all__ = [
     "TEST",
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "documents",
     "fingerprint",
+    "hub_name",
     "is_stream",
     "list_files",
     "numbered_documents",

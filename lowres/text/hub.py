@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from lowres.errors import UserError
 from lowres.text.connection import Patience
+from lowres.text.globs import matches
 from lowres.text.kinds import kind_of_name
 from lowres.text.listing import looks_like_data
 from lowres.text.remote import RemoteFile
@@ -63,8 +64,8 @@ class DataSet:
         self.splits = [str(split) for split in listed or self._builder.info.splits or ()]
         if self.splits and self.split not in self.splits:
             raise UserError(f'{source.name}: no split "{self.split}"; it has {", ".join(self.splits)}')
-        found = str(self._builder.hash or "")
-        self.commit = found if len(found) == 40 else None
+        found = str(self._builder.hash)
+        self.commit = found if re.fullmatch("[0-9a-f]{40}", found) else None
         self.files = self._files(listed)
 
     def notes(self) -> list[str]:
@@ -154,15 +155,18 @@ class DataSet:
             )
 
     def _files(self, listed: Any) -> list[Found] | None:
-        urls = [str(url) for url in listed.get(self.split, ())]
+        urls = self._chosen([str(url) for url in listed.get(self.split, ())])
         builder = self._builder_name()
-        if builder is None or not urls:
-            return None
         changed = self._changed_options()
         unknown = [url for url in urls if kind_of_name(_known_name(url))[0] is None]
+        if builder is None or not urls or ((changed or unknown) and builder in _EXACT):
+            if self._source.include or self._source.exclude:
+                raise UserError(
+                    f"{self._source.name}: `datasets` reads files of this format, and it reads all of them; "
+                    "leave out data.include and data.exclude"
+                )
+            return None
         if changed or unknown:
-            if builder in _EXACT:
-                return None
             why = f"the type of {_in_folder(unknown[0])} is unknown" if unknown else ""
             why = f"its card sets {', '.join(changed)}" if changed else why
             raise UserError(
@@ -170,6 +174,22 @@ class DataSet:
                 f"{self._name.dataset} --repo-type dataset --local-dir DIR) and set data.source=DIR"
             )
         return [self._found(url) for url in urls]
+
+    def _chosen(self, urls: list[str]) -> list[str]:
+        """Those that data.include and data.exclude leave."""
+        include, exclude = self._source.include, self._source.exclude
+        chosen = [
+            url
+            for url in urls
+            if not any(matches(_in_folder(url), pattern) for pattern in exclude)
+            and (not include or any(matches(_in_folder(url), pattern) for pattern in include))
+        ]
+        if urls and not chosen:
+            raise UserError(
+                f"{self._source.name}: data.include and data.exclude leave no file of its {len(urls):,}, for "
+                f"example {_in_folder(urls[0])}"
+            )
+        return chosen
 
     def _builder_name(self) -> str | None:
         modules = {cls.__module__ for cls in type(self._builder).__mro__}
