@@ -17,8 +17,8 @@ import torch
 
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
-from lowres.config_file import load_config, to_toml
-from lowres.data import open_data, open_text, prepare
+from lowres.config_file import data_config, load_config, to_toml
+from lowres.data import inspect, open_data, open_text, prepare, source_of
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -64,7 +64,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            _complain("interrupted; to continue, give a run --resume, or start a sweep or data prepare again")
+            run = "to continue, give a run --resume, or start a sweep again"
+            _complain(f"interrupted; {'start it again to go on' if parsed.command is _prepare else run}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -173,14 +174,28 @@ def _add_data(commands: Commands) -> None:
     data = commands.add_parser("data", help="Work with training data.").add_subparsers(
         required=True, metavar="COMMAND"
     )
+    sub = _command(data, "inspect", _inspect, "Show what a source holds, and what would be left out.")
+    sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
+    _add_data_set(sub)
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
-    sub.add_argument("--tokenizer", metavar="PATH", help="SentencePiece model (default: train one)")
+    sub.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or tokenizer.json (default: train one)"
+    )
     sub.add_argument(
         "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
     )
     sub.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N training tokens")
+    _add_data_set(sub)
+
+
+def _add_data_set(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
+    )
 
 
 def _add_use(commands: Commands) -> None:
@@ -342,13 +357,26 @@ def _bench(parsed: argparse.Namespace) -> None:
     print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
 
 
+def _inspect(parsed: argparse.Namespace) -> None:
+    found = inspect(data_config(parsed.source, parsed.set))
+    print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
+
+
 def _prepare(parsed: argparse.Namespace) -> None:
+    config = data_config(parsed.source, parsed.set)
+    for key in ("val_source", "seq_len", "cache"):
+        if key in config.model_fields_set:
+            raise UserError(
+                f"--set data.{key}: data prepare does not use it; leave it to the config of a run"
+            )
     summary = prepare(
-        parsed.source,
+        source_of(config),
         parsed.out,
-        tokenizer=parsed.tokenizer,
-        vocab_size=parsed.vocab_size,
+        tokenizer=parsed.tokenizer or config.tokenizer,
+        vocab_size=parsed.vocab_size or config.vocab_size,
         max_tokens=parsed.max_tokens,
+        drop_duplicates=config.drop_duplicates,
+        max_overlap=config.max_overlap,
     )
     for note in summary["notes"]:
         ranks.say(f"note: {note}")
@@ -360,6 +388,8 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
+    if not tokenizer.has_text:
+        print(f"note: {parsed.run} has no tokenizer for text; a sample is ids", file=sys.stderr)
     print(
         sample(
             engine,
@@ -377,7 +407,8 @@ def _sample(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     if parsed.data:
-        windows = open_text(parsed.data, tokenizer, config.data.seq_len)
+        data = config.data
+        windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
     else:
         windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
             0
@@ -386,9 +417,10 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.json:
         print(json.dumps(scores))
     else:
+        bits = scores.get("val_bits_per_byte")
         print(
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-            f"{scores['val_bits_per_byte']:.4f} bits per byte"
+            + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
 
 

@@ -22,6 +22,7 @@ from lowres.config import (
     SCHEDULE_KEYS,
     SHAPE_KEYS,
     Config,
+    DataConfig,
     engine_defaults,
 )
 from lowres.errors import UserError
@@ -60,6 +61,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         raise UserError(f"{path}: {error}") from None
     config, notes = parse_config(values, str(path))
     return config, changes + notes
+
+
+def data_config(source: str, overrides: list[str]) -> DataConfig:
+    """The section [data] for a source, with `data.key=value` overrides. Raises UserError."""
+    values: dict[str, Any] = {"data": {"source": source}}
+    for override in overrides:
+        if not override.strip().startswith("data."):
+            raise UserError(f"--set {override}: only keys of [data] count here")
+        _apply_override(values, override)
+    return parse_config(values, "--set")[0].data
 
 
 def load_resolved(path: Path) -> Config:

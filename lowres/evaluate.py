@@ -11,7 +11,8 @@ from lowres.engine import Engine
 
 
 def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
-    """val_loss (nats per token), val_ppl and val_bits_per_byte over all targets of windows.
+    """val_loss (nats per token), val_ppl and, if tokens stand for text, val_bits_per_byte over all targets of
+    windows.
 
     windows: int64 [n, seq_len + 1], targets that do not count are IGNORED. token_bytes: int64
     [vocabulary], UTF-8 bytes that each token stands for. sequences: windows evaluated at one time.
@@ -23,8 +24,5 @@ def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: in
     _, targets = inputs_and_targets(windows)
     size = int(token_bytes[targets[targets != IGNORED]].sum())
     loss = total / count
-    return {
-        "val_loss": loss,
-        "val_ppl": math.exp(loss) if loss < 700 else math.inf,
-        "val_bits_per_byte": total / math.log(2) / size,
-    }
+    scores = {"val_loss": loss, "val_ppl": math.exp(loss) if loss < 700 else math.inf}
+    return scores | {"val_bits_per_byte": total / math.log(2) / size} if size else scores

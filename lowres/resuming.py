@@ -29,7 +29,16 @@ from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identi
 from lowres.text import is_stream
 
 # keys that say where the data are; their fingerprints say what they are
-DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size", "data.shuffle_blocks")
+DATA_KEYS = (
+    "data.source",
+    "data.val_source",
+    "data.tokenizer",
+    "data.tokenizer_form",
+    "data.bos",
+    "data.eos",
+    "data.vocab_size",
+    "data.shuffle_blocks",
+)
 
 
 def find_checkpoint(

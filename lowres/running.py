@@ -33,7 +33,7 @@ from lowres.metrics import MetricsLog
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, training_engine
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, starts_of, training_engine
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -98,7 +98,8 @@ class Run:
         """Make the parts and replace earlier ones; weights and state are all zero."""
         self.__dict__.pop("parts", None)  # first, because both may not fit
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
-        engine, relora = training_engine(config, plan, rooms, adapted)
+        starts = starts_of(config, self.data.tokenizer)
+        engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
@@ -198,7 +199,7 @@ class Run:
         return ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
 
     def _tokenizer(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.data.tokenizer.path.read_bytes()}
+        return {self.data.tokenizer.file_name: self.data.tokenizer.content}
 
     def _has_room(self, nbytes: int) -> bool:
         """Whether a snapshot of so many bytes may be taken."""
@@ -258,7 +259,8 @@ class Run:
                 place.mkdir(parents=True, exist_ok=True)
                 checkpoint.write(kept.make_way(step), self._units(), self.state(step), self._tokenizer())
                 disk.write_whole(place / CONFIG, to_toml(self.config).encode())
-                disk.write_whole(place / TOKENIZER, self._tokenizer()[TOKENIZER])
+                for name, content in self._tokenizer().items():
+                    disk.write_whole(place / name, content)
                 if (self.folder / METRICS).exists() and not (place / METRICS).exists():
                     shutil.copyfile(self.folder / METRICS, place / METRICS)
                 return place

@@ -24,7 +24,7 @@ from lowres.config_file import (
     to_toml,
     with_values,
 )
-from lowres.data import TokenData, cache_bytes, open_data
+from lowres.data import FILE_NAMES, TokenData, cache_bytes, find_tokenizer, open_data
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -41,7 +41,6 @@ from lowres.runs import (
     CONFIG,
     METRICS,
     SUMMARY,
-    TOKENIZER,
     config_of,
     initialize_from,
     require_same_shape,
@@ -49,7 +48,7 @@ from lowres.runs import (
 from lowres.text import hub_name, is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -210,12 +209,14 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     origin = config.run.init_from or (saved or config).run.init_from
     if origin is None:
         return config
-    tokenizer = Path(origin) / TOKENIZER
-    if not tokenizer.exists():
-        raise UserError(f"run.init_from: {origin} is not a run: it has no {TOKENIZER}")
+    tokenizer = find_tokenizer(Path(origin))
+    if tokenizer is None:
+        raise UserError(f"run.init_from: {origin} is not a run: it has no tokenizer")
     run = config.run.model_copy(update={"init_from": origin})
-    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
-    return config.model_copy(update={"run": run, "data": data})
+    data = config.data
+    # weights want the ids that they were trained with
+    given = {"tokenizer": data.tokenizer or str(tokenizer), "tokenizer_form": data.tokenizer_form or "own"}
+    return config.model_copy(update={"run": run, "data": data.model_copy(update=given)})
 
 
 def _with_places(config: Config, saved: Config | None) -> Config:
@@ -305,7 +306,7 @@ def _write_folder(start: Start) -> Events:
         (folder / SUMMARY).unlink(missing_ok=True)
     for name, content in (
         (CONFIG, to_toml(start.config).encode()),
-        (TOKENIZER, start.data.tokenizer.path.read_bytes()),
+        (start.data.tokenizer.file_name, start.data.tokenizer.content),
     ):
         disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
@@ -405,7 +406,8 @@ def _rehearse(run: Run) -> None:
     config, parts = run.config, run.parts
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
-    batch = torch.zeros(shape, dtype=torch.int64)
+    # not the token with which documents start, because long ones need the most memory
+    batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):

@@ -392,8 +392,8 @@ def test_error_in_the_thread_reaches_the_training_loop(
 ) -> None:
     read = prepare_module.numbered_documents
 
-    def failing(source: str, start: int = 0, **options: Any) -> Iterator[tuple[int, str]]:
-        for row, text in read(source, start, **options):
+    def failing(*asked: Any) -> Iterator[tuple[int, str]]:
+        for row, text in read(*asked):
             if row == 60:
                 raise UserError("hf:x: the line is dead")
             yield row, text
@@ -420,9 +420,9 @@ def test_stream_goes_on_where_it_was_without_reading_what_it_has(
     starts: list[int] = []
     read = prepare_module.numbered_documents
 
-    def watched(source: str, start: int = 0, **options: Any) -> Iterator[tuple[int, str]]:
+    def watched(source: Source, start: int, *more: Any) -> Iterator[tuple[int, str]]:
         starts.append(start)
-        return read(source, start, **options)
+        return read(source, start, *more)
 
     monkeypatch.setattr(prepare_module, "numbered_documents", watched)
     stream = BlockStream(job, tmp_path / "blocks", False)

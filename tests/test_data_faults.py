@@ -278,7 +278,7 @@ def test_damaged_record_names_what_is_wrong_and_the_remedy(folder: Path, tmp_pat
         (bad / "data.json").write_bytes(text)
         message = complaint(open_data, config(bad), None, 0, False)
         assert message.startswith(f"{bad / 'data.json'}: ")
-        assert message.endswith("; remove the folder and prepare the data again")
+        assert message.endswith("; move the folder away and prepare the data again")
         return message
 
     assert "damaged (is not JSON)" in after(b"\xff{")
@@ -297,7 +297,7 @@ def test_damaged_record_names_what_is_wrong_and_the_remedy(folder: Path, tmp_pat
         everything(open_data(config(bad), None, 0, False)), everything(TokenData(folder, SEQ, 0))
     )
     (bad / "data.json").unlink()
-    assert "data.json: missing; put it back, or remove" in complaint(open_data, config(bad), None, 0, False)
+    assert "data.json: missing; put it back, or move" in complaint(open_data, config(bad), None, 0, False)
 
 
 @pytest.mark.parametrize("text", ['{"text": "mine"}', "[1, 2]", "not JSON", None])

@@ -59,6 +59,7 @@ def said(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(connection, "PAUSES", (0, 0, 0))
     monkeypatch.setattr(connection, "FIRST_PAUSES", (0, 0))
     monkeypatch.setattr(connection, "_reached", set())
+    monkeypatch.setattr(connection, "SILENCE", 300)  # a busy machine may be slow
     return lines
 
 

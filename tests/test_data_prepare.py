@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from lowres import disk
-from lowres.data import Tokenizer, prepare
-from lowres.data import survey as survey_module
-from lowres.data.folder import locked
+from lowres.data import open_tokenizer, prepare
+from lowres.data import validation as validation_module
+from lowres.data.folder import LOCK
 from lowres.data.shards import HEADER_BYTES, Shard, token_dtype, write_shard
 from lowres.data.survey import EvenSample, survey
 from lowres.errors import UserError
+from lowres.lock import held
 from lowres.text import Source
 
 module = sys.modules["lowres.data.prepare"]
@@ -58,7 +59,8 @@ def tokens_of(folder: Path, part: str) -> list[int]:
 
 def texts_of(folder: Path, part: str) -> list[str]:
     """The documents of a part; each must stand between bos and eos."""
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    assert tokenizer.eos_id is not None
     texts, ids = [], tokens_of(folder, part)
     while ids:
         assert ids[0] == tokenizer.bos_id
@@ -204,8 +206,8 @@ def test_folder_with_something_else_is_refused(source: str, tmp_path: Path) -> N
 def test_two_processes_do_not_write_into_one_folder(source: str, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     (tmp_path / "out").mkdir()
-    with locked(tmp_path / "out"):
-        assert "another process" in complaint(make, source, tmp_path / "out")
+    with held(tmp_path / "out", name=LOCK):
+        assert "is being prepared by process" in complaint(make, source, tmp_path / "out")
     make(source, tmp_path / "out")
 
 
@@ -219,8 +221,8 @@ def test_failing_source_is_resumed_to_the_same_bytes(
     make(source, tmp_path / "straight")
     read = module.numbered_documents
 
-    def failing(source: str, start: int = 0, **options: Any) -> Iterator[tuple[int, str]]:
-        for row, text in read(source, start, **options):
+    def failing(*asked: Any) -> Iterator[tuple[int, str]]:
+        for row, text in read(*asked):
             if row == rows:
                 raise OSError("the disk is gone")
             yield row, text
@@ -359,15 +361,15 @@ def test_sample_is_bounded_and_spread_evenly() -> None:
 def test_candidates_beyond_the_memory_bound_change_nothing(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(survey_module, "VAL_CHARS", 500)
+    monkeypatch.setattr(validation_module, "VAL_CHARS", 500)
     unbounded = survey(Source(source), True, False)
-    monkeypatch.setattr(survey_module, "_CANDIDATE_CHARS", 2000)
+    monkeypatch.setattr(validation_module, "_CANDIDATE_CHARS", 2000)
     bounded = survey(Source(source), True, False)
     # the lowest hashes are the same; only what fills the last gap may differ
-    common = set(bounded.validation) & set(unbounded.validation)
-    assert common and 300 < sum(map(len, bounded.validation)) <= 500
+    assert bounded.validation and unbounded.validation
+    common = set(bounded.validation.texts) & set(unbounded.validation.texts)
+    assert common and 300 < sum(map(len, bounded.validation.texts)) <= 500
 
 
 def test_nothing_is_held_out_if_not_asked_for(source: str) -> None:
-    seen = survey(Source(source), False, False)
-    assert not seen.validation and seen.held_out.training_part(0, "text") == "text"
+    assert survey(Source(source), False, False).validation is None

@@ -144,13 +144,13 @@ def test_a_validation_split_is_said_and_taken(hub: FakeHub, tmp_path: Path) -> N
     hub.put("x/y", files(0) | {"validation.jsonl": (json.dumps(validation) + "\n").encode()})
     data = opened(tmp_path)
     data.close()
-    [note] = [note for note in data.notes if "data.val_source" in note]
-    assert '"hf:x/y::validation"' in note
+    [note] = [note for note in data.notes if "hf:x/y::validation" in note]
+    assert 'data.val_source = "hf:x/y::validation"' in note
     other = opened(tmp_path, val_source="hf:x/y::validation")
     other.close()
     targets = other.validation(0)[:, 1:]
     assert validation["text"] in other.tokenizer.decode(targets[targets >= 0].tolist())
-    assert not any("data.val_source" in note for note in other.notes)
+    assert not any("hf:x/y::validation" in note for note in other.notes)
 
 
 def test_a_folder_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
     step_00001000/
         embed.safetensors, layers.0.safetensors, ..., head.safetensors    weights and optimizer state
-        tokenizer.model                                                   as in the run
+        tokenizer.model (or .json)                                        as in the run
         state.json                                                        `State`
         manifest.json                                                     size and BLAKE2b of each, sealed
 

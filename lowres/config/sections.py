@@ -145,10 +145,21 @@ class DataConfig(Section):
     val_source: str | None = None
     """Validation text; default (also if empty): documents held out from the source."""
     tokenizer: str | None = None
-    """Path of a SentencePiece model; default: one is trained on the source."""
-    vocab_size: Annotated[Size, Field(ge=260)] | None = None
+    """Path of a SentencePiece model or of a tokenizer.json, or of a folder with one; default: one is trained
+    on the source."""
+    tokenizer_form: Literal["exact", "own"] | None = None
+    """Of a SentencePiece model: exact never changes a text; own has the model's own dummy prefix and
+    normaliser, as LLaMA-2 was trained. Default: own with weights of another run (run.init_from), otherwise
+    exact."""
+    bos: str | int | None = None
+    """Token or id that begins every document, if nothing beside a tokenizer.json says it."""
+    eos: str | int | None = None
+    """Token or id that ends every document, if nothing beside a tokenizer.json says it."""
+    vocab_size: Size | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
-    size of the text."""
+    size of the text. Of a source of token ids without data.tokenizer: the vocabulary of the ids."""
+    token_dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
+    """Type of the ids in files without a header; nanoGPT writes uint16."""
     seq_len: Annotated[Size, Field(ge=2)] = 256
     """Tokens in a sequence."""
     text_key: Annotated[str, Field(min_length=1)] | None = None
@@ -170,6 +181,15 @@ class DataConfig(Section):
     shuffle_blocks: Annotated[Size, Field(ge=1, le=1024)] = 4
     """Streams only: over how many neighbouring blocks of 8,388,608 tokens the sequences of a block are
     spread at random. 1: blocks are not mixed, only what is in each."""
+    document_mask: bool = False
+    """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
+    document, and its first token is not predicted. Otherwise all tokens before are context."""
+    drop_duplicates: bool = False
+    """Train on the first of several documents with the same text only."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = resumable(0.01)
+    """Largest share of the validation documents that may also be in the training text, where the source has a
+    validation split of its own or val_source is given; more is an error. Training never sees a document of
+    the split; those of val_source are only counted."""
     cache: Annotated[str, Field(min_length=1)] = resumable("data")
     """Folder for the tokenised form of sources that are not a prepared folder."""
 

@@ -1,21 +1,36 @@
-"""Data, in the order in which a token passes through it:
+"""Data: from the documents of a source (`lowres.text`) to batches of tokens.
 
-sources     standard library, files, folders or a stream as a sequence of documents
-hub         the rows of a stream, over lost connections
-survey      the first pass: a sample for the tokenizer, documents held out for validation
-tokenizer   text <-> ids, lossless
+survey      the first pass: a sample for the tokenizer, and what is left out of the source
+validation  which text is the validation data
+tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
+hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces
+tokenised   sources of token ids, read where they are
 stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
 manifest    the records of a folder of prepared data: data.json and progress.json
 folder      the folder of prepared data, and which job may write to it
+inspection  what a source holds, before anything is written
 opening     prepares and opens the data of a configuration
 """
 
 from lowres.data.batches import TokenData
-from lowres.data.opening import cache_bytes, open_data, open_text
+from lowres.data.inspection import inspect
+from lowres.data.opening import cache_bytes, open_data, open_text, source_of
 from lowres.data.prepare import prepare
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
-__all__ = ["TokenData", "Tokenizer", "cache_bytes", "open_data", "open_text", "prepare"]
+__all__ = [
+    "FILE_NAMES",
+    "TokenData",
+    "Tokenizer",
+    "cache_bytes",
+    "find_tokenizer",
+    "inspect",
+    "open_data",
+    "open_text",
+    "open_tokenizer",
+    "prepare",
+    "source_of",
+]

@@ -13,16 +13,20 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowres.data.manifest import Complete, Entry, hash_of, open_tokenizer, read_complete
+from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
 from lowres.data.shards import Shard
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
 from lowres.rng import make_key, permutation
+
+if TYPE_CHECKING:
+    from lowres.data.tokenised import Corpus, Part
 
 IGNORED = -100  # the default ignore_index of cross entropy in torch
 # data larger than this is not checked before the first step, as the user would wait too long
@@ -35,9 +39,13 @@ class TokenData:
     `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
     changes whenever the batches may change, and `validation_fingerprint` for the validation tokens;
     `train_tokens`, None until a stream has ended.
-    `validation_folder`: a prepared folder; all its tokens replace the held-out ones. `shuffle_blocks`: see
-    the key of [data]; of a stream only.
+    `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
+    `corpus`: takes the place of a prepared folder. `shuffle_blocks`: of a stream, see the key of [data].
     """
+
+    _train: _Shards | Part
+    _validation: _Shards | Part
+    _order: _GlobalOrder | _BlockOrder
 
     def __init__(
         self,
@@ -46,20 +54,23 @@ class TokenData:
         seed: int,
         validation_folder: Path | None = None,
         stream: BlockStream | None = None,
+        corpus: Corpus | None = None,
         shuffle_blocks: int = 1,
     ) -> None:
         self.folder = folder
         self.seq_len = seq_len
         self._stream = stream
+        if corpus is not None:
+            self._open_corpus(corpus, seed, validation_folder)
+            return
         manifest = stream.state if stream else read_complete(folder)
-        self.tokenizer = open_tokenizer(folder, manifest)
+        self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
         self.notes: list[str] = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
-        self._order: _GlobalOrder | _BlockOrder
         if stream:
             # later blocks are unknown, but the arguments and the commit determine them; and their order
-            arguments = manifest.arguments.model_dump() | {"source": None}
+            arguments = manifest.arguments.determining() | {"source": None}
             more: dict[str, str | int] = {"commit": manifest.commit} if manifest.commit else {}
             more |= {"shuffle_blocks": shuffle_blocks} if shuffle_blocks > 1 else {}
             self.fingerprint = hash_of(arguments, manifest.tokenizer, *([more] if more else []))
@@ -74,10 +85,26 @@ class TokenData:
         if validation_folder is None:
             self._validation = _Shards(folder, self.vocab_size, lambda: manifest.val)
         else:
-            other = read_complete(validation_folder)
-            self._validation = _Shards(validation_folder, self.vocab_size, lambda: other.train + other.val)
+            self._validation = self._all_of(validation_folder)
         self._validation.verify_if_small()
         self.validation_fingerprint = self._validation.fingerprint()
+
+    def _open_corpus(self, corpus: Corpus, seed: int, validation_folder: Path | None) -> None:
+        self.tokenizer, self.notes = corpus.tokenizer, list(corpus.notes)
+        self.vocab_size = self.tokenizer.vocab_size
+        self.fingerprint = corpus.fingerprint()
+        self._train, self._validation = corpus.train, corpus.validation
+        if validation_folder is not None:
+            self._validation = self._all_of(validation_folder)
+            self._validation.verify_if_small()
+        self.validation_fingerprint = self._validation.fingerprint()
+        self._check_length(self._train.lengths())
+        self._order = _GlobalOrder([_windows(n, self.seq_len) for n in self._train.lengths()], seed)
+
+    def _all_of(self, folder: Path) -> _Shards:
+        """All tokens of a prepared folder."""
+        manifest = read_complete(folder)
+        return _Shards(folder, self.vocab_size, lambda: manifest.train + manifest.val)
 
     def _check_length(self, shards: list[int]) -> None:
         longest = max(shards, default=0)

@@ -1,8 +1,9 @@
 """The folder of prepared data: what it was made from, what is in it, and which process may write to it.
 
-tokenizer.model      the tokenizer, trained or copied
+tokenizer.model      the tokenizer, trained or copied; or tokenizer.json
 val_00000.bin        the held-out documents
 train_00000.bin ...  all other documents in the order of the source, cut into shards
+*.hashes             beside each of them, the hashes of the documents that begin in it
 data.json            everything about them; written last, so the folder is complete if it exists
 progress.json        exists until then: what is done and where to continue
 """
@@ -10,8 +11,7 @@ progress.json        exists until then: what is done and where to continue
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from lowres.data.hashes import write_hashes
 from lowres.data.manifest import (
     DATA,
     FORMAT,
@@ -39,11 +40,13 @@ from lowres.data.manifest import (
 from lowres.data.shards import write_shard
 from lowres.data.tokenizer import Tokenizer, check_enough_pieces, check_vocab_size
 from lowres.errors import UserError
-from lowres.text import Source, fingerprint
+from lowres.text import TRAIN, Source, fingerprint
 
-SHARD_TOKENS = 1 << 26
+# a kill loses at most so many, 10 to 30 seconds of work
+SHARD_TOKENS = 1 << 23
+LOCK = "prepare.lock"
 # what a killed preparation leaves of a file that it was writing
-_LEFT_OVER = (".unfinished", ".tmp")
+_LEFT_OVER = (".unfinished", ".tmp", LOCK)
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,20 @@ class Job:
     """Everything that determines the content of a prepared folder.
 
     `exact_vocab`: if true, an impossible vocab_size is an error; if false, it is lowered, with a note.
+    `hold_out`: whether there are validation data, from `part` of the source or its own validation split.
+    `max_overlap`: only checked; the largest share of that split which may also be in the training text.
     """
 
     source: Source
-    tokenizer: str | None = None
+    tokenizer: Tokenizer | None = None
     vocab_size: int | None = None
     exact_vocab: bool = True
     max_tokens: int | None = None
     shard_tokens: int = SHARD_TOKENS
     hold_out: bool = True
+    part: str = TRAIN
+    drop_duplicates: bool = False
+    max_overlap: float = 1.0
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None:
@@ -71,16 +79,18 @@ class Job:
         return Arguments(
             source=self.source.name,
             source_fingerprint=fingerprint(self.source),
-            tokenizer=Tokenizer(self.tokenizer).fingerprint if self.tokenizer else None,
+            tokenizer=self.tokenizer.fingerprint if self.tokenizer else None,
             vocab_size=None if self.tokenizer else self.vocab_size,
             max_tokens=self.max_tokens,
             shard_tokens=self.shard_tokens,
             hold_out=self.hold_out,
+            part=self.part,
+            drop_duplicates=self.drop_duplicates,
         )
 
     def content_hash(self) -> str:
         """8 hex digits that differ whenever the prepared data differ."""
-        return hash_of(FORMAT, self.arguments.model_dump(exclude={"source"}))[:8]
+        return hash_of(FORMAT, self.arguments.determining())[:8]
 
 
 def find_manifest(job: Job, out: Path) -> Started | Progress | Complete | None:
@@ -108,7 +118,8 @@ def find_manifest(job: Job, out: Path) -> Started | Progress | Complete | None:
             f"{out}: the files of {job.source.name} have changed since then; give another folder or remove it"
         )
     for key, value in asked:
-        if value != getattr(recorded, key):
+        # the size of a shard is no choice of the user: it goes on as it began
+        if value != getattr(recorded, key) and key != "shard_tokens":
             raise UserError(
                 f"{out}: was prepared with {key} {_shown(getattr(recorded, key))}, not {_shown(value)}; "
                 "give another folder or remove it"
@@ -123,29 +134,12 @@ def _shown(value: Any) -> str:
     return "left to default" if value is None else str(value)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder. The lock ends when the process ends, even if it is killed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is preparing it; wait or give another folder"
-            ) from None
-        yield
-    finally:
-        os.close(handle)
-
-
-def store_shard(out: Path, name: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Entry:
-    """Write a shard; returns its entry in the manifest."""
+def store_shard(
+    out: Path, name: str, tokens: np.ndarray, hashes: Sequence[int], tokenizer: Tokenizer
+) -> Entry:
+    """Write a shard and the content hashes of the documents that begin in it; returns its entry in the
+    manifest."""
+    hashes_checksum = write_hashes(out, name, hashes)
     checksum = write_shard(out / name, tokens, tokenizer.vocab_size)
     # in parts, because bincount makes a copy of eight bytes per token
     counts = np.zeros(tokenizer.vocab_size, np.int64)
@@ -154,20 +148,34 @@ def store_shard(out: Path, name: str, tokens: np.ndarray, tokenizer: Tokenizer) 
     return Entry(
         file=name,
         tokens=len(tokens),
-        documents=int(counts[tokenizer.bos_id]),
+        documents=len(hashes),
         bytes=int(counts @ tokenizer.token_bytes().numpy()),
         crc32=checksum,
+        hashes=hashes_checksum,
     )
 
 
 def finish(out: Path, state: Progress) -> None:
     """Replace progress.json by data.json."""
     common = {key: getattr(state, key) for key in Manifest.model_fields}
+    held_out = state.held_out
+    # the documents themselves are no copies
+    originals = 0 if held_out.own_split else len(held_out.hashes) - len(held_out.ends)
+    found = [
+        (
+            max(0, state.dropped.held_out - originals),
+            "copies of validation documents are left out of the training data",
+        ),
+        (state.dropped.duplicates, "exact copies of earlier documents are left out (data.drop_duplicates)"),
+    ]
+    common["notes"] = state.notes + [f"{count:,} {what}" for count, what in found if count]
     write(out / DATA, Complete(**common, **totals(state)))
     forget_progress(out)
 
 
 def forget_progress(out: Path) -> None:
-    """Remove what data.json has replaced, unless the folder may only be read."""
-    with contextlib.suppress(OSError):
-        (out / PROGRESS).unlink()
+    """Remove what data.json has replaced, and the lock of a process that was killed, unless the folder may
+    only be read."""
+    for name in (PROGRESS, LOCK):
+        with contextlib.suppress(OSError):
+            (out / name).unlink()

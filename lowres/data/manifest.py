@@ -16,14 +16,15 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PlainValidator, model_validator
 
-from lowres.data.shards import AGAIN, shard_name, write_file
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.shards import AGAIN, is_shard, shard_name, write_file
+from lowres.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, parse, seal, unseal
+from lowres.text import TRAIN
 
 FORMAT = 1
-DATA, PROGRESS, TOKENIZER = "data.json", "progress.json", "tokenizer.model"
+DATA, PROGRESS = "data.json", "progress.json"
 
 
 def _is_text(value: Any) -> str:
@@ -35,6 +36,9 @@ def _is_text(value: Any) -> str:
 # a path may have bytes that are not UTF-8, which pydantic refuses in a string
 Text = Annotated[str, PlainValidator(_is_text)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+# a content hash; older versions wrote twice as many digits
+Hash = Annotated[str, Field(pattern=r"^([0-9a-f]{16}){1,2}$")]
+Checksum = Annotated[int, Field(ge=0, lt=1 << 32)]
 Number = Annotated[int, Field(ge=0, lt=1 << 62)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 62)]
 
@@ -49,24 +53,48 @@ class Arguments(Record):
     max_tokens: Number | None
     shard_tokens: Positive
     hold_out: bool
+    part: Text = TRAIN
+    drop_duplicates: bool = False
+
+    def determining(self) -> dict[str, Any]:
+        """Without the name of the source, and without what has its default, so that a key which is new
+        changes no hash."""
+        return self.model_dump(exclude={"source"}, exclude_defaults=True)
 
 
 class Entry(Record):
-    """A shard."""
+    """A shard. hashes: the checksum of the file beside it (`hashes`); None in what older versions wrote."""
 
     file: str
     tokens: Number
     documents: Number
     bytes: Number
-    crc32: Annotated[int, Field(ge=0, lt=1 << 32)]
+    crc32: Checksum
+    hashes: Checksum | None = None
+
+
+class End(Record):
+    row: Number
+    start: Number
 
 
 class HeldOutRecord(Record):
-    """See `survey.HeldOut`."""
+    """See `validation.HeldOut`. own_split: whether they are documents of the source's own validation split.
+    tail_row, tail_start: the only end, as older versions wrote it."""
 
-    hashes: list[Digest]
-    tail_row: Number | None
-    tail_start: Number
+    hashes: list[Hash]
+    own_split: bool = False
+    ends: list[End] = Field(default_factory=list)
+    tail_row: Number | None = None
+    tail_start: Number = 0
+
+
+class Dropped(Record):
+    """Documents of the source that are not trained on. held_out: validation documents and copies of them.
+    duplicates: copies of earlier training documents."""
+
+    held_out: Number = 0
+    duplicates: Number = 0
 
 
 class Position(Record):
@@ -104,11 +132,14 @@ class Manifest(Started):
 
 
 class Progress(Manifest):
-    """`characters`: in the source, None if it is a stream that was not read to its end."""
+    """`characters`: in the source, None if it was not read to its end. `skipped`: its damaged files, with
+    what is wrong. `dropped`: before `next`."""
 
     characters: Number | None
     held_out: HeldOutRecord
     next: Position
+    skipped: dict[Text, Text] = Field(default_factory=dict)
+    dropped: Dropped = Dropped()
 
 
 class Complete(Manifest):
@@ -173,9 +204,10 @@ def read_progress(folder: Path) -> Started | Progress:
     return _read(folder / PROGRESS, lambda content: Progress if "tokenizer" in content else Started)
 
 
-def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def recorded_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a prepared folder. Raises UserError if it is not the recorded one."""
-    tokenizer = Tokenizer(folder / TOKENIZER, manifest.tokenizer, remedy=AGAIN)
+    path = find_tokenizer(folder) or folder / "tokenizer.model"
+    tokenizer = open_tokenizer(path, form="own", fingerprint=manifest.tokenizer, remedy=AGAIN)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise UserError(f"{folder}: damaged (vocab_size is not that of its tokenizer); {AGAIN}")
     return tokenizer
@@ -217,10 +249,10 @@ def _is_ours(path: Path) -> bool:
 
 
 def _has_our_keys(content: dict[str, Any]) -> bool:
-    return content.keys() >= {"format", "arguments"}
+    arguments = content.get("arguments")
+    return "format" in content and isinstance(arguments, dict) and "source_fingerprint" in arguments
 
 
 def _has_shards(folder: Path) -> bool:
-    """Whether a folder has a tokenizer and a first shard, so that it is ours whatever its record says."""
-    first = [folder / shard_name(part, 0) for part in ("val", "train")]
-    return (folder / TOKENIZER).exists() and any(path.exists() for path in first)
+    """Whether a folder has a first shard, so that it is ours whatever its record says."""
+    return any(is_shard(folder / shard_name(part, 0)) for part in ("val", "train"))

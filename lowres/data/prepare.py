@@ -1,51 +1,60 @@
 """From a source to a folder of token shards, in two passes over the text.
 
 The first pass (survey.py) decides on the tokenizer and the validation data; the second pass writes the
-training shards. Every document is stored as bos, its tokens, eos. Files are written under a temporary name
-and then renamed, and everything is a pure function of the source and the arguments. So a preparation that
-was killed at any moment continues after its last shard and produces the same bytes.
+training shards. Every document is stored with its ends (`Tokenizer.with_ends`). Files are written under a
+temporary name and then renamed, and everything is a pure function of the source and the arguments. So a
+preparation that was killed at any moment continues after its last shard and produces the same bytes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from lowres.data.ahead import read_ahead
 from lowres.data.folder import (
+    LOCK,
     SHARD_TOKENS,
     Job,
     find_manifest,
     finish,
     forget_progress,
-    locked,
     store_shard,
 )
+from lowres.data.hashes import Seen, content_hash, read_hashes
 from lowres.data.manifest import (
     FORMAT,
     PROGRESS,
-    TOKENIZER,
     Complete,
+    Dropped,
+    End,
     Entry,
     HeldOutRecord,
     Position,
     Progress,
     Started,
-    open_tokenizer,
     read_complete,
+    recorded_tokenizer,
     write,
 )
 from lowres.data.shards import shard_name, token_dtype, write_file
-from lowres.data.survey import HeldOut, Survey, quiet_bar, survey
-from lowres.data.tokenizer import Tokenizer, train
+from lowres.data.survey import Survey, quiet_bar, survey
+from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
+from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
+from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
+from lowres.lock import held
+from lowres.ranks import say
 from lowres.text import Marks, Source, numbered_documents, pinned
+from lowres.text.documents import Skipped
 from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
@@ -57,19 +66,33 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | None = None,
+    tokenizer_form: Form | None = None,
+    bos: str | int | None = None,
+    eos: str | int | None = None,
     vocab_size: int | None = None,
     max_tokens: int | None = None,
+    drop_duplicates: bool = False,
+    max_overlap: float = 0.01,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Tokenise a source into the folder `out`; returns the content of its data.json.
 
-    `tokenizer`: path of a SentencePiece model; without it, one with `vocab_size` pieces is trained (the
-    default depends on the size of the text). `max_tokens`: limit on the training tokens. The key `notes` of
-    the result lists notes for the user. Raises UserError if the folder holds something else; if the source
-    cannot be used, nothing is written.
+    `tokenizer`, `tokenizer_form`, `bos`, `eos`: as the keys of the section data; without a tokenizer, one
+    with `vocab_size` pieces is trained (the default depends on the size of the text). `max_tokens`: limit on
+    the training tokens. `drop_duplicates` and `max_overlap`: the keys of [data]. The key `notes` of the
+    result lists notes for the user. Raises UserError if the folder holds something else; if the source cannot
+    be used, nothing is written.
     """
-    job = Job(as_source(source), tokenizer, vocab_size, max_tokens=max_tokens, shard_tokens=shard_tokens)
+    job = Job(
+        as_source(source),
+        open_tokenizer(tokenizer, tokenizer_form, bos, eos) if tokenizer else None,
+        vocab_size,
+        max_tokens=max_tokens,
+        shard_tokens=shard_tokens,
+        drop_duplicates=drop_duplicates,
+        max_overlap=max_overlap,
+    )
     return run(job, Path(out), progress).model_dump()
 
 
@@ -100,11 +123,9 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
         return
     # the long part comes before anything is written: it finds every error of a local source
     plan = None if isinstance(state, Progress) else _plan(job, progress)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created ({error.strerror})") from None
-    with locked(out):
+    with held(out, "is being prepared", LOCK) as lock:
+        if lock.note:
+            say(f"note: {lock.note}")
         # another process may have worked here in the meantime
         state = find_manifest(job, out)
         if plan is not None and not isinstance(state, Progress | Complete):
@@ -118,65 +139,76 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
 @dataclass(frozen=True)
 class _Plan:
-    """The result of the first pass; `model`: the content of the tokenizer's file; `commit`: see
+    """The result of the first pass; `tokenizer`: name and content of its file; `commit`: see
     `manifest.Manifest`."""
 
     survey: Survey
-    model: bytes
+    tokenizer: tuple[str, bytes]
     notes: list[str]
     commit: str | None
 
 
 def _plan(job: Job, progress: bool) -> _Plan:
     fixed = pinned(job.source)
-    seen = survey(fixed.source, job.hold_out, progress)
-    known = [*fixed.notes, *seen.notes]
+    commit = fixed.source.commit
+    seen = survey(fixed.source, job.hold_out, progress, job.part, job.max_tokens)
+    notes = [*fixed.notes, *seen.notes]
     if fixed.validation and job.hold_out:
-        known.append(
+        notes.append(
             f'data.val_source = "{fixed.validation}" validates on the split of the data set instead of '
             "documents that are held out"
         )
-    commit = fixed.source.commit
+    if seen.validation:
+        documents = len(seen.validation.held_out.hashes)
+        notes += check_overlap(seen.overlap, documents, job.max_overlap, job.source.name)
     if job.tokenizer:
-        return _Plan(seen, Path(job.tokenizer).read_bytes(), known, commit)
-    asked = job.vocab_size or _default_vocab(seen)
+        given = job.tokenizer
+        return _Plan(seen, (given.file_name, given.content), notes + given.notes, commit)
+    asked = job.vocab_size or _default_vocab(seen, job.max_tokens)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
-    notes = [] if pieces == asked else [f"vocab_size: the text gives only {pieces} pieces instead of {asked}"]
-    return _Plan(seen, model, known + notes, commit)
+    if pieces != asked:
+        notes.append(f"vocab_size: the text gives only {pieces} pieces instead of {asked}")
+    return _Plan(seen, (SentencePieceTokenizer.file_name, model), notes, commit)
 
 
-def _default_vocab(seen: Survey) -> int:
+def _default_vocab(seen: Survey, max_tokens: int | None) -> int:
     """A vocabulary size for a model of a size that fits the amount of text."""
-    if not seen.complete or seen.characters >= 200_000_000:
+    characters = seen.characters if seen.complete else 4 * (max_tokens or sys.maxsize)
+    if characters >= 200_000_000:
         return LARGEST_DEFAULT_VOCAB
-    return 4096 if seen.characters < 20_000_000 else 8192
+    return 4096 if characters < 20_000_000 else 8192
 
 
 def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     """Write tokenizer, validation data and progress.json."""
     # marks the folder as this job's, in case the next lines are interrupted
     write(out / PROGRESS, Started(format=FORMAT, arguments=job.arguments))
-    write_file(out / TOKENIZER, plan.model)
-    tokenizer = Tokenizer(out / TOKENIZER)
-    val = []
-    if plan.survey.validation:
-        ids = tokenizer.encode_batch(plan.survey.validation)
-        tokens = np.concatenate([with_ends(tokenizer, of_document) for of_document in ids])
-        val = [store_shard(out, shard_name("val", 0), tokens, tokenizer)]
-    held_out = plan.survey.held_out
+    name, content = plan.tokenizer
+    write_file(out / name, content)
+    tokenizer = open_tokenizer(out / name, form="own")
+    val, notes, validation = [], plan.notes, plan.survey.validation
+    if validation:
+        ids = tokenizer.encode_batch(validation.texts)
+        tokens = np.concatenate([tokenizer.with_ends(of_document) for of_document in ids])
+        val = [store_shard(out, shard_name("val", 0), tokens, validation.hashes, tokenizer)]
+        notes = notes + size_notes(len(tokens), validation.what)
+    held_out = validation.held_out if validation else HeldOut()
     state = Progress(
         format=FORMAT,
         arguments=job.arguments,
         tokenizer=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        notes=plan.notes,
+        notes=list(dict.fromkeys(notes)),
         val=val,
         train=[],
         characters=plan.survey.characters if plan.survey.complete else None,
         held_out=HeldOutRecord(
-            hashes=sorted(held_out.hashes), tail_row=held_out.tail_row, tail_start=held_out.tail_start
+            hashes=sorted(f"{hash:016x}" for hash in held_out.hashes),
+            own_split=validation is not None and validation.own_split,
+            ends=[End(row=row, start=start) for row, start in sorted(held_out.ends.items())],
         ),
         next=Position(row=0, offset=0),
+        skipped=plan.survey.skipped,
         commit=plan.commit,
     )
     write(out / PROGRESS, state)
@@ -186,6 +218,25 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
 # ---------------------------------------------------------------------------- second pass
 
 
+class _Document(NamedTuple):
+    """ids: [tokens] with bos and eos, none at the end of the source. dropped: before this row."""
+
+    row: int
+    ids: np.ndarray
+    hash: int
+    dropped: Dropped
+
+
+class _Part(NamedTuple):
+    """Training data for a shard. hashes: of the documents that begin in it. following: the position after
+    it."""
+
+    tokens: np.ndarray
+    hashes: list[int]
+    following: Position
+    dropped: Dropped
+
+
 def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool) -> Iterator[list[Entry]]:
     """Write the missing training shards, and data.json at the end.
 
@@ -193,18 +244,21 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     """
     if isinstance(state, Complete):
         return
-    tokenizer = open_tokenizer(out, state)
-    record = state.held_out
-    held_out = HeldOut(frozenset(record.hashes), record.tail_row, record.tail_start)
+    tokenizer = recorded_tokenizer(out, state)
+    size = state.arguments.shard_tokens
     left = (job.max_tokens or sys.maxsize) - sum(shard.tokens for shard in state.train)
     with tqdm(
         desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
     ) as bar:
-        source = replace(job.source, commit=state.commit)
-        marks = Marks(state.next.file_row, state.next.file)
-        documents = _encoded(source, tokenizer, held_out, state.next.row, bar, marks)
-        for tokens, following in _cut(documents, state.next, job.shard_tokens, left, tokenizer.vocab_size):
-            shard = store_shard(out, shard_name("train", len(state.train)), tokens, tokenizer)
+        # what damaged files hold is compared with the first pass, so all of them are read again
+        whole = job.source.damaged == "skip" and state.characters is not None
+        marks = Marks() if whole else Marks(state.next.file_row, state.next.file)
+        documents = _encoded(job, out, tokenizer, state, bar, marks)
+        for tokens, hashes, following, dropped in _cut(documents, state, size, left, tokenizer.vocab_size):
+            state = state.model_copy(update={"dropped": dropped})
+            if not len(tokens):
+                break  # the end of the source
+            shard = store_shard(out, shard_name("train", len(state.train)), tokens, hashes, tokenizer)
             first, file = marks.before(following.row)
             place = following.model_copy(update={"file": file, "file_row": first})
             state = state.model_copy(update={"train": [*state.train, shard], "next": place})
@@ -214,54 +268,110 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
 
 
 def _encoded(
-    source: Source, tokenizer: Tokenizer, held_out: HeldOut, start: int, bar: tqdm, marks: Marks
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(row, tokens) of every training document, beginning with row `start`."""
-    batch: list[tuple[int, str]] = []
-    size = 0
+    job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm, marks: Marks
+) -> Iterator[_Document]:
+    """The training documents from row `state.next.row` on, and at last the end of the source."""
+    record, following = state.held_out, state.next
+    ends = {end.row: end.start for end in record.ends}
+    if record.tail_row is not None:
+        ends[record.tail_row] = record.tail_start
+    held_out = HeldOut(frozenset(int(hash[:16], 16) for hash in record.hashes), ends)
+    seen = _seen(out, state) if job.drop_duplicates else None
+    skipped: Skipped = {}
+    left_out, duplicates = state.dropped.held_out, state.dropped.duplicates
+    row = following.row
+    source = replace(job.source, commit=state.commit)
+    rows = numbered_documents(source, following.row, job.part, skipped, marks)
+    # the next batch is read while one is tokenised
+    for batch in read_ahead(_batches(rows), lambda found: sum(len(text) for _, text in found), _BATCH_CHARS):
+        kept: list[tuple[int, int, Dropped]] = []
+        parts: list[str] = []
+        while batch:
+            row, text = batch.popleft()
+            bar.update(len(text))
+            hash = content_hash(text)
+            part = held_out.training_part(row, hash, text)
+            del text  # it may be large
+            if not part:
+                left_out += 1
+            elif seen and not seen.add(hash) and not (row == following.row and following.offset):
+                duplicates += 1
+            else:
+                kept.append((row, hash, Dropped(held_out=left_out, duplicates=duplicates)))
+                parts.append(part)
+            del part
+        _check_skipped(job.source, state, dict(skipped))  # the thread may add to it
+        ids = deque(tokenizer.encode_batch(parts))
+        del parts
+        for row, hash, dropped in kept:
+            yield _Document(row, tokenizer.with_ends(ids.popleft()), hash, dropped)
+    _check_skipped(job.source, state, skipped, at_end=True)
+    yield _Document(row, np.empty(0, np.int32), 0, Dropped(held_out=left_out, duplicates=duplicates))
 
-    def encode_batch() -> Iterator[tuple[int, np.ndarray]]:
-        for (row, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-            yield row, with_ends(tokenizer, ids)
 
-    for row, text in numbered_documents(source, start, marks=marks):
-        bar.update(len(text))
-        part = held_out.training_part(row, text)
-        if part:
-            batch.append((row, part))
-            size += len(part)
+def _batches(rows: Iterator[tuple[int, str]]) -> Iterator[deque[tuple[int, str]]]:
+    """Rows together: at least _BATCH_CHARS characters, except at the end."""
+    batch, size = deque[tuple[int, str]](), 0
+    for row, text in rows:
+        batch.append((row, text))
+        size += len(text)
+        del text  # it may be large
         if size >= _BATCH_CHARS:
-            yield from encode_batch()
-            batch, size = [], 0
-    yield from encode_batch()
+            yield batch
+            batch, size = deque(), 0
+    if batch:
+        yield batch
 
 
-def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """A document as it is stored: bos, its tokens, eos."""
-    return np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]))
+def _seen(out: Path, state: Progress) -> Seen:
+    """The documents of the shards that are there."""
+    seen = Seen()
+    for hashes in read_hashes(out, state.train):
+        seen.update(hashes)
+    return seen
+
+
+def _check_skipped(source: Source, state: Progress, skipped: Skipped, at_end: bool = False) -> None:
+    """Raises UserError if other files are damaged than in the first pass: then the rows are others too. What
+    the first pass did not read may be damaged."""
+    if state.characters is None:
+        return
+    other = [name for name in skipped if skipped[name] != state.skipped.get(name)]
+    other += [name for name in state.skipped if at_end and name not in skipped]
+    if other:
+        raise UserError(
+            f"{source.name}: {other[0]} is damaged in another way than when it was first read"
+            f" ({skipped.get(other[0], 'now it is whole')}); check the disk, and prepare into another folder"
+        )
 
 
 def _cut(
-    documents: Iterator[tuple[int, np.ndarray]], position: Position, size: int, left: int, vocab_size: int
-) -> Iterator[tuple[np.ndarray, Position]]:
-    """At most `left` tokens of the documents, beginning at `position`, in parts of `size` tokens (the last
-    may be shorter), each with the position after it. A part is valid until the next one is requested."""
+    documents: Iterator[_Document], state: Progress, size: int, left: int, vocab_size: int
+) -> Iterator[_Part]:
+    """At most `left` tokens of the documents, beginning at `state.next`, in parts of `size` tokens. The last
+    ones may be shorter, and at the end of the source is one without any. A part is valid until the next one
+    is requested."""
+    if not left:
+        return
     buffer = np.empty(min(size, left), token_dtype(vocab_size))
-    filled = 0
-    following = position
-    for row, ids in documents:
-        start = position.offset if row == position.row else 0
-        while start < len(ids) and left:
+    filled, hashes = 0, list[int]()
+    following, dropped = state.next, state.dropped
+    for row, ids, hash, dropped in documents:
+        start = state.next.offset if row == state.next.row else 0
+        if not start and len(ids):
+            hashes.append(hash)
+        while start < len(ids):
             take = min(len(ids) - start, min(size, left) - filled)
             buffer[filled : filled + take] = ids[start : start + take]
             filled += take
             start += take
             following = Position(row=row, offset=start)
             if filled == min(size, left):
-                yield buffer[:filled], following
+                yield _Part(buffer[:filled], hashes, following, dropped)
                 left -= filled
-                filled = 0
-        if not left:
-            return
+                filled, hashes = 0, []
+                if not left:
+                    return
     if filled:
-        yield buffer[:filled], following
+        yield _Part(buffer[:filled], hashes, following, dropped)
+    yield _Part(buffer[:0], [], following, dropped)

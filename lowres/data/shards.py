@@ -33,7 +33,7 @@ VERSION = 1
 HEADER_BYTES = 64
 _HEADER = struct.Struct("<8sIIQQI28x")
 _PIECE = 1 << 22  # bytes that are verified at a time
-AGAIN = "remove the folder and prepare the data again"
+AGAIN = "move the folder away and prepare the data again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -59,6 +59,15 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> int:
     header = _HEADER.pack(MAGIC, VERSION, token_dtype(vocab_size).itemsize, len(tokens), vocab_size, checksum)
     write_file(path, header, payload)
     return checksum
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file begins as a shard does."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 class Shard:

@@ -1,65 +1,43 @@
-"""The first pass over a source: choose text to train the tokenizer on, and documents to hold out for
-validation.
+"""The first pass over a source: choose text to train the tokenizer on, and validation data (`validation`).
 
-Local files are read completely, a stream only up to LOOKAHEAD_CHARS. Memory is bounded for any amount of
-text.
-
-Whole documents are held out. From local files these are the documents with the lowest content hashes: a
-random choice that stays the same when documents are added, moved or prepared again. From a stream these are
-the first documents. Together they have at most 5 % of the text and at most VAL_CHARS characters. If no
-document is that small, the end of the largest one is held out.
+Local files are read completely; a stream, and files of which only some tokens are wanted, as far as that
+takes. Memory is bounded for any amount of text.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
-from lowres.text import Source, is_stream, numbered_documents
+from lowres.data.hashes import content_hash
+from lowres.data.validation import Choice, Validation, own_split
+from lowres.text import Source, is_stream, list_files, numbered_documents
+from lowres.text.documents import Skipped
+from lowres.text.source import TRAIN
 
-VAL_CHARS = 4_000_000
-VAL_PART = 0.05
 LOOKAHEAD_CHARS = 20_000_000
+# a token of ordinary text has 3 to 5
+_MOST_CHARS_PER_TOKEN = 8
 SAMPLE_CHARS = 10_000_000
-# with more text than this, VAL_CHARS limits the validation text, so more candidates are not needed
-_CANDIDATE_CHARS = int(VAL_CHARS / VAL_PART)
 _SAMPLE_BLOCK = 4096
-
-
-def content_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What training must not see: documents by content hash, and the end of one document."""
-
-    hashes: frozenset[str] = frozenset()
-    tail_row: int | None = None
-    tail_start: int = 0
-
-    def training_part(self, row: int, text: str) -> str:
-        """The part of a document to train on: all, nothing, or (for one document) the beginning. Copies of a
-        document that is held out, even in part, are left out."""
-        if row == self.tail_row:
-            return text[: self.tail_start]
-        return "" if self.hashes and content_hash(text) in self.hashes else text
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Survey:
-    """`complete`: the whole source was read. `characters`: how many were read."""
+    """`complete`: the whole source was read. `characters`: how many were read. `validation`: None if nothing
+    was to be held out. `overlap`: how many documents of the source's own validation split were met in the
+    training text. `skipped`: damaged files. `notes`: what is left out of the source."""
 
     characters: int
     complete: bool
     sample: list[str]
-    held_out: HeldOut
-    validation: list[str]
-    notes: list[str]
+    validation: Validation | None = None
+    overlap: int = 0
+    skipped: Skipped = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def quiet_bar(progress: bool) -> dict[str, Any]:
@@ -89,70 +67,46 @@ class EvenSample:
                 self._every *= 2
 
 
-class _Candidates:
-    """Documents that may become validation data: those with the lowest keys."""
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, str, str]] = []  # (-key, hash, text): the highest key on top
-        self._hashes: set[str] = set()
-        self._size = 0
-
-    def add(self, key: int, digest: str, text: str) -> None:
-        if len(text) > VAL_CHARS or digest in self._hashes:
-            return
-        heapq.heappush(self._heap, (-key, digest, text))
-        self._hashes.add(digest)
-        self._size += len(text)
-        while self._size > _CANDIDATE_CHARS:
-            _, digest, text = heapq.heappop(self._heap)
-            self._hashes.remove(digest)
-            self._size -= len(text)
-
-    def choose(self, room: int) -> dict[str, str]:
-        """hash -> text: in the order of the keys, every document that still fits into `room` characters."""
-        chosen = {}
-        for _, digest, text in sorted(self._heap, reverse=True):
-            if len(text) <= room:
-                chosen[digest] = text
-                room -= len(text)
-        return chosen
-
-
-def survey(source: Source, hold_out: bool, progress: bool) -> Survey:
-    """Read the source. With `hold_out` False, all text is for training."""
+def survey(
+    source: Source, hold_out: bool, progress: bool, part: str = TRAIN, max_tokens: int | None = None
+) -> Survey:
+    """Read a part of the source. With `hold_out` False, all text is for training. max_tokens: how many will
+    be trained on; then not much more is read."""
     stream = is_stream(source)
-    sample, candidates = EvenSample(SAMPLE_CHARS), _Candidates()
+    limit = LOOKAHEAD_CHARS if stream else None
+    if max_tokens is not None and not stream:
+        limit = max(LOOKAHEAD_CHARS, _MOST_CHARS_PER_TOKEN * max_tokens)
+    skipped, of_split = Skipped(), Skipped()
+    own = own_split(source, of_split) if hold_out and not stream else None
+    theirs = own.held_out.hashes if own else frozenset()
+    choice = Choice(stream) if hold_out and not own else None
+    sample, met = EvenSample(SAMPLE_CHARS), set[int]()
     characters, complete = 0, True
-    largest_row, largest = -1, ""
     with tqdm(desc="reading", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
-        for row, text in numbered_documents(source):
+        for row, text in numbered_documents(source, 0, part, skipped):
             sample.add(text)
             characters += len(text)
             bar.update(len(text))
-            if hold_out:
-                digest = content_hash(text)
-                candidates.add(row if stream else int(digest, 16), digest, text)
-                if len(text) > len(largest):
-                    largest_row, largest = row, text
-            if stream and characters >= LOOKAHEAD_CHARS:
+            hash = content_hash(text) if hold_out else 0
+            if hash in theirs:
+                met.add(hash)
+            if choice:
+                choice.add(row, hash, text)
+            del text  # it may be large, and the next one too
+            if limit is not None and characters >= limit:
                 complete = False
                 break
-    held_out, validation, notes = HeldOut(), [], []
-    if hold_out:
-        chosen = candidates.choose(min(VAL_CHARS, int(VAL_PART * characters)))
-        held_out, validation = HeldOut(frozenset(chosen)), list(chosen.values())
-        if not chosen:
-            start = _tail_start(largest)
-            held_out = HeldOut(frozenset([content_hash(largest)]), largest_row, start)
-            validation = [largest[start:]]
-            notes.append(
-                f"no document is small enough to hold out as a whole (5 % of the text): the last "
-                f"{len(largest) - start:,} characters of the largest one are the validation data"
-            )
-    return Survey(characters, complete, sample.blocks, held_out, validation, notes)
+    validation = choice.made(characters) if choice else own
+    notes = [] if stream else list_files(source).warnings()
+    notes += _damaged(skipped | of_split)
+    return Survey(characters, complete, sample.blocks, validation, len(met), skipped, notes)
 
 
-def _tail_start(text: str) -> int:
-    """Where the held-out end of a document begins: after a newline if one is near."""
-    start = max(int((1 - VAL_PART) * len(text)), len(text) - VAL_CHARS)
-    return text.rfind("\n", start - len(text) // 20, start) + 1 or start
+def _damaged(skipped: Skipped) -> list[str]:
+    """What data.damaged = "skip" left out, in a line."""
+    if not skipped:
+        return []
+    files = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+    first = "; ".join([*skipped.values()][:_EXAMPLES])
+    more = f"; and {len(skipped) - _EXAMPLES:,} more" if len(skipped) > _EXAMPLES else ""
+    return [f"{files} damaged, and left out from there on: {first}{more}"]

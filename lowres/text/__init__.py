@@ -1,17 +1,19 @@
 """Text: what a source holds, as documents in a fixed order.
 
-source      what to read, and how: the keys of [data] that determine the documents
-walk        the files of a folder or a glob
-kinds/      the kinds of file, one file each: how they are recognised and read
-columns     which column of a table is the text
-opening     the bytes of a file, decompressed
-splits      which files are for training, validation and test
-card        what a data set's card says of its files
-listing     what each file of a source is, and what is left out, with the reason
-connection  lost connections: how long they are waited for
-remote      the bytes of a remote file, over lost connections
-hub         data sets on the Hugging Face hub
-documents   the documents of a source, by row
+source       what to read, and how: the keys of [data] that determine the documents
+walk         the files of a folder or a glob
+archives     what is in a tar or zip file
+kinds/       the kinds of file, one file each: how they are recognised and read
+columns      which column of a table is the text
+opening      the bytes of a file, decompressed
+compression  how they are compressed
+splits       which files are for training, validation and test
+card         what a data set's card says of its files
+listing      what each file of a source is, and what is left out, with the reason
+connection   lost connections: how long they are waited for
+remote       the bytes of a remote file, over lost connections
+hub          data sets on the Hugging Face hub
+documents    the documents of a source, by row
 """
 
 from lowres.text.documents import (

@@ -140,7 +140,9 @@ class Watch:
             except StopIteration:
                 return
             self._since = None
-            yield item
+            given = [item]
+            del item  # it may be large
+            yield given.pop()
             self._since = time.monotonic()
 
     def end(self) -> None:

@@ -18,7 +18,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from lowres.errors import UserError
 from lowres.text import columns, hub
@@ -102,10 +102,14 @@ def numbered_documents(
     files; gets more."""
     source = as_source(source)
     empty = True
-    for row, text in _rows(source, start, part, {} if skipped is None else skipped, marks or Marks()):
+    row, texts = _rows(source, start, part, {} if skipped is None else skipped, marks or Marks())
+    for text in texts:
         if row >= start and text and not text.isspace():
             empty = False
-            yield row, without_surrogates(text)
+            given = [without_surrogates(text)]
+            del text  # it may be large, and nothing here needs it any longer
+            yield row, given.pop()
+        row += 1
     if empty and start == 0:
         raise UserError(f"{source.name}: contains no text; set data.source to files with text")
 
@@ -128,7 +132,7 @@ def fingerprint(source: Source | str) -> str:
 
 
 def _stamp(file: File) -> str:
-    status = file.path.stat()
+    status = file.on_disk.stat()
     part = "" if file.part == TRAIN else f"\0{file.part}"
     return f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}{part}"
 
@@ -143,67 +147,99 @@ def without_surrogates(text: str) -> str:
     return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
-def _rows(
-    source: Source, start: int, part: str, skipped: Skipped, marks: Marks
-) -> Iterator[tuple[int, str | None]]:
-    """(row, text or "" or None). Rows before `start` may be left out."""
-    if not source.on_hub:
-        yield from _in_files(source, _listed(source, part), start, skipped, marks)
-        return
-    with watched(source.name, start) as watch:
-        opened = hub.DataSet(source)
-        if start:
-            reached(source.name)
-        if opened.files is None:
-            yield from enumerate(_typed_rows(source, watch.over(opened.rows(start))), start)
-        else:
-            yield from watch.over(_in_files(source, opened.files, start, skipped, marks))
-
-
-def _listed(source: Source, part: str) -> list[File]:
+def files_of(source: Source, part: str) -> list[File]:
+    """The files of a part of a local source. Raises UserError if too much is left out, or it is no text."""
     listed = list_files(source)
     listed.check()
     if listed.tokens:
-        raise UserError(f"{source.name}: holds ids of a tokenizer, not text; give it as data.source")
+        raise UserError(
+            f"{source.name}: holds token ids already, so there is no text to prepare; train on it as it "
+            "is, as data.source"
+        )
     return listed.part(part)
+
+
+def _rows(
+    source: Source, start: int, part: str, skipped: Skipped, marks: Marks
+) -> tuple[int, Iterator[str | None]]:
+    """A row, and the texts from it on: "" or None for one without. Rows before `start` may be None."""
+    if source.on_hub:
+        return _rows_on_hub(source, start, skipped, marks)
+    files = files_of(source, part)
+    row, _ = marks.before(start)
+    return row, _in_files(source, files, start, skipped, marks)
+
+
+def _rows_on_hub(
+    source: Source, start: int, skipped: Skipped, marks: Marks
+) -> tuple[int, Iterator[str | None]]:
+    if start:
+        reached(source.name)
+    with watched(source.name, 0):
+        opened = hub.DataSet(source)
+    if opened.files is None:
+        return start, _watched(source, start, _typed_rows(source, opened.rows(start)))
+    row, _ = marks.before(start)
+    return row, _watched(source, start, _in_files(source, opened.files, start, skipped, marks))
+
+
+def _watched(source: Source, start: int, texts: Iterator[str | None]) -> Iterator[str | None]:
+    with watched(source.name, start) as watch:
+        yield from watch.over(texts)
 
 
 def _in_files(
     source: Source, files: Sequence[File | Found], start: int, skipped: Skipped, marks: Marks
-) -> Iterator[tuple[int, str | None]]:
+) -> Iterator[str | None]:
+    """The texts from the file on in which row `start` is, by what the marks know."""
     row, first = marks.before(start)
     for number in range(first, len(files)):
         marks.add(row, number)
         # a file of which the rest is left out has fewer rows than it seems
         inside = start - row if number == first or source.damaged == "refuse" else 0
-        try:
-            for text in _texts(source, files[number], inside):
-                yield row, text
-                row += 1
-        except BadFileError as error:
-            if source.name == "stdlib":
-                yield row, ""
-                row += 1
-            elif source.damaged == "refuse":
-                raise
-            else:
-                skipped[files[number].name] = str(error)
+        for text in _rows_in(source, files[number], inside, skipped):
+            given = [text]
+            del text  # it may be large
+            yield given.pop()
+            row += 1
 
 
-def _texts(source: Source, file: File | Found, start: int) -> Iterator[str | None]:
-    """The text of every row; those before `start` may be None."""
-    if isinstance(file, Found):
-        made = recognised(file, source)  # a remote file, which is not opened before it is needed
-        if not isinstance(made, File):
-            raise BadFileError(f"{file.path}: {made.reason}")
-        file = made
+def _rows_in(source: Source, file: File | Found, start: int, skipped: Skipped) -> Iterator[str | None]:
+    if isinstance(file, File):
+        yield from _rows_from(file, source, start, skipped)
+        return
+    made = recognised(file, source)  # a remote file, which is not opened before it is needed
+    if isinstance(made, File):
+        yield from _rows_from(made, source, start, skipped)
+    elif source.damaged == "refuse":
+        raise BadFileError(f"{file.path}: {made.reason}")
+    else:
+        skipped[file.name] = f"{file.path}: {made.reason}"
+
+
+def rows_of(file: File, source: Source, skipped: Skipped | None = None) -> Iterator[str]:
+    """The text of every row of a file, "" for one without; see `numbered_documents`."""
+    return cast(Iterator[str], _rows_from(file, source, 0, skipped))
+
+
+def _rows_from(file: File, source: Source, start: int, skipped: Skipped | None) -> Iterator[str | None]:
+    """The same; None for those before `start`, where that is faster."""
     kind = KINDS[file.kind]
-    if kind.read_from and start > 0:
-        return kind.read_from(file, source, start)
-    return kind.read(file, source)
+    try:
+        if kind.read_from and start > 0:
+            yield from kind.read_from(file, source, start)
+        else:
+            yield from kind.read(file, source)
+    except BadFileError as error:
+        if source.name == "stdlib":
+            yield ""
+        elif source.damaged == "refuse":
+            raise
+        elif skipped is not None:
+            skipped[file.name] = str(error)
 
 
-def _typed_rows(source: Source, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
+def _typed_rows(source: Source, rows: Iterator[dict[str, Any]]) -> Iterator[str | None]:
     column: str | None = None
     for row in rows:
         if column is None:

@@ -29,6 +29,7 @@ class Source:
     exclude: tuple[str, ...] = ()
     damaged: str = "refuse"
     max_left_out: float = 0.1
+    token_dtype: str | None = None
     commit: str | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -70,9 +71,10 @@ def hub_name(name: str) -> HubName:
 @dataclass(frozen=True)
 class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
-    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, in a table. separator:
-    between the documents of a text. remote: where its bytes are, if they are not at `path`, which is then
-    for messages only."""
+    compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, or the ids, in a table;
+    data.text_key until it is chosen. separator: between the documents of a text. token_dtype: of ids without
+    a header. archive, at: the archive that it is in, and where. remote: where its bytes are. With one of
+    these, `path` is for messages only."""
 
     name: str
     path: Path
@@ -82,7 +84,15 @@ class File:
     part: str = TRAIN
     column: str | None = None
     separator: str | None = None
+    token_dtype: str | None = None
+    archive: Path | None = None
+    at: int = 0
     remote: RemoteFile | None = None
+
+    @property
+    def on_disk(self) -> Path:
+        """The file that is opened: its own, or that of its archive."""
+        return self.archive or self.path
 
 
 def is_stream(source: Source | str) -> bool:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from lowres.errors import first_line
-from lowres.text.columns import kinds_of, text_of
+from lowres.text.columns import Repeated, kinds_of, text_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else Repeated(pairs)
+
+
+def _integer(digits: str) -> float:
+    # Python refuses to read thousands of digits
+    return int(digits) if len(digits) < 4000 else math.inf
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def read(file: File, source: Source) -> Iterator[str]:
@@ -45,7 +59,7 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
                 yield place, None
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
             except (ValueError, RecursionError) as error:
@@ -53,7 +67,8 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
                     f"{place}: not valid JSON ({first_line(error)}); correct that line"
                 ) from None
             if not isinstance(row, dict):
-                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column')
+                remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
+                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column{remedy}')
             yield place, row
 
 
