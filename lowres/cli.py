@@ -32,6 +32,8 @@ from lowres.sample import sample
 from lowres.speed import bench, with_random_tokens
 from lowres.stopping import Left, loud
 from lowres.sweep import sweep
+from lowres.text import is_stream, list_files
+from lowres.text.words import summary
 from lowres.trainer import train
 
 Commands = argparse._SubParsersAction  # the type has no public name
@@ -369,8 +371,11 @@ def _prepare(parsed: argparse.Namespace) -> None:
             raise UserError(
                 f"--set data.{key}: data prepare does not use it; leave it to the config of a run"
             )
-    summary = prepare(
-        source_of(config),
+    source = source_of(config)
+    if not is_stream(source):
+        ranks.say(f"data: {summary(list_files(source))}")
+    made = prepare(
+        source,
         parsed.out,
         tokenizer=parsed.tokenizer or config.tokenizer,
         vocab_size=parsed.vocab_size or config.vocab_size,
@@ -378,11 +383,11 @@ def _prepare(parsed: argparse.Namespace) -> None:
         drop_duplicates=config.drop_duplicates,
         max_overlap=config.max_overlap,
     )
-    for note in summary["notes"]:
+    for note in made["notes"]:
         ranks.say(f"note: {note}")
     print(
-        f"{parsed.out}: {summary['train_tokens']:,} training tokens, {summary['val_tokens']:,} for "
-        f"validation, {summary['vocab_size']} pieces"
+        f"{parsed.out}: {made['train_tokens']:,} training tokens, {made['val_tokens']:,} for "
+        f"validation, {made['vocab_size']} pieces"
     )
 
 

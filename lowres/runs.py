@@ -62,7 +62,13 @@ def engine_of(
 
 def starts_of(config: Config, tokenizer: Tokenizer) -> Starts | None:
     """Where documents start that do not see each other, for the engine of a run."""
-    return starting_with(tokenizer.bos_id) if config.data.document_mask else None
+    if not config.data.document_mask:
+        return None
+    if tokenizer.bos_id < 0:
+        raise UserError(
+            f"data.document_mask: {tokenizer.path} has no token with which documents begin; set it to false"
+        )
+    return starting_with(tokenizer.bos_id, predicted=tokenizer.eos_id is None)
 
 
 def training_engine(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowres import metrics
 from lowres.config import Config
-from lowres.data.batches import IGNORED
+from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.engine import (
     AutogradEngine,
     Choice,
@@ -23,6 +23,7 @@ from lowres.engine import (
     StepReport,
     make_engine,
 )
+from lowres.engine.common import apart
 from lowres.kernels import forms, rotary
 from lowres.memory import make_plan
 from lowres.meter import LiveTensors
@@ -260,6 +261,16 @@ def test_the_next_token_follows_from_the_last_document(make: type) -> None:
     apart = make(config, units, None, ROOMS, replace(settings, starts=START))
     torch.testing.assert_close(apart.logits(tokens), whole.logits(tokens[:, last:]), rtol=1e-5, atol=1e-5)
     assert (apart.logits(tokens) - whole.logits(tokens)).abs().max() > 1e-2
+
+
+def test_a_token_that_also_ends_the_document_before_is_predicted() -> None:
+    batch = packed()
+    inputs, targets = inputs_and_targets(batch)
+    _, ends, count, documents = apart([inputs], [targets], 1, ROOMS, starting_with(BOS, predicted=True))
+    assert torch.equal(ends[0], targets) and count == int((targets != IGNORED).sum())
+    _, kept, fewer, same = apart([inputs], [targets], 1, ROOMS, START)
+    assert fewer == count - int((targets == BOS).sum()) == int((kept[0] != IGNORED).sum())
+    assert documents == same
 
 
 def test_lengths() -> None:

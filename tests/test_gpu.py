@@ -221,9 +221,7 @@ def test_gradients_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float)
 def test_documents_apart_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float, fused: bool) -> None:
     """data.document_mask. Some documents have one token, and some a whole sequence."""
 
-    def starts(tokens: Tensor) -> Tensor:
-        return tokens < 20
-
+    starts = Starts(lambda tokens: tokens < 20)
     exact = gradients(AutogradEngine, torch.float64, CPU, starts)
     with forms.using(DEVICE.type, fused):
         found = gradients(LayerwiseEngine, dtype, DEVICE, starts, fused)

@@ -25,7 +25,9 @@ def options(*keys: str) -> list[str]:
 
 def test_decisions_write_nothing(config: Path, tmp_path: Path) -> None:
     fresh = decide(load_config(config)[0], tmp_path / "run", resume=False)
-    assert fresh.found is fresh.origin is None and fresh.step == fresh.offset == 0 and fresh.lines == []
+    assert fresh.found is fresh.origin is None and fresh.step == fresh.offset == 0
+    [of_data] = fresh.lines
+    assert of_data.startswith("note: validation: ")
     assert fresh.config.model.vocab_size == 500 and list(fresh.plans) == [False]
     assert fresh.started_with == {"batch_tokens": 1024, "lr": 0.01, "embed_lr": None, "norm_lr": None}
     assert not (tmp_path / "run").exists()
@@ -41,7 +43,8 @@ def test_decisions_write_nothing(config: Path, tmp_path: Path) -> None:
     # it did 12 steps of 16 sequences; 12 steps of the present batch would have 32 each
     assert resumed.offset == 12 * 16 - 12 * 32
     assert resumed.started_with == fresh.started_with
-    assert len(resumed.lines) == 1 and "from 16 to 32 sequences" in resumed.lines[0]
+    assert resumed.lines[0] == of_data and len(resumed.lines) == 2
+    assert "from 16 to 32 sequences" in resumed.lines[1]
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     other = decide(load_config(config, [f"run.init_from={json.dumps(str(run))}"])[0], tmp_path / "b", False)

@@ -77,6 +77,13 @@ def test_parquet_may_hold_what_json_may_not(hub: FakeHub) -> None:
     assert list(documents("hf:x/y")) == [text for text in LIKE_NOTHING if text]
 
 
+def test_tables_and_arrays_are_not_read_as_anything_but_text(hub: FakeHub) -> None:
+    hub.put("x/csv", {"train.csv": b"text,n\nNA,1\n2019-04-25,2\n007,3\n1.50,4\n"})
+    assert list(documents("hf:x/csv")) == ["NA", "2019-04-25", "007", "1.50"]
+    hub.put("x/json", {"train.json": b'[{"text": "2019-04-25"}, {"text": "2019-04-26"}]'})
+    assert list(documents("hf:x/json")) == ["2019-04-25", "2019-04-26"]
+
+
 def test_text_files_are_documents(hub: FakeHub) -> None:
     """`datasets` would give their lines."""
     hub.put("x/y", {"train/a.txt": b"one\ntwo\n", "train/b.txt": b"three<|endoftext|>\n"})
@@ -95,6 +102,15 @@ def test_zstandard_frames_of_any_window_and_none_that_is_cut(hub: FakeHub) -> No
     assert list(documents("hf:x/y")) == ["a whole text " * 1000]
     hub.put("x/y", {"train.txt.zst": whole[:-10]})
     assert "hf:x/y/train.txt.zst: damaged or truncated" in complaint("hf:x/y")
+
+
+def test_token_ids_are_no_text(hub: FakeHub) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3], [4]]}), file)
+    hub.put("x/y", {"train.parquet": file.getvalue()})
+    message = complaint("hf:x/y")
+    assert "hf:x/y/train.parquet: holds token ids" in message and "hf download x/y" in message
 
 
 def test_a_damaged_file_is_named_or_skipped(hub: FakeHub) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import random
 import shutil
 import struct
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,19 +247,19 @@ def test_windows_are_those_of_the_source(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "bos", "eos", "line"),
     [
-        ("llm.c", None, None, "separates"),
+        ("llm.c", -1, None, "separates"),
         ("Megatron-LM", SEP, None, f"separator {SEP} at the end of documents, 140 among"),
         ("save_to_disk", SEP, None, f"separator {SEP} at the end of documents, 140 among"),
-        ("npy", None, None, "rows of 16 ids, one after the other"),
+        ("npy", -1, None, "rows of 16 ids, one after the other"),
     ],
 )
 def test_what_separates_documents_is_found_and_said(
-    root: Path, name: str, bos: int | None, eos: int | None, line: str
+    root: Path, name: str, bos: int, eos: int | None, line: str
 ) -> None:
     write, options = FORMATS[name]
     write(root)
     data = opened(root, **options)
-    assert (data.tokenizer.bos_id, data.tokenizer.eos_id) == (-1 if bos is None else bos, eos)
+    assert (data.tokenizer.bos_id, data.tokenizer.eos_id) == (bos, eos)
     assert any(line in note for note in data.notes), data.notes
 
 
@@ -307,7 +309,7 @@ def test_scripts_and_cards_beside_ids_are_not_trained_on(root: Path) -> None:
     write_nanogpt(root)
     data = opened(root, **RAW)
     assert sum("prepare.py" in note for note in data.notes) == 1
-    assert any("meta.pkl" in note and "it can run code" in note for note in data.notes)
+    assert any("meta.pkl" in note and "pickle" in note for note in data.notes)
     listing = list_files(str(root))
     assert [(f.name, f.part) for f in listing.files] == [("train.bin", "train"), ("val.bin", "validation")]
 
@@ -553,6 +555,14 @@ def compressed_rows(path: Path, rows: list[Any]) -> None:
     path.with_suffix("").unlink()
 
 
+def archive(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as out:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_one_line(root: Path, fault: str) -> None:
     name, damage, words = FAULTS[fault]
@@ -581,8 +591,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "newer llm.c": (lambda r: llm_c(r / "train.bin", np.arange(9), 20260101), ["newer; known are 20240520"]),
     "compressed rows": (
         lambda r: compressed_rows(r / "a.parquet.gz", [[1, 2]]),
-        ["token ids, compressed or in an archive; unpack it"],
+        ["token ids in a compressed file; decompress it"],
     ),
+    "an archive": (lambda r: archive(r / "a.tar", {"train.bin": b"\1\0" * 99}), ["in an archive; unpack it"]),
     "a prepared shard": (lambda r: (r / "x.bin").write_bytes(b"lowres\0\0" + bytes(99)), ["give the folder"]),
     "nothing": (lambda r: llm_c(r / "train.bin", np.arange(0)), ["has no ids"]),
     "empty": (lambda r: (r / "train.bin").write_bytes(b""), ["empty: a download that failed?"]),
@@ -748,6 +759,15 @@ sample_tokens = 3
     return done.stdout + done.stderr
 
 
+def test_documents_apart_need_to_be_seen(root: Path) -> None:
+    write_megatron(root)
+    assert opened(root, document_mask=True).tokenizer.bos_id == SEP
+    for file in root.iterdir():
+        file.unlink()
+    np.arange(200, dtype="<u2").tofile(root / "train.bin")
+    assert "data.document_mask: the ids" in complaint(root, document_mask=True, **RAW)
+
+
 @every_format
 def test_a_run_on_every_format_goes_on(root: Path, name: str) -> None:
     write, options = FORMATS[name]
@@ -772,17 +792,16 @@ def test_a_resumed_run_is_exact(root: Path) -> None:
 
 def test_ids_without_a_tokenizer_in_all_commands(root: Path) -> None:
     write_nanogpt(root)
-    said = command(root, "run", "--set", "log.sample_prompt=hello", **RAW)
-    assert "--- a sample after 4 steps ---\n<" in said
+    assert "a sample after 4 steps ---\n<" in command(root, "run", "--set", "log.sample_prompt=hello", **RAW)
     run = root.parent / "run"
     assert {p.name for p in run.iterdir()} >= {"vocabulary.json"} and not (run / "tokenizer.model").exists()
     assert lowres_here("sample", run, "--prompt", "<5><6>", "--tokens", 2).stdout.startswith("<5><6><")
-    assert "<17><4>" in lowres_here("sample", run, "--prompt", "words", code=2).stderr
+    assert "as <17><4>" in lowres_here("sample", run, "--prompt", "words", code=2).stderr
     own = json.loads(lowres_here("eval", run, "--json").stdout)
     assert own.keys() == {"val_loss", "val_ppl"}
     given = json.loads(lowres_here("eval", run, "--data", root / "val.bin", "--json").stdout)
     assert given == own
-    assert "bits per byte" not in lowres_here("eval", run).stdout
+    assert "no text, so no bits per byte" in lowres_here("eval", run).stdout
     command(root, "straight", "--init-from", str(run), vocab_size=None, **RAW)
     joined(VAL).astype("<u2").tofile(root / "train.bin")
     more = ("--resume", "--set", "train.steps=6")

@@ -694,7 +694,7 @@ def test_a_vocabulary_has_ids_only(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (50304, -1, 50256)
     assert tokenizer.delimiter == 50256 and not tokenizer.has_text
     assert tokenizer.decode([17, 4]) == "<17><4>" and tokenizer.encode("<17><4>") == [17, 4]
-    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [0, 5]
+    assert tokenizer.prompt("") == [0] and tokenizer.prompt("<5>") == [5]
     assert tokenizer.with_ends(np.array([3], np.int32)).tolist() == [3, 50256]
     assert tokenizer.token_bytes().tolist() == [0] * 50304
     for text in ("hello", "<50304>", "<17> <4>"):
@@ -769,9 +769,11 @@ def test_prepared_documents_come_back(
     data = TokenData(out, 32, seed=0)
     assert data.tokenizer.file_name == "tokenizer.json" and not (out / "tokenizer.model").exists()
     found = [data.tokenizer.decode(ids) for ids in documents(out, data)]
-    assert set(found) < set(texts) and len(found) == summary["train_documents"] > len(texts) // 2
+    # of some documents the end is held out
+    assert all(any(text.startswith(part) for text in texts) for part in found)
+    assert len(found) == summary["train_documents"] > len(texts) // 2
     assert summary["train_bytes"] == sum(len(text.encode()) for text in found)
-    assert summary["val_documents"] + len(found) == len(texts)
+    assert summary["train_bytes"] + summary["val_bytes"] == sum(len(text.encode()) for text in texts)
     again = prepare(path, out, tokenizer=str(made[name]), progress=False)
     assert any("already prepared" in note for note in again["notes"])
 
@@ -813,7 +815,9 @@ def test_the_config_chooses_the_form(source: tuple[str, list[str]], tmp_path: Pa
     model = tmp_path / "llama.model"
     model.write_bytes(sentencepiece_model())
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    (tmp_path / "val.txt").write_text("something else " * 40)
     settings = {"source": path, "tokenizer": str(model), "cache": str(tmp_path / "cache"), "seq_len": 32}
+    settings["val_source"] = str(tmp_path / "val.txt")
     datas = {
         form: open_data(DataConfig(**settings, tokenizer_form=form), None, 0, progress=False)  # type: ignore[arg-type]
         for form in ("own", "exact", None)

@@ -161,14 +161,12 @@ def finish(out: Path, state: Progress) -> None:
     held_out = state.held_out
     # the documents themselves are no copies
     originals = 0 if held_out.own_split else len(held_out.hashes) - len(held_out.ends)
-    found = [
-        (
-            max(0, state.dropped.held_out - originals),
-            "copies of validation documents are left out of the training data",
-        ),
-        (state.dropped.duplicates, "exact copies of earlier documents are left out (data.drop_duplicates)"),
-    ]
-    common["notes"] = state.notes + [f"{count:,} {what}" for count, what in found if count]
+    left_out = {
+        "copies of validation documents": max(0, state.dropped.held_out - originals),
+        "exact copies of earlier documents": state.dropped.duplicates,
+    }
+    found = [f"left out of the training data: {count:,} {what}" for what, count in left_out.items() if count]
+    common["notes"] = state.notes + found
     write(out / DATA, Complete(**common, **totals(state)))
     forget_progress(out)
 

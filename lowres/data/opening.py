@@ -36,6 +36,8 @@ from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
+# where token ids must have the one that begins documents, if it is needed
+_SEARCHED = 1 << 22
 
 
 def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
@@ -114,6 +116,11 @@ def _open_ids(
     if config.vocab_size not in (None, corpus.tokenizer.vocab_size):
         corpus.notes.append(
             f"data.vocab_size is not used: data.tokenizer has {corpus.tokenizer.vocab_size} pieces"
+        )
+    if config.document_mask and corpus.tokenizer.bos_id not in corpus.train.head(_SEARCHED):
+        raise UserError(
+            f"data.document_mask: the ids of {config.source} do not show where documents begin; "
+            "set it to false" + ("" if tokenizer else ", or data.tokenizer to what the ids were made with")
         )
     return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
 

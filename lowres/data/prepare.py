@@ -130,6 +130,7 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
         state = find_manifest(job, out)
         if plan is not None and not isinstance(state, Progress | Complete):
             state = _write_plan(job, out, plan)
+        del plan  # it has text
         assert isinstance(state, Progress | Complete), "the plan was written, but its manifest is missing"
         yield state
 

@@ -144,7 +144,8 @@ class _Ends:
         # from the beginning of a line, if one is near
         texts = [end.text[end.text.find("\n", 0, len(end.text) // 2) + 1 :] for end in kept]
         ends = {end.row: end.length - len(text) for end, text in zip(kept, texts, strict=True)}
-        what = f"the last {sum(map(len, texts)):,} characters of the {len(texts):,} largest documents"
+        largest = "largest document" if len(texts) == 1 else f"{len(texts):,} largest documents"
+        what = f"the last {sum(map(len, texts)):,} characters of the {largest}"
         return Validation(texts, [end.hash for end in kept], ends, what)
 
 

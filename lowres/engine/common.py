@@ -180,18 +180,19 @@ def apart(
     inputs: list[Tensor], targets: list[Tensor], count: int, rooms: Rooms, starts: Starts | None
 ) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
     """What `split` returns, and the documents of each micro-batch. A document's first token is no target, as
-    nothing in the document predicts it."""
+    nothing in the document predicts it, unless it is what ends the one before."""
     if starts is None:
         return inputs, targets, count, [None] * len(inputs)
     with rooms.allocate_in(HOST):
-        targets = [_locked(part.masked_fill(starts(part), IGNORED), rooms) for part in targets]
+        if not starts.predicted:
+            targets = [_locked(part.masked_fill(starts.where(part), IGNORED), rooms) for part in targets]
         count = max(1, sum(int((part != IGNORED).sum()) for part in targets))
         return inputs, targets, count, [documents_of(part, starts) for part in inputs]
 
 
 def documents_of(tokens: Tensor, starts: Starts | None) -> Documents:
     """The documents in tokens [S, T]."""
-    return None if starts is None else lengths_of(starts(tokens))
+    return None if starts is None else lengths_of(starts.where(tokens))
 
 
 def square(grad: Tensor) -> Tensor:

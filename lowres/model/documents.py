@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-# bool [S, T] for tokens int64 [S, T]: where a document starts. The first token of a sequence always starts
-# one, or a part of one that was cut
-Starts = Callable[[Tensor], Tensor]
 # tokens in each document of a sequence, in order
 Lengths = tuple[int, ...]
 
 
-def starting_with(token: int) -> Starts:
+@dataclass(frozen=True)
+class Starts:
+    """where: bool [S, T] for tokens int64 [S, T], where a document starts. The first token of a sequence always
+    starts one, or a part of one that was cut. predicted: whether the first token of a document is a target of
+    the one before, which it ends."""
+
+    where: Callable[[Tensor], Tensor]
+    predicted: bool = False
+
+
+def starting_with(token: int, predicted: bool = False) -> Starts:
     """Documents that begin with this token."""
-    return lambda tokens: tokens == token
+    return Starts(lambda tokens: tokens == token, predicted)
 
 
 def lengths_of(starts: Tensor) -> list[Lengths]:

@@ -23,7 +23,7 @@ from typing import Any, cast
 from lowres.errors import UserError
 from lowres.text import columns, hub
 from lowres.text.connection import reached, watched
-from lowres.text.kinds import KINDS
+from lowres.text.kinds import KINDS, Rank
 from lowres.text.listing import list_files, recognised
 from lowres.text.source import TRAIN, VALIDATION, BadFileError, File, Source, as_source, hub_name, is_stream
 from lowres.text.splits import part_of_word
@@ -210,6 +210,11 @@ def _rows_in(source: Source, file: File | Found, start: int, skipped: Skipped) -
         return
     made = recognised(file, source)  # a remote file, which is not opened before it is needed
     if isinstance(made, File):
+        if KINDS[made.kind].rank == Rank.TOKENS:
+            raise UserError(
+                f"{file.path}: holds token ids already; download the data set (hf download "
+                f"{hub_name(source.name).dataset} --repo-type dataset --local-dir DIR) and set data.source=DIR"
+            )
         yield from _rows_from(made, source, start, skipped)
     elif source.damaged == "refuse":
         raise BadFileError(f"{file.path}: {made.reason}")

@@ -158,7 +158,7 @@ class DataSet:
         urls = self._chosen([str(url) for url in listed.get(self.split, ())])
         builder = self._builder_name()
         changed = self._changed_options()
-        unknown = [url for url in urls if kind_of_name(_known_name(url))[0] is None]
+        unknown = [url for url in urls if kind_of_name(url)[0] is None]
         if builder is None or not urls or ((changed or unknown) and builder in _EXACT):
             if self._source.include or self._source.exclude:
                 raise UserError(
@@ -211,7 +211,7 @@ class DataSet:
     def _found(self, url: str) -> Found:
         name = _in_folder(url)
         return Found(
-            _known_name(name),
+            name,
             Path(f"hf:{self._name.dataset}") / name,
             size=UNKNOWN,
             mtime_ns=0,
@@ -222,10 +222,3 @@ class DataSet:
 def _in_folder(url: str) -> str:
     """The path of a file in its data set: hf://datasets/<owner>/<name>@<commit>/<path>."""
     return url.split("@", 1)[-1].split("/", 1)[-1] if "@" in url else url
-
-
-def _known_name(path: str) -> str:
-    """With the suffix of JSON lines where `datasets` reads them from a file that is called .json."""
-    return (
-        path if kind_of_name(path)[0] else re.sub(r"\.json(\.\w+)?$", r".jsonl\1", path, flags=re.IGNORECASE)
-    )

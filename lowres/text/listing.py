@@ -342,8 +342,8 @@ def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> Fil
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
         if kind.ids and (ids := columns.ids(there, text_key)):
             file = replace(file, kind=kind.ids, column=ids)
-            packed = compression or found.archive
-            reason = "token ids, compressed or in an archive; unpack it" if packed else None
+            packed = "a compressed file; decompress it" if compression else "an archive; unpack it"
+            reason = f"token ids in {packed}" if compression or found.archive else None
         else:
             file = replace(file, column=columns.choose(there, text_key))
             reason = None if file.column else columns.no_column(there, text_key)

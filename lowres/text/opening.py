@@ -39,13 +39,6 @@ def opened(file: File) -> Iterator[IO[bytes]]:
         yield decompressed(raw, file.compression, file.path)
 
 
-@contextmanager
-def opened_path(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file on the disk, as they are; errors as in `opened`."""
-    with faults_of(path), path.open("rb") as stream:
-        yield stream
-
-
 def position(file: File) -> int:
     """How many bytes of a file have been read, compressed as it is, while it is open; 0 if it is not."""
     raw = _raw.get(file.path)

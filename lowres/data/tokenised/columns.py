@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from lowres import disk
-from lowres.data.folder import LOCK
 from lowres.data.manifest import hash_of
 from lowres.data.shards import token_dtype
 from lowres.data.tokenised.files import Rows, TokenFile
@@ -97,7 +96,7 @@ def _unpacked(file: File, vocab_size: int, cache: Path) -> TokenFile:
     folder = cache / f"{name}-{known[:8]}"
     ids, index = folder / "ids.bin", folder / "ids.idx"
     if not index.exists():
-        with held(folder, "is being prepared", LOCK):
+        with held(folder, "is being written"):
             _unpack(file, ids, index, dtype, vocab_size)
     made = open_pair(ids)
     made.what = f"{'parquet' if file.kind == PARQUET else 'compressed Arrow'}, unpacked into {folder}"

@@ -13,8 +13,7 @@ from lowres.data.manifest import hash_of
 from lowres.data.tokenised import columns, documents, llm_c, megatron, npy, raw
 from lowres.data.tokenised.documents import Convention
 from lowres.data.tokenised.files import Part, Seen, Span, TokenFile
-from lowres.data.tokenizer import Tokenizer
-from lowres.data.tokenizer.vocabulary import Vocabulary
+from lowres.data.tokenizer import Tokenizer, Vocabulary
 from lowres.errors import UserError
 from lowres.text import TEST, TRAIN, VALIDATION, Listing
 from lowres.text.kinds import KINDS, Rank
@@ -82,9 +81,10 @@ def open_corpus(
     if tokenizer is None:
         tokenizer = _ids_only(vocab_size, convention, train, training)
     if not convention.known:
-        convention = documents.of_separator(training + held, _known(tokenizer.bos_id), tokenizer.eos_id)
+        convention = documents.of_separator(training + held, tokenizer.bos_id, tokenizer.eos_id)
     separator = convention.last if convention.first is None else convention.first
-    separator = _known(tokenizer.bos_id) if separator is None else separator
+    if separator is None and tokenizer.bos_id >= 0:
+        separator = tokenizer.bos_id
 
     files = training + held
     small = sum(len(file) * file.dtype.itemsize for file in files) < READ_AT_ONCE_BYTES
@@ -213,11 +213,6 @@ def _ids_only(
         bos = None
     content = Vocabulary.content_of(vocab_size, bos, last if last != bos else None)
     return Vocabulary(Path(Vocabulary.file_name), content)
-
-
-def _known(token: int) -> int | None:
-    """An id; None if a vocabulary does not have it."""
-    return None if token < 0 else token
 
 
 def _held_out(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from lowres.errors import first_line
 from lowres.text.columns import Repeated, kinds_of, text_of
@@ -28,16 +28,20 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def read(file: File, source: Source) -> Iterator[str]:
-    assert file.column is not None
-    for place, row in _rows(file):
-        yield "" if row is None else text_of(row, file.column, place)
+    return cast(Iterator[str], _texts(file, 0, ""))
 
 
 def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    return _texts(file, start, None)
+
+
+def _texts(file: File, start: int, nothing: str | None) -> Iterator[str | None]:
+    """nothing: for a blank line and those before `start`."""
     assert file.column is not None
     for place, row in _rows(file, start):
-        # a blank line and one that is left out are both rows without text
-        yield None if row is None else text_of(row, file.column, place)
+        text = [nothing if row is None else text_of(row, file.column, place)]
+        del row  # it has the text too
+        yield text.pop()
 
 
 def columns(file: File) -> dict[str, str] | None:
@@ -50,7 +54,9 @@ def columns(file: File) -> dict[str, str] | None:
 def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """(file:line, object; None for a blank line and for those before `start`, which are not parsed)"""
     with opened(file) as stream:
-        for number, line in enumerate(stream, 1):
+        number = 0
+        for line in stream:
+            number += 1
             if number <= start:
                 yield "", None
                 continue
@@ -69,7 +75,9 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
             if not isinstance(row, dict):
                 remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
                 raise BadFileError(f'{place}: a line must be a JSON object with a "text" column{remedy}')
-            yield place, row
+            given = [(place, row)]
+            del line, row  # they may be large, and nothing here needs them any longer
+            yield given.pop()
 
 
 register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns, read_from=read_from))

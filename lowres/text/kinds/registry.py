@@ -71,5 +71,5 @@ def names() -> str:
     ]
     return (
         f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}, in .tar or .zip; "
-        "and token ids in .bin and .npy"
+        "token ids in .bin and .npy"
     )

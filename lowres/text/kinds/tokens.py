@@ -17,7 +17,7 @@ from lowres.errors import UserError
 from lowres.text import splits
 from lowres.text.kinds.plain import is_text
 from lowres.text.kinds.registry import Kind, Rank, register
-from lowres.text.opening import opened_path
+from lowres.text.opening import faults_of
 from lowres.text.source import TRAIN, BadFileError, File, Source
 
 RAW, LLM_C, MEGATRON, MEGATRON_INDEX, NPY = (
@@ -40,7 +40,10 @@ _FOREIGN = (
 
 
 def _no_documents(file: File, source: Source) -> Iterator[str]:
-    raise UserError(f"{file.path}: holds ids of a tokenizer, not text; give it as data.source")
+    raise UserError(
+        f"{file.path}: holds token ids already, so there is no text to prepare; train on it as it is, as "
+        "data.source"
+    )
 
 
 def _bin(file: File) -> File | str:
@@ -90,7 +93,7 @@ def _index(file: File) -> File | str:
 def npy_header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """(shape, whether columns come first, type, bytes of the header) of a .npy file. Nothing is unpickled.
     Raises BadFileError."""
-    with opened_path(path) as stream:
+    with faults_of(path), path.open("rb") as stream:
         try:
             version = np.lib.format.read_magic(stream)
             if version not in ((1, 0), (2, 0), (3, 0)):
@@ -142,7 +145,7 @@ def _old_index(name: str) -> str:
 def _head(path: Path) -> bytes:
     if not path.is_file():
         return b""
-    with opened_path(path) as stream:
+    with faults_of(path), path.open("rb") as stream:
         return stream.read(_HEAD)
 
 
