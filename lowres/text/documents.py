@@ -211,9 +211,10 @@ def _rows_in(source: Source, file: File | Found, start: int, skipped: Skipped) -
     made = recognised(file, source)  # a remote file, which is not opened before it is needed
     if isinstance(made, File):
         if KINDS[made.kind].rank == Rank.TOKENS:
+            dataset = hub_name(source.name).dataset
             raise UserError(
-                f"{file.path}: holds token ids already; download the data set (hf download "
-                f"{hub_name(source.name).dataset} --repo-type dataset --local-dir DIR) and set data.source=DIR"
+                f"{file.path}: holds token ids already; download the data set (hf download {dataset} "
+                "--repo-type dataset --local-dir DIR) and set data.source=DIR"
             )
         yield from _rows_from(made, source, start, skipped)
     elif source.damaged == "refuse":
