@@ -18,7 +18,7 @@ import torch
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare, source_of
+from lowres.data import inspect, open_data, open_text, prepare, source_of, with_tokenizer
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -415,9 +415,8 @@ def _eval(parsed: argparse.Namespace) -> None:
         data = config.data
         windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
     else:
-        windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
-            0
-        )
+        data = with_tokenizer(config.data, tokenizer.path)
+        windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lowres.config import DataConfig
-from lowres.data import TokenData, cache_bytes, open_data, prepare
+from lowres.data import Data, TokenData, cache_bytes, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
 from lowres.data.ahead import ReadAhead
@@ -276,7 +276,7 @@ def blocks(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.bin"))}
 
 
-def to_the_end(data: TokenData) -> int:
+def to_the_end(data: Data) -> int:
     """Read a stream until it has ended; returns the number of windows."""
     step = 0
     while data.train_tokens is None:
@@ -287,7 +287,7 @@ def to_the_end(data: TokenData) -> int:
 
 def test_stream_is_tokenised_one_block_ahead(stream_config: DataConfig) -> None:
     data = open_data(stream_config.model_copy(update={"shuffle_blocks": 1}), 280, 0, False)
-    assert data.train_tokens is None
+    assert isinstance(data, TokenData) and data.train_tokens is None
     held_out = (BLOCK - 1) // SEQ
     for block in range(3):
         data.batch(block, held_out)
@@ -333,6 +333,7 @@ def test_stream_visits_each_window_of_a_block_then_the_next_and_repeats(stream_c
 def test_stream_spreads_each_block_over_its_neighbours(stream_config: DataConfig, spread: int) -> None:
     stream_config = stream_config.model_copy(update={"shuffle_blocks": spread})
     data = open_data(stream_config, 280, 0, False)
+    assert isinstance(data, TokenData)
     first_block = windows_of([Shard(data.folder / "train_00000.bin").read().tolist()])
     size = (BLOCK - 1) // SEQ
     assert set(rows(data.batch(0, size // spread))) <= set(first_block)
@@ -360,7 +361,11 @@ def test_stream_spreads_each_block_over_its_neighbours(stream_config: DataConfig
     again = [data._order.locate(count + place) for place in range(count)]
     assert set(again) == everything and again != order and len({block for block, _ in again[:40]}) > 10
     complete = open_data(stream_config, 280, 0, False)
+    assert isinstance(complete, TokenData)
     assert [complete._order.locate(place) for place in range(2 * count)] == order + again
+    # how long it is, is known beyond its end only
+    assert [complete.epoch(reached) for reached in (0, 1, count)] == [None] * 3
+    assert complete.epoch(count + 1) == complete.epoch(1 << 60) == count
     # a run does not go on in another order
     other = open_data(stream_config.model_copy(update={"shuffle_blocks": spread + 1}), 280, 0, False)
     assert complete.fingerprint == data.fingerprint != other.fingerprint and other.folder == data.folder

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from lowres.config import DataConfig
-from lowres.config_file import parse_config
-from lowres.data import TokenData, open_data, prepare
+from lowres.config_file import parse_config, with_places
+from lowres.data import open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
+from lowres.data.batches import TokenData
 from lowres.data.shards import Shard
 from lowres.errors import UserError
 from lowres.sealed import seal
-from lowres.start import _with_places
 from tests.fake_hub import FakeHub
 
 pytest.importorskip("datasets")
@@ -47,7 +47,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 def opened(tmp_path: Path, source: str = "hf:x/y", cache: str = "cache", **options: Any) -> TokenData:
     config = DataConfig(source=source, cache=str(tmp_path / cache), seq_len=SEQ, **options)
-    return open_data(config, 280, 0, False)
+    data = open_data(config, 280, 0, False)
+    assert isinstance(data, TokenData)
+    return data
 
 
 def to_the_end(data: TokenData) -> None:
@@ -157,5 +159,5 @@ def test_a_folder_is_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     given = {"source": "hf:folder::train", "val_source": "hf:x/y::validation"}
-    data = _with_places(parse_config({"data": given})[0], None).data
+    data = with_places(parse_config({"data": given})[0], None).data
     assert (data.source, data.val_source) == (f"hf:{tmp_path}/folder::train", "hf:x/y::validation")

@@ -234,7 +234,7 @@ def test_another_document_changes_nothing() -> None:
     config, batch = VARIANTS["grouped"], packed()[:, :-1].clamp(min=0)
     model = Llama(config).double()
     model.load_state_dict(dense_copy(units_of(config)))
-    documents = lengths_of(START(batch))
+    documents = lengths_of(START.where(batch))
     with torch.no_grad():
         before = model(batch, documents=documents)
         row, own = max(

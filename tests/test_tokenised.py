@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowres.config import DataConfig
-from lowres.data import TokenData, open_data, open_tokenizer, prepare
+from lowres.data import Data, open_data, open_tokenizer, prepare
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.data.tokenised import corpus as corpus_module
 from lowres.errors import UserError
@@ -180,7 +180,7 @@ def config(source: Path, **keys: Any) -> DataConfig:
     return DataConfig(source=str(source), **(given | keys))
 
 
-def opened(source: Path, **keys: Any) -> TokenData:
+def opened(source: Path, **keys: Any) -> Data:
     return open_data(config(source, **keys), None, 0, False)
 
 
@@ -195,11 +195,11 @@ def windows(ids: np.ndarray) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + SEQ + 1].tolist()) for start in range(0, len(ids) - SEQ, SEQ)]
 
 
-def epoch(data: TokenData, count: int) -> Counter[tuple[int, ...]]:
+def epoch(data: Data, count: int) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for step in range(count) for row in data.batch(step, 1).tolist())
 
 
-def targets(data: TokenData) -> list[int]:
+def targets(data: Data) -> list[int]:
     found = inputs_and_targets(data.validation(0))[1]
     return [int(i) for i in found[found != IGNORED]]
 

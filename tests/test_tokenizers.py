@@ -21,7 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lowres.config import DataConfig
 from lowres.config_file import load_config
-from lowres.data import FILE_NAMES, TokenData, find_tokenizer, open_data, open_text, prepare
+from lowres.data import FILE_NAMES, Data, TokenData, find_tokenizer, open_data, open_text, prepare
 from lowres.data.shards import Shard
 from lowres.data.tokenizer import Tokenizer, Vocabulary, base, huggingface, open_tokenizer, train
 from lowres.engine import Choice, make_engine
@@ -737,7 +737,7 @@ def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> 
 # ---------------------------------------------------------------------------- prepared data
 
 
-def documents(folder: Path, data: TokenData) -> Iterator[list[int]]:
+def documents(folder: Path, data: Data) -> Iterator[list[int]]:
     """The documents of the training shards, without their ends."""
     files = sorted(folder.glob("train_*.bin"))
     tokens = np.concatenate([Shard(file).read(0, len(Shard(file))) for file in files]).tolist()

@@ -9,7 +9,7 @@ sequences g = step * sequences + i, plus an offset if the batch size of the run 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowres.data.base import Data
+from lowres.data.hashes import read_hashes
 from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
 from lowres.data.shards import Shard
 from lowres.data.stream import BlockStream
@@ -33,12 +35,9 @@ IGNORED = -100  # the default ignore_index of cross entropy in torch
 VERIFY_AT_ONCE_BYTES = 4 << 30
 
 
-class TokenData:
+class TokenData(Data):
     """Training and validation tokens of a prepared folder, or of a stream.
 
-    `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
-    changes whenever the batches may change, and `validation_fingerprint` for the validation tokens;
-    `train_tokens`, None until a stream has ended.
     `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
     `corpus`: takes the place of a prepared folder. `shuffle_blocks`: of a stream, see the key of [data].
     """
@@ -66,7 +65,7 @@ class TokenData:
         manifest = stream.state if stream else read_complete(folder)
         self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
-        self.notes: list[str] = list(manifest.notes)
+        self.notes = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         if stream:
             # later blocks are unknown, but the arguments and the commit determine them; and their order
@@ -123,11 +122,22 @@ class TokenData:
         blocks = self._stream.length()
         return None if blocks is None else sum(len(self._train.shard(i)) for i in range(blocks))
 
-    def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
-        """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].
+    def epoch(self, reached: int) -> int | None:
+        """Sequences in an epoch. Of a stream: waits until it has given so many as `reached`, and is None if
+        that is not beyond its end."""
+        return self._order.epoch(reached)
 
-        offset: how many more sequences the earlier steps had than `sequences` each; negative if fewer.
-        """
+    @property
+    def is_stream(self) -> bool:
+        """Whether its length is not known yet."""
+        return self._stream is not None and self._stream.length() is None
+
+    def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
+        """uint64 [documents], for each shard so far; see `hashes`. None for token ids."""
+        kept = self._validation if validation else self._train
+        return kept.hashes() if isinstance(kept, _Shards) else iter(())  # ids have no text
+
+    def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
         for i in range(sequences):
             shard, window = self._order.locate(offset + step * sequences + i)
@@ -135,16 +145,10 @@ class TokenData:
         return torch.from_numpy(batch)
 
     def validation(self, max_tokens: int) -> Tensor:
-        """int64 [windows, seq_len + 1]: the first `max_tokens` validation targets (0: all of them).
-
-        The windows have a stride of seq_len, so every token except the very first is a target once. The last
-        window is padded with IGNORED; `inputs_and_targets` turns this into valid inputs.
-        """
         tokens = torch.from_numpy(self._validation.head(max_tokens + 1 if max_tokens else None))
         return consecutive_windows(tokens, self.seq_len)
 
     def close(self) -> None:
-        """Stop the thread of a stream. Not needed when the process ends."""
         if self._stream:
             self._stream.close()
 
@@ -187,6 +191,9 @@ class _Shards:
     def fingerprint(self) -> str:
         """Changes with the tokens."""
         return hash_of([entry.crc32 for entry in self._entries()])
+
+    def hashes(self) -> Iterator[np.ndarray]:
+        return read_hashes(self._folder, self._entries())
 
     def lengths(self) -> list[int]:
         return [entry.tokens for entry in self._entries()]
@@ -232,6 +239,9 @@ class _GlobalOrder:
 
         self._order = order
 
+    def epoch(self, reached: int) -> int:
+        return self._starts[-1]
+
     def locate(self, sequence: int) -> tuple[int, int]:
         """(shard, window in it)"""
         epoch, place = divmod(sequence, self._starts[-1])
@@ -271,18 +281,18 @@ class _BlockOrder:
         self._dealt, self._order = dealt, slot
         self._ended: tuple[list[int], _GlobalOrder] | None = None
 
+    def epoch(self, reached: int) -> int | None:
+        slot, _ = self._if_full(max(0, reached - 1))
+        if self._is_full(slot):
+            return None
+        count = self._end()[0][-1]
+        return count if reached > count else None
+
     def locate(self, sequence: int) -> tuple[int, int]:
         """(block, window in it)"""
-        if sequence < self._growing[-1]:
-            slot = bisect_right(self._growing, sequence) - 1
-            place = sequence - self._growing[slot]
-        else:
-            later, place = divmod(sequence - self._growing[-1], self._full)
-            slot = self._spread + later
+        slot, place = self._if_full(sequence)
         blocks = slot + 1
-        if not (self._stream.has(slot) and self._windows_of(slot) == self._full):
-            # near or beyond the end of the stream: wait until its length is known
-            assert not self._stream.has(slot + 1)
+        if not self._is_full(slot):
             starts, repeated = self._end()
             if sequence >= starts[-1]:
                 return repeated.locate(sequence)
@@ -291,6 +301,21 @@ class _BlockOrder:
             blocks = self._stream.length() or 0
         of_block, of_window = self._order(slot, blocks)
         return int(of_block[place]), int(of_window[place])
+
+    def _if_full(self, sequence: int) -> tuple[int, int]:
+        """(slot, place in it), if all blocks up to that slot are full."""
+        if sequence < self._growing[-1]:
+            slot = bisect_right(self._growing, sequence) - 1
+            return slot, sequence - self._growing[slot]
+        later, place = divmod(sequence - self._growing[-1], self._full)
+        return self._spread + later, place
+
+    def _is_full(self, block: int) -> bool:
+        """Wait for the block; if it is short or missing, until the length of the stream is known."""
+        if self._stream.has(block) and self._windows_of(block) == self._full:
+            return True
+        assert not self._stream.has(block + 1)
+        return False
 
     def _slot(self, number: int, blocks: list[int]) -> tuple[Tensor, Tensor]:
         """int64 [windows of the slot] twice: block and window."""

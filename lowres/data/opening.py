@@ -40,14 +40,18 @@ _VAL_STREAM_TOKENS = 1 << 22
 _SEARCHED = 1 << 22
 
 
-def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
-    """The data that the config names, prepared first if needed.
-
-    `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
-    most this many pieces; an existing tokenizer with more raises UserError.
-    """
+def open_source(
+    config: DataConfig,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    of_validation: DataConfig | None = None,
+) -> TokenData:
+    """The data of the config's source, prepared first if needed; see `mixing.open_data`. of_validation: says
+    how data.val_source is read, if it is not this config."""
+    of_validation = of_validation or config
     if (listing := _token_listing(source_of(config))) is not None:
-        return _open_ids(config, listing, vocab_size, seed, progress)
+        return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
     if given := given_tokenizer(config):
         _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
@@ -56,7 +60,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
         _check_pieces(manifest.vocab_size, vocab_size)
-        validation = _validation_folder(config, recorded_tokenizer(folder, manifest), progress)
+        validation = _validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
         data = TokenData(folder, config.seq_len, seed, validation)
         data.notes += _validation_notes(config, folder, manifest.train, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
@@ -68,7 +72,7 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
         tokenizer = recorded_tokenizer(stream.folder, stream.state)
-        validation = _validation_folder(config, tokenizer, progress)
+        validation = _validation_folder(of_validation, tokenizer, progress)
         data = TokenData(
             *(stream.folder, config.seq_len, seed, validation, stream), shuffle_blocks=config.shuffle_blocks
         )
@@ -87,7 +91,12 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
 
 
 def _open_ids(
-    config: DataConfig, listing: Listing, vocab_size: int | None, seed: int, progress: bool
+    config: DataConfig,
+    listing: Listing,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    of_validation: DataConfig,
 ) -> TokenData:
     """The data of a source that holds token ids. vocab_size: as in `open_data`, and also that of the ids if
     nothing else says it."""
@@ -95,14 +104,14 @@ def _open_ids(
     tokenizer = given_tokenizer(config)
     validation, folder = None, None
     if config.val_source is not None:
-        validation = _token_listing(source_of(config, config.val_source))
+        validation = _token_listing(source_of(of_validation, config.val_source))
         if validation is None and tokenizer is None:
             raise UserError(
                 f"data.val_source: {config.val_source} is text, and {config.source} holds token ids; set "
                 "data.tokenizer to what they were made with"
             )
         if validation is None and tokenizer is not None:
-            folder = _validation_folder(config, tokenizer, progress)
+            folder = _validation_folder(of_validation, tokenizer, progress)
     corpus = open_corpus(
         listing,
         tokenizer=tokenizer,
@@ -123,6 +132,17 @@ def _open_ids(
             "set it to false" + ("" if tokenizer else ", or data.tokenizer to what the ids were made with")
         )
     return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
+
+
+def own_tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer of a prepared folder; None for another source."""
+    folder = _as_prepared(source)
+    return recorded_tokenizer(folder, read_complete(folder)) if folder else None
+
+
+def holds_ids(config: DataConfig) -> bool:
+    """Whether the config's source holds token ids."""
+    return _token_listing(source_of(config)) is not None
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:

@@ -165,14 +165,14 @@ def _plan(job: Job, progress: bool) -> _Plan:
     if job.tokenizer:
         given = job.tokenizer
         return _Plan(seen, (given.file_name, given.content), notes + given.notes, commit)
-    asked = job.vocab_size or _default_vocab(seen, job.max_tokens)
+    asked = job.vocab_size or default_vocab(seen, job.max_tokens)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     if pieces != asked:
         notes.append(f"vocab_size: the text gives only {pieces} pieces instead of {asked}")
     return _Plan(seen, (SentencePieceTokenizer.file_name, model), notes, commit)
 
 
-def _default_vocab(seen: Survey, max_tokens: int | None) -> int:
+def default_vocab(seen: Survey, max_tokens: int | None = None) -> int:
     """A vocabulary size for a model of a size that fits the amount of text."""
     characters = seen.characters if seen.complete else 4 * (max_tokens or sys.maxsize)
     if characters >= 200_000_000:

@@ -22,9 +22,9 @@ Lengths = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Starts:
-    """where: bool [S, T] for tokens int64 [S, T], where a document starts. The first token of a sequence always
-    starts one, or a part of one that was cut. predicted: whether the first token of a document is a target of
-    the one before, which it ends."""
+    """where: bool [S, T] for tokens int64 [S, T], where a document starts. The first token of a sequence
+    always starts one, or a part of one that was cut. predicted: whether the first token of a document is a
+    target of the one before, which it ends."""
 
     where: Callable[[Tensor], Tensor]
     predicted: bool = False
