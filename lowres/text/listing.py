@@ -28,7 +28,17 @@ from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
 from lowres.text.kinds import KINDS, Kind, NotData, Rank, kind_of_name, names, plain
 from lowres.text.opening import faults_of, opened
-from lowres.text.source import TEST, TRAIN, VALIDATION, BadFileError, File, Source, as_source, is_stream
+from lowres.text.source import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    BadFileError,
+    File,
+    Source,
+    as_source,
+    hub_name,
+    is_stream,
+)
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -165,7 +175,7 @@ class Listing:
 def list_files(source: Source | str) -> Listing:
     """The files of a local source. Raises UserError if none can be read."""
     source = as_source(source)
-    assert not is_stream(source)
+    assert not source.on_hub
     if source.name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in walk.in_folder(root, _NOT_LIBRARY) if f.path.suffix == ".py" and not f.reason]
@@ -176,6 +186,11 @@ def list_files(source: Source | str) -> Listing:
         return _of_many(source, walk.in_folder(path), "in this folder", path)
     if path.exists():
         return _of_one(source, path)
+    if is_stream(source):
+        raise UserError(
+            f"{source.name}: no such file or folder, and no name on the hub; "
+            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
+        )
     if glob.has_magic(source.name):
         return _of_many(source, walk.in_glob(str(path)), "among the files that it matches", None)
     raise UserError(
@@ -195,11 +210,12 @@ def _of_one(source: Source, path: Path) -> Listing:
         raise UserError(f"{source.name}: {found.reason}; give a file, a folder or a glob")
     if archives.is_archive(found.name):
         return _of_many(source, [found], "in this archive", None)
-    made = _recognised(found, source)
+    made = recognised(found, source)
     if isinstance(made, LeftOut):
         known = f"; known are {names()}" if made.reason in (_UNKNOWN, _NO_TEXT) else ""
         raise UserError(f"{source.name}: {made.reason}{known}")
-    return Listing(source, (made,), ())
+    files = _of_split(source, [made], {}, []) if is_stream(source) else [made]
+    return Listing(source, tuple(files), ())
 
 
 def _of_many(source: Source, found: list[Found], where: str, folder: Path | None) -> Listing:
@@ -226,13 +242,16 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
         if known and not source.include and f.name not in known:
             describes = _describes(f.name)
             reason = "describes the data" if describes else "not in the card's configs"
-            left_out.append(LeftOut(f.name, f.size, elsewhere.get(f.name, reason), data=not describes))
+            chosen = f.name in elsewhere and is_stream(source) and hub_name(source.name).config is not None
+            left_out.append(
+                LeftOut(f.name, f.size, elsewhere.get(f.name, reason), data=not (describes or chosen))
+            )
             continue
         if archives.is_archive(f.name):
             of_it = _in_archive(f, source)
             known |= {each.name: known[f.name] for each in of_it if f.name in known}
         else:
-            of_it = (_recognised(f, source),)
+            of_it = (recognised(f, source),)
         for made in of_it:
             files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
@@ -244,6 +263,8 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
         )
     notes += _twice(files)
     files = _with_parts(files, known)
+    if is_stream(source):
+        files = _of_split(source, files, known, left_out)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
 
 
@@ -274,7 +295,7 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
                     looks_so = f.reason != "hidden" and "link" not in f.reason
                     made[f.name] = LeftOut(f.name, f.size, f.reason, data=looks_so)
                 else:
-                    made[f.name] = _recognised(f, source)
+                    made[f.name] = recognised(f, source)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -284,7 +305,8 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
     return (*made.values(), *replaced)
 
 
-def _recognised(found: Found, source: Source) -> File | LeftOut:
+def recognised(found: Found, source: Source) -> File | LeftOut:
+    """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
     try:
         return _sniffed(found, source.text_key, source.token_dtype)
     except BadFileError as error:
@@ -302,6 +324,7 @@ def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> Fil
         column=text_key if kind and kind.columns else None,
         archive=found.archive,
         at=found.at,
+        remote=found.remote,
     )
     if nothing := _no_content(file, kind):
         return nothing
@@ -339,7 +362,7 @@ def _no_content(file: File, kind: Kind | None) -> LeftOut | None:
         return LeftOut(file.name, file.size, _NO_TEXT)
     if suffix in _UNFINISHED or suffix.endswith("~"):
         return LeftOut(file.name, file.size, "a backup copy, or an unfinished download", data=True)
-    if file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
+    if not file.remote and file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
         reason = "a Git LFS pointer; `git lfs pull` gets the file"
         return LeftOut(file.name, size, reason, data=True)
     if not file.size and (file.compression or not kind or kind.rank <= Rank.ROWS):
@@ -363,6 +386,12 @@ def _head(file: File) -> bytes:
 
 def _describes(name: str) -> bool:
     return _DESCRIBES_RE.match(name.rsplit("/", 1)[-1].lower()) is not None
+
+
+def looks_like_data(name: str) -> bool:
+    """Whether a file would be data by its name alone."""
+    kind, _ = kind_of_name(name)
+    return kind is not None and kind.rank < Rank.PROSE and not _describes(name)
 
 
 def _without_descriptions(files: list[File], left_out: list[LeftOut], source: Source) -> list[File]:
@@ -404,21 +433,32 @@ def _twice(files: list[File]) -> list[str]:
 
 
 def _of_card(source: Source, found: list[Found], notes: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(name -> part of the files that the card lists, name -> reason of those that it lists elsewhere);
+    """(name -> split of the files that the card lists, name -> reason of those that it lists elsewhere);
     nothing without a card that lists files which are there."""
     names = [f.name for f in found]
     cards = [config for f in found if f.name.lower() == card.CARD for config in card.configs(f.path)]
-    there = [(config, parts) for config in cards if (parts := config.parts(names))]
+    there = [(config, found_of) for config in cards if (found_of := config.splits(names))]
+    asked = hub_name(source.name).config if is_stream(source) else None
+    if asked is not None and asked not in [config.name for config, _ in there]:
+        known_names = ", ".join(config.name for config, _ in there)
+        raise UserError(
+            f'{source.name}: no config "{asked}"; '
+            + (f"its card has {known_names}" if there else "it has no card with configs: leave it out")
+        )
     if not there:
         return {}, {}
-    chosen, known = next((each for each in there if each[0].default), there[0])
+    chosen, known = next(
+        ((c, s) for c, s in there if (c.default if asked is None else c.name == asked)), there[0]
+    )
     others = [each for each in there if each[0] is not chosen]
-    if others and not source.include:
+    if others and not source.include and asked is None:
         notes.append(
             f'the card has several configs: "{chosen.name}" is read, not '
             f"{', '.join(config.name for config, _ in others)}; data.include takes the files of another"
         )
-    elsewhere = {name: f'of the card\'s config "{config.name}"' for config, parts in others for name in parts}
+    elsewhere = {
+        name: f'of the card\'s config "{config.name}"' for config, found_of in others for name in found_of
+    }
     return known, elsewhere
 
 
@@ -426,10 +466,34 @@ def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:
     """Source code and markup have no splits: `tests/` in a program is no test split."""
     free = [i for i, f in enumerate(files) if f.name not in known and KINDS[f.kind].rank < Rank.PROSE]
     found = dict(zip(free, splits.parts([files[i].name for i in free]), strict=True))
-    made = [replace(f, part=known.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
+    stated = {name: splits.part_of_word(split) for name, split in known.items()}
+    made = [replace(f, part=stated.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
     if all(f.part == TEST for f in made) or not any(f.part == TRAIN for f in made):
         made = [replace(f, part=TRAIN) for f in made]
     return made
+
+
+def _of_split(
+    source: Source, files: list[File], known: dict[str, str], left_out: list[LeftOut]
+) -> list[File]:
+    """The files of hf:<folder>, with those of the split that it names as TRAIN. Raises UserError if there is
+    no such split."""
+    asked = hub_name(source.name).split
+    if asked is None:
+        return files
+    split_of = {f.name: known.get(f.name, f.part) for f in files}
+    if asked not in split_of.values():
+        there = ", ".join(dict.fromkeys(split_of.values()))
+        raise UserError(f'{source.name}: no split "{asked}"; it has {there}')
+    kept = list[File]()
+    for f in files:
+        if split_of[f.name] == asked:
+            kept.append(replace(f, part=TRAIN))
+        elif f.part == TRAIN:
+            left_out.append(LeftOut(f.name, f.size, f'of the split "{split_of[f.name]}"'))
+        else:
+            kept.append(f)
+    return kept
 
 
 def _some(left_out: Sequence[LeftOut]) -> str:

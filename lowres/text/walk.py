@@ -12,12 +12,15 @@ from pathlib import Path
 from lowres.disk import read_whole
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse
+from lowres.text.remote import RemoteFile
+
+UNKNOWN = -1  # size of a remote file
 
 
 @dataclass(frozen=True)
 class Found:
-    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at: see
-    `source.File`."""
+    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at,
+    remote: see `source.File`."""
 
     name: str
     path: Path
@@ -26,6 +29,7 @@ class Found:
     reason: str = ""
     archive: Path | None = None
     at: int = 0
+    remote: RemoteFile | None = None
 
 
 def in_folder(root: Path, leave_out: frozenset[str] = frozenset()) -> list[Found]:
