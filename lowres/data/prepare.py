@@ -82,8 +82,8 @@ def prepare(
     with `vocab_size` pieces is trained (the default depends on the size of the text). `max_tokens`: limit on
     the training tokens; then what is held out, and what the tokenizer is trained on, come from the beginning
     of the source, 8 characters for each token and at least LOOKAHEAD_CHARS. `drop_duplicates` and
-    `max_overlap`: the keys of [data]. The key `notes` of the result lists notes for the user. Raises UserError
-    if the folder holds something else; if the source cannot be used, nothing is written.
+    `max_overlap`: the keys of [data]. The key `notes` of the result lists notes for the user. Raises
+    UserError if the folder holds something else; if the source cannot be used, nothing is written.
     """
     job = Job(
         as_source(source),
