@@ -11,8 +11,8 @@
 #   quotes, with a line feed as two characters. What was read before is right, so the order of the files decides.
 #   Streamed, only the one file is changed: the same files are other text than when they are read at once. Without
 #   the declaration it is the same, where the number is not in the first block.
-# The documentation of `on_mixed_types` has columns become Json, none that stays a string. A trainer must read JSON
-# lines with a JSON parser, or compare with one.
+# The documentation of `on_mixed_types` has columns become Json, none that stays a string. on_mixed_types=None refuses
+# the number, and lets the dates through. A trainer must read JSON lines with a JSON parser, or compare with one.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -38,7 +38,7 @@ declared = Features({"text": Value("string")})
 count = 0
 
 
-def read(*files, features=declared):
+def read(*files, features=declared, **options):
     """The texts of the files (each a list of texts), read at once and streamed."""
     global count
     names = []
@@ -47,8 +47,9 @@ def read(*files, features=declared):
         names.append(f"{count}.jsonl")
         with open(names[-1], "w") as out:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    rows = load_dataset("json", data_files=names, split="train", features=features)
-    stream = load_dataset("json", data_files=names, split="train", features=features, streaming=True)
+    options |= {"data_files": names, "split": "train", "features": features}
+    rows = load_dataset("json", **options)
+    stream = load_dataset("json", **options, streaming=True)
     return rows["text"][:], [row["text"] for row in stream]
 
 
@@ -76,5 +77,11 @@ print("in the last file: ", rows)
 assert rows == before + after + again
 print("warnings:", [record.getMessage() for record in said])
 assert not said
+assert read(dates, on_mixed_types=None)[0] == alone
+try:
+    read(number, on_mixed_types=None)
+    raise SystemExit("on_mixed_types=None does not refuse a number")
+except datasets.exceptions.DatasetGenerationError as error:
+    print("with on_mixed_types=None:", error.__cause__)
 PY
 (cd "$folder" && HF_HOME="$folder/home" venv/bin/python look.py)
