@@ -55,10 +55,10 @@ for kind in ("unigram", "bpe"):
     changed[kind] = sum(ids(line) != right.encode(line) for line in lines)
     assert all(read.decode(ids(line)) == line for line in lines)
     longer = sum(len(ids(line)) for line in lines) / sum(len(right.encode(line)) for line in lines)
-    print(f"{kind}, read as {type(read._tokenizer.model).__name__}: {changed[kind]} of {len(lines)} lines have other ids,")
-    print(f"  {longer:.2f} times as many; {words[0]!r}: {read.tokenize(words[0])}, not {right.encode(words[0], out_type=str)}")
     text, spaced = words[0], " " + words[0]
-    print(f"  {spaced!r} decodes to {read.decode(ids(spaced))!r}, with sentencepiece to {right.decode(right.encode(spaced))!r}")
+    print(f"{kind}, read as {type(read._tokenizer.model).__name__}: {changed[kind]} of {len(lines)} lines have other")
+    print(f"  ids, {longer:.2f} times as many; {text!r}: {read.tokenize(text)}, not {right.encode(text, out_type=str)}")
+    print(f"  {spaced!r} decodes to {read.decode(ids(spaced))!r}, not {right.decode(right.encode(spaced))!r}")
     assert ids(text) == ids(spaced) and read.decode(ids(spaced)) == text, "a leading space is kept now"
     assert right.encode(text) != right.encode(spaced) and right.decode(right.encode(spaced)) == spaced
 assert changed["bpe"] == 0, changed
