@@ -56,8 +56,8 @@ for kind in ("unigram", "bpe"):
     assert all(read.decode(ids(line)) == line for line in lines)
     longer = sum(len(ids(line)) for line in lines) / sum(len(right.encode(line)) for line in lines)
     text, spaced = words[0], " " + words[0]
-    print(f"{kind}, read as {type(read._tokenizer.model).__name__}: {changed[kind]} of {len(lines)} lines have other")
-    print(f"  ids, {longer:.2f} times as many; {text!r}: {read.tokenize(text)}, not {right.encode(text, out_type=str)}")
+    print(f"{kind}, read as {type(read._tokenizer.model).__name__}: {changed[kind]} of {len(lines)} lines differ,")
+    print(f"  {longer:.2f} times as many ids; {text!r}: {read.tokenize(text)}, not {right.encode(text, out_type=str)}")
     print(f"  {spaced!r} decodes to {read.decode(ids(spaced))!r}, not {right.decode(right.encode(spaced))!r}")
     assert ids(text) == ids(spaced) and read.decode(ids(spaced)) == text, "a leading space is kept now"
     assert right.encode(text) != right.encode(spaced) and right.decode(right.encode(spaced)) == spaced

@@ -6,8 +6,8 @@
 # characters. So it is in sentencepiece, and in tokenizers with a BPE model. Seen: a Unigram model of tokenizers looks
 # up any string of its vocabulary, and control and byte pieces are among them; a control piece has the score 0, the
 # best there is. "the </s> tag" ends a document, whatever the option says, and also where no special token was ever
-# added; "press <0x0A>" is a line feed, and decodes as one. sentencepiece, where the vocabulary is from, tells the kinds of
-# pieces apart; tokenizer.json has none.
+# added; "press <0x0A>" is a line feed, and decodes as one. sentencepiece, where the vocabulary is from, tells kinds
+# of pieces apart; tokenizer.json has none.
 # (And the option is not in tokenizer.json nor in a pickle: issue 1839 of tokenizers.)
 # A trainer with a Unigram model must look for these ids in the ids of plain text, or encode with sentencepiece.
 set -euo pipefail
