@@ -261,7 +261,7 @@ def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tq
     left_out, duplicates = state.dropped.held_out, state.dropped.duplicates
     row = following.row
     rows = numbered_documents(job.source, following.row, job.part, skipped)
-    # the next batch is read while one is tokenised
+    # a stream or a slow disk is waited for while a batch is tokenised
     for batch in read_ahead(_batches(rows), lambda found: sum(len(text) for _, text in found), _BATCH_CHARS):
         kept: list[tuple[int, int, Dropped]] = []
         parts: list[str] = []
