@@ -308,6 +308,7 @@ def test_few_tokens_of_much_text_are_read_from_its_beginning(
     source = write_source(tmp_path / "a.jsonl", make_documents(400))
     monkeypatch.setattr(survey_module, "LOOKAHEAD_CHARS", 3000)
     monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
+    monkeypatch.setattr(prepare_module, "_AHEAD_CHARS", 1000)
     furthest = dict.fromkeys((survey_module, prepare_module), 0)
     for module in furthest:
         read = module.numbered_documents
