@@ -18,7 +18,7 @@ import torch
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare, source_of
+from lowres.data import inspect, open_data, open_text, prepare, source_of, with_tokenizer
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -184,7 +184,9 @@ def _add_data(commands: Commands) -> None:
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
-    sub.add_argument("--tokenizer", metavar="PATH", help="SentencePiece model (default: train one)")
+    sub.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or tokenizer.json (default: train one)"
+    )
     sub.add_argument(
         "--vocab-size", type=_positive, metavar="N", help="pieces of a tokenizer that is trained"
     )
@@ -391,6 +393,8 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
+    if not tokenizer.has_text:
+        print(f"note: {parsed.run} has no tokenizer for text; a sample is ids", file=sys.stderr)
     print(
         sample(
             engine,
@@ -408,18 +412,19 @@ def _sample(parsed: argparse.Namespace) -> None:
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     if parsed.data:
-        windows = open_text(parsed.data, tokenizer, config.data.seq_len)
+        data = config.data
+        windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
     else:
-        windows = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False).validation(
-            0
-        )
+        data = with_tokenizer(config.data, tokenizer.path)
+        windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))
     else:
+        bits = scores.get("val_bits_per_byte")
         print(
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-            f"{scores['val_bits_per_byte']:.4f} bits per byte"
+            + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
 
 

@@ -23,10 +23,13 @@ from lowres.config import (
     SHAPE_KEYS,
     Config,
     DataConfig,
+    MixturePart,
     engine_defaults,
+    name_of_source,
 )
 from lowres.errors import UserError
 from lowres.rules import KEYS, RULES
+from lowres.text import hub_name, is_stream
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -49,8 +52,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         if section in values and not isinstance(values[section], dict):
             raise UserError(f"config {path}: {section} must be a section, written [{section}]")
     keys = {override.partition("=")[0].strip() for override in overrides or []}
-    if "data.source" in keys and isinstance(values.get("data"), dict):
-        values["data"].pop("val_source", None)  # it belongs to the file's source, which is replaced
+    data = values.get("data")
+    if isinstance(data, dict) and keys & {"data.source", "data.mixture"}:
+        for key in ("source", "mixture", "val_source"):  # they belong together, and one is replaced
+            data.pop(key, None)
     file = copy.deepcopy(values)
     for override in overrides or []:
         _apply_override(values, override)
@@ -95,6 +100,38 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
     """The config with values of a section replaced. They are not checked."""
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})
+
+
+def with_places(config: Config, saved: Config | None) -> Config:
+    """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
+    path that does not exist here is the one that the run was started with, if that ends so."""
+    data, before = config.data, saved.data if saved else None
+    changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
+    for key in ("source", "val_source", "tokenizer"):
+        kept = getattr(before, key) if before else None
+        changes[key] = _place(getattr(data, key), [kept] if kept else [])
+    if data.mixture:
+        del changes["source"]
+        known = before.sources if before else []
+        changes["mixture"] = tuple(
+            part.model_copy(update={"source": _place(part.source, known)}) for part in data.mixture
+        )
+    return with_values(config, "data", **changes)
+
+
+def _place(given: str | None, known: list[str]) -> str | None:
+    """See `with_places`. known: what the run was started with."""
+    if given is None or given == "stdlib":
+        return given
+    if is_stream(given):
+        folder = hub_name(given).dataset
+        here = Path(folder).expanduser()
+        return given.replace(folder, str(here.absolute()), 1) if here.exists() else given
+    path = Path(given).expanduser()
+    if path.exists():
+        return str(path.absolute())
+    same = (one for one in known if Path(one).parts[-len(path.parts) :] == path.parts)
+    return given if path.is_absolute() else next(same, given)
 
 
 def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config, list[str]]:
@@ -170,6 +207,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"--set {override}: {section} is not a section")
+    if section == "data" and name.startswith("mixture."):
+        target, name = _part_of_mixture(target, name, override)
     if (section, name) == ("model", "preset"):
         for shape_key in SHAPE_KEYS:
             target.pop(shape_key, None)
@@ -178,15 +217,35 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
+def _part_of_mixture(data: dict[str, Any], key: str, override: str) -> tuple[dict[str, Any], str]:
+    """The part of data.mixture that `mixture.<name or number>.<key>` means, and the key."""
+    part, dot, name = key.removeprefix("mixture.").rpartition(".")
+    found = data.get("mixture")
+    if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)):
+        raise UserError(f"--set {override}: the config has no data.mixture")
+    known = [str(one.get("name") or name_of_source(str(one.get("source", "")))) for one in found]
+    known += map(str, range(len(found)))
+    if not (dot and name and part in known):
+        raise UserError(
+            f"--set {override}: write it as data.mixture.<part>.<key>=value; parts are {', '.join(known)}"
+        )
+    return found[known.index(part) % len(found)], name
+
+
 def _one_line(error: ValidationError) -> str:
     """The first error, as `section.key: what is wrong and how to correct it`."""
     first = error.errors()[0]
-    location = [str(part) for part in first["loc"][:2]]
+    if first["type"] == "missing":  # maybe it is only spelt wrong
+        first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), first)
+    in_part = first["loc"][:2] == ("data", "mixture")
+    location = [str(part) for part in first["loc"][: 4 if in_part else 2]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         section = Config.model_fields.get(location[0])
         names: list[str] = list(Config.model_fields)
-        if len(location) == 2 and section is not None:
+        if in_part:
+            names = list(MixturePart.model_fields)
+        elif len(location) == 2 and section is not None:
             names = list(section.annotation.model_fields)  # type: ignore[union-attr]
         close = difflib.get_close_matches(location[-1], names, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"known are {', '.join(names)}"
@@ -194,7 +253,7 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}.{message}" if location else message
-    kinds = [e["msg"] for e in error.errors() if e["loc"][:2] == first["loc"][:2]]
+    kinds = [e["msg"] for e in error.errors() if e["loc"][: len(location)] == first["loc"][: len(location)]]
     given = first.get("input")
     return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r})"
 
@@ -254,7 +313,9 @@ def _notes_on_relora(config: Config) -> list[str]:
 
 def to_values(config: Config) -> dict[str, dict[str, Any]]:
     """The resolved config as sections of the keys that have a value, in types of JSON."""
-    return config.model_dump(mode="json", exclude_none=True)
+    values = config.model_dump(mode="json", exclude_none=True)
+    del values["data"]["source" if config.data.mixture else "mixture"]
+    return values
 
 
 def to_toml(config: Config) -> str:
@@ -262,10 +323,19 @@ def to_toml(config: Config) -> str:
     lines = []
     for section, keys in to_values(config).items():
         lines.append(f"[{section}]")
+        tables = {key: value for key, value in keys.items() if value and _is_list_of_tables(value)}
         # JSON strings, numbers, booleans and flat lists are TOML too
-        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key not in tables]
+        for key, rows in tables.items():
+            for row in rows:
+                lines += ["", f"[[{section}.{key}]]"]
+                lines += [f"{name} = {json.dumps(value)}" for name, value in row.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

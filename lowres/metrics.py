@@ -1,10 +1,11 @@
 """metrics.jsonl: one JSON object per line, written as a whole and flushed.
 
 A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, host_mem_gib,
-peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl, val_bits_per_byte. lr is
-the learning rate of the update that led to `step`; lr_over_batch is lr divided by the sequences in a batch;
-skipped is the number of units (embedding, blocks, head) that a step did not update because its loss or a
-gradient was not finite, or was a spike that is refused. A number that is not finite is null.
+peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl and, if tokens stand for
+text, val_bits_per_byte. lr is the learning rate of the update that led to `step`; lr_over_batch is lr divided
+by the sequences in a batch; skipped is the number of units (embedding, blocks, head) that a step did not
+update because its loss or a gradient was not finite, or was a spike that is refused. A number that is not
+finite is null.
 
 Lines that cannot be read are passed over, kept, and counted: they never keep a run from going on.
 """

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from lowres.config import PRESETS, Config, OneOf, Section
+from lowres.config import PRESETS, Config, DataConfig, MixturePart, OneOf, Section
 from lowres.rules import RULES
 from lowres.storage import FORMATS
 
@@ -21,7 +21,7 @@ def describe() -> str:
     """Documentation of every section and key, for the terminal."""
     lines = []
     for name, model in _sections():
-        lines.append(f"[{name}]  {_about(model)}")
+        lines.append(f"{_title(name)}  {_about(model)}")
         for key, default, choices, text in _keys(name, model):
             shown = f" = {default}" if default else ""
             allowed = f" ({' | '.join(choices)})" if choices else ""
@@ -34,7 +34,7 @@ def markdown() -> str:
     """The same as tables, plus tables of the optimizers, the number formats and the presets."""
     lines = ["# Reference", "", "Written by `python scripts/write_docs.py` from the code; do not edit.", ""]
     lines += ["- [Optimizers](#optimizers), [number formats](#number-formats), [presets](#presets)"]
-    lines += [f"- [`[{name}]`](#{name})" for name, _ in _sections()]
+    lines += [f"- [`{_title(name)}`](#{name.replace('.', '')})" for name, _ in _sections()]
     lines += ["", "## Optimizers", "", *_optimizers(), "", "## Number formats", "", *_formats()]
     lines += ["", "## Presets", "", *_presets()]
     for name, model in _sections():
@@ -51,6 +51,13 @@ def _sections() -> Iterator[tuple[str, type[Section]]]:
         model = field.annotation
         assert isinstance(model, type) and issubclass(model, Section)
         yield name, model
+        if model is DataConfig:
+            yield "data.mixture", MixturePart
+
+
+def _title(name: str) -> str:
+    """How TOML writes the section."""
+    return f"[[{name}]]" if "." in name else f"[{name}]"
 
 
 def _about(model: type[Section]) -> str:
@@ -59,11 +66,11 @@ def _about(model: type[Section]) -> str:
 
 def _keys(section: str, model: type[Section]) -> Iterator[tuple[str, str, list[str], str]]:
     """For each key of a section: name, default ("" if there is none), choices and documentation."""
-    defaults = getattr(Config(), section)
+    defaults = getattr(Config(), section, None)
     for key, info in model.model_fields.items():
         extra = info.json_schema_extra
         mark = " (may change on resume)" if isinstance(extra, dict) and extra.get("resumable") else ""
-        default = getattr(defaults, key)
+        default = getattr(defaults, key) if defaults else None
         text = " ".join((info.description or "").split())
         yield key, "" if default is None else json.dumps(default), choices(info), text + mark
 

@@ -23,12 +23,22 @@ from lowres.config_file import (
     value_of,
     with_values,
 )
-from lowres.data import TokenData
+from lowres.data import Data, MixedData, record_of_one
 from lowres.errors import UserError
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
+from lowres.text import is_stream
 
 # keys that say where the data are; their fingerprints say what they are
-DATA_KEYS = ("data.source", "data.val_source", "data.tokenizer", "data.vocab_size")
+DATA_KEYS = (
+    "data.source",
+    "data.val_source",
+    "data.tokenizer",
+    "data.tokenizer_form",
+    "data.bos",
+    "data.eos",
+    "data.vocab_size",
+    "data.shuffle_blocks",
+)
 
 
 def find_checkpoint(
@@ -95,7 +105,7 @@ def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:
 
 
 def continued(
-    config: Config, saved: Config, state: State | None, data: TokenData, folder: Path
+    config: Config, saved: Config, state: State | None, data: Data, folder: Path
 ) -> tuple[Config, dict[str, Any], dict[str, tuple[Any, Any]], list[str]]:
     """The config of a resumed run; what its rates follow from; the settings that change the mathematics, with
     their values before and after; and notes. Raises UserError if it asks for another run."""
@@ -107,6 +117,11 @@ def continued(
     changed = _changes(config, saved, notes)
     if state is not None:
         _require_same_data(config, data, state, folder)
+        if isinstance(data, MixedData):
+            if mixed := _go_on(data, state, config):
+                changed["data.mixture"] = mixed
+            if state.validation not in (None, data.validation_fingerprint):
+                notes.append("the validation text is not that of before, so validation losses do not compare")
         config = _with_tokens_left(config, state)
         _require_not_passed(config, state, folder)
         config, lowered = _with_micro_batch(config, state)
@@ -140,18 +155,39 @@ def _changes(config: Config, saved: Config, notes: list[str]) -> dict[str, tuple
     return {key: (value_of(saved, key), value_of(config, key)) for key in keys}
 
 
-def _require_same_data(config: Config, data: TokenData, state: State, folder: Path) -> None:
-    """Raise UserError if the data are not those of the run."""
-    if state.data != data.fingerprint:
+def _require_same_data(config: Config, data: Data, state: State, folder: Path) -> None:
+    """Raise UserError if the data are not those of the run. What was mixed may be mixed otherwise: `_go_on`
+    looks at the parts, and their validation text belongs to them."""
+    if isinstance(data, MixedData) and config.data.val_source is None:
+        return
+    if state.mixture is not None and not isinstance(data, MixedData):
+        raise UserError(
+            f"data.source: the run in {folder} was trained on a mixture; give data.mixture, where a part may "
+            "have weight = 0"
+        )
+    if not isinstance(data, MixedData) and state.data != data.fingerprint:
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
+            + (", and its data.shuffle_blocks" if is_stream(config.data.source) else "")
         )
     if state.validation not in (None, data.validation_fingerprint):
         raise UserError(
             f"data.val_source: {config.data.val_source} is not the validation text of the run in {folder}; "
             "give the one that it started with"
         )
+
+
+def sequences_before(state: State, config: Config) -> int:
+    """How many sequences of its data a run has used, with those that rollbacks passed over."""
+    return state.tokens // config.data.seq_len + checkpoint.passed_before(state.step, state.passed)
+
+
+def _go_on(data: MixedData, state: State, config: Config) -> tuple[str, str] | None:
+    """Let a mixture go on from a state. Returns what it was and what it is, if it has changed."""
+    sequence = sequences_before(state, config)
+    record = state.mixture.model_dump() if state.mixture else record_of_one(state.data, sequence)
+    return data.go_on(record, sequence)
 
 
 def _with_tokens_left(config: Config, state: State) -> Config:

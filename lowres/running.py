@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lowres import checkpoint, disk, memory, ranks
-from lowres.checkpoint import Best, Kept, NotFinite, Passed, Saver, Start, State
+from lowres.checkpoint import Best, Kept, Mixture, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
 from lowres.config_file import to_toml, to_values
-from lowres.data import TokenData
+from lowres.data import Data, MixedData
 from lowres.engine import Engine
 from lowres.errors import CheckFailed
 from lowres.events import Events
@@ -33,7 +33,7 @@ from lowres.metrics import MetricsLog
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, TOKENIZER, training_engine
+from lowres.runs import CHECKPOINTS, CONFIG, METRICS, starts_of, training_engine
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -61,8 +61,8 @@ class Run:
 
     folder: Path
     config: Config
-    data: TokenData
-    validation: Tensor  # windows of eval_tokens, see TokenData.validation
+    data: Data
+    validation: dict[str, Tensor]  # windows of eval_tokens, see Data.validation_parts
     token_bytes: Tensor
     offset: int  # sequences trained on minus steps so far times the present batch; 0 if it never changed
     started_with: dict[str, Any]  # what rates follow from, see config_file.follow_batch
@@ -91,14 +91,28 @@ class Run:
 
     def batch(self, step: int) -> Tensor:
         """The batch of the update after `step` completed ones."""
-        passed = sum(one.sequences for one in self.passed if one.step <= step)
+        passed = checkpoint.passed_before(step, self.passed)
         return self.data.batch(step, self.config.batch_sequences, self.offset + passed)
+
+    def used_at(self, step: int) -> int:
+        """Sequences of the data that were used in the first `step` steps, or passed over by rollbacks."""
+        return self.sequences_at(step) + checkpoint.passed_before(step, self.passed)
+
+    def mixed(self, step: int) -> dict[str, float]:
+        """For the metrics of a mixture: the share of each part in what was used since the weights were last
+        changed, and its tokens since the start."""
+        if not isinstance(self.data, MixedData):
+            return {}
+        read = self.data.read(self.used_at(step))
+        shares = {f"share/{name}": share for name, (_, share) in read.items() if share is not None}
+        return shares | {f"tokens/{name}": n * self.config.data.seq_len for name, (n, _) in read.items()}
 
     def build(self, device: torch.device, adapted: bool) -> None:
         """Make the parts and replace earlier ones; weights and state are all zero."""
         self.__dict__.pop("parts", None)  # first, because both may not fit
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
-        engine, relora = training_engine(config, plan, rooms, adapted)
+        starts = starts_of(config, self.data.tokenizer)
+        engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
@@ -137,6 +151,7 @@ class Run:
             start=Start(**self.started_with),
             config=to_values(self.config),
             validation=self.data.validation_fingerprint,
+            mixture=self._mixture(step),
             passed=self.passed,
             watch=self.watch.seen,
             micro_batch=self.micro_batch,
@@ -146,6 +161,11 @@ class Run:
             metrics=self.log.digest if self.log.last == step else None,
             pending=self.log.pending,
         )
+
+    def _mixture(self, step: int) -> Mixture | None:
+        if not isinstance(self.data, MixedData):
+            return None
+        return Mixture.model_validate(self.data.record(self.used_at(step)))
 
     def save(self, step: int, val_loss: float | None = None) -> None:
         """Write a checkpoint, or begin to. val_loss: of an evaluation at this step. Raises DiskError, and
@@ -198,7 +218,7 @@ class Run:
         return ((unit.spec.name, unit.tensors()) for unit in self.parts.engine.units())
 
     def _tokenizer(self) -> dict[str, bytes]:
-        return {TOKENIZER: self.data.tokenizer.path.read_bytes()}
+        return {self.data.tokenizer.file_name: self.data.tokenizer.content}
 
     def _has_room(self, nbytes: int) -> bool:
         """Whether a snapshot of so many bytes may be taken."""
@@ -258,7 +278,8 @@ class Run:
                 place.mkdir(parents=True, exist_ok=True)
                 checkpoint.write(kept.make_way(step), self._units(), self.state(step), self._tokenizer())
                 disk.write_whole(place / CONFIG, to_toml(self.config).encode())
-                disk.write_whole(place / TOKENIZER, self._tokenizer()[TOKENIZER])
+                for name, content in self._tokenizer().items():
+                    disk.write_whole(place / name, content)
                 if (self.folder / METRICS).exists() and not (place / METRICS).exists():
                     shutil.copyfile(self.folder / METRICS, place / METRICS)
                 return place

@@ -1,7 +1,8 @@
 """The folder of a run, what it needs to compute, and how to use its weights.
 
 config.toml      the resolved config
-tokenizer.model  a copy, so that the folder can be moved and still be used for sampling and evaluation
+tokenizer.model  a copy, so that the folder can be moved and still be used for sampling and evaluation; or
+                 tokenizer.json, or vocabulary.json
 metrics.jsonl    see lowres.metrics
 events.jsonl     see lowres.events
 checkpoints/     see lowres.checkpoint; each also has the config and the tokenizer
@@ -23,12 +24,12 @@ from lowres import checkpoint, events, memory
 from lowres.checkpoint import State
 from lowres.config import Config, ReloraConfig
 from lowres.config_file import load_resolved, parse_config, with_values
-from lowres.data import Tokenizer
+from lowres.data import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
-from lowres.model import Units, empty_units, storage_kinds, unit_specs
+from lowres.model import Starts, Units, empty_units, starting_with, storage_kinds, unit_specs
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
 from lowres.relora import MERGE_ROWS, Relora, adapters_of
@@ -36,7 +37,6 @@ from lowres.rooms import Rooms
 from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
 
 CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
-TOKENIZER = "tokenizer.model"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -49,21 +49,40 @@ def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -
 
 
 def engine_of(
-    config: Config, units: Units, optimizer: Optimizer | Relora | None, plan: memory.Plan, rooms: Rooms
+    config: Config,
+    units: Units,
+    optimizer: Optimizer | Relora | None,
+    plan: memory.Plan,
+    rooms: Rooms,
+    starts: Starts | None = None,
 ) -> Engine:
     """The engine of a run, with the choice of the plan."""
-    return make_engine(config, units, optimizer, rooms, plan.choice)
+    return make_engine(config, units, optimizer, rooms, plan.choice, starts)
 
 
-def training_engine(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> tuple[Engine, Relora]:
-    """The training engine of a run, with weights and state all zero, and the Relora that does its updates."""
+def starts_of(config: Config, tokenizer: Tokenizer) -> Starts | None:
+    """Where documents start that do not see each other, for the engine of a run."""
+    if not config.data.document_mask:
+        return None
+    if tokenizer.bos_id < 0:
+        raise UserError(
+            f"data.document_mask: {tokenizer.path} has no token with which documents begin; set it to false"
+        )
+    return starting_with(tokenizer.bos_id, predicted=tokenizer.eos_id is None)
+
+
+def training_engine(
+    config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool, starts: Starts | None = None
+) -> tuple[Engine, Relora]:
+    """The training engine of a run, with weights and state all zero, and the Relora that does its updates.
+    starts: see `starts_of`."""
     optimizer = make_optimizer(config)
     relora = Relora(config.relora, optimizer)
     if config.memory.engine == "deepspeed":
-        return ZeroEngine(config, optimizer, plan.micro_batch, rooms), relora
+        return ZeroEngine(config, optimizer, plan.micro_batch, rooms, starts), relora
     units = make_units(config, plan, rooms, adapted)
     optimizer.attach(units.values(), rooms, plan.choice.homes.state)
-    return engine_of(config, units, relora, plan, rooms), relora
+    return engine_of(config, units, relora, plan, rooms, starts), relora
 
 
 def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
@@ -82,7 +101,9 @@ def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Eng
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    return config, engine_of(config, units, None, plan, rooms), Tokenizer(_tokenizer_of(folder, found))
+    tokenizer = _tokenizer_of(folder, found)
+    starts = starts_of(config, tokenizer)
+    return config, engine_of(config, units, None, plan, rooms, starts), tokenizer
 
 
 def _for_use(config: Config) -> Config:
@@ -181,7 +202,9 @@ def config_of(folder: Path, state: State | None) -> Config:
     return parse_config(given, f"{folder}: the config in its checkpoint")[0]
 
 
-def _tokenizer_of(folder: Path, found: Path) -> Path:
+def _tokenizer_of(folder: Path, found: Path) -> Tokenizer:
     """The tokenizer of a run: that of its checkpoint, if it has one."""
-    own = found / TOKENIZER
-    return own if own.exists() else folder / TOKENIZER
+    path = find_tokenizer(found) or find_tokenizer(folder)
+    if path is None:
+        raise UserError(f"{folder} has no tokenizer; put it back")
+    return open_tokenizer(path, form="own")

@@ -25,11 +25,11 @@ def sample(
     temperature 0 always takes the likeliest token; top_k 0 chooses among all. The same seed gives the
     same text.
     """
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.prompt(prompt)
     for i in range(tokens):
         logits = engine.logits(torch.tensor([ids[-seq_len:]]))[0].cpu()[: tokenizer.vocab_size]
         choice = _choose(logits, temperature, top_k, rng.make_key(seed, "sample", step=i))
-        if choice == tokenizer.eos_id:
+        if choice == tokenizer.end_id:
             break
         ids.append(choice)
     return tokenizer.decode(ids)

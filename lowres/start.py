@@ -22,9 +22,17 @@ from lowres.config import Config
 from lowres.config_file import (
     rates_of,
     to_toml,
-    with_values,
+    with_places,
 )
-from lowres.data import TokenData, cache_bytes, open_data
+from lowres.data import (
+    FILE_NAMES,
+    Data,
+    MixedData,
+    cache_bytes,
+    find_tokenizer,
+    open_data,
+    with_tokenizer,
+)
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -33,7 +41,7 @@ from lowres.health import Watch
 from lowres.model import initialize
 from lowres.probe.fastest import choose
 from lowres.ranks import say
-from lowres.resuming import continued, find_checkpoint
+from lowres.resuming import continued, find_checkpoint, sequences_before
 from lowres.rooms import is_out_of_memory
 from lowres.running import Run
 from lowres.runs import (
@@ -41,7 +49,6 @@ from lowres.runs import (
     CONFIG,
     METRICS,
     SUMMARY,
-    TOKENIZER,
     config_of,
     initialize_from,
     require_same_shape,
@@ -49,7 +56,7 @@ from lowres.runs import (
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, TOKENIZER, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -61,7 +68,7 @@ class Start:
     folder: Path
     config: Config  # with the final vocabulary, rates and number of steps
     device: torch.device
-    data: TokenData
+    data: Data
     plans: dict[bool, memory.Plan]  # by whether there are adapters
     found: Path | None  # the checkpoint to continue from
     state: State | None  # its state
@@ -125,10 +132,11 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
     saved = config_of(folder, state) if resume and not restart else None
-    config = _with_places(_with_origin(config, saved), saved)
+    config = with_places(_with_origin(config, saved), saved)
     # refuse what cannot fit before anything is read or written
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
-    data = _open_data(config)
+    opened = _with_own_tokenizer(config, found, folder if state else None)
+    data = _open_data(opened)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
 
     if saved is None:
@@ -139,6 +147,8 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         config, started_with, changed, notes = continued(config, saved, state, data, folder)
         trained = state.tokens // config.data.seq_len if state else 0
         offset = trained - state.step * config.batch_sequences if state else 0
+    if isinstance(data, MixedData):
+        notes += _on_the_mixture(config, data, state)
     notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     origin = Path(config.run.init_from) if config.run.init_from and found is None else None
@@ -152,7 +162,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
         for path, problem in damaged
     ]
-    lines = [f"note: {note}" for note in asides + data.notes + notes + _on_the_cache(config, data)]
+    lines = [f"note: {note}" for note in asides + data.notes + notes + _on_the_cache(config, opened, data)]
     if resume and not restart and found is None:
         lines.append(f"{folder} has no checkpoint yet: starting at step 0")
     return Start(
@@ -176,16 +186,16 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
 
 def _meet(config: Config, device: torch.device) -> None:
     """Join the ranks of the run. Refuse what is not possible with several ranks, or without DeepSpeed."""
-    engine, source = config.memory.engine, config.data.source
+    engine, streams = config.memory.engine, list(filter(is_stream, config.data.sources))
     if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
             f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, "
             "or `lowres train` without a launcher"
         )
-    if ranks.size() > 1 and is_stream(source):
+    if ranks.size() > 1 and streams:
         raise UserError(
-            f"data.source: {source} is a stream, and several ranks need a prepared folder; make one with "
-            f"`lowres data prepare {source} OUT`"
+            f"data.source: {streams[0]} is a stream, and several ranks need a prepared folder; make one with "
+            f"`lowres data prepare {streams[0]} OUT`"
         )
     if engine == "deepspeed":
         zero.require(config, device)
@@ -210,30 +220,14 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     origin = config.run.init_from or (saved or config).run.init_from
     if origin is None:
         return config
-    tokenizer = Path(origin) / TOKENIZER
-    if not tokenizer.exists():
-        raise UserError(f"run.init_from: {origin} is not a run: it has no {TOKENIZER}")
+    tokenizer = find_tokenizer(Path(origin))
+    if tokenizer is None:
+        raise UserError(f"run.init_from: {origin} is not a run: it has no tokenizer")
     run = config.run.model_copy(update={"init_from": origin})
-    data = config.data.model_copy(update={"tokenizer": config.data.tokenizer or str(tokenizer)})
-    return config.model_copy(update={"run": run, "data": data})
-
-
-def _with_places(config: Config, saved: Config | None) -> Config:
-    """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
-    path that does not exist here is the one that the run was started with, if that ends so."""
-    data, before = config.data, saved.data if saved else None
-    changes = {}
-    for key in ("source", "val_source", "tokenizer", "cache"):
-        given = getattr(data, key)
-        if given is None or given == "stdlib" or is_stream(given):
-            continue
-        path = Path(given).expanduser()
-        kept = getattr(before, key) if before else None
-        if path.exists() or key == "cache":
-            changes[key] = str(path.absolute())
-        elif kept and not path.is_absolute() and Path(kept).parts[-len(path.parts) :] == path.parts:
-            changes[key] = kept
-    return with_values(config, "data", **changes)
+    data = config.data
+    # weights want the ids that they were trained with
+    given = {"tokenizer": data.tokenizer or str(tokenizer), "tokenizer_form": data.tokenizer_form or "own"}
+    return config.model_copy(update={"run": run, "data": data.model_copy(update=given)})
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:
@@ -253,21 +247,46 @@ def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool
     return plans
 
 
-def _on_the_cache(config: Config, data: TokenData) -> list[str]:
+def _on_the_cache(config: Config, opened: Config, data: Data) -> list[str]:
     """A note if the disk may become too small for the tokens of a stream, which are kept."""
     tokens = config.train.total_steps * config.train.batch_tokens
-    most = cache_bytes(config.data, data.vocab_size, tokens)
+    most = cache_bytes(opened.data, data.vocab_size, tokens)
     free = checkpoint.free_bytes(Path(config.data.cache))
     if most <= free:
         return []
+    streams = ", ".join(filter(is_stream, config.data.sources))
     return [
-        f"data.cache: the tokens of {config.data.source} take up to {most / memory.GIB:.1f} GiB in "
-        f"{config.data.cache}, and its disk has {free / memory.GIB:.1f} GiB free; if it is full, the run "
-        "saves and stops"
+        f"data.cache: the tokens of {streams} take up to {most / memory.GIB:.1f} GiB in {config.data.cache}, "
+        f"and its disk has {free / memory.GIB:.1f} GiB free; if it is full, the run saves and stops"
     ]
 
 
-def _open_data(config: Config) -> TokenData:
+def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> list[str]:
+    """Notes on how often the parts of a mixture will be read. Raises UserError if they do not last."""
+    step, total, batch = state.step if state else 0, config.train.total_steps, config.batch_sequences
+    start = sequences_before(state, config) if state else 0
+    end = start + (total - step) * batch
+    if data.over is not None and data.over < end:
+        last = step + (data.over - start) // batch
+        raise UserError(
+            f"data.mixture: with their epochs, the parts last {last} of the {total} steps; raise epochs, or "
+            f"set train.steps={last}"
+        )
+    notes = [f"data.mixture: {data.described(end)}"]
+    for name, sequence in data.ends():
+        if sequence < end:
+            at = step + (sequence - start) // batch
+            notes.append(f"data.mixture.{name}: is used up after step {at}; the others take its place")
+    return notes
+
+
+def _with_own_tokenizer(config: Config, *places: Path | None) -> Config:
+    """The config with which the data of a run are opened. places: folders that may have its tokenizer."""
+    own = next((path for place in places if place and (path := find_tokenizer(place))), None)
+    return config.model_copy(update={"data": with_tokenizer(config.data, own)}) if own else config
+
+
+def _open_data(config: Config) -> Data:
     """The data; the first rank of each machine prepares them if necessary."""
     if not ranks.is_first_here():
         ranks.wait()
@@ -300,7 +319,7 @@ def _write_folder(start: Start) -> Events:
         (folder / SUMMARY).unlink(missing_ok=True)
     for name, content in (
         (CONFIG, to_toml(start.config).encode()),
-        (TOKENIZER, start.data.tokenizer.path.read_bytes()),
+        (start.data.tokenizer.file_name, start.data.tokenizer.content),
     ):
         disk.store(folder / name, content)
     changed = {key: {"before": old, "after": new} for key, (old, new) in start.changed.items()}
@@ -332,7 +351,8 @@ def _move_aside(folder: Path) -> None:
 def _build(start: Start, log: Events) -> Run:
     """The run with its weights and state: loaded, taken from another run, or new."""
     config, data, state, train = start.config, start.data, start.state, start.config.train
-    best = state.best if state else None
+    same_text = state is not None and state.validation in (None, data.validation_fingerprint)
+    best = state.best if state and same_text else None
     seen = state.watch if state else None
     if seen is not None and start.changed:  # a new chance
         seen = seen.model_copy(update={"bad": 0, "spikes": 0})
@@ -340,7 +360,7 @@ def _build(start: Start, log: Events) -> Run:
         folder=start.folder,
         config=config,
         data=data,
-        validation=data.validation(train.eval_tokens),
+        validation=data.validation_parts(train.eval_tokens),
         token_bytes=data.tokenizer.token_bytes(),
         offset=start.offset,
         started_with=start.started_with,
@@ -400,7 +420,8 @@ def _rehearse(run: Run) -> None:
     config, parts = run.config, run.parts
     sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
-    batch = torch.zeros(shape, dtype=torch.int64)
+    # not the token with which documents start, because long ones need the most memory
+    batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):

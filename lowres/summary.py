@@ -22,7 +22,7 @@ def finish(run: Run, seconds: float) -> None:
         text = sample(
             run.parts.engine,
             run.data.tokenizer,
-            asked.sample_prompt,
+            asked.sample_prompt if run.data.tokenizer.has_text else "",
             tokens=asked.sample_tokens,
             seq_len=run.config.data.seq_len,
             seed=run.config.run.seed,
@@ -65,6 +65,7 @@ def _versions() -> dict[str, str]:
         "torch",
         "numpy",
         "sentencepiece",
+        "tokenizers",
         "safetensors",
         "pydantic",
         "datasets",

@@ -25,6 +25,7 @@ from lowres.config_file import (
     load_config,
     load_resolved,
     toml_value,
+    with_places,
 )
 from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
@@ -32,7 +33,7 @@ from lowres.stopping import Stopper
 
 SWEEP, LOG = "sweep.json", "train.log"
 # keys that may change when a run is resumed, but not if its loss is compared with other runs
-COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps")
+COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps", "data.mixture")
 
 
 def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
@@ -41,7 +42,7 @@ def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
     for grid in grids:
         key, equals, text = grid.partition("=")
         key = key.strip()
-        if not (equals and re.fullmatch(r"\w+\.\w+", key) and text.strip()):
+        if not (equals and re.fullmatch(r"\w+(\.[\w-]+)+", key) and text.strip()):
             raise UserError(f"--grid {grid}: write it as section.key=value,value")
         if key in axes:
             raise UserError(f"--grid {grid}: {key} is given twice; give all its values in one --grid")
@@ -142,7 +143,7 @@ class _Point:
         saved = load_resolved(self.folder / "config.toml")
         vocab = self.config.model.vocab_size or saved.model.vocab_size
         config = self.config.with_vocab(vocab) if vocab else self.config
-        config = as_chosen(config, saved)
+        config = with_places(as_chosen(config, saved), saved)
         differs = changed_keys(saved, config) + adjusted_keys(saved, config)
         for key in COMPARED:
             section, name = key.split(".")
@@ -227,7 +228,7 @@ class _Point:
 
 def _short(axes: dict[str, list[Any]]) -> dict[str, str]:
     """Keys without their section, if they stay unique."""
-    last = [key.split(".")[1] for key in axes]
+    last = [key.partition(".")[2] for key in axes]
     return {key: name if last.count(name) == 1 else key for key, name in zip(axes, last, strict=True)}
 
 

@@ -25,7 +25,7 @@ from lowres.config import Config
 from lowres.data.ahead import ReadAhead
 from lowres.engine import StepReport
 from lowres.errors import CheckFailed, DoesNotFit, UserError
-from lowres.evaluate import evaluate
+from lowres.evaluate import evaluate_parts
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
@@ -40,6 +40,8 @@ from lowres.summary import finish
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
+# parts of a mixture that are printed with an evaluation
+MOST_IN_A_LINE = 6
 
 
 def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart: bool = False) -> None:
@@ -181,9 +183,12 @@ class _Loop:
     def evaluate(self) -> dict[str, float]:
         run = self.run
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
-            scores = evaluate(run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences)
-        say(f"step {self.step}: validation loss {scores['val_loss']:.4f}")
-        run.log.write({"step": self.step, **scores})
+            scores = evaluate_parts(
+                run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences
+            )
+        mixed = run.mixed(self.step)
+        say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
+        run.log.write({"step": self.step, **scores, **mixed})
         return scores
 
     def should_save(self, scores: dict[str, float]) -> bool:
@@ -369,6 +374,22 @@ def _record(run: Run, step: int, schedule: float, report: StepReport, seconds: f
 def _progress_text(record: dict[str, Any]) -> str:
     cycle = f"cycle {record['cycle']}, " if "cycle" in record else ""
     return f"{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {record['tokens_per_s']:,.0f} tokens/s"
+
+
+def _mixture_text(record: dict[str, float]) -> str:
+    """Loss and share of the parts of a mixture, if they fit on a line."""
+    losses = {key.removeprefix("val_loss/"): x for key, x in record.items() if key.startswith("val_loss/")}
+    shares = {key.removeprefix("share/"): x for key, x in record.items() if key.startswith("share/")}
+    if len(shares) > MOST_IN_A_LINE:
+        return ""
+    names = dict.fromkeys([*losses, *shares])
+    found = (
+        " ".join(
+            [name, *(f"{x[name]:{form}}" for x, form in ((losses, ".4f"), (shares, ".1%")) if name in x)]
+        )
+        for name in names
+    )
+    return f" ({', '.join(found)})" if names else ""
 
 
 def _merge_text(merged: dict[str, Any]) -> str:

@@ -29,11 +29,11 @@ from lowres import checkpoint, memory, rooms  # noqa: E402
 from lowres.config import Config  # noqa: E402
 from lowres.config_file import load_config, to_values  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
-from lowres.engine import layerwise, working  # noqa: E402
+from lowres.engine import common, layerwise, working  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
 from lowres.kernels import forms  # noqa: E402
 from lowres.meter import LiveTensors  # noqa: E402
-from lowres.model import initialize  # noqa: E402
+from lowres.model import initialize, starting_with  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
 from lowres.rules import moments  # noqa: E402
@@ -80,6 +80,8 @@ def replace_internals() -> None:
     inside.adds_wide = lambda: True
     inside = rooms
     inside._page_locked = lambda nbytes: torch.zeros(nbytes, dtype=torch.uint8)
+    inside = common
+    inside.lengths_of = lambda starts: [(starts.shape[1] - 9, 8, 1)] * len(starts)
     if importlib.util.find_spec("bitsandbytes"):
         maps = {s: moments.bitsandbytes_functional().create_dynamic_map(signed=s) for s in (True, False)}
         inside = moments
@@ -92,7 +94,8 @@ class Trainee:
     def __init__(self, config: Config, plan: memory.Plan, waits: Waits, adapted: bool = False) -> None:
         self.config, self.plan, self.waits = config, plan, waits
         self.rooms = rooms.Rooms(CUDA)
-        self.engine, _ = training_engine(config, plan, self.rooms, adapted)
+        starts = starting_with(1) if config.data.document_mask else None
+        self.engine, _ = training_engine(config, plan, self.rooms, adapted, starts)
         self.engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
 
     def batch(self, micro_batches: int | None = None) -> Tensor:
@@ -167,10 +170,10 @@ def evaluation(name: str) -> str:
 class Letters:
     """Replaces a tokenizer."""
 
-    bos_id, eos_id, vocab_size = 0, 2, VOCABULARY
+    end_id, vocab_size = 2, VOCABULARY
 
-    def encode(self, text: str) -> list[int]:
-        return [3] * len(text)
+    def prompt(self, text: str) -> list[int]:
+        return [0] + [3] * len(text)
 
     def decode(self, ids: list[int]) -> str:
         return "a" * len(ids)
@@ -373,6 +376,14 @@ def cases() -> dict[str, Callable[[], str]]:
         train, "relora_7b_24gb", fp32, int8, "relora.start_step=0", *CYCLES, steps=(0, 1), adapted=True
     )
     found["plain kernels"] = partial(train, seven, fp32, "memory.kernels=plain")
+    apart = "data.document_mask=true"
+    found["documents apart"] = partial(train, seven, fp32, apart)
+    found["documents apart, plain kernels"] = partial(train, seven, fp32, apart, "memory.kernels=plain")
+    found["documents apart, grouped, autograd"] = partial(
+        train,
+        "llama_1b_8gb",
+        *(fp32, apart, "model.n_kv_heads=8", "memory.engine=autograd", "memory.budget_gib=60"),
+    )
     found["clip"] = partial(train, seven, fp32, "optim.grad_clip=1.0")
     found["int8 stash"] = partial(train, seven, fp32, "memory.stash_dtype=int8")
     found["exact forward"] = partial(
@@ -415,6 +426,7 @@ def cases() -> dict[str, Callable[[], str]]:
         short = preset.removeprefix("llama_")
         found[f"memory {short}"] = partial(live_memory, preset)
         found[f"memory {short}, int8 products"] = partial(live_memory, preset, int8)
+    found["memory 1b_8gb, documents apart"] = partial(live_memory, "llama_1b_8gb", apart)
     for key in CARDS:
         found[f"card {key}"] = partial(card, key)
     return found

@@ -6,7 +6,7 @@ from lowres.config import Config
 from lowres.engine import Engine, make_engine
 from lowres.memory import Plan
 from lowres.meter import LiveTensors
-from lowres.model import Units, empty_units
+from lowres.model import Units, empty_units, starting_with
 from lowres.relora import Relora
 from lowres.rooms import GPU, HOST, Homes, Rooms
 from lowres.storage import FORMATS, MASTER, Unit, aligned
@@ -23,7 +23,8 @@ def build(config: Config, plan: Plan, rooms: Rooms, adapted: bool) -> tuple[Unit
     adapters = config.relora if adapted else None
     units = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms, homes.weights, adapters)
     updater = Relora(config.relora, make_optimizer(config, units, rooms, homes.state))
-    return units, make_engine(config, units, updater, rooms, plan.choice)
+    starts = starting_with(1) if config.data.document_mask else None
+    return units, make_engine(config, units, updater, rooms, plan.choice, starts)
 
 
 def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:

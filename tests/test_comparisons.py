@@ -1,13 +1,18 @@
 """The scripts that train several ways side by side, on a model that takes milliseconds a step."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from lowres.cli import main
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -33,30 +38,40 @@ sample_tokens = 0
 """
 
 
-def script(folder: Path, name: str, *arguments: object) -> tuple[str, dict[str, Any]]:
-    """What a script prints and records, trained in `folder` on a text of its own."""
-    (folder / "small.toml").write_text(SMALL)
-    (folder / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 400)
-    out = folder / "results" / "found.json"
-    command = [sys.executable, f"scripts/{name}.py", *map(str, arguments), "--runs", str(folder / "runs")]
-    command += ["--out", str(out), "--set", f"data.cache={folder / 'cache'}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(out.read_text())
+Script = Callable[..., tuple[str, dict[str, Any]]]
 
 
-def test_optimizers_are_compared_at_equal_tokens(tmp_path: Path) -> None:
-    arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 256, "--jobs", 2]
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """What a script prints and records. It and its sweeps run in this process, which saves the seconds to
+    import torch for each of them."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    comparison = importlib.import_module("comparison")
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", "lowres"]
+        return subprocess.CompletedProcess(command, main(command[3:]), "", capsys.readouterr().err)
+
+    monkeypatch.setattr(comparison, "subprocess", SimpleNamespace(run=run))
+    (tmp_path / "small.toml").write_text(SMALL)
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 400)
+
+    def train(name: str, *arguments: object) -> tuple[str, dict[str, Any]]:
+        out = tmp_path / "results" / "found.json"
+        command = [name, *map(str, arguments), "--runs", str(tmp_path / "runs"), "--out", str(out)]
+        command += ["--set", f"data.cache={tmp_path / 'cache'}"]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        importlib.import_module(name).main()
+        return capsys.readouterr().out, json.loads(out.read_text())
+
+    return train
+
+
+def test_optimizers_are_compared_at_equal_tokens(script: Script, tmp_path: Path) -> None:
+    arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 256, "--jobs", 1]
     arguments += ["--seeds", 0, 1, "--timed-steps", 2, "--only", "adamw", "adamw, int8"]
-    printed, record = script(tmp_path, "compare_optimizers", *arguments)
+    printed, record = script("compare_optimizers", *arguments)
     arms = record["arms"]
     assert list(arms) == ["adamw", "adamw, int8"]
     assert "| adamw, int8 |" in printed and record["tokens"] == 256
@@ -67,14 +82,14 @@ def test_optimizers_are_compared_at_equal_tokens(tmp_path: Path) -> None:
     assert 0 < arms["adamw"]["update_share"] < 1
     # again: nothing is trained twice
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
-    script(tmp_path, "compare_optimizers", *arguments)
+    script("compare_optimizers", *arguments)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
 
 
-def test_relora_is_compared_with_lora_and_full_training(tmp_path: Path) -> None:
+def test_relora_is_compared_with_lora_and_full_training(script: Script, tmp_path: Path) -> None:
     arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 512, "--seeds", 0]
     arguments += ["--factors", 2, "--rank", 2, "--cycle-steps", 2, "--rewarmup-steps", 1]
-    printed, record = script(tmp_path, "compare_relora", *arguments)
+    printed, record = script("compare_relora", *arguments)
     arms, settings = record["arms"], record["settings"]
     kept = "ReLoRA, a tenth of the moments kept"
     assert list(arms) == ["full", "LoRA", "warm start + LoRA", "ReLoRA", "ReLoRA, int8", kept]
@@ -108,9 +123,9 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "found.json").exists()
 
 
-def test_memory_formats_are_compared(tmp_path: Path) -> None:
+def test_memory_formats_are_compared(script: Script, tmp_path: Path) -> None:
     source = ["--set", f"data.source={tmp_path / 'text.txt'}", "--seeds", 0]
-    printed, record = script(tmp_path, "compare_memory", "stash", tmp_path / "small.toml", *source)
+    printed, record = script("compare_memory", "stash", tmp_path / "small.toml", *source)
     assert "| int8, exact forward |" in printed and record["tokens"] == 256
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from lowres import disk
 from lowres.config import DataConfig
-from lowres.data import TokenData, open_data, prepare
+from lowres.data import Data, TokenData, open_data, prepare
 from lowres.data import shards as shards_module
 from lowres.data.manifest import read_complete
 from lowres.data.shards import HEADER_BYTES, Shard, write_shard
@@ -103,7 +103,7 @@ def config(folder: Path | str, **options: Any) -> DataConfig:
     return DataConfig(source=str(folder), seq_len=SEQ, **options)
 
 
-def everything(data: TokenData) -> torch.Tensor:
+def everything(data: Data) -> torch.Tensor:
     windows = torch.cat([data.batch(step, 30) for step in range(3)])
     return torch.cat([windows, data.validation(0)])
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lowres import disk
-from lowres.data import Tokenizer, prepare
+from lowres.data import open_tokenizer, prepare
 from lowres.data import validation as validation_module
 from lowres.data.folder import LOCK
 from lowres.data.shards import HEADER_BYTES, Shard, token_dtype, write_shard
@@ -59,7 +59,8 @@ def tokens_of(folder: Path, part: str) -> list[int]:
 
 def texts_of(folder: Path, part: str) -> list[str]:
     """The documents of a part; each must stand between bos and eos."""
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    assert tokenizer.eos_id is not None
     texts, ids = [], tokens_of(folder, part)
     while ids:
         assert ids[0] == tokenizer.bos_id

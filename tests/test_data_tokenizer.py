@@ -10,8 +10,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lowres.data import tokenizer as module
-from lowres.data.tokenizer import LEAST_VOCAB, Tokenizer, train
+from lowres.data.tokenizer import LEAST_VOCAB, Tokenizer, base, open_tokenizer, train
 from lowres.errors import UserError
 
 PROSE = "The cat sat on the mat, and the other cat (42 years old) did not.\n    return cats[0]  # ok\n" * 30
@@ -38,7 +37,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def save(folder: Path, model: bytes) -> Tokenizer:
     (folder / "tokenizer.model").write_bytes(model)
-    return Tokenizer(folder / "tokenizer.model")
+    return open_tokenizer(folder / "tokenizer.model")
 
 
 def foreign(**options: Any) -> bytes:
@@ -89,13 +88,14 @@ def test_tokens_do_not_depend_on_how_the_text_is_cut(
     texts = [PROSE, "", "no newline " * 50, "\n\n \n", "\u2581" + PROSE]
     whole = [tokenizer.encode(text) for text in texts]
     for size in (1, 7, 100):
-        monkeypatch.setattr(tokenizer, "_chunk_chars", size)
-        monkeypatch.setattr(module, "GROUP_CHARS", 3 * size)
+        monkeypatch.setattr(tokenizer, "chunk_chars", size)
+        monkeypatch.setattr(base, "GROUP_CHARS", 3 * size)
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == whole
-        assert max(map(len, module._chunks("ab\ncd\n" * 99, size))) <= size + 3
+        assert max(map(len, tokenizer._chunks("ab\ncd\n" * 99))) <= size + 3
 
 
 def test_decode_survives_what_a_model_may_produce(tokenizer: Tokenizer) -> None:
+    assert tokenizer.eos_id is not None
     lone_byte = tokenizer.encode("é")[0]
     ids = [tokenizer.bos_id, *tokenizer.encode("hi"), lone_byte, tokenizer.vocab_size + 5, tokenizer.eos_id]
     assert tokenizer.decode(ids) == "hi\ufffd"
@@ -152,9 +152,9 @@ def test_damaged_model_is_refused_or_works(
     path = tmp_path_factory.mktemp("damaged") / "x.model"
     path.write_bytes(model[: int(cut * len(model))] if cut else model)
     with pytest.raises(UserError, match=r"x\.model: changed; remove the folder"):
-        Tokenizer(path, tokenizer.fingerprint, remedy="remove the folder")
+        open_tokenizer(path, fingerprint=tokenizer.fingerprint, remedy="remove the folder")
     try:
-        damaged = Tokenizer(path)
+        damaged = open_tokenizer(path)
     except UserError as error:
         assert "x.model" in str(error) and "\n" not in str(error)
         return
@@ -165,9 +165,9 @@ def test_damaged_model_is_refused_or_works(
 def test_file_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.model").mkdir()
     os.mkfifo(tmp_path / "y.model")
-    for name in ("x.model", "y.model"):
-        with pytest.raises(UserError, match=rf"{name}: cannot be read \(is not an ordinary file\)"):
-            Tokenizer(tmp_path / name)
+    for name, problem in (("x", "the folder has no"), ("y", r"cannot be read \(is not an ordinary file\)")):
+        with pytest.raises(UserError, match=rf"{name}\.model: {problem}"):
+            open_tokenizer(tmp_path / f"{name}.model")
 
 
 @pytest.mark.parametrize(
@@ -187,4 +187,4 @@ def test_unusable_file_is_named(tmp_path: Path, model: Any, problem: str) -> Non
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=f"x.model: .*{problem}"):
-        Tokenizer(path)
+        open_tokenizer(path)

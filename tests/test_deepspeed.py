@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lowres.config import Config
 from lowres.engine import AutogradEngine, EngineSettings, StepReport, zero
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
-from lowres.model import Units, empty_units, initialize
+from lowres.model import Units, empty_units, initialize, starting_with
 from lowres.optim import make_optimizer as optimizer_of
 from lowres.storage import DENSE_DTYPES
 from tests.helpers import CPU, ROOMS, make_batch, make_config, make_optimizer
@@ -147,6 +148,30 @@ def test_options_of_the_model_follow_our_adamw(stage: int, tmp_path: Path) -> No
     for found, wanted in zip(run_steps(theirs, range(4)), run_steps(ours, range(4)), strict=True):
         assert found.loss == pytest.approx(wanted.loss, rel=1e-4)
     assert furthest(tensors_of(theirs), tensors_of(ours)) < 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_documents_apart_follow_our_adamw(stage: int, tmp_path: Path) -> None:
+    """data.document_mask: in training, evaluation and sampling."""
+    starts, (ours, units) = starting_with(1), reference(config_of("autograd", tmp_path, FP32))
+    config = config_of("deepspeed", tmp_path, FP32, stage=stage)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": True})})
+    settings = replace(ours.settings, starts=starts)
+    apart = AutogradEngine(config.model, units, ours.optimizer, ROOMS, settings)
+    theirs = ZeroEngine(config, optimizer_of(config), 2, ROOMS, starts)
+    initialize(theirs.units(write=True), 0, CPU)
+    for step in range(3):
+        batch = make_batch(8, seed=step)
+        batch[torch.rand(batch.shape, generator=torch.Generator().manual_seed(step)) < 0.2] = 1
+        assert theirs.step(batch, step, 1.0).loss == pytest.approx(
+            apart.step(batch, step, 1.0).loss, rel=1e-5
+        )
+    assert furthest(tensors_of(theirs), tensors_of(apart)) < 1e-4
+    wanted = apart.evaluate(batch)
+    assert theirs.evaluate(batch) == (pytest.approx(wanted[0], rel=1e-5), wanted[1])
+    assert wanted[1] == int((batch[:, 1:] != 1).sum())
+    assert (theirs.logits(batch) - apart.logits(batch)).abs().max() < 1e-4
+    assert (theirs.logits(batch) - ours.logits(batch)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("keys", [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": "none"}])

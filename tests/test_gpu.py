@@ -26,7 +26,7 @@ from lowres.kernels import forms, loss, norm, product, quantise, rounding, swigl
 from lowres.kernels.quantise import Quantised
 from lowres.memory import make_plans
 from lowres.meter import LiveTensors
-from lowres.model import initialize
+from lowres.model import Starts, initialize
 from lowres.rooms import GPU, Rooms
 from lowres.rules import RULES
 from lowres.runs import training_engine
@@ -194,11 +194,13 @@ def test_it_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
     assert_near(losses, Run(config, CPU).steps(20), 0.02)
 
 
-def gradients(engine: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def gradients(
+    engine: Any, dtype: torch.dtype, device: torch.device, starts: Starts | None = None, fused: bool = False
+) -> dict[str, Tensor]:
     """The gradient of every weight, from an engine that computes in dtype."""
     recorder = Recorder()
     units = make_units(SMALL, dtype=dtype if dtype == torch.float64 else None, device=device)
-    settings = EngineSettings(3, dtype, loss_chunk=50)
+    settings = EngineSettings(3, dtype, loss_chunk=50, starts=starts, fused=fused)
     engine(SMALL, units, recorder, Rooms(device), settings).step(make_batch(), 0, 1.0)
     return recorder.grads
 
@@ -212,6 +214,19 @@ def test_gradients_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float)
         wanted = exact[name]
         assert grad.dtype == torch.promote_types(dtype, torch.float32)
         assert float((grad.cpu().double() - wanted).norm() / wanted.norm()) < tolerance, name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_documents_apart_equal_the_cpu_reference(dtype: torch.dtype, tolerance: float, fused: bool) -> None:
+    """data.document_mask. Some documents have one token, and some a whole sequence."""
+
+    starts = Starts(lambda tokens: tokens < 20)
+    exact = gradients(AutogradEngine, torch.float64, CPU, starts)
+    with forms.using(DEVICE.type, fused):
+        found = gradients(LayerwiseEngine, dtype, DEVICE, starts, fused)
+    for name, grad in found.items():
+        assert float((grad.cpu().double() - exact[name]).norm() / exact[name].norm()) < tolerance, name
 
 
 @pytest.mark.parametrize("weights", ["int8", "fp32"])

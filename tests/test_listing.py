@@ -55,6 +55,7 @@ def refusal(source: str | Source) -> str:
         (["train", "dev", "evaluation"], "TVE"),
         (["a", "b", "val"], "TTV"),  # the plain word needs no "train"
         (["a", "validation/x"], "TV"),
+        (["ops/a", "dev/a", "eval/b"], "TTT"),  # may mean something else
         (["my-test-set", "other"], "TT"),  # a word inside a name does
         (["my-test-set"], "T"),
         (["test", "val"], "TT"),  # nothing else to train on
@@ -140,7 +141,7 @@ def test_all_that_is_text_is_read(tmp_path: Path) -> None:
 
 
 def test_suffixes_count_in_any_case_and_kinds_mix(tmp_path: Path) -> None:
-    files = {
+    files: dict[str, bytes | str] = {
         "A.jsonl": rows("1"),
         "B.JSONL": rows("2"),
         "c.ndjson.GZ": gzip.compress(rows("3")),
@@ -150,8 +151,8 @@ def test_suffixes_count_in_any_case_and_kinds_mix(tmp_path: Path) -> None:
 
 
 def test_what_only_describes_is_left_out_beside_data(tmp_path: Path) -> None:
-    data = {"a.jsonl": rows("text " * 500)}
-    aside = {
+    data: dict[str, bytes | str] = {"a.jsonl": rows("text " * 500)}
+    aside: dict[str, bytes | str] = {
         "README.md": "# Card",
         "LICENSE": "MIT",
         "LICENSE.txt": "MIT",
@@ -203,8 +204,27 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "source" / "b.jsonl").symlink_to("a.jsonl")
     assert sorted(documents(source)) == ["a", "x"]
     found = reasons(source)
-    assert found["b.jsonl"] == "a link to a.jsonl, which is read"
+    assert found["b.jsonl"] == "the same file as a.jsonl, which is read"
     assert found["linked/"] == found["loop/"] == "a link to a folder that is read already"
+
+
+def test_the_hubs_cache_has_names_only_as_links(tmp_path: Path) -> None:
+    source = write(tmp_path / "datasets--x", {"blobs/0a1b": rows("text"), "refs/main": "0a1b"})
+    (tmp_path / "datasets--x/snapshots/r").mkdir(parents=True)
+    (tmp_path / "datasets--x/snapshots/r/train.jsonl").symlink_to("../../blobs/0a1b")
+    assert list(documents(Source(source, max_left_out=1))) == ["text"]
+    assert reasons(source)["blobs/0a1b"] == "the same file as snapshots/r/train.jsonl, which is read"
+
+
+def test_pointers_copies_and_doubles_are_said(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000000\n"
+    source = write(tmp_path, {"a.jsonl": rows("a"), "b.jsonl": pointer, "c.txt~": "old"})
+    assert "git lfs pull" in refusal(source)
+    assert list(documents(Source(source, max_left_out=1))) == ["a"]
+    assert "backup" in reasons(source)["c.txt~"]
+    double = write(tmp_path / "double", {"a.jsonl": rows("a"), "A.jsonl.gz": gzip.compress(rows("a"))})
+    assert list(documents(double)) == ["a", "a"]
+    assert [line for line in list_files(double).warnings() if "without the compression" in line]
 
 
 def test_own_output_inside_a_source_is_no_text(tmp_path: Path) -> None:

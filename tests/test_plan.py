@@ -18,6 +18,7 @@ from lowres import rng, target
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.engine import LayerwiseEngine, layerwise, working
+from lowres.engine.common import Documents
 from lowres.errors import UserError
 from lowres.memory import ADAPTERS, GIB, Choice, Crew, Plan, choice, make_plan, make_plans, trace
 from lowres.memory.choice import _Planner
@@ -51,7 +52,9 @@ def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan
         live.reset()
         step = relora.start_step + relora.cycle_steps - 1 if adapted else 0  # with adapters one that merges
         assert isinstance(engine, LayerwiseEngine)
-        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False)
+        # the plan assumes one document in each sequence
+        many: Documents = [(length - 9, 8, 1)] * len(batch) if config.data.document_mask else None
+        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=many)
         found = held(units, plan.choice.homes, rooms) | phases(live, rooms)
         left = live.current[GPU] - sum(size for (_, room), size in rooms.held().items() if room == GPU)
         found["projections", GPU] = left  # which are in no slab
@@ -107,6 +110,8 @@ def test_the_plan_is_what_a_whole_step_takes(path: str, part: str) -> None:
         ("llama_7b_8gb", "run", ["memory.compute=int8"]),
         ("llama_7b_8gb", "run", ["memory.compute=int8", "memory.compute_wgrad=dense"]),
         ("llama_7b_8gb", "run", ["memory.compute=bf16", "memory.kernels=plain"]),
+        ("llama_1b_8gb", "run", ["data.document_mask=true"]),
+        ("tiny", "run", ["data.document_mask=true", "memory.compute=bf16", "memory.kernels=plain"]),
         ("relora_7b_24gb", ADAPTERS, ["memory.compute=int8"]),
     ],
 )

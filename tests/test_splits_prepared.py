@@ -15,7 +15,7 @@ import pytest
 
 from lowres.config import DataConfig
 from lowres.data import hashes as hashes_module
-from lowres.data import open_data, open_text, prepare
+from lowres.data import open_data, open_text, open_tokenizer, prepare
 from lowres.data import survey as survey_module
 from lowres.data import validation as validation_module
 from lowres.data.ahead import read_ahead
@@ -330,9 +330,7 @@ def test_few_tokens_of_much_text_are_read_from_its_beginning(
 
 def texts_of_beginning(folder: Path) -> list[str]:
     """The whole documents among the training tokens, the last of which may be cut."""
-    from lowres.data import Tokenizer
-
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
     ids = tokens_of(folder, "train")
     ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_id]
     starts = [0, *(end + 1 for end in ends)]
@@ -410,6 +408,31 @@ def test_files_that_break_between_the_passes_are_an_error(
 
     assert "b.jsonl" in after('{"text": "a"}\n{"text": "b"}\n{"tex')
     assert "b.jsonl" in after('{"text": "a"}\n')
+
+
+def test_a_damaged_file_before_the_place_of_a_stop_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": "Whole row."}) + '\n{"tex')
+    for i in range(4):
+        write_source(folder / f"b{i}.jsonl", TRAIN[30 * i : 30 * i + 30])
+    source = Source(str(folder), damaged="skip")
+    options: dict[str, Any] = {"vocab_size": 300, "progress": False, "shard_tokens": 500}
+    prepare(source, tmp_path / "straight", **options)
+    store = prepare_module.store_shard
+
+    def stopping(out: Path, name: str, *rest: Any) -> Any:
+        if name == "train_00008.bin":
+            raise KeyboardInterrupt
+        return store(out, name, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "store_shard", stopping)
+        prepare(source, tmp_path / "out", **options)
+    prepare(source, tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 def test_settings_of_the_command_line(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     step_00001000/
         embed.safetensors, layers.0.safetensors, ..., head.safetensors    weights and optimizer state
-        tokenizer.model                                                   as in the run
+        tokenizer.model (or .json)                                        as in the run
         state.json                                                        `State`
         manifest.json                                                     size and BLAKE2b of each, sealed
 
@@ -97,13 +97,33 @@ class Best(Record):
     val_loss: float
 
 
+class MixedPart(Record):
+    """A part of a mixture. before, read: sequences it gave until the present weights began, and until this
+    checkpoint. A part that the run does not have any more has weight 0."""
+
+    name: str
+    fingerprint: str
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    before: Count
+    read: Count
+
+
+class Mixture(Record):
+    """The mixture of a run. since: the sequence of the run from which on the present weights count."""
+
+    since: Count
+    parts: list[MixedPart]
+
+
 class State(Record):
     """What a run needs besides weights and optimizer state.
 
     tokens: trained on so far. data, validation: fingerprints. config: the resolved config of the run,
-    sections of keys. passed: batches that rollbacks left out. micro_batch: if it was lowered because memory
-    ran out. val_loss: of an evaluation at this step. run: its identity, which tells its checkpoints from
-    others. metrics: digest of the records up to this step. pending: records that they could not take.
+    sections of keys. mixture: None if there is one source. passed: batches that rollbacks left out.
+    micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
+    identity, which tells its checkpoints from others. metrics: digest of the records up to this step.
+    pending: records that they could not take.
     """
 
     step: Count
@@ -112,6 +132,7 @@ class State(Record):
     start: Start
     config: dict[str, dict[str, Any]] | None = None
     validation: str | None = None
+    mixture: Mixture | None = None
     passed: list[Passed] = Field(default_factory=list)
     watch: Windows = Field(default_factory=Windows)
     micro_batch: Positive | None = None
@@ -120,6 +141,11 @@ class State(Record):
     run: str | None = None
     metrics: str | None = None
     pending: list[dict[str, int | float | None]] = Field(default_factory=list)
+
+
+def passed_before(step: int, passed: Iterable[Passed]) -> int:
+    """Sequences that rollbacks left out before the update after `step` completed ones."""
+    return sum(one.sequences for one in passed if one.step <= step)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

@@ -27,12 +27,14 @@ from lowres.config.sections import (
     DataConfig,
     HealthConfig,
     LogConfig,
+    MixturePart,
     ModelConfig,
     OptimConfig,
     ReloraConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    name_of_source,
 )
 
 __all__ = [
@@ -43,12 +45,14 @@ __all__ = [
     "Config",
     "DataConfig",
     "HealthConfig",
+    "MixturePart",
     "ModelConfig",
     "OneOf",
     "OptimConfig",
     "ReloraConfig",
     "Section",
     "engine_defaults",
+    "name_of_source",
 ]
 
 

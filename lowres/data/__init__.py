@@ -2,31 +2,46 @@
 
 survey      the first pass: a sample for the tokenizer, and what is left out of the source
 validation  which text is the validation data
-tokenizer   text <-> ids, lossless
+tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces
+tokenised   sources of token ids, read where they are
 stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
+turns       whose turn it is: which part of a mixture gives which sequence
+mixture     several sources in given proportions, as one
+base        what all data have in common
 manifest    the records of a folder of prepared data: data.json and progress.json
 folder      the folder of prepared data, and which job may write to it
 inspection  what a source holds, before anything is written
-opening     prepares and opens the data of a configuration
+opening     prepares and opens one source
+mixing      the data of a configuration: one source or a mixture
 """
 
+from lowres.data.base import Data
 from lowres.data.batches import TokenData
 from lowres.data.inspection import inspect
-from lowres.data.opening import cache_bytes, open_data, open_text, source_of
+from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
+from lowres.data.mixture import MixedData, record_of_one
+from lowres.data.opening import open_text, source_of
 from lowres.data.prepare import prepare
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
 __all__ = [
+    "FILE_NAMES",
+    "Data",
+    "MixedData",
     "TokenData",
     "Tokenizer",
     "cache_bytes",
+    "find_tokenizer",
     "inspect",
     "open_data",
     "open_text",
+    "open_tokenizer",
     "prepare",
+    "record_of_one",
     "source_of",
+    "with_tokenizer",
 ]

@@ -1,6 +1,6 @@
 """The folder of prepared data: what it was made from, what is in it, and which process may write to it.
 
-tokenizer.model      the tokenizer, trained or copied
+tokenizer.model      the tokenizer, trained or copied; or tokenizer.json
 val_00000.bin        the held-out documents
 train_00000.bin ...  all other documents in the order of the source, cut into shards
 *.hashes             beside each of them, the hashes of the documents that begin in it
@@ -59,7 +59,7 @@ class Job:
     """
 
     source: Source
-    tokenizer: str | None = None
+    tokenizer: Tokenizer | None = None
     vocab_size: int | None = None
     exact_vocab: bool = True
     max_tokens: int | None = None
@@ -79,7 +79,7 @@ class Job:
         return Arguments(
             source=self.source.name,
             source_fingerprint=fingerprint(self.source),
-            tokenizer=Tokenizer(self.tokenizer).fingerprint if self.tokenizer else None,
+            tokenizer=self.tokenizer.fingerprint if self.tokenizer else None,
             vocab_size=None if self.tokenizer else self.vocab_size,
             max_tokens=self.max_tokens,
             shard_tokens=self.shard_tokens,

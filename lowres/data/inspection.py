@@ -7,9 +7,10 @@ from itertools import islice
 from typing import Any
 
 from lowres.config import DataConfig
-from lowres.data.opening import source_of
+from lowres.data.opening import given_tokenizer, source_of
+from lowres.data.tokenised import count_ids
 from lowres.data.tokenizer import Tokenizer
-from lowres.text import documents, is_stream, list_files
+from lowres.text import Listing, documents, is_stream, list_files
 from lowres.text.documents import Skipped, rows_of
 from lowres.text.opening import position
 from lowres.text.source import TEST, File, Source
@@ -81,8 +82,13 @@ class Inspection:
         for g, count in self.groups:
             read = g.part != TEST
             about = "" if count.exact else "~"
+            known = count.documents or not count.tokens
             rough = "~" if self.tokens_are_estimated else about
-            numbers = (f"{about}{count.documents:,.0f}", f"{rough}{count.tokens:,.0f}") if read else ("", "")
+            numbers = (
+                (f"{about}{count.documents:,.0f}" if known else "?", f"{rough}{count.tokens:,.0f}")
+                if read
+                else ("", "")
+            )
             made.append(
                 f"{g.part:<11} {g.kind:<14} {len(g.files):>7,} {size(g.size):>11} "
                 f"{numbers[0]:>14} {numbers[1]:>16}  {g.how if read else 'never read'}"
@@ -105,7 +111,7 @@ def inspect(config: DataConfig) -> Inspection:
     """Look at the config's source. Reads everything up to EXACT_BYTES of a kind of file, and samples above.
     Raises UserError for what `train` would refuse."""
     source = source_of(config)
-    tokenizer = Tokenizer(config.tokenizer) if config.tokenizer else None
+    tokenizer = given_tokenizer(config)
     estimated = tokenizer is None
     if is_stream(source):
         count = Count(exact=False)
@@ -114,10 +120,26 @@ def inspect(config: DataConfig) -> Inspection:
         return Inspection(source.name, [], count, [], [], estimated)
     listed = list_files(source)
     listed.check()
+    if listed.tokens:
+        return _of_ids(config, listed, tokenizer)
     skipped: Skipped = {}
     found = [(group, _counted(group, source, tokenizer, skipped)) for group in groups(listed)]
     out = left_out(listed) + [f"the rest of {error}" for error in skipped.values()]
     return Inspection(source.name, found, None, out, list(listed.notes), estimated)
+
+
+def _of_ids(config: DataConfig, listed: Listing, tokenizer: Tokenizer | None) -> Inspection:
+    """Of a source that is tokenised already: nothing is read but what says how many ids there are."""
+    found = list[tuple[Group, Count]]()
+    for group in groups(listed):
+        count = Count()
+        for file in group.files if group.part != TEST else ():
+            documents, tokens, first = count_ids(file, config.token_dtype)
+            count.documents += documents
+            count.tokens += tokens
+            count.example = count.example or (tokenizer.decode(first) if tokenizer else str(first)[1:-1])
+        found.append((group, count))
+    return Inspection(listed.source.name, found, None, left_out(listed), list(listed.notes), False)
 
 
 def _counted(group: Group, source: Source, tokenizer: Tokenizer | None, skipped: Skipped) -> Count:
@@ -145,7 +167,7 @@ def _sample(file: File, source: Source, tokenizer: Tokenizer | None, count: Coun
     for text in rows_of(file, source):
         count.add(text, tokenizer)
         if count.characters >= end:
-            return position(file.path)
+            return position(file) or file.size
     return file.size
 
 

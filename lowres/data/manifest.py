@@ -17,14 +17,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, PlainValidator, model_validator
 
 from lowres.data.shards import AGAIN, is_shard, shard_name, write_file
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, parse, seal, unseal
 from lowres.text import TRAIN
 
 FORMAT = 1
-DATA, PROGRESS, TOKENIZER = "data.json", "progress.json", "tokenizer.model"
+DATA, PROGRESS = "data.json", "progress.json"
 
 
 def _is_text(value: Any) -> str:
@@ -98,10 +98,13 @@ class Dropped(Record):
 
 
 class Position(Record):
-    """The first token that is not stored yet: token `offset` of the document at row `row`."""
+    """The first token that is not stored yet: token `offset` of the document at row `row`. The row is in the
+    source's file number `file`, which begins at `file_row`."""
 
     row: Number
     offset: Number
+    file: Number = 0
+    file_row: Number = 0
 
 
 class Started(Record):
@@ -110,13 +113,15 @@ class Started(Record):
 
 
 class Manifest(Started):
-    """What progress.json and data.json have in common once the tokenizer and the validation data exist."""
+    """What progress.json and data.json have in common once the tokenizer and the validation data exist.
+    `commit`: of the source, if it is a data set on the hub."""
 
     tokenizer: Digest
     vocab_size: Positive
     notes: list[str]
     val: list[Entry]
     train: list[Entry]
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> Manifest:
@@ -199,9 +204,10 @@ def read_progress(folder: Path) -> Started | Progress:
     return _read(folder / PROGRESS, lambda content: Progress if "tokenizer" in content else Started)
 
 
-def open_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def recorded_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """The tokenizer of a prepared folder. Raises UserError if it is not the recorded one."""
-    tokenizer = Tokenizer(folder / TOKENIZER, manifest.tokenizer, remedy=AGAIN)
+    path = find_tokenizer(folder) or folder / "tokenizer.model"
+    tokenizer = open_tokenizer(path, form="own", fingerprint=manifest.tokenizer, remedy=AGAIN)
     if tokenizer.vocab_size != manifest.vocab_size:
         raise UserError(f"{folder}: damaged (vocab_size is not that of its tokenizer); {AGAIN}")
     return tokenizer

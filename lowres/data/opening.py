@@ -16,43 +16,51 @@ from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
     DATA,
     Entry,
-    Manifest,
     Progress,
     found_in,
-    open_tokenizer,
     read_complete,
     read_progress,
+    recorded_tokenizer,
 )
-from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run, with_ends
+from lowres.data.prepare import LARGEST_DEFAULT_VOCAB, run
 from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
-from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenised import ids_of, open_corpus
+from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
-from lowres.text import Source, documents, is_stream, list_files
+from lowres.text import Listing, Source, documents, is_stream, list_files
 from lowres.text.listing import part_to_evaluate
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
+# where token ids must have the one that begins documents, if it is needed
+_SEARCHED = 1 << 22
 
 
-def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> TokenData:
-    """The data that the config names, prepared first if needed.
-
-    `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
-    most this many pieces; an existing tokenizer with more raises UserError.
-    """
-    if config.tokenizer:
-        _check_pieces(Tokenizer(config.tokenizer).vocab_size, vocab_size)
+def open_source(
+    config: DataConfig,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    of_validation: DataConfig | None = None,
+) -> TokenData:
+    """The data of the config's source, prepared first if needed; see `mixing.open_data`. of_validation: says
+    how data.val_source is read, if it is not this config."""
+    of_validation = of_validation or config
+    if (listing := _token_listing(source_of(config))) is not None:
+        return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
+    if given := given_tokenizer(config):
+        _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
         _check_pieces(config.vocab_size, vocab_size)
     if not is_stream(config.source):
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
         _check_pieces(manifest.vocab_size, vocab_size)
-        validation = _validation_folder(config, folder, manifest, progress)
+        validation = _validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
         data = TokenData(folder, config.seq_len, seed, validation)
         data.notes += _validation_notes(config, folder, manifest.train, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
@@ -63,13 +71,78 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     job = _training_job(config, vocab_size, BLOCK_TOKENS)
     stream = BlockStream(job, _cache_folder(config, job), progress)
     try:
-        validation = _validation_folder(config, stream.folder, stream.state, progress)
-        data = TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        tokenizer = recorded_tokenizer(stream.folder, stream.state)
+        validation = _validation_folder(of_validation, tokenizer, progress)
+        data = TokenData(
+            *(stream.folder, config.seq_len, seed, validation, stream), shuffle_blocks=config.shuffle_blocks
+        )
         data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
         return data
     except BaseException:
         stream.close()
         raise
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the config names; None if it names none."""
+    if not config.tokenizer:
+        return None
+    return open_tokenizer(config.tokenizer, config.tokenizer_form, config.bos, config.eos)
+
+
+def _open_ids(
+    config: DataConfig,
+    listing: Listing,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    of_validation: DataConfig,
+) -> TokenData:
+    """The data of a source that holds token ids. vocab_size: as in `open_data`, and also that of the ids if
+    nothing else says it."""
+    say(f"data: {summary(listing)}")
+    tokenizer = given_tokenizer(config)
+    validation, folder = None, None
+    if config.val_source is not None:
+        validation = _token_listing(source_of(of_validation, config.val_source))
+        if validation is None and tokenizer is None:
+            raise UserError(
+                f"data.val_source: {config.val_source} is text, and {config.source} holds token ids; set "
+                "data.tokenizer to what they were made with"
+            )
+        if validation is None and tokenizer is not None:
+            folder = _validation_folder(of_validation, tokenizer, progress)
+    corpus = open_corpus(
+        listing,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size or vocab_size,
+        seq_len=config.seq_len,
+        cache=Path(config.cache).expanduser(),
+        validation=validation,
+        hold_out=folder is None,
+    )
+    _check_pieces(corpus.tokenizer.vocab_size, vocab_size)
+    if config.vocab_size not in (None, corpus.tokenizer.vocab_size):
+        corpus.notes.append(
+            f"data.vocab_size is not used: data.tokenizer has {corpus.tokenizer.vocab_size} pieces"
+        )
+    if config.document_mask and corpus.tokenizer.bos_id not in corpus.train.head(_SEARCHED):
+        raise UserError(
+            f"data.document_mask: the ids of {config.source} do not show where documents begin; "
+            "set it to false" + ("" if tokenizer else ", or data.tokenizer to what the ids were made with")
+        )
+    return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
+
+
+def own_tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer of a prepared folder; None for another source."""
+    folder = _as_prepared(source)
+    return recorded_tokenizer(folder, read_complete(folder)) if folder else None
+
+
+def holds_ids(config: DataConfig) -> bool:
+    """Whether the config's source holds token ids."""
+    return _token_listing(source_of(config)) is not None
 
 
 def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
@@ -83,14 +156,22 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
         run(job, folder, progress)
         return folder
     recorded = read_complete(folder).tokenizer
-    if config.tokenizer and Tokenizer(config.tokenizer).fingerprint != recorded:
+    given = given_tokenizer(config)
+    if given and given.fingerprint != recorded:
         raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
     return folder
 
 
-def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
+def open_text(
+    source: str,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    token_dtype: str | None = None,
+    cache: Path = Path("data"),
+) -> Tensor:
     """All text of a source, or its own validation split, as windows in the form of `TokenData.validation`.
-    For a prepared folder: its validation tokens, which must come from this tokenizer."""
+    For a prepared folder: its validation tokens, which must come from this tokenizer. Of token ids: all, or
+    those for validation."""
     folder = _as_prepared(source)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -98,8 +179,10 @@ def open_text(source: str, tokenizer: Tokenizer, seq_len: int) -> Tensor:
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
+    if (listing := _token_listing(Source(source, token_dtype=token_dtype))) is not None:
+        return consecutive_windows(torch.from_numpy(ids_of(listing, tokenizer, cache).head(None)), seq_len)
     texts = list(documents(source, part_to_evaluate(Source(source))))
-    tokens = [with_ends(tokenizer, ids) for ids in tokenizer.encode_batch(texts)]
+    tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
 
@@ -121,11 +204,9 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
         return 0
     if found is not None and isinstance(state := read_progress(folder), Progress):
         there = sum(entry.tokens for entry in state.train)
-    if config.tokenizer:
-        pieces = Tokenizer(config.tokenizer).vocab_size
-    else:
-        pieces = job.vocab_size or LARGEST_DEFAULT_VOCAB
-    ahead = BLOCK_TOKENS  # one block is written before it is wanted
+    pieces = job.tokenizer.vocab_size if job.tokenizer else job.vocab_size or LARGEST_DEFAULT_VOCAB
+    # one block is written before it is wanted, and the first ones are wanted earlier
+    ahead = BLOCK_TOKENS * (config.shuffle_blocks + 1) // 2
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 
@@ -139,13 +220,14 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
         config.exclude,
         config.damaged,
         config.max_left_out,
+        config.token_dtype,
     )
 
 
 def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
     return Job(
         source_of(config),
-        config.tokenizer,
+        given_tokenizer(config),
         config.vocab_size or vocab_size,
         # the model may have more rows than the tokenizer has pieces
         exact_vocab=config.vocab_size is not None,
@@ -156,17 +238,16 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
     )
 
 
-def _validation_folder(config: DataConfig, training: Path, manifest: Manifest, progress: bool) -> Path | None:
+def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool) -> Path | None:
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    tokenizer = open_tokenizer(training, manifest)
     folder = _as_prepared(config.val_source)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
         source = source_of(config, config.val_source)
         part = part_to_evaluate(source)
-        job = Job(source, str(tokenizer.path), max_tokens=limit, hold_out=False, part=part)
+        job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part)
         folder = _cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
@@ -210,6 +291,14 @@ def _as_prepared(source: str) -> Path | None:
     raise UserError(
         f"{folder}: its preparation was interrupted; run `lowres data prepare` again to finish it"
     )
+
+
+def _token_listing(source: Source) -> Listing | None:
+    """The files of a source that holds token ids; None if it is anything else."""
+    if is_stream(source) or source.name == "stdlib" or _as_prepared(source.name) is not None:
+        return None
+    listing = list_files(source)
+    return listing if listing.tokens else None
 
 
 def _cache_folder(config: DataConfig, job: Job) -> Path:

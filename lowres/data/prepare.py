@@ -1,9 +1,9 @@
 """From a source to a folder of token shards, in two passes over the text.
 
 The first pass (survey.py) decides on the tokenizer and the validation data; the second pass writes the
-training shards. Every document is stored as bos, its tokens, eos. Files are written under a temporary name
-and then renamed, and everything is a pure function of the source and the arguments. So a preparation that
-was killed at any moment continues after its last shard and produces the same bytes.
+training shards. Every document is stored with its ends (`Tokenizer.with_ends`). Files are written under a
+temporary name and then renamed, and everything is a pure function of the source and the arguments. So a
+preparation that was killed at any moment continues after its last shard and produces the same bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,6 @@ from lowres.data.hashes import Seen, content_hash, read_hashes
 from lowres.data.manifest import (
     FORMAT,
     PROGRESS,
-    TOKENIZER,
     Complete,
     Dropped,
     End,
@@ -42,18 +41,19 @@ from lowres.data.manifest import (
     Position,
     Progress,
     Started,
-    open_tokenizer,
     read_complete,
+    recorded_tokenizer,
     write,
 )
 from lowres.data.shards import shard_name, token_dtype, write_file
 from lowres.data.survey import Survey, quiet_bar, survey
-from lowres.data.tokenizer import Tokenizer, train
+from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
+from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
 from lowres.ranks import say
-from lowres.text import Source, numbered_documents
+from lowres.text import Marks, Source, numbered_documents, pinned
 from lowres.text.documents import Skipped
 from lowres.text.source import as_source
 
@@ -68,6 +68,9 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | None = None,
+    tokenizer_form: Form | None = None,
+    bos: str | int | None = None,
+    eos: str | int | None = None,
     vocab_size: int | None = None,
     max_tokens: int | None = None,
     drop_duplicates: bool = False,
@@ -77,16 +80,16 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenise a source into the folder `out`; returns the content of its data.json.
 
-    `tokenizer`: path of a SentencePiece model; without it, one with `vocab_size` pieces is trained (the
-    default depends on the size of the text). `max_tokens`: limit on the training tokens; then what is held
-    out, and what the tokenizer is trained on, come from the beginning of the source, 8 characters for each
-    token and at least LOOKAHEAD_CHARS. `drop_duplicates` and `max_overlap`: the keys of [data]. The key
-    `notes` of the result lists notes for the user. Raises UserError if the folder holds something else; if
-    the source cannot be used, nothing is written.
+    `tokenizer`, `tokenizer_form`, `bos`, `eos`: as the keys of the section data; without a tokenizer, one
+    with `vocab_size` pieces is trained (the default depends on the size of the text). `max_tokens`: limit on
+    the training tokens; then what is held out, and what the tokenizer is trained on, come from the beginning
+    of the source, 8 characters for each token and at least LOOKAHEAD_CHARS. `drop_duplicates` and
+    `max_overlap`: the keys of [data]. The key `notes` of the result lists notes for the user. Raises
+    UserError if the folder holds something else; if the source cannot be used, nothing is written.
     """
     job = Job(
         as_source(source),
-        tokenizer,
+        open_tokenizer(tokenizer, tokenizer_form, bos, eos) if tokenizer else None,
         vocab_size,
         max_tokens=max_tokens,
         shard_tokens=shard_tokens,
@@ -140,29 +143,39 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
 @dataclass(frozen=True)
 class _Plan:
-    """The result of the first pass; `model`: the content of the tokenizer's file."""
+    """The result of the first pass; `tokenizer`: name and content of its file; `commit`: see
+    `manifest.Manifest`."""
 
     survey: Survey
-    model: bytes
+    tokenizer: tuple[str, bytes]
     notes: list[str]
+    commit: str | None
 
 
 def _plan(job: Job, progress: bool) -> _Plan:
-    seen = survey(job.source, job.hold_out, progress, job.part, job.max_tokens)
-    notes = list(seen.notes)
+    fixed = pinned(job.source)
+    commit = fixed.source.commit
+    seen = survey(fixed.source, job.hold_out, progress, job.part, job.max_tokens)
+    notes = [*fixed.notes, *seen.notes]
+    if fixed.validation and job.hold_out:
+        notes.append(
+            f'data.val_source = "{fixed.validation}" validates on the split of the data set instead of '
+            "documents that are held out"
+        )
     if seen.validation:
         documents = len(seen.validation.held_out.hashes)
         notes += check_overlap(seen.overlap, documents, job.max_overlap, job.source.name)
     if job.tokenizer:
-        return _Plan(seen, Path(job.tokenizer).read_bytes(), notes)
-    asked = job.vocab_size or _default_vocab(seen, job.max_tokens)
+        given = job.tokenizer
+        return _Plan(seen, (given.file_name, given.content), notes + given.notes, commit)
+    asked = job.vocab_size or default_vocab(seen, job.max_tokens)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     if pieces != asked:
         notes.append(f"vocab_size: the text gives only {pieces} pieces instead of {asked}")
-    return _Plan(seen, model, notes)
+    return _Plan(seen, (SentencePieceTokenizer.file_name, model), notes, commit)
 
 
-def _default_vocab(seen: Survey, max_tokens: int | None) -> int:
+def default_vocab(seen: Survey, max_tokens: int | None = None) -> int:
     """A vocabulary size for a model of a size that fits the amount of text."""
     characters = seen.characters if seen.complete else 4 * (max_tokens or sys.maxsize)
     if characters >= 200_000_000:
@@ -174,12 +187,13 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     """Write tokenizer, validation data and progress.json."""
     # marks the folder as this job's, in case the next lines are interrupted
     write(out / PROGRESS, Started(format=FORMAT, arguments=job.arguments))
-    write_file(out / TOKENIZER, plan.model)
-    tokenizer = Tokenizer(out / TOKENIZER)
+    name, content = plan.tokenizer
+    write_file(out / name, content)
+    tokenizer = open_tokenizer(out / name, form="own")
     val, notes, validation = [], plan.notes, plan.survey.validation
     if validation:
         ids = tokenizer.encode_batch(validation.texts)
-        tokens = np.concatenate([with_ends(tokenizer, of_document) for of_document in ids])
+        tokens = np.concatenate([tokenizer.with_ends(of_document) for of_document in ids])
         val = [store_shard(out, shard_name("val", 0), tokens, validation.hashes, tokenizer)]
         notes = notes + size_notes(len(tokens), validation.what)
     held_out = validation.held_out if validation else HeldOut()
@@ -199,6 +213,7 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
         ),
         next=Position(row=0, offset=0),
         skipped=plan.survey.skipped,
+        commit=plan.commit,
     )
     write(out / PROGRESS, state)
     return state
@@ -233,25 +248,32 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     """
     if isinstance(state, Complete):
         return
-    tokenizer = open_tokenizer(out, state)
+    tokenizer = recorded_tokenizer(out, state)
     size = state.arguments.shard_tokens
     left = (job.max_tokens or sys.maxsize) - sum(shard.tokens for shard in state.train)
     with tqdm(
         desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
     ) as bar:
-        documents = _encoded(job, out, tokenizer, state, bar)
+        # what damaged files hold is compared with the first pass, so all of them are read again
+        whole = job.source.damaged == "skip" and state.characters is not None
+        marks = Marks() if whole else Marks(state.next.file_row, state.next.file)
+        documents = _encoded(job, out, tokenizer, state, bar, marks)
         for tokens, hashes, following, dropped in _cut(documents, state, size, left, tokenizer.vocab_size):
             state = state.model_copy(update={"dropped": dropped})
             if not len(tokens):
                 break  # the end of the source
             shard = store_shard(out, shard_name("train", len(state.train)), tokens, hashes, tokenizer)
-            state = state.model_copy(update={"train": [*state.train, shard], "next": following})
+            first, file = marks.before(following.row)
+            place = following.model_copy(update={"file": file, "file_row": first})
+            state = state.model_copy(update={"train": [*state.train, shard], "next": place})
             write(out / PROGRESS, state)
             yield state.train
     finish(out, state)
 
 
-def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm) -> Iterator[_Document]:
+def _encoded(
+    job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm, marks: Marks
+) -> Iterator[_Document]:
     """The training documents from row `state.next.row` on, and at last the end of the source."""
     record, following = state.held_out, state.next
     ends = {end.row: end.start for end in record.ends}
@@ -262,7 +284,8 @@ def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tq
     skipped: Skipped = {}
     left_out, duplicates = state.dropped.held_out, state.dropped.duplicates
     row = following.row
-    rows = numbered_documents(job.source, following.row, job.part, skipped)
+    source = replace(job.source, commit=state.commit)
+    rows = numbered_documents(source, following.row, job.part, skipped, marks)
     # a stream or a slow disk is waited for while a batch is tokenised
     for batch in read_ahead(_batches(rows), _characters, _AHEAD_CHARS):
         kept: list[tuple[int, int, Dropped]] = []
@@ -285,7 +308,7 @@ def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tq
         ids = deque(tokenizer.encode_batch(parts))
         del parts
         for row, hash, dropped in kept:
-            yield _Document(row, with_ends(tokenizer, ids.popleft()), hash, dropped)
+            yield _Document(row, tokenizer.with_ends(ids.popleft()), hash, dropped)
     _check_skipped(job.source, state, skipped, at_end=True)
     yield _Document(row, np.empty(0, np.int32), 0, Dropped(held_out=left_out, duplicates=duplicates))
 
@@ -328,11 +351,6 @@ def _check_skipped(source: Source, state: Progress, skipped: Skipped, at_end: bo
             f"{source.name}: {other[0]} is damaged in another way than when it was first read"
             f" ({skipped.get(other[0], 'now it is whole')}); check the disk, and prepare into another folder"
         )
-
-
-def with_ends(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """int32 [tokens + 2]: a document as it is stored: bos, its tokens, eos."""
-    return np.concatenate(([tokenizer.bos_id], ids, [tokenizer.eos_id]), dtype=np.int32)
 
 
 def _cut(

@@ -67,6 +67,20 @@ class EvenSample:
                 self._every *= 2
 
 
+def sample(source: Source, limit: int, lookahead: int, progress: bool) -> tuple[list[str], int, bool]:
+    """At most `limit` characters of a source, spread evenly over it, how many were read, and whether these
+    are all. lookahead: how many characters to read of a stream."""
+    found, characters = EvenSample(limit), 0
+    with tqdm(desc="sampling", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+        for _, text in numbered_documents(source):
+            found.add(text)
+            characters += len(text)
+            bar.update(len(text))
+            if is_stream(source) and characters >= lookahead:
+                return found.blocks, characters, False
+    return found.blocks, characters, True
+
+
 def survey(
     source: Source, hold_out: bool, progress: bool, part: str = TRAIN, max_tokens: int | None = None
 ) -> Survey:

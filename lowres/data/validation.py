@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from lowres.data.hashes import content_hash
 from lowres.errors import UserError
-from lowres.text import VALIDATION, Source, list_files, without_surrogates
-from lowres.text.documents import Skipped, rows_of
+from lowres.text import VALIDATION, Source, without_surrogates
+from lowres.text.documents import Skipped, files_of, rows_of
 
 VAL_CHARS = 4_000_000
 VAL_PART = 0.05
@@ -151,7 +151,7 @@ class _Ends:
 
 def own_split(source: Source, skipped: Skipped) -> Validation | None:
     """The documents of the source's own validation split; None if there is none with text."""
-    files = list_files(source).part(VALIDATION)
+    files = files_of(source, VALIDATION)
     kept: list[list[tuple[int, str]]] = []
     sizes: list[int] = []
     cut = False

@@ -16,7 +16,7 @@ from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
 from lowres.engine.common import Choice, EngineSettings, StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
-from lowres.model import Units, is_adapted
+from lowres.model import Starts, Units, is_adapted
 from lowres.rooms import Rooms
 from lowres.storage import Unit
 
@@ -75,10 +75,17 @@ class Engine(Protocol):
 
 
 def make_engine(
-    config: Config, units: Units, optimizer: Updater | None, rooms: Rooms, choice: Choice
+    config: Config,
+    units: Units,
+    optimizer: Updater | None,
+    rooms: Rooms,
+    choice: Choice,
+    starts: Starts | None = None,
 ) -> Engine:
     """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate;
-    the layerwise engine then also serves a deepspeed run. choice: see the plan."""
-    settings = EngineSettings.of(config, choice, rooms.device, is_adapted(units))
+    the layerwise engine then also serves a deepspeed run. choice: see the plan. starts: see
+    `EngineSettings`; given if data.document_mask asks for it."""
+    assert (starts is not None) == config.data.document_mask
+    settings = EngineSettings.of(config, choice, rooms.device, is_adapted(units), starts)
     engine = AutogradEngine if config.memory.engine == "autograd" else LayerwiseEngine
     return engine(config.model, units, optimizer, rooms, settings)

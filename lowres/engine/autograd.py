@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
-from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, square
+from lowres.engine.common import (
+    Documents,
+    EngineSettings,
+    Limits,
+    StepReport,
+    Updater,
+    apart,
+    documents_of,
+    split,
+    square,
+)
 from lowres.model import Dropout, Llama, Units
 from lowres.rooms import Rooms
 from lowres.storage import Unit
@@ -68,7 +78,7 @@ class AutogradEngine:
     ) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
-        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
+        inputs, targets, count, documents = self._micro_batches(batch)
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self.model.named_parameters()
@@ -77,8 +87,8 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
         self.rooms.phase = "forward and backward"
-        for tokens, wanted in zip(inputs, targets, strict=True):
-            loss = self.model(self._here(tokens), self._here(wanted), self.settings.loss_chunk)
+        for tokens, wanted, lengths in zip(inputs, targets, documents, strict=True):
+            loss = self.model(self._here(tokens), self._here(wanted), self.settings.loss_chunk, lengths)
             (loss / count).backward()
             total += loss.detach()
             for name, grad in grads.items():
@@ -94,6 +104,10 @@ class AutogradEngine:
             report = self._update(grads, total / count, step, schedule, rehearsal, allowed)
         self.rooms.phase = ""
         return report
+
+    def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
+        parts = split(batch, self.settings.micro_batch, self.rooms)
+        return apart(*parts, self.rooms, self.settings.starts)
 
     def _here(self, tokens: Tensor) -> Tensor:
         """A micro-batch on the device. It is page-locked, so the host does not wait for the copy."""
@@ -131,17 +145,18 @@ class AutogradEngine:
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         self._load()
-        inputs, targets, count = split(batch, self.settings.micro_batch, self.rooms)
+        inputs, targets, count, documents = self._micro_batches(batch)
         losses = [
-            self.model(self._here(i), self._here(t), self.settings.loss_chunk)
-            for i, t in zip(inputs, targets, strict=True)
+            self.model(self._here(i), self._here(t), self.settings.loss_chunk, lengths)
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
         ]
         return float(torch.stack(losses).sum()), count
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._load()
-        return self.model(tokens.to(self.device))[:, -1].float()
+        documents = documents_of(tokens, self.settings.starts)
+        return self.model(tokens.to(self.device), documents=documents)[:, -1].float()
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowres.config import Config, ReloraConfig
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.kernels import forms
+from lowres.model import Lengths, Starts, lengths_of
 from lowres.rooms import HOST, Homes, Rooms
 from lowres.storage import FORMATS, Unit, compute_dtype
 from lowres.target import CUDA, kind_of
@@ -51,7 +52,8 @@ class EngineSettings:
     dimension of working copies is a multiple of this many elements (`TensorSpec.inner`), because tensor
     cores want rows of a multiple of 16 bytes. int8: multiply the codes of INT8 weights; wide_gradients:
     except in the products for their gradients. transposes: INT8 products need both operands contiguous along
-    the sum, so the backward pass transposes codes. fused: see `lowres.engine.fused`.
+    the sum, so the backward pass transposes codes. fused: see `lowres.engine.fused`. starts: where documents
+    start that do not see each other; None if all tokens before are context.
     """
 
     micro_batch: int
@@ -69,9 +71,17 @@ class EngineSettings:
     wide_gradients: bool = False
     transposes: bool = False
     fused: bool = False
+    starts: Starts | None = None
 
     @classmethod
-    def of(cls, config: Config, choice: Choice, device: torch.device, adapted: bool) -> EngineSettings:
+    def of(
+        cls,
+        config: Config,
+        choice: Choice,
+        device: torch.device,
+        adapted: bool,
+        starts: Starts | None = None,
+    ) -> EngineSettings:
         """The settings of a run, with adapters or without."""
         kept = config.memory
         compute, on_gpu = compute_dtype(kept.activations_in, device), kind_of(device) == "cuda"
@@ -94,6 +104,7 @@ class EngineSettings:
             int8 and kept.compute_wgrad == "dense",
             int8 and on_gpu,
             int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu and forms.possible(CUDA)),
+            starts,
         )
 
     @property
@@ -148,15 +159,40 @@ def on_host(batch: Tensor, rooms: Rooms) -> tuple[Tensor, Tensor, int]:
     with rooms.allocate_in(HOST):
         inputs, targets = inputs_and_targets(batch)
         count = max(1, int((targets != IGNORED).sum()))
-        if rooms.device.type == "cuda":  # so that the host does not wait for the copy to the device
-            inputs, targets = inputs.contiguous().pin_memory(), targets.contiguous().pin_memory()
-    return inputs, targets, count
+        return _locked(inputs, rooms), _locked(targets, rooms), count
+
+
+def _locked(tokens: Tensor, rooms: Rooms) -> Tensor:
+    """Page-locked for CUDA, so that the host does not wait for the copy to the device."""
+    return tokens.contiguous().pin_memory() if rooms.device.type == "cuda" else tokens
 
 
 def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
     """`on_host` with inputs and targets of each micro-batch."""
     inputs, targets, count = on_host(batch, rooms)
     return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
+
+
+Documents = list[Lengths] | None  # those of every sequence; None: each sequence is one
+
+
+def apart(
+    inputs: list[Tensor], targets: list[Tensor], count: int, rooms: Rooms, starts: Starts | None
+) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
+    """What `split` returns, and the documents of each micro-batch. A document's first token is no target, as
+    nothing in the document predicts it, unless it is what ends the one before."""
+    if starts is None:
+        return inputs, targets, count, [None] * len(inputs)
+    with rooms.allocate_in(HOST):
+        if not starts.predicted:
+            targets = [_locked(part.masked_fill(starts.where(part), IGNORED), rooms) for part in targets]
+        count = max(1, sum(int((part != IGNORED).sum()) for part in targets))
+        return inputs, targets, count, [documents_of(part, starts) for part in inputs]
+
+
+def documents_of(tokens: Tensor, starts: Starts | None) -> Documents:
+    """The documents in tokens [S, T]."""
+    return None if starts is None else lengths_of(starts.where(tokens))
 
 
 def square(grad: Tensor) -> Tensor:

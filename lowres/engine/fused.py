@@ -33,7 +33,7 @@ from lowres.kernels.product import along_sum, multiply
 from lowres.kernels.quantise import Quantised, quantise_columns, quantise_rows
 from lowres.kernels.rotary import rotate
 from lowres.kernels.swiglu import swiglu, swiglu_backward, swiglu_quantised
-from lowres.model import Dropout, Operations, lora, split_heads
+from lowres.model import Dropout, Operations, Positions, lora, split_heads
 from lowres.storage import Int8, Storage, TensorSpec
 
 
@@ -297,14 +297,14 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.mark_dirty(x)
         ctx.tables = cos, sin
-        rotate(x.unflatten(-1, (-1, cos.shape[1])), cos, sin)
+        rotate(x.unflatten(-1, (-1, cos.shape[-1])), cos, sin)
         return x
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
         dx = dx.clone(memory_format=torch.contiguous_format)  # autograd may give the same tensor to others
         cos, sin = ctx.tables
-        rotate(dx.unflatten(-1, (-1, cos.shape[1])), cos, sin, inverse=True)
+        rotate(dx.unflatten(-1, (-1, cos.shape[-1])), cos, sin, inverse=True)
         return dx, None, None
 
 
@@ -326,8 +326,9 @@ class FusedOperations(Operations):
     def gated(self, gate: Tensor, up: Tensor, weight: Any, valued: bool) -> Tensor:
         return self._node(_Gated(), [weight], [gate, up], valued)[0]
 
-    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return split_heads(_Rotate.apply(x, *rope), rope[0].shape[1])
+    def rotate(self, x: Tensor, positions: Positions) -> Tensor:
+        rotated = _Rotate.apply(x, positions.cos, positions.sin)
+        return split_heads(rotated, positions.cos.shape[-1])
 
     @staticmethod
     def _node(

@@ -33,7 +33,17 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
-from lowres.engine.common import EngineSettings, Limits, StepReport, Updater, split, sum_of_squares
+from lowres.engine.common import (
+    Documents,
+    EngineSettings,
+    Limits,
+    StepReport,
+    Updater,
+    apart,
+    documents_of,
+    split,
+    sum_of_squares,
+)
 from lowres.engine.fused import FusedWeights, norm_backward
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
 from lowres.engine.pieces import Additions, Size
@@ -50,7 +60,16 @@ from lowres.engine.working import (
 )
 from lowres.kernels import loss as loss_kernels
 from lowres.kernels import norm as norm_kernels
-from lowres.model import EMBEDDING_NAME, Dropout, Units, block, block_terms, rms_norm, rope_tables
+from lowres.model import (
+    EMBEDDING_NAME,
+    Dropout,
+    Positions,
+    Units,
+    block,
+    block_terms,
+    rms_norm,
+    rope_tables,
+)
 from lowres.rooms import Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 from lowres.target import chunks, kind_of
@@ -112,7 +131,8 @@ class LayerwiseEngine:
         )
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
-        self._rope: tuple[Tensor, Tensor]  # for the reserved length
+        self._whole: Positions  # in sequences of the reserved length
+        self._documents: Documents = None  # of the batch at work
 
     def _forward_visits(self) -> list[Visit]:
         return [Visit(("embed",)), *(Visit(band) for band in self.bands)]
@@ -141,7 +161,7 @@ class LayerwiseEngine:
         bands, homes = len(self.bands) if training else 0, self.settings.homes
         if self._boundaries is None or not self._boundaries.holds(sequences, length, bands):
             self._boundaries = None  # free the memory before the new ones are allocated
-            self._rope = self._rotary_tables(length)
+            self._whole = self._rotary_tables(length)
             self._boundaries = Boundaries(
                 self.rooms,
                 self._boundaries_mover,
@@ -154,12 +174,16 @@ class LayerwiseEngine:
             )
         return self._boundaries
 
-    def _rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+    def _rotary_tables(self, length: int) -> Positions:
         (slab,) = self.rooms.make(self.layout.rotary(length))
         cos, sin = slab.view(torch.float32).view(2, length, -1).unbind()
         for kept, table in zip((cos, sin), rope_tables(self.config, length, self.device), strict=True):
             kept.copy_(table)
-        return cos, sin
+        return Positions(cos, sin)
+
+    def _positions(self, part: slice) -> Positions:
+        """Of the tokens of a micro-batch."""
+        return self._whole.within(None if self._documents is None else self._documents[part])
 
     # a visit
 
@@ -213,9 +237,12 @@ class LayerwiseEngine:
                     x, self.dropout.first = here.get(part), part.start
                     if training and not through_stash:
                         stash[band].put(part, x)
-                    for w in layers:
-                        x = block(x, w, self._rope, self.config, self._weights.operations)
-                    there.put(part, x)
+                    there.put(part, self._through(x, layers, self._positions(part)))
+
+    def _through(self, x: Tensor, layers: list[dict[str, Any]], positions: Positions) -> Tensor:
+        for w in layers:
+            x = block(x, w, positions, self.config, self._weights.operations)
+        return x
 
     def _micro_batches(self, batch: Tensor) -> list[slice]:
         """The sequences of each micro-batch."""
@@ -322,18 +349,19 @@ class LayerwiseEngine:
         the band's output into the gradient of its input."""
         self._additions.end = part.stop
         x, self.dropout.first = stash.get(part).detach().requires_grad_(), part.start
-        outputs, dy = self._recompute(x, layers), carry.get(part)
+        outputs, dy = self._recompute(x, layers, self._positions(part)), carry.get(part)
         torch.autograd.backward(outputs, (dy, dy))
         assert x.grad is not None
         carry.put(part, x.grad)
 
-    def _recompute(self, x: Tensor, layers: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    def _recompute(
+        self, x: Tensor, layers: list[dict[str, Any]], positions: Positions
+    ) -> tuple[Tensor, Tensor]:
         """The two terms of a band's output, with their graph; the value of the second is not computed."""
         with torch.enable_grad():
+            x = self._through(x, layers[:-1], positions)
             operations = self._weights.operations
-            for w in layers[:-1]:
-                x = block(x, w, self._rope, self.config, operations)
-            return block_terms(x, layers[-1], self._rope, self.config, operations, recomputed=True)
+            return block_terms(x, layers[-1], positions, self.config, operations, recomputed=True)
 
     def _backward_embedding(self, inputs: Tensor, carry: Boundary, part: slice) -> None:
         grad = self._grads["embed"][EMBEDDING_NAME]
@@ -356,19 +384,21 @@ class LayerwiseEngine:
         norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
-        inputs, targets, count = self._on_device(batch)
+        inputs, targets, count, documents = self._on_device(batch)
         allowed = Limits.of(norm_limit, loss_limit)
-        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed)
+        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed, documents)
         numbers = torch.stack(results).tolist()  # the only wait for the device
         loss, norm, updated, *norms = numbers
         by_unit = dict(zip(self._units, norms, strict=True))
         return StepReport(loss, norm, len(self._units) - int(updated), by_unit)
 
-    def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Inputs and targets, and the number of targets that count: 16 bytes a token, copied once."""
-        (inputs,), (targets,), count = split(batch, len(batch), self.rooms)
+    def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int, Documents]:
+        """Inputs and targets, the number of targets that count, and the documents: 16 bytes a token, copied
+        once."""
+        whole = split(batch, len(batch), self.rooms)
+        (inputs,), (targets,), count, (documents,) = apart(*whole, self.rooms, self.settings.starts)
         inputs, targets = (tokens.to(self.device, non_blocking=True) for tokens in (inputs, targets))
-        return inputs, targets, count
+        return inputs, targets, count, documents
 
     @torch.no_grad()
     def enqueue(
@@ -380,15 +410,17 @@ class LayerwiseEngine:
         schedule: float,
         rehearsal: bool,
         limits: Limits = Limits(),  # noqa: B008 - frozen
+        documents: Documents = None,
     ) -> list[Tensor]:
-        """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], count: see
-        `split`; on the device.
+        """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], on the device;
+        count, documents: see `apart`.
 
         Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated, and
         the norm of the gradient of every unit. Once the host has read them, all copies are done and host
         slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
+        self._documents = documents
         kept = self.reserve(len(inputs), inputs.shape[1], training=True)
         backward, clip = self._backward_visits(), self.settings.grad_clip
         norm_only = [Visit(visit.units) for visit in backward] if clip else []
@@ -467,7 +499,7 @@ class LayerwiseEngine:
     @_settled
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        inputs, targets, count = self._on_device(batch)
+        inputs, targets, count, self._documents = self._on_device(batch)
         kept = self.reserve(len(inputs), inputs.shape[1], training=False)
         loss = self._sequences.again(len(inputs), partial(self._loss, inputs, targets, kept))
         self._join()
@@ -479,13 +511,13 @@ class LayerwiseEngine:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._residence.begin([*self._forward_visits(), Visit(("head",))])
-        rope = rope_tables(self.config, tokens.shape[1], self.device)
+        whole = Positions(*rope_tables(self.config, tokens.shape[1], self.device))
+        positions = whole.within(documents_of(tokens, self.settings.starts))
         with self._residence.visit() as (embed,):
             x = embed.weights[EMBEDDING_NAME].rows(tokens.to(self.device), self.compute)
         for _ in self.bands:
             with self._residence.visit() as units:
-                for w in self._working(units):
-                    x = block(x, w, rope, self.config, self._weights.operations)
+                x = self._through(x, self._working(units), positions)
         with self._residence.visit() as units:
             (w,) = self._working(units)
             normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)

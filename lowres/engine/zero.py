@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
-from lowres.engine.common import Limits, StepReport, split
+from lowres.engine.common import Documents, Limits, StepReport, apart, documents_of, split
 from lowres.errors import UserError
-from lowres.model import Llama, storage_kinds, unit_specs
+from lowres.model import Llama, Starts, storage_kinds, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Rooms
 from lowres.storage import (
@@ -238,9 +238,18 @@ class Fragment:
 class ZeroEngine:
     """Engine interface: see `lowres.engine.Engine`."""
 
-    def __init__(self, config: Config, optimizer: Optimizer, micro_batch: int, rooms: Rooms) -> None:
-        """optimizer: gives the learning rates and weight decays; DeepSpeed does the updates."""
-        self.config, self.rooms, self.device = config, rooms, rooms.device
+    def __init__(
+        self,
+        config: Config,
+        optimizer: Optimizer,
+        micro_batch: int,
+        rooms: Rooms,
+        starts: Starts | None = None,
+    ) -> None:
+        """optimizer: gives the learning rates and weight decays; DeepSpeed does the updates. starts: see
+        `EngineSettings`."""
+        assert (starts is not None) == config.data.document_mask
+        self.config, self.rooms, self.device, self.starts = config, rooms, rooms.device, starts
         self.micro_batch = min(micro_batch, config.batch_sequences // ranks.size())
         self.loss_chunk = config.memory.loss_chunk
         self.specs = unit_specs(config.model)
@@ -284,6 +293,9 @@ class ZeroEngine:
 
     # the step
 
+    def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
+        return apart(*split(batch, self.micro_batch, self.rooms), self.rooms, self.starts)
+
     def step(
         self,
         batch: Tensor,
@@ -293,16 +305,16 @@ class ZeroEngine:
         norm_limit: float | None = None,
         loss_limit: float | None = None,
     ) -> StepReport:
-        _, _, count = split(batch, self.micro_batch, self.rooms)
-        inputs, targets, _ = split(ranks.share(batch, IGNORED), self.micro_batch, self.rooms)
+        _, _, count, _ = self._micro_batches(batch)
+        inputs, targets, _, documents = self._micro_batches(ranks.share(batch, IGNORED))
         for group, kept in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = kept.lr * schedule
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self._engine.train()
-        for i, (tokens, wanted) in enumerate(zip(inputs, targets, strict=True)):
+        for i, (tokens, wanted, lengths) in enumerate(zip(inputs, targets, documents, strict=True)):
             last = i == len(inputs) - 1
             self._engine.set_gradient_accumulation_boundary(last)
-            loss = self._engine(tokens.to(self.device), wanted.to(self.device), self.loss_chunk)
+            loss = self._engine(tokens.to(self.device), wanted.to(self.device), self.loss_chunk, lengths)
             total += loss.detach()
             # DeepSpeed takes the mean over the ranks
             weight = ranks.size() / count
@@ -319,19 +331,20 @@ class ZeroEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        _, _, count = split(batch, self.micro_batch, self.rooms)
-        inputs, targets, _ = split(ranks.share(batch, IGNORED), self.micro_batch, self.rooms)
+        _, _, count, _ = self._micro_batches(batch)
+        inputs, targets, _, documents = self._micro_batches(ranks.share(batch, IGNORED))
         self._engine.eval()
         losses = [
-            self._engine(i.to(self.device), t.to(self.device), self.loss_chunk)
-            for i, t in zip(inputs, targets, strict=True)
+            self._engine(i.to(self.device), t.to(self.device), self.loss_chunk, lengths)
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
         ]
         return ranks.total(float(torch.stack(losses).double().sum()))[0], count
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._engine.eval()
-        return self._engine(tokens.to(self.device))[:, -1].float()
+        documents = documents_of(tokens, self.starts)
+        return self._engine(tokens.to(self.device), documents=documents)[:, -1].float()
 
     # weights and state between steps
 

@@ -10,8 +10,10 @@ from lowres.kernels.forms import NATIVE, PLAIN, TRITON, form_of
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
-    """Rotate x [B, T, H, E], contiguous, in place. cos, sin: fp32 [T, E], whose halves are equal. inverse:
-    rotate back, which is also what turns the gradient of the result into that of x."""
+    """Rotate x [B, T, H, E], contiguous, in place. cos, sin: fp32 [T, E], or [B, 1, T, E]; their halves are
+    equal. inverse: rotate back, which is also what turns the gradient of the result into that of x."""
+    if cos.dim() > 2:  # a row for every token, as in one long sequence
+        x, cos, sin = x.flatten(0, 1).unsqueeze(0), cos.flatten(0, 2), sin.flatten(0, 2)
     form, sign = form_of(x), -1.0 if inverse else 1.0
     b, t, heads, width = x.shape
     if form == NATIVE:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.device import wants_kernels
 from lowres.engine import Choice, EngineSettings, LayerwiseEngine
-from lowres.engine.common import Updater
+from lowres.engine.common import Documents, Updater
 from lowres.errors import UserError
 from lowres.kernels import forms
 from lowres.meter import LiveTensors
@@ -145,7 +145,7 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
-    key = (*parts, config.data.seq_len, kind, adapters is not None, compiled)
+    key = (*parts, config.data.seq_len, config.data.document_mask, kind, adapters is not None, compiled)
     if key not in tracers:
         tracers[key] = Tracer(config, kind, adapters, compiled)
     return tracers[key]
@@ -219,7 +219,12 @@ class Tracer:
         with engine.rooms.allocate_in(HOST):
             batch = torch.zeros(count * shape[0], shape[1], dtype=torch.int64)
         engine.reserve(len(batch), shape[1], training=True)
-        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False)
+        documents = self._documents(*batch.shape)
+        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=documents)
+
+    def _documents(self, sequences: int, length: int) -> Documents:
+        """One in each sequence: where they end does not matter to the memory."""
+        return [(length,)] * sequences if self._config.data.document_mask else None
 
     @staticmethod
     def _cut(config: Config, layers: int) -> Config:
@@ -266,7 +271,8 @@ class Tracer:
             tokens = torch.zeros(micro_batch, config.data.seq_len, dtype=torch.int64)
             live.reset()
             before = live.current[GPU]
-            llama(tokens, tokens, config.memory.loss_chunk).backward()
+            documents = self._documents(*tokens.shape)
+            llama(tokens, tokens, config.memory.loss_chunk, documents).backward()
             boundary = tokens.numel() * model.dim * dtype.itemsize
             return max(0, live.peak[GPU] - before - boundaries * boundary)
 

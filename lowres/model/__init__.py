@@ -1,9 +1,10 @@
 """The model: LLaMA, with options of related models.
 
-block    one block: the table of its tensors, and the arithmetic
-lora     low-rank adapters of its matrices
-tensors  every tensor of a whole model: specification, initial values, memory
-llama    the whole model as an ordinary `nn.Module`, used as the reference
+block      one block: the table of its tensors, and the arithmetic
+documents  attention and positions of documents that share a sequence and do not see each other
+lora       low-rank adapters of its matrices
+tensors    every tensor of a whole model: specification, initial values, memory
+llama      the whole model as an ordinary `nn.Module`, used as the reference
 """
 
 from lowres.model.block import (
@@ -23,6 +24,7 @@ from lowres.model.block import (
     rotate,
     split_heads,
 )
+from lowres.model.documents import Lengths, Positions, Starts, lengths_of, starting_with
 from lowres.model.llama import Llama
 from lowres.model.lora import Dropout, fresh_adapter
 from lowres.model.tensors import (
@@ -45,8 +47,11 @@ __all__ = [
     "INIT_STD",
     "PLAIN",
     "Dropout",
+    "Lengths",
     "Llama",
     "Operations",
+    "Positions",
+    "Starts",
     "Units",
     "Weight",
     "attention",
@@ -59,6 +64,7 @@ __all__ = [
     "fresh_adapter",
     "initialize",
     "is_adapted",
+    "lengths_of",
     "linear",
     "norm",
     "not_recomputed",
@@ -66,6 +72,7 @@ __all__ = [
     "rope_tables",
     "rotate",
     "split_heads",
+    "starting_with",
     "storage_kind",
     "storage_kinds",
     "unit_specs",

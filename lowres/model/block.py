@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lowres.config import ModelConfig
+from lowres.model.documents import Positions, attend
 from lowres.storage import BIAS, MATRIX, NORM
 
 Shape = Callable[[ModelConfig], tuple[int, ...]]
@@ -160,9 +161,8 @@ def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding of x [B, H, T, E]; computed in fp32 or better."""
-    cos, sin = rope
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [B, H, T, E]; computed in fp32 or better. cos, sin: see `Positions`."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
@@ -201,33 +201,30 @@ class Operations:
         product = F.silu(gate) * up
         return linear(product, weight) if valued else weight.last(product)
 
-    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, x: Tensor, positions: Positions) -> Tensor:
         """x [B, T, H * E] with rotary position embedding, as [B, H, T, E]. x may be overwritten."""
-        return rotate(split_heads(x, rope[0].shape[1]), rope)
+        return rotate(split_heads(x, positions.cos.shape[-1]), positions.cos, positions.sin)
 
 
 PLAIN = Operations()
 
 
 def attention(
-    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, ops: Operations = PLAIN
+    x: Tensor, w: Weights, positions: Positions, config: ModelConfig, ops: Operations = PLAIN
 ) -> Tensor:
     """Norm and causal self-attention of x [B, T, D], without the residual."""
-    b, t, _ = x.shape
     q, k, v = ops.products(x, w, "attn_norm", ("q", "k", "v"), config)
-    q = ops.rotate(heads(q, w, "q", config), rope)  # [B, H, T, E]
-    k = ops.rotate(heads(k, w, "k", config), rope)  # [B, K, T, E]
+    q = ops.rotate(heads(q, w, "q", config), positions)  # [B, H, T, E]
+    k = ops.rotate(heads(k, w, "k", config), positions)  # [B, K, T, E]
     v = split_heads(heads(v, w, "v", config), config.head_dim)
-    grouped = config.kv_heads != config.n_heads
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return ops.product(y.transpose(1, 2).reshape(b, t, -1), w["o"])
+    return ops.product(attend(q, k, v, positions.lengths), w["o"])
 
 
 def block(
-    x: Tensor, w: Weights, rope: tuple[Tensor, Tensor], config: ModelConfig, ops: Operations = PLAIN
+    x: Tensor, w: Weights, positions: Positions, config: ModelConfig, ops: Operations = PLAIN
 ) -> Tensor:
     """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
-    x, y = block_terms(x, w, rope, config, ops)
+    x, y = block_terms(x, w, positions, config, ops)
     return x + y
 
 
@@ -239,7 +236,7 @@ def not_recomputed(config: ModelConfig) -> tuple[str, ...]:
 def block_terms(
     x: Tensor,
     w: Weights,
-    rope: tuple[Tensor, Tensor],
+    positions: Positions,
     config: ModelConfig,
     ops: Operations = PLAIN,
     recomputed: bool = False,
@@ -249,7 +246,7 @@ def block_terms(
     recomputed: only for the backward pass. Products of `not_recomputed` then have a graph and no value; the
     weight provides them as `last`.
     """
-    x = x + attention(x, w, rope, config, ops)
+    x = x + attention(x, w, positions, config, ops)
     gate, up = ops.products(x, w, "mlp_norm", ("gate", "up"), config)
     valued = not (recomputed and "down" in not_recomputed(config))
     return x, ops.gated(gate, up, w["down"], valued)

@@ -5,6 +5,8 @@ It calls the functions of `lowres.model.block` with its submodules as weights.""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lowres.config import ModelConfig, ReloraConfig
 from lowres.model import lora
 from lowres.model.block import block, block_table, rms_norm, rope_tables
+from lowres.model.documents import Lengths, Positions
 from lowres.model.lora import Dropout
 from lowres.model.tensors import EMBEDDING_NAME, HEAD_NAME, unit_specs
 from lowres.storage import BIAS, TensorSpec
@@ -106,21 +109,28 @@ class Llama(nn.Module):
             return Embedding(spec.shape)
         return AdaptedLinear(spec, self.scaling, self.dropout) if spec.frozen else Linear(spec.shape)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Sequence[Lengths] | None = None) -> Tensor:
         """Normalised output of the last block [B, T, D] for tokens [B, T]; uses gradient checkpointing for
         every block."""
-        rope = rope_tables(self.config, tokens.shape[1], tokens.device)
+        tables = rope_tables(self.config, tokens.shape[1], tokens.device)
+        positions = Positions(*tables).within(documents)
         x = self.get_submodule("model.embed_tokens")(tokens)
         for i in range(self.config.n_layers):
             layer = self.get_submodule(f"model.layers.{i}")
             w = {role: layer.get_submodule(path) for role, path in self._modules_by_role.items()}
-            x = checkpoint(block, x, w, rope, self.config, use_reentrant=False)
+            x = checkpoint(block, x, w, positions, self.config, use_reentrant=False)
         return self.get_submodule("model.norm")(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, chunk: int = 1024) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        chunk: int = 1024,
+        documents: Sequence[Lengths] | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; with targets [B, T], the sum of the cross-entropy (nats) over
-        those other than -100, computed in chunks of tokens."""
-        x, head = self.hidden(tokens), self.get_submodule(self._head)
+        those other than -100, computed in chunks of tokens. documents: of each sequence, if it is not one."""
+        x, head = self.hidden(tokens, documents), self.get_submodule(self._head)
         if targets is None:
             return head(x)
         pieces = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)

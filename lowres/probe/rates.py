@@ -26,7 +26,7 @@ from lowres.kernels import loss as loss_kernels
 from lowres.kernels.product import along_sum
 from lowres.kernels.quantise import quantise_rows
 from lowres.memory import Plan
-from lowres.model import PLAIN, block, empty_units, initialize, rope_tables, unit_specs
+from lowres.model import PLAIN, Positions, block, empty_units, initialize, rope_tables, unit_specs
 from lowres.optim import make_optimizer
 from lowres.rooms import GPU, HOST, Mover, Rooms, is_out_of_memory
 from lowres.storage import BIAS, DENSE_DTYPES, MATRIX, TensorSpec, Unit, compute_dtype
@@ -226,16 +226,16 @@ def _beside_products(
             spec.kind != BIAS
         ):  # no biases: they are added in place to a product, and here products share memory
             weights[spec.role] = torch.ones(spec.shape, device=device, requires_grad=True)
-    rope = rope_tables(model, length, device)
+    positions = Positions(*rope_tables(model, length, device))
     x, dy = _random((sequences, length, model.dim), compute, device), streams[model.dim]
 
     def forward() -> None:
         with torch.no_grad():
-            block(x, weights, rope, model, operations)
+            block(x, weights, positions, model, operations)
 
     def backward() -> None:
         leaf = x.detach().requires_grad_()
-        torch.autograd.backward(block(leaf, weights, rope, model, operations), dy)
+        torch.autograd.backward(block(leaf, weights, positions, model, operations), dy)
 
     scale = config.model.n_heads / model.n_heads / (sequences * length)
     return _seconds(forward, device) * scale, _seconds(backward, device) * scale

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowres import memory
 from lowres.config import Config
+from lowres.config_file import with_values
 from lowres.device import use_kernels
 from lowres.engine import LayerwiseEngine
 from lowres.model import initialize
@@ -27,6 +28,9 @@ class Subject:
         """config: with a vocabulary. `notes`: on what was chosen. Raises DoesNotFit, as a run does."""
         config, self.notes = choose(config, device)
         self.notes += use_kernels(config, device)
+        if config.data.document_mask:
+            config = with_values(config, "data", document_mask=False)
+            self.notes.append("data.document_mask: random tokens have no documents, so this is without")
         self.config, self.device = config, device
         self.plan = memory.make_plan(config, device, on_this_machine=True)
         memory.require_fit(self.plan)

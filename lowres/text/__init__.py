@@ -1,31 +1,45 @@
 """Text: what a source holds, as documents in a fixed order.
 
-source      what to read, and how: the keys of [data] that determine the documents
-walk        the files of a folder or a glob
-kinds/      the kinds of file, one file each: how they are recognised and read
-columns     which column of a table is the text
-opening     the bytes of a file, decompressed
-splits      which files are for training, validation and test
-card        what a data set's card says of its files
-listing     what each file of a source is, and what is left out, with the reason
-hub         the rows of a stream, over lost connections
-documents   the documents of a source, by row
+source       what to read, and how: the keys of [data] that determine the documents
+walk         the files of a folder or a glob
+archives     what is in a tar or zip file
+kinds/       the kinds of file, one file each: how they are recognised and read
+columns      which column of a table is the text
+opening      the bytes of a file, decompressed
+compression  how they are compressed
+splits       which files are for training, validation and test
+card         what a data set's card says of its files
+listing      what each file of a source is, and what is left out, with the reason
+connection   lost connections: how long they are waited for
+remote       the bytes of a remote file, over lost connections
+hub          data sets on the Hugging Face hub
+documents    the documents of a source, by row
 """
 
-from lowres.text.documents import documents, fingerprint, numbered_documents, without_surrogates
+from lowres.text.documents import (
+    Marks,
+    documents,
+    fingerprint,
+    numbered_documents,
+    pinned,
+    without_surrogates,
+)
 from lowres.text.listing import Listing, list_files
-from lowres.text.source import TEST, TRAIN, VALIDATION, Source, is_stream
+from lowres.text.source import TEST, TRAIN, VALIDATION, Source, hub_name, is_stream
 
 __all__ = [
     "TEST",
     "TRAIN",
     "VALIDATION",
     "Listing",
+    "Marks",
     "Source",
     "documents",
     "fingerprint",
+    "hub_name",
     "is_stream",
     "list_files",
     "numbered_documents",
+    "pinned",
     "without_surrogates",
 ]

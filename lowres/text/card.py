@@ -13,7 +13,6 @@ from typing import Any
 
 from lowres.errors import UserError, first_line
 from lowres.text.globs import matches
-from lowres.text.splits import part_of_word
 
 CARD = "readme.md"
 _HEAD = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
@@ -22,7 +21,7 @@ _LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class Config:
-    """files: (part, pattern) relative to `folder`, which ends with / or is empty; the first that matches
+    """files: (split, pattern) relative to `folder`, which ends with / or is empty; the first that matches
     counts."""
 
     name: str
@@ -30,13 +29,13 @@ class Config:
     folder: str
     files: tuple[tuple[str, str], ...]
 
-    def parts(self, names: Sequence[str]) -> dict[str, str]:
-        """name -> part, of the files that are this configuration's."""
+    def splits(self, names: Sequence[str]) -> dict[str, str]:
+        """name -> split, of the files that are this configuration's."""
         found = {}
         for name in names:
-            for part, pattern in self.files:
+            for split, pattern in self.files:
                 if matches(name, self.folder + pattern, whole=True):
-                    found[name] = part
+                    found[name] = split
                     break
         return found
 
@@ -73,7 +72,7 @@ def _config(given: dict[str, Any]) -> Config | None:
     made = list[tuple[str, str]]()
     for each in listed:
         split, paths = ("train", each) if isinstance(each, str) else (str(each["split"]), each["path"])
-        made += [(part_of_word(split), str(p)) for p in (paths if isinstance(paths, list) else [paths])]
+        made += [(split, str(p)) for p in (paths if isinstance(paths, list) else [paths])]
     return Config(
         name,
         given.get("default") is True or name == "default",

@@ -6,6 +6,8 @@ of COLUMNS that there is, in any case; or else the only column of strings.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from lowres.text.source import BadFileError
@@ -13,7 +15,23 @@ from lowres.text.source import BadFileError
 COLUMNS = (
     "text", "content", "raw_content", "markdown", "document", "body", "article", "story", "passage", "code",
 )  # fmt: skip
-STRING, OTHER = "string", "other"
+# where corpora of token ids have them
+IDS_COLUMNS = ("input_ids", "token_ids", "tokens", "ids")
+STRING, IDS, OTHER = "string", "ids", "other"
+_ARROW_STRING = re.compile(r"(dictionary<values=)?(large_)?string(_view)?(,|$)")
+_LIST_OF_IDS = re.compile(r"(large_|fixed_size_)?list<[^<>]*: u?int(16|32|64)( not null)?>(\[\d+\])?")
+_CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
+_LONGEST_NAME = 40
+_MOST_NAMES = 20
+
+
+class Repeated(dict[str, Any]):
+    """An object in which keys come more than once, with the last value of each. `json` says nothing."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.keys_repeated = {key for key in self if keys.count(key) > 1}
 
 
 def kinds_of(row: dict[str, Any]) -> dict[str, str]:
@@ -22,11 +40,19 @@ def kinds_of(row: dict[str, Any]) -> dict[str, str]:
 
 
 def of_arrow(schema: Any) -> dict[str, str]:
-    """The same from a schema of pyarrow."""
-    return {
-        field.name: STRING if str(field.type).removeprefix("large_") in ("string", "string_view") else OTHER
-        for field in schema
-    }
+    """The same from a schema of pyarrow; a column of lists of whole numbers is IDS."""
+    return {field.name: _kind_of_type(str(field.type)) for field in schema}
+
+
+def by_name_only(columns: Iterable[str], text_key: str | None) -> dict[str, str]:
+    """Columns of which only those with a known name may be the text."""
+    return {name: STRING if name == text_key or name.lower() in COLUMNS else OTHER for name in columns}
+
+
+def _kind_of_type(name: str) -> str:
+    if _ARROW_STRING.match(name):
+        return STRING
+    return IDS if _LIST_OF_IDS.fullmatch(name) else OTHER
 
 
 def choose(columns: dict[str, str], text_key: str | None) -> str | None:
@@ -41,27 +67,45 @@ def choose(columns: dict[str, str], text_key: str | None) -> str | None:
     return strings[0] if len(strings) == 1 and len(columns) == 1 else None
 
 
+def ids(columns: dict[str, str], text_key: str | None) -> str | None:
+    """The column of token ids: the one that data.text_key names, or else that of a table without text."""
+    if text_key is not None:
+        return text_key if columns.get(text_key) == IDS else None
+    if choose(columns, None) is not None:
+        return None
+    return next((name for name in IDS_COLUMNS if columns.get(name) == IDS), None)
+
+
 def text_of(row: dict[str, Any], column: str, place: str) -> str:
     """The text of a row; "" if it is null. Raises BadFileError."""
     value: Any = row
-    if column in row:
-        value = row[column]
-    else:
-        for key in column.split("."):
-            if not isinstance(value, dict) or key not in value:
-                raise BadFileError(f"{place}: {no_column(row, column)}")
-            value = value[key]
+    for key in [column] if column in row else column.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise BadFileError(f"{place}: {no_column(row, column)}")
+        if isinstance(value, Repeated) and key in value.keys_repeated:
+            raise BadFileError(f'{place}: the key "{key}" comes twice; keep one')
+        value = value[key]
+        if value is None:
+            break
     if value is None:
         return ""
     if not isinstance(value, str):
         raise BadFileError(
-            f'{place}: the column "{column}" holds {type(value).__name__} values; it must hold strings'
+            f'{place}: the column "{column}" holds a {type(value).__name__}, which is no string; correct it, '
+            "or name another column in data.text_key"
         )
     return value
 
 
 def no_column(columns: Any, column: str | None) -> str:
     """What to say where there is no text."""
-    found = ", ".join(columns) or "none"
+    names = [str(name) for name in columns]
+    if column is None and "input_ids" in names:
+        return 'token ids ("input_ids") and no text'
+    if column is None and (chat := next((name for name in _CHATS if name in names), None)):
+        return f'chats ("{chat}"), which are for supervised tuning; no column of text'
+    short = [name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..." for name in names]
+    found = ", ".join(short[:_MOST_NAMES] + ["..."] * (len(short) > _MOST_NAMES)) or "none"
+    found = " ".join(found.split())
     missing = f'no column "{column}"' if column else 'no column "text"'
     return f"{missing}; found {found}; name the one with the text in data.text_key"

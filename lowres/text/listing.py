@@ -6,13 +6,17 @@
    make them, and are left out. Cards, licences and checksums are no text where other files are.
 4. The part: training, validation or test (`splits`).
 
+A tar or zip file is a folder like any other (`archives`).
+
 What is left out and looks like data is said; if it is more than data.max_left_out of the bytes, it is an
 error.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +24,21 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 
 from lowres.errors import UserError
-from lowres.text import card, columns, splits, walk
+from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
-from lowres.text.kinds import KINDS, Rank, kind_of_name, names, plain
-from lowres.text.opening import opened
-from lowres.text.source import TEST, TRAIN, VALIDATION, BadFileError, File, Source, as_source, is_stream
+from lowres.text.kinds import KINDS, Kind, NotData, Rank, kind_of_name, names, plain
+from lowres.text.opening import faults_of, opened
+from lowres.text.source import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    BadFileError,
+    File,
+    Source,
+    as_source,
+    hub_name,
+    is_stream,
+)
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -36,6 +50,7 @@ _DESCRIBES = (
     "requirements*.txt", "*sha256sum*", "*md5sum*", "*checksum*", "*.md5", "*.sha1", "*.sha256", "*.sha512",
     "*.asc", "*.sig", "manifest.txt", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
 )  # fmt: skip
+_DESCRIBES_RE = re.compile("|".join(map(fnmatch.translate, _DESCRIBES)))
 # neither text nor tokens, however large: pictures, sound, films, weights, programs, fonts
 _OTHER_MEDIA = frozenset(
     [
@@ -86,7 +101,28 @@ _OTHER_MEDIA = frozenset(
         ".crc",
     ]
 )
+# what editors and downloads leave
+_UNFINISHED = frozenset(
+    [
+        ".bak",
+        ".orig",
+        ".tmp",
+        ".temp",
+        ".part",
+        ".partial",
+        ".crdownload",
+        ".download",
+        ".incomplete",
+        ".aria2",
+        ".swp",
+        ".old",
+    ]
+)
+_LARGEST_POINTER = 1024
+_POINTS = b"version https://git-lfs.github.com/spec/v1\n"
+_POINTER = re.compile(re.escape(_POINTS) + rb"(?:.*\n)*size (\d+)\n")
 _EXAMPLES = 3
+_UNKNOWN, _NO_TEXT = "unknown type", "no text"
 
 
 @dataclass(frozen=True)
@@ -101,7 +137,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Listing:
-    """files: those that are read, or are a test split; sorted by name."""
+    """files: those that are read, or are a test split; sorted by name, inside an archive as they come."""
 
     source: Source
     files: tuple[File, ...]
@@ -139,7 +175,7 @@ class Listing:
 def list_files(source: Source | str) -> Listing:
     """The files of a local source. Raises UserError if none can be read."""
     source = as_source(source)
-    assert not is_stream(source)
+    assert not source.on_hub
     if source.name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in walk.in_folder(root, _NOT_LIBRARY) if f.path.suffix == ".py" and not f.reason]
@@ -150,6 +186,11 @@ def list_files(source: Source | str) -> Listing:
         return _of_many(source, walk.in_folder(path), "in this folder", path)
     if path.exists():
         return _of_one(source, path)
+    if is_stream(source):
+        raise UserError(
+            f"{source.name}: no such file or folder, and no name on the hub; "
+            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
+        )
     if glob.has_magic(source.name):
         return _of_many(source, walk.in_glob(str(path)), "among the files that it matches", None)
     raise UserError(
@@ -167,19 +208,28 @@ def _of_one(source: Source, path: Path) -> Listing:
     found = walk.one(path.name, path)
     if found.reason:
         raise UserError(f"{source.name}: {found.reason}; give a file, a folder or a glob")
-    made = _recognised(found, source)
+    if archives.is_archive(found.name):
+        return _of_many(source, [found], "in this archive", None)
+    made = recognised(found, source)
     if isinstance(made, LeftOut):
-        raise UserError(f"{source.name}: {made.reason}; known are {names()}")
-    return Listing(source, (made,), ())
+        known = f"; known are {names()}" if made.reason in (_UNKNOWN, _NO_TEXT) else ""
+        raise UserError(f"{source.name}: {made.reason}{known}")
+    files = _of_split(source, [made], {}, []) if is_stream(source) else [made]
+    return Listing(source, tuple(files), ())
 
 
 def _of_many(source: Source, found: list[Found], where: str, folder: Path | None) -> Listing:
     left_out, notes = list[LeftOut](), list[str]()
+    found = walk.once(found, lambda name: kind_of_name(name)[0] is not None or archives.is_archive(name))
     wanted = list[Found]()
     for f in found:
         if any(matches(f.name, pattern) for pattern in source.exclude):
             left_out.append(LeftOut(f.name, f.size, "data.exclude"))
-        elif source.include and not any(matches(f.name, pattern) for pattern in source.include):
+        elif (
+            source.include
+            and not archives.is_archive(f.name)
+            and not any(matches(f.name, pattern) for pattern in source.include)
+        ):
             left_out.append(LeftOut(f.name, f.size, "not in data.include"))
         elif f.reason:
             # a link to nothing was something once
@@ -192,10 +242,18 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
         if known and not source.include and f.name not in known:
             describes = _describes(f.name)
             reason = "describes the data" if describes else "not in the card's configs"
-            left_out.append(LeftOut(f.name, f.size, elsewhere.get(f.name, reason), data=not describes))
+            chosen = f.name in elsewhere and is_stream(source) and hub_name(source.name).config is not None
+            left_out.append(
+                LeftOut(f.name, f.size, elsewhere.get(f.name, reason), data=not (describes or chosen))
+            )
             continue
-        made = _recognised(f, source)
-        files.append(made) if isinstance(made, File) else left_out.append(made)
+        if archives.is_archive(f.name):
+            of_it = _in_archive(f, source)
+            known |= {each.name: known[f.name] for each in of_it if f.name in known}
+        else:
+            of_it = (recognised(f, source),)
+        for made in of_it:
+            files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
     if not files:
         reasons = [each for each in left_out if each.reason not in ("hidden", "data.exclude")]
@@ -203,16 +261,54 @@ def _of_many(source: Source, found: list[Found], where: str, folder: Path | None
             f"{source.name}: no file of a known type ({where}); known are {names()}"
             + (f"; left out: {_some(reasons)}" if reasons else "")
         )
+    notes += _twice(files)
     files = _with_parts(files, known)
+    if is_stream(source):
+        files = _of_split(source, files, known, left_out)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
 
 
 # ---------------------------------------------------------------------------- the kind
 
 
-def _recognised(found: Found, source: Source) -> File | LeftOut:
+@lru_cache(maxsize=1 << 10)
+def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
+    """What is in an archive, each member looked at where the reading stands. The globs are for members, or
+    for the archive as a whole."""
+    include = source.include
+    if any(matches(archive.name, pattern) for pattern in include):
+        include = ()
+    made = dict[str, File | LeftOut]()
+    replaced = list[File | LeftOut]()
     try:
-        return _sniffed(found, source.text_key)
+        with faults_of(archive.path):
+            for f in archives.members(archive):
+                if (earlier := made.pop(f.name, None)) is not None:
+                    replaced.append(
+                        LeftOut(earlier.name, earlier.size, "replaced by a later member of the same name")
+                    )
+                if any(matches(f.name, pattern) for pattern in source.exclude):
+                    made[f.name] = LeftOut(f.name, f.size, "data.exclude")
+                elif include and not any(matches(f.name, pattern) for pattern in include):
+                    made[f.name] = LeftOut(f.name, f.size, "not in data.include")
+                elif f.reason:
+                    looks_so = f.reason != "hidden" and "link" not in f.reason
+                    made[f.name] = LeftOut(f.name, f.size, f.reason, data=looks_so)
+                else:
+                    made[f.name] = recognised(f, source)
+    except BadFileError as error:
+        if source.damaged == "refuse":
+            raise
+        rest = max(0, archive.size - sum(each.size for each in made.values()))
+        reason = f"the rest of the archive: {str(error).removeprefix(f'{archive.path}: ')}"
+        replaced.append(LeftOut(archive.name, rest, reason, data=True))
+    return (*made.values(), *replaced)
+
+
+def recognised(found: Found, source: Source) -> File | LeftOut:
+    """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
+    try:
+        return _sniffed(found, source.text_key, source.token_dtype)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -220,27 +316,67 @@ def _recognised(found: Found, source: Source) -> File | LeftOut:
 
 
 @lru_cache(maxsize=1 << 16)
-def _sniffed(found: Found, text_key: str | None) -> File | LeftOut:
+def _sniffed(found: Found, text_key: str | None, token_dtype: str | None) -> File | LeftOut:
     """What a file is. The same file is looked at once."""
     kind, compression = kind_of_name(found.name)
-    file = File(found.name, found.path, found.size, kind.name if kind else "other text", compression)
-    if not kind and PurePath(found.name.lower()).suffix in _OTHER_MEDIA:
-        return LeftOut(found.name, found.size, "no text")
-    if not found.size and (compression or not kind or kind.rank <= Rank.ROWS):
-        failed = bool(compression) or kind is not None
-        return LeftOut(found.name, 0, "empty: a download that failed?" if failed else "empty", data=failed)
+    file = File(
+        *(found.name, found.path, found.size, kind.name if kind else "other text", compression),
+        column=text_key if kind and kind.columns else None,
+        archive=found.archive,
+        at=found.at,
+        remote=found.remote,
+    )
+    if nothing := _no_content(file, kind):
+        return nothing
     if not kind:
         text = plain.is_text(_head(file))
-        return file if text else LeftOut(found.name, found.size, "unknown type", data=True)
+        return file if text else LeftOut(found.name, found.size, _UNKNOWN, data=True)
+    if kind.rank == Rank.TOKENS and found.archive:
+        return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None
-    if not reason and kind.columns:
+    if kind.look:
+        seen = kind.look(replace(file, token_dtype=token_dtype))
+        file, reason = (seen, None) if isinstance(seen, File) else (file, seen)
+    elif not reason and kind.columns:
         # a table without a row has no columns
         there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
-        file = replace(file, column=columns.choose(there, text_key))
-        reason = None if file.column else columns.no_column(there, text_key)
+        if kind.ids and (ids := columns.ids(there, text_key)):
+            file = replace(file, kind=kind.ids, column=ids)
+            packed = "a compressed file; decompress it" if compression else "an archive; unpack it"
+            reason = f"token ids in {packed}" if compression or found.archive else None
+        else:
+            file = replace(file, column=columns.choose(there, text_key))
+            reason = None if file.column else columns.no_column(there, text_key)
     elif kind.rank == Rank.TEXT:
         file = replace(file, separator=plain.marker_in(_head(file)))
-    return LeftOut(found.name, found.size, reason, data=not _describes(found.name)) if reason else file
+    if reason:
+        no_data = isinstance(reason, NotData) or _describes(found.name)
+        return LeftOut(found.name, found.size, reason, data=not no_data)
+    return file
+
+
+def _no_content(file: File, kind: Kind | None) -> LeftOut | None:
+    """Why a file holds nothing, whatever its kind; None if it may."""
+    suffix = PurePath(file.name.lower()).suffix
+    if not kind and suffix in _OTHER_MEDIA:
+        return LeftOut(file.name, file.size, _NO_TEXT)
+    if suffix in _UNFINISHED or suffix.endswith("~"):
+        return LeftOut(file.name, file.size, "a backup copy, or an unfinished download", data=True)
+    if not file.remote and file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
+        reason = "a Git LFS pointer; `git lfs pull` gets the file"
+        return LeftOut(file.name, size, reason, data=True)
+    if not file.size and (file.compression or not kind or kind.rank <= Rank.ROWS):
+        failed = bool(file.compression) or kind is not None
+        return LeftOut(file.name, 0, "empty: a download that failed?" if failed else "empty", data=failed)
+    return None
+
+
+def _pointed_to(file: File) -> int | None:
+    """The size of the file that Git LFS would put in the place of this one; None if it is no pointer."""
+    with opened(replace(file, compression="")) as stream:
+        head = stream.read(len(_POINTS))
+        pointer = _POINTER.match(head + stream.read(_LARGEST_POINTER)) if head == _POINTS else None
+    return int(pointer[1]) if pointer else None
 
 
 def _head(file: File) -> bytes:
@@ -249,7 +385,13 @@ def _head(file: File) -> bytes:
 
 
 def _describes(name: str) -> bool:
-    return any(matches(name, pattern) for pattern in _DESCRIBES)
+    return _DESCRIBES_RE.match(name.rsplit("/", 1)[-1].lower()) is not None
+
+
+def looks_like_data(name: str) -> bool:
+    """Whether a file would be data by its name alone."""
+    kind, _ = kind_of_name(name)
+    return kind is not None and kind.rank < Rank.PROSE and not _describes(name)
 
 
 def _without_descriptions(files: list[File], left_out: list[LeftOut], source: Source) -> list[File]:
@@ -257,7 +399,10 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
     if source.include:
         return files
     ranks = {KINDS[f.kind].rank for f in files if not _describes(f.name)}
-    best = min(ranks, default=Rank.PROSE)
+    size = {rank: sum(f.size for f in files if KINDS[f.kind].rank == rank) for rank in Rank}
+    # a few ids among much text are its, like the expected values of a test
+    beside = ranks & {Rank.ROWS, Rank.TEXT} or size[Rank.TOKENS] < size[Rank.PROSE]
+    best = min(ranks - {Rank.TOKENS} if beside else ranks, default=Rank.PROSE)
     kept = list[File]()
     for f in files:
         rank = KINDS[f.kind].rank
@@ -266,7 +411,7 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
         elif rank == Rank.PROSE and best <= Rank.ROWS:
             reason = f"{f.kind} beside data files; data.include takes it"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
-        elif rank == Rank.TOKENS and ranks & {Rank.ROWS, Rank.TEXT}:
+        elif rank == Rank.TOKENS and beside:
             reason = "token ids beside text; data.include takes one of them"
             left_out.append(LeftOut(f.name, f.size, reason, data=True))
         else:
@@ -274,25 +419,46 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
     return kept
 
 
+def _twice(files: list[File]) -> list[str]:
+    """A note on files that are there compressed and decompressed."""
+    names = {f.name.lower() for f in files}
+    both = [f.name for f in files if f.compression and f.name.lower().removesuffix(f.compression) in names]
+    if not both:
+        return []
+    more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
+    return [f"{both[0]}{more}: also there without the compression, and both are read; is that the same text?"]
+
+
 # ---------------------------------------------------------------------------- the part
 
 
 def _of_card(source: Source, found: list[Found], notes: list[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(name -> part of the files that the card lists, name -> reason of those that it lists elsewhere);
+    """(name -> split of the files that the card lists, name -> reason of those that it lists elsewhere);
     nothing without a card that lists files which are there."""
     names = [f.name for f in found]
     cards = [config for f in found if f.name.lower() == card.CARD for config in card.configs(f.path)]
-    there = [(config, parts) for config in cards if (parts := config.parts(names))]
+    there = [(config, found_of) for config in cards if (found_of := config.splits(names))]
+    asked = hub_name(source.name).config if is_stream(source) else None
+    if asked is not None and asked not in [config.name for config, _ in there]:
+        known_names = ", ".join(config.name for config, _ in there)
+        raise UserError(
+            f'{source.name}: no config "{asked}"; '
+            + (f"its card has {known_names}" if there else "it has no card with configs: leave it out")
+        )
     if not there:
         return {}, {}
-    chosen, known = next((each for each in there if each[0].default), there[0])
+    chosen, known = next(
+        ((c, s) for c, s in there if (c.default if asked is None else c.name == asked)), there[0]
+    )
     others = [each for each in there if each[0] is not chosen]
-    if others and not source.include:
+    if others and not source.include and asked is None:
         notes.append(
             f'the card has several configs: "{chosen.name}" is read, not '
             f"{', '.join(config.name for config, _ in others)}; data.include takes the files of another"
         )
-    elsewhere = {name: f'of the card\'s config "{config.name}"' for config, parts in others for name in parts}
+    elsewhere = {
+        name: f'of the card\'s config "{config.name}"' for config, found_of in others for name in found_of
+    }
     return known, elsewhere
 
 
@@ -300,10 +466,34 @@ def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:
     """Source code and markup have no splits: `tests/` in a program is no test split."""
     free = [i for i, f in enumerate(files) if f.name not in known and KINDS[f.kind].rank < Rank.PROSE]
     found = dict(zip(free, splits.parts([files[i].name for i in free]), strict=True))
-    made = [replace(f, part=known.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
+    stated = {name: splits.part_of_word(split) for name, split in known.items()}
+    made = [replace(f, part=stated.get(f.name) or found.get(i, TRAIN)) for i, f in enumerate(files)]
     if all(f.part == TEST for f in made) or not any(f.part == TRAIN for f in made):
         made = [replace(f, part=TRAIN) for f in made]
     return made
+
+
+def _of_split(
+    source: Source, files: list[File], known: dict[str, str], left_out: list[LeftOut]
+) -> list[File]:
+    """The files of hf:<folder>, with those of the split that it names as TRAIN. Raises UserError if there is
+    no such split."""
+    asked = hub_name(source.name).split
+    if asked is None:
+        return files
+    split_of = {f.name: known.get(f.name, f.part) for f in files}
+    if asked not in split_of.values():
+        there = ", ".join(dict.fromkeys(split_of.values()))
+        raise UserError(f'{source.name}: no split "{asked}"; it has {there}')
+    kept = list[File]()
+    for f in files:
+        if split_of[f.name] == asked:
+            kept.append(replace(f, part=TRAIN))
+        elif f.part == TRAIN:
+            left_out.append(LeftOut(f.name, f.size, f'of the split "{split_of[f.name]}"'))
+        else:
+            kept.append(f)
+    return kept
 
 
 def _some(left_out: Sequence[LeftOut]) -> str:

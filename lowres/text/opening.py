@@ -1,25 +1,27 @@
-"""The bytes of a file, decompressed. A file that is cut short is an error, never the end of the text."""
+"""The bytes of a file: on the disk or in an archive, decompressed."""
 
 from __future__ import annotations
 
-import bz2
 import errno
 import gzip
 import io
 import lzma
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO
 
 from lowres.disk import DiskError
-from lowres.errors import UserError, first_line
+from lowres.errors import first_line
+from lowres.text import archives
+from lowres.text.compression import decompressed
 from lowres.text.source import BadFileError, File
 
-COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
-_raw: dict[Path, IO[bytes]] = {}  # files that are open
-_DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_raw: dict[Path, IO[bytes]] = {}  # of files that are open
+_DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 # what says that a file is no use as it is; any other error may go away, and then the rows would change
 _ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ELOOP}
 
@@ -27,16 +29,35 @@ _ITS_OWN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.ELOOP}
 @contextmanager
 def opened(file: File) -> Iterator[IO[bytes]]:
     """The file's bytes, decompressed; an error while reading raises BadFileError, which names the file."""
-    with opened_path(file.path, file.compression) as stream:
-        yield stream
+    with faults_of(file.path), ExitStack() as stack:
+        if file.archive:
+            raw = stack.enter_context(archives.opened_member(file.archive, file.at, file.size))
+        else:
+            raw = stack.enter_context(file.remote.open() if file.remote else file.path.open("rb"))
+        _raw[file.path] = raw
+        stack.callback(_raw.pop, file.path, None)
+        yield decompressed(raw, file.compression, file.path)
+
+
+def position(file: File) -> int:
+    """How many bytes of a file have been read, compressed as it is, while it is open; 0 if it is not."""
+    raw = _raw.get(file.path)
+    return raw.tell() if raw else 0
 
 
 @contextmanager
-def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
+def opened_for_seeking(file: File) -> Iterator[IO[bytes]]:
+    """The same for a kind that is not read from beginning to end. What is compressed, or in an archive, is
+    then held in memory."""
+    with opened(file) as stream:
+        yield io.BytesIO(stream.read()) if file.compression or file.archive else stream
+
+
+@contextmanager
+def faults_of(path: Path) -> Iterator[None]:
+    """Raise BadFileError or DiskError, which name this file, for an error of reading in the block."""
     try:
-        with path.open("rb") as raw, _decompressed(path, raw, compression) as stream:
-            _raw[path] = raw
-            yield stream
+        yield
     except _DAMAGED as error:
         raise BadFileError(
             f"{path}: damaged or truncated ({first_line(error)}); get the file again"
@@ -50,61 +71,3 @@ def opened_path(path: Path, compression: str) -> Iterator[IO[bytes]]:
         if error.errno in _ITS_OWN:
             raise BadFileError(f"{path}: cannot be read ({first_line(error)})") from None
         raise DiskError(path, error, "read") from None
-    finally:
-        _raw.pop(path, None)
-
-
-def position(path: Path) -> int:
-    """How many bytes of a file have been read, compressed as it is, while it is open; 0 if it is not."""
-    raw = _raw.get(path)
-    return raw.tell() if raw else 0
-
-
-def _decompressed(path: Path, raw: IO[bytes], compression: str) -> IO[bytes]:
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.open(raw))
-    if compression == ".xz":
-        return lzma.open(raw)
-    if compression == ".bz2":
-        return cast(IO[bytes], bz2.open(raw))
-    if compression == ".zst":
-        return io.BufferedReader(_ZstdReader(path, raw), 1 << 20)
-    return raw
-
-
-class _ZstdReader(io.RawIOBase):
-    """Bytes of a .zst file with any number of frames. The reader in `zstandard` treats the end of a truncated
-    file as the end of the text, and refuses frames with a window over 128 MiB (`zstd --long=31`)."""
-
-    def __init__(self, file: Path, raw: IO[bytes]) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{file}: .zst files need the package zstandard: pip install zstandard") from None
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._file = raw
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            data = self._frame.unused_data if self._frame and self._frame.eof else b""
-            data = data or self._file.read(1 << 17)
-            if not data:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the compressed data ends in the middle")
-                return 0
-            if not self._frame or self._frame.eof:
-                self._frame = self._new_frame()
-            try:
-                self._ready = self._frame.decompress(data)
-            except self._error as error:
-                raise EOFError(str(error)) from None
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
-        self._ready = self._ready[size:]
-        return size

@@ -19,6 +19,8 @@ WORDS = {
     TEST: ("test", "testing", "eval", "evaluation"),
 }
 _PART = {word: part for part, words in WORDS.items() for word in words}
+# what a folder of text may well be called for other reasons
+_NEEDS_TRAIN = ("dev", "testing", "eval", "evaluation")
 _BETWEEN = re.compile(r"[-._ 0-9]+")
 
 
@@ -28,11 +30,16 @@ def part_of_word(word: str) -> str:
     return found.pop() if len(found) == 1 else TRAIN
 
 
+def has_word(name: str, part: str) -> bool:
+    """Whether a file's name, alone, says that it is for this part."""
+    return part in (_plain(name), _inside(name))
+
+
 def parts(names: Sequence[str]) -> list[str]:
     """TRAIN, VALIDATION or TEST for each file, by its path relative to the source."""
     plain = [_plain(name) for name in names]
     inside = [_inside(name) for name in names]
-    paired = TRAIN in inside or TRAIN in plain
+    paired = TRAIN in inside
     found = [p or (i if paired else None) or TRAIN for p, i in zip(plain, inside, strict=True)]
     # a source of nothing but test files is what the user wants to read
     return found if TRAIN in found else [TRAIN] * len(found)
@@ -43,8 +50,9 @@ def _plain(name: str) -> str | None:
     for component in reversed(name.lower().split("/")):
         word = component.split(".")[0]
         # shards have numbers: validation_00
-        if part := _PART.get(re.sub(r"[-_ 0-9]+$", "", word)):
-            return part
+        word = re.sub(r"[-_ 0-9]+$", "", word)
+        if word in _PART and word not in _NEEDS_TRAIN:
+            return _PART[word]
     return None
 
 

@@ -1,28 +1,35 @@
-"""The files of a folder or a glob. Links are followed once, so no file is read twice."""
+"""The files of a folder or a glob. A folder is entered once, by whatever links lead to it."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowres.disk import read_whole
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse
+from lowres.text.remote import RemoteFile
+
+UNKNOWN = -1  # size of a remote file
 
 
 @dataclass(frozen=True)
 class Found:
-    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may."""
+    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at,
+    remote: see `source.File`."""
 
     name: str
     path: Path
     size: int
     mtime_ns: int
     reason: str = ""
+    archive: Path | None = None
+    at: int = 0
+    remote: RemoteFile | None = None
 
 
 def in_folder(root: Path, leave_out: frozenset[str] = frozenset()) -> list[Found]:
@@ -31,7 +38,7 @@ def in_folder(root: Path, leave_out: frozenset[str] = frozenset()) -> list[Found
     Hidden files and folders have a reason, the folders as one entry. Raises UserError if a folder cannot be
     read.
     """
-    return _once(sorted(_below(root, "", leave_out, {os.path.realpath(root)}), key=lambda f: f.name))
+    return sorted(_below(root, "", leave_out, {os.path.realpath(root)}), key=lambda f: f.name)
 
 
 def in_glob(pattern: str) -> list[Found]:
@@ -44,7 +51,7 @@ def in_glob(pattern: str) -> list[Found]:
             found.append(one(name, path))
         elif "**" not in pattern:
             found += _below(path, f"{name}/", frozenset(), set(folders))
-    return _once(sorted(found, key=lambda f: f.name))
+    return sorted(found, key=lambda f: f.name)
 
 
 def one(name: str, path: Path) -> Found:
@@ -100,16 +107,19 @@ def _is_ours(folder: Path) -> bool:
     return False
 
 
-def _once(found: list[Found]) -> list[Found]:
-    """The same, but a file that has several names through links is read once, by its own name if it has one
-    here."""
-    own = {os.path.realpath(f.path): f.name for f in found if not f.reason and not f.path.is_symlink()}
-    seen, result = dict(own), list[Found]()
+def once(found: list[Found], known: Callable[[str], bool]) -> list[Found]:
+    """The same, but a file with several names is read once: by one whose type is known (the hub's cache has
+    links with names to files without), and by its own rather than a link's."""
+    names: dict[str, list[Found]] = {}
     for f in found:
-        if f.reason or not f.path.is_symlink():
-            result.append(f)
-            continue
-        first = seen.setdefault(os.path.realpath(f.path), f.name)
-        again = "" if first == f.name else f"a link to {first}, which is read"
-        result.append(Found(f.name, f.path, f.size, f.mtime_ns, again))
-    return result
+        if not f.reason:
+            names.setdefault(os.path.realpath(f.path), []).append(f)
+    best = {
+        real: min(each, key=lambda f: (not known(f.name), f.path.is_symlink(), f.name)).name
+        for real, each in names.items()
+    }
+    other = {f.name: best[real] for real, each in names.items() for f in each if f.name != best[real]}
+    return [
+        replace(f, reason=f"the same file as {other[f.name]}, which is read") if f.name in other else f
+        for f in found
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lowres.text.kinds import KINDS, Rank
 from lowres.text.listing import Listing
 from lowres.text.source import TEST, TRAIN, File
 
@@ -26,6 +27,8 @@ class Group:
     @property
     def how(self) -> str:
         """How the text is found in the files."""
+        if KINDS[self.kind].rank == Rank.TOKENS:
+            return "token ids" + (f" in column {self.column}" if self.column else "")
         if self.column is not None:
             return f"column {self.column}"
         return f"between {self.separator!r}" if self.separator else "a document per file"

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from lowres.errors import first_line
-from lowres.text.columns import kinds_of, text_of
+from lowres.text.columns import Repeated, kinds_of, text_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    return made if len(made) == len(pairs) else Repeated(pairs)
+
+
+def _integer(digits: str) -> float:
+    # Python refuses to read thousands of digits
+    return int(digits) if len(digits) < 4000 else math.inf
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+
+
 def read(file: File, source: Source) -> Iterator[str]:
+    return cast(Iterator[str], _texts(file, 0, ""))
+
+
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    return _texts(file, start, None)
+
+
+def _texts(file: File, start: int, nothing: str | None) -> Iterator[str | None]:
+    """nothing: for a blank line and those before `start`."""
     assert file.column is not None
-    for place, row in _rows(file):
-        text = ["" if row is None else text_of(row, file.column, place)]
+    for place, row in _rows(file, start):
+        text = [nothing if row is None else text_of(row, file.column, place)]
         del row  # it has the text too
         yield text.pop()
 
@@ -28,18 +51,21 @@ def columns(file: File) -> dict[str, str] | None:
     return None
 
 
-def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(file:line, object; None for a blank line)"""
+def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(file:line, object; None for a blank line and for those before `start`, which are not parsed)"""
     with opened(file) as stream:
         number = 0
         for line in stream:
             number += 1
+            if number <= start:
+                yield "", None
+                continue
             place = f"{file.path}:{number}"
             if line.isspace():
                 yield place, None
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
             except (ValueError, RecursionError) as error:
@@ -47,10 +73,11 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
                     f"{place}: not valid JSON ({first_line(error)}); correct that line"
                 ) from None
             if not isinstance(row, dict):
-                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column')
+                remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
+                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column{remedy}')
             given = [(place, row)]
             del line, row  # they may be large, and nothing here needs them any longer
             yield given.pop()
 
 
-register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns))
+register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns, read_from=read_from))

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 from lowres.errors import UserError, first_line
-from lowres.text.columns import of_arrow, text_of
+from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, Rank, register
-from lowres.text.opening import opened
+from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tokens import PARQUET
+from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
 
 _ROWS = 256
+# the column of a row group may hold gigabytes; the default reads all of it first, whatever the buffer
+_IN_PIECES = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with _table(file) as table:
-        # a path of names inside structures is read as its outermost column
-        outer = file.column if file.column in table.schema_arrow.names else file.column.split(".")[0]
-        for batch in table.iter_batches(batch_size=_ROWS, columns=[outer]):
-            for row in batch.to_pylist():
-                yield text_of(row, file.column, str(file.path))
+        yield from _texts(file, file.column, table, 0)
+
+
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    """Groups of rows before `start` are not decoded."""
+    assert file.column is not None
+    with _table(file) as table:
+        passed, first = 0, 0
+        while first < table.num_row_groups and passed + _rows_of(table, first) <= start:
+            passed += _rows_of(table, first)
+            first += 1
+        yield from repeat(None, passed)
+        yield from _texts(file, file.column, table, first, passed)
+
+
+def _rows_of(table: Any, group: int) -> int:
+    return int(table.metadata.row_group(group).num_rows)
+
+
+def _texts(file: File, column: str, table: Any, first: int, passed: int = 0) -> Iterator[str]:
+    """From row group `first` on, before which `passed` rows are."""
+    outer, groups = outermost(column, table.schema_arrow.names), list(range(first, table.num_row_groups))
+    batches = table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[outer])
+    yield from texts(batches, column, file.path, passed)
 
 
 def columns(file: File) -> dict[str, str] | None:
@@ -40,15 +63,19 @@ def _table(file: File) -> Iterator[Any]:
         raise UserError(
             f"{file.path}: .parquet files need the package pyarrow: pip install pyarrow"
         ) from None
-    with opened(file) as stream:
-        # parquet is read from its end, and seeking in compressed data would decompress it many times
-        seekable = io.BytesIO(stream.read()) if file.compression else stream
+    with opened_for_seeking(file) as stream:
         try:
-            yield pyarrow.parquet.ParquetFile(seekable)
+            yield pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True, **_IN_PIECES)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise BadFileError(
                 f"{file.path}: not a complete parquet file ({first_line(error)}); get the file again"
             ) from None
+        except OSError as error:
+            if "crypt" not in str(error):
+                raise
+            raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
-register(Kind("parquet", (".parquet",), Rank.ROWS, read, columns))
+register(
+    Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns, ids=PARQUET, read_from=read_from)
+)

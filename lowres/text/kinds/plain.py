@@ -53,11 +53,20 @@ def is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
+def no_text(file: File) -> str | None:
+    with opened(file) as stream:
+        return None if is_text(stream.read(_HEAD)) else "unknown type"
+
+
 def decoded(path: Path, data: bytes, place: str = "") -> str:
-    """UTF-8 without its byte order mark. Raises BadFileError. place: which part of the file it is, for
-    messages."""
+    """`utf_8` without its byte order mark."""
+    return utf_8(path, data, place).removeprefix("\ufeff")
+
+
+def utf_8(path: Path, data: bytes, place: str) -> str:
+    """The text of bytes. Raises BadFileError. place: which part of the file it is, for messages."""
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise BadFileError(
             f"{path}{place}: not UTF-8 text (byte {error.start}); convert it, or leave it out with "
@@ -93,6 +102,8 @@ def _separated(path: Path, stream: IO[bytes], separator: str) -> Iterator[str]:
 
 
 register(Kind("text", (".txt", ".text"), Rank.TEXT, read))
+# WikiText; cameras write .raw too
+register(Kind("raw text", (".raw", ".tokens"), Rank.TEXT, read, refused=no_text))
 register(Kind("markup", MARKUP, Rank.PROSE, read))
 register(Kind("source code", CODE, Rank.PROSE, read))
 # by content; no suffix leads here

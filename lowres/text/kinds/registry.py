@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import PurePath
 
-from lowres.text.opening import COMPRESSIONS
+from lowres.text.compression import COMPRESSIONS
 from lowres.text.source import File, Source
 
 
@@ -21,11 +21,18 @@ class Rank(IntEnum):
     PROSE = 3  # markdown, source code, any other text
 
 
+class NotData(str):
+    """Why a file has no documents, where nothing is wrong with it: settings, a cache."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
+    read_from: the same from a row on, as fast as it can be: None for each row before that.
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
-    suffix has no documents, None if it has."""
+    suffix has no documents, None if it has; see also NotData. look: what a file of this suffix is by its
+    content: of another kind, or why it is left out. ids: the kind of the same tables with a column of ids
+    instead of text."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -33,6 +40,9 @@ class Kind:
     read: Callable[[File, Source], Iterator[str]]
     columns: Callable[[File], dict[str, str] | None] | None = None
     refused: Callable[[File], str | None] | None = None
+    look: Callable[[File], File | str] | None = None
+    ids: str | None = None
+    read_from: Callable[[File, Source, int], Iterator[str | None]] | None = None
 
 
 KINDS: dict[str, Kind] = {}
@@ -56,5 +66,10 @@ def kind_of_name(name: str) -> tuple[Kind | None, str]:
 
 def names() -> str:
     """The known suffixes, for messages."""
-    listed = [suffix for kind in KINDS.values() if kind.rank < Rank.PROSE for suffix in kind.suffixes]
-    return f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}"
+    listed = [
+        suffix for kind in KINDS.values() if kind.rank in (Rank.ROWS, Rank.TEXT) for suffix in kind.suffixes
+    ]
+    return (
+        f"{', '.join(listed)}, any text in UTF-8, each also with {', '.join(COMPRESSIONS)}, in .tar or .zip; "
+        "token ids in .bin and .npy"
+    )

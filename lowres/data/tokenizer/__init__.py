@@ -1,0 +1,27 @@
+"""Text as token ids, and back, whatever kind of tokenizer a user has.
+
+base                  what every tokenizer does; encoding on all cores in bounded memory
+sentencepiece_model   tokenizer.model: SentencePiece, lossless or in the model's own form
+huggingface           tokenizer.json of the `tokenizers` library
+ends                  which of its tokens begin and end a document
+vocabulary            vocabulary.json: ids without text
+opening               which kind a file is, and where the tokenizer of a folder is
+training              a new SentencePiece model
+"""
+
+from lowres.data.tokenizer.base import Tokenizer
+from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer
+from lowres.data.tokenizer.training import LEAST_VOCAB, check_enough_pieces, check_vocab_size, train
+from lowres.data.tokenizer.vocabulary import Vocabulary
+
+__all__ = [
+    "FILE_NAMES",
+    "LEAST_VOCAB",
+    "Tokenizer",
+    "Vocabulary",
+    "check_enough_pieces",
+    "check_vocab_size",
+    "find_tokenizer",
+    "open_tokenizer",
+    "train",
+]

@@ -1,0 +1,281 @@
+"""tokenizer.json: what the library `tokenizers` writes, used for text that is only text.
+
+The library would turn the spelling of a control token in a text, such as <|im_start|>, into the control
+token. It can be told not to, but not for all kinds: added tokens that are not marked as special, and a
+vocabulary that is matched by string, still give them. So the file is opened with those tokens under names
+that no text has; their ids stay. What else would change documents is off: truncation, padding, dropout, and
+the post-processor, as bos and eos are added here. White space that was added as a token is text and stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.ends import find_ends, template
+from lowres.errors import UserError, first_line
+
+Node = dict[str, Any]
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_WORD_BOUNDARY = re.compile(r"\b")
+# characters on either side of a cut in which it must make no difference, and places to try
+_CONTEXT = 128
+_TRIES = 16
+_LARGEST_VOCAB = 1 << 24
+
+
+class JsonTokenizer(Tokenizer):
+    """A tokenizer.json. Raises UserError if it is none."""
+
+    file_name = "tokenizer.json"
+    chunk_chars = 1 << 16
+
+    def __init__(
+        self,
+        path: Path,
+        content: bytes,
+        bos: str | int | None = None,
+        eos: str | int | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        """bos, eos: tokens or ids that begin and end a document, if the user says so. remedy: what the user
+        should do if the file is damaged."""
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"tokenizer {path}: a tokenizer.json needs the package tokenizers: pip install tokenizers"
+            ) from None
+        os.environ.setdefault("RAYON_NUM_THREADS", str(threads()))
+        self._open: Callable[[str], Any] = tokenizers.Tokenizer.from_str
+        try:
+            description = json.loads(content)
+            ids = _ids(description)
+            added = description.get("added_tokens") or []
+            names = {token["content"] for token in added} or ids.keys()
+            ends = find_ends(path, description, ids, names, bos, eos)
+            tokens = {i: token for token, i in ids.items()}
+            processor = template(ends, tokens)
+            if description.get("post_processor") != processor:
+                description["post_processor"] = processor
+                content = json.dumps(description).encode()
+            super().__init__(path, content)
+            self.bos_id, self.eos_id = ends.bos, ends.eos
+            self.vocab_size = max(ids.values()) + 1
+            if self.vocab_size > _LARGEST_VOCAB:
+                raise ValueError(f"its largest id is {self.vocab_size - 1}")
+            ends_too = {tokens[i] for i in (ends.bos, ends.eos) if i is not None}
+            hidden = {token["content"]: token["special"] for token in added if not _is_text(token)}
+            hidden |= dict.fromkeys(ends_too, True)
+            self._plain = _plain(description, {token: ids[token] for token in hidden})
+            self._library = self._opened(self._plain)
+            for token, plain in zip(added, self._plain["added_tokens"], strict=True):
+                if self._library.token_to_id(plain["content"]) != token["id"]:
+                    raise UserError(
+                        f"tokenizer {path}: the id {token['id']} of {token['content']!r} does not follow the "
+                        "others, and the library would change it; give a file that was saved by the library"
+                    )
+            controls = {ids[token] for token, special in hidden.items() if special}
+            self._read_table(description, tokens, controls)
+            self.note_loss()
+        except UserError:
+            raise
+        except BaseException as error:  # the library panics too, which is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise UserError(
+                f"tokenizer {path}: not a tokenizer.json, or damaged ({first_line(error)}); "
+                f"{remedy or 'give another file'}"
+            ) from None
+        spelt = [token for token, special in hidden.items() if not special]
+        if spelt:
+            self.notes.append(
+                f"tokenizer {path}: {len(spelt)} added tokens, such as {spelt[0]!r}, are spelt out in text, "
+                "as control tokens are"
+            )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        if not self._by_table:
+            table = self._bytes_of
+            text: str = self._library.decode([i for i in ids if 0 <= i < len(table) and table[i]])
+            return text
+        text = super().decode(ids)
+        return text.removeprefix(" ") if self._strips else text
+
+    def _encode(self, parts: list[str]) -> list[np.ndarray]:
+        found: dict[bool, Iterator[np.ndarray]] = {}
+        for follows in (False, True):
+            of_kind = [str(part) for part in parts if isinstance(part, _Following) is follows]
+            if of_kind:
+                library = self._following if follows else self._library
+                found[follows] = iter(_encoded(library, of_kind))
+        return [next(found[isinstance(part, _Following)]) for part in parts]
+
+    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
+        for number, chunk in enumerate(self._chunks(text)):
+            yield _Following(chunk) if number else chunk
+
+    def _cut(self, text: str, start: int) -> int | None:
+        assert self.chunk_chars
+        for near in range(start, len(text), self.chunk_chars):
+            places = _WORD_BOUNDARY.finditer(text, near)
+            for _, match in zip(range(_TRIES), places, strict=False):
+                if 0 < match.start() < len(text) and self._is_cut(text, match.start()):
+                    return match.start()
+        return None
+
+    def _is_cut(self, text: str, place: int) -> bool:
+        """Whether the tokens around a place are the same if the text is cut there."""
+        before, after = text[max(0, place - _CONTEXT) : place], text[place : place + _CONTEXT]
+        whole, left = _encoded(self._library, [before + after, before])
+        (right,) = _encoded(self._following, [after])
+        return np.array_equal(whole, np.concatenate((left, right)))
+
+    @cached_property
+    def _following(self) -> Any:
+        """The library's tokenizer for what follows a cut: without what is added in front of a text."""
+        plain = _without_prefix(self._plain)
+        return self._library if plain == self._plain else self._opened(plain)
+
+    def _opened(self, description: Node) -> Any:
+        library = self._open(json.dumps(description))
+        library.encode_special_tokens = True  # the file cannot say it
+        return library
+
+    def _read_table(self, description: Node, tokens: dict[int, str], controls: set[int]) -> None:
+        """Set how ids become text."""
+        nodes = [
+            n for key in ("normalizer", "pre_tokenizer", "decoder") for n in _nodes(description.get(key))
+        ]
+        kinds = {node.get("type") for node in nodes}
+        model = description["model"]
+        by_byte = "ByteLevel" in kinds
+        spaces = "Metaspace" in kinds or any(node.get("content") == SPACE for node in nodes)
+        fallback = model.get("byte_fallback") or "ByteFallback" in kinds
+        added = {token["id"] for token in description.get("added_tokens") or []}
+        alphabet = _byte_level_alphabet()
+
+        def bytes_of(i: int, token: str) -> bytes:
+            if i in controls:
+                return b""
+            if by_byte and i not in added and all(letter in alphabet for letter in token):
+                return bytes(alphabet[letter] for letter in token)
+            if fallback and (byte := _BYTE.fullmatch(token)):
+                return bytes([int(byte[1], 16)])
+            if spaces:
+                return token.replace(SPACE, " ").encode()
+            if model.get("type") == "WordPiece":
+                prefix = model.get("continuing_subword_prefix", "##")
+                return (token.removeprefix(prefix) if token.startswith(prefix) else " " + token).encode()
+            return token.encode()
+
+        self._by_table = by_byte or spaces
+        self._strips = spaces and any(_strips(node) for node in _nodes(description.get("decoder")))
+        self._bytes_of = [b""] * self.vocab_size
+        for i, token in tokens.items():
+            self._bytes_of[i] = bytes_of(i, token)
+
+
+class _Following(str):
+    """A part of a text that follows a cut."""
+
+    __slots__ = ()
+
+
+def _encoded(library: Any, parts: list[str]) -> list[np.ndarray]:
+    encodings = library.encode_batch_fast(parts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+
+def _ids(description: Node) -> dict[str, int]:
+    """The id of every token, added ones too."""
+    vocabulary = description["model"]["vocab"]
+    if isinstance(vocabulary, list):  # of a unigram model
+        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    return vocabulary | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
+
+
+def _is_text(token: Node) -> bool:
+    """Whether an added token is a piece of text: a run of white space that takes nothing beside it."""
+    blank = not token["content"].replace(SPACE, " ").strip()
+    return blank and not (token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"])
+
+
+def _plain(description: Node, hidden: dict[str, int]) -> Node:
+    """The description for text that is only text. hidden: tokens that no text may give, and their ids."""
+    names = {token: f"\0 {i} \0" for token, i in hidden.items()}
+    model = dict(description["model"])
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {names.get(piece, piece): i for piece, i in vocabulary.items()}
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [
+            [left, right]
+            for left, right in pairs
+            if not names.keys() & {left, right, left + right.removeprefix(prefix)}
+        ]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if model.get("dropout"):
+        model["dropout"] = None  # it is random
+    off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [
+        token | off | {"content": names[token["content"]]} if token["content"] in names else token
+        for token in description.get("added_tokens") or []
+    ]
+    changes = {"truncation": None, "padding": None, "post_processor": None}
+    return description | changes | {"model": model, "added_tokens": added}
+
+
+def _nodes(node: Node | None) -> Iterator[Node]:
+    """A part of the description and all parts of its sequences."""
+    if not node:
+        return
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        for part in node.get(key) or []:
+            yield from _nodes(part)
+    yield node
+
+
+def _without_prefix(description: Node) -> Node:
+    """The description without what puts a space in front of a text."""
+    changed = {key: copy.deepcopy(description.get(key)) for key in ("normalizer", "pre_tokenizer")}
+    found = description | changed
+    for node in (*_nodes(found["normalizer"]), *_nodes(found["pre_tokenizer"])):
+        if node.get("type") == "Prepend":
+            node["prepend"] = ""
+        elif node.get("type") == "ByteLevel":
+            node["add_prefix_space"] = False
+        elif node.get("type") == "Metaspace" and node.get("prepend_scheme", "always") != "never":
+            node["prepend_scheme"] = "never"
+            node.pop("add_prefix_space", None)
+    return found
+
+
+def _strips(node: Node) -> bool:
+    """Whether a decoder removes the space in front of a text."""
+    if node.get("type") == "Strip":
+        return bool(node.get("content") == " " and node.get("start"))
+    prefix = node.get("prepend_scheme", "always") != "never" and node.get("add_prefix_space", True)
+    return node.get("type") == "Metaspace" and bool(prefix)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The byte of each letter in which GPT-2 writes bytes: printable ones of Latin-1 as they are, the others
+    from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
