@@ -165,7 +165,18 @@ def test_it_reads_no_pickle(watched: Watched) -> None:
 
 def test_files_of_a_run_are_of_formats_without_code(watched: Watched) -> None:
     endings = {Path(name).suffix for name in files_in(watched.work) if not name.startswith("text/")}
-    assert endings <= {".toml", ".json", ".jsonl", ".safetensors", ".model", ".bin", ".png", ".log", ".lock", ".hashes"}
+    assert endings <= {
+        ".toml",
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".model",
+        ".bin",
+        ".png",
+        ".log",
+        ".lock",
+        ".hashes",
+    }
 
 
 def test_scripts_among_the_text_are_text(watched: Watched) -> None:

@@ -59,6 +59,8 @@ from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
 _BATCH_CHARS = 1 << 21
+# while no more than this is in memory, another batch is read: beside an ordinary one, not beside a huge one
+_AHEAD_CHARS = 2 * _BATCH_CHARS
 
 
 def prepare(
@@ -284,8 +286,8 @@ def _encoded(
     row = following.row
     source = replace(job.source, commit=state.commit)
     rows = numbered_documents(source, following.row, job.part, skipped, marks)
-    # the next batch is read while one is tokenised
-    for batch in read_ahead(_batches(rows), lambda found: sum(len(text) for _, text in found), _BATCH_CHARS):
+    # a stream or a slow disk is waited for while a batch is tokenised
+    for batch in read_ahead(_batches(rows), _characters, _AHEAD_CHARS):
         kept: list[tuple[int, int, Dropped]] = []
         parts: list[str] = []
         while batch:
@@ -323,6 +325,10 @@ def _batches(rows: Iterator[tuple[int, str]]) -> Iterator[deque[tuple[int, str]]
             batch, size = deque(), 0
     if batch:
         yield batch
+
+
+def _characters(batch: deque[tuple[int, str]]) -> int:
+    return sum(len(text) for _, text in batch)
 
 
 def _seen(out: Path, state: Progress) -> Seen:

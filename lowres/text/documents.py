@@ -86,7 +86,7 @@ class Marks:
     def before(self, row: int) -> tuple[int, int]:
         """(first row, number) of the file that a row is in. Forgets the files before."""
         place = bisect_right(self._places, row, key=lambda place: place[0])
-        self._places = self._places[max(0, place - 1) :]
+        del self._places[: max(0, place - 1)]  # in place, as a thread may add to it
         return self._places[0]
 
 
@@ -195,8 +195,9 @@ def _in_files(
     row, first = marks.before(start)
     for number in range(first, len(files)):
         marks.add(row, number)
-        # a file of which the rest is left out has fewer rows than it seems
-        inside = start - row if number == first or source.damaged == "refuse" else 0
+        # a file of which the rest is left out has fewer rows than it seems; the one that a mark leads to was
+        # read up to there
+        inside = start - row if number == first > 0 or source.damaged == "refuse" else 0
         for text in _rows_in(source, files[number], inside, skipped):
             given = [text]
             del text  # it may be large
