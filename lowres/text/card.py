@@ -23,7 +23,7 @@ _LARGEST = 1 << 22
 @dataclass(frozen=True)
 class Config:
     """files: (part, pattern) relative to `folder`, which ends with / or is empty; the first that matches
-    counts."""
+    counts. A part "" is not said."""
 
     name: str
     default: bool
@@ -59,18 +59,19 @@ def configs(path: Path) -> list[Config]:
         return [made for each in found or [] if (made := _config(each))]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: its configs cannot be understood ({first_line(error)}); correct them, or set "
-            "data.include"
+            f"{path}: its configs cannot be understood ({first_line(error)}); correct them, or leave the "
+            "card out with data.exclude: then the names of the files decide"
         ) from None
 
 
 def _config(given: dict[str, Any]) -> Config | None:
     name, folder = str(given.get("config_name", "default")), str(given.get("data_dir") or "")
     files = given.get("data_files")
-    if files is None:
+    if files is None and not folder:
         return None
-    listed = files if isinstance(files, list) else [files]
-    made = list[tuple[str, str]]()
+    listed = files if isinstance(files, list) else [files] if files else []
+    # a folder alone: all below it
+    made = list[tuple[str, str]]() if files else [("", "**")]
     for each in listed:
         split, paths = ("train", each) if isinstance(each, str) else (str(each["split"]), each["path"])
         made += [(part_of_word(split), str(p)) for p in (paths if isinstance(paths, list) else [paths])]

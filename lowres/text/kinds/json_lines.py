@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from lowres.errors import first_line
-from lowres.text.columns import Repeated, kinds_of, text_of
+from lowres.text.columns import Repeated, choose, kinds_of, text_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
+
+NAME = "JSON lines"
+# lines of a file whose name does not say what it is
+_LOOKED_AT = 64
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,6 +47,33 @@ def columns(file: File) -> dict[str, str] | None:
     return None
 
 
+def _remedy(line: bytes) -> str:
+    if line.strip() in (b"{", b"["):
+        return "JSON over several lines is a .json file"
+    return "correct that line, or leave the file out with data.exclude"
+
+
+def column_in(head: bytes, text_key: str | None) -> str | None:
+    """The column of the text if the beginning of a file without a telling name is JSON lines: all its lines
+    are objects, more than one or with more than one key, and the first has such a column. head: may end
+    inside a line."""
+    if not head.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+        return None
+    rows = list[dict[str, Any]]()
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    for line in lines[:_LOOKED_AT]:
+        try:
+            row = DECODER.decode(line.decode("utf-8-sig" if not rows else "utf-8"))
+        except (ValueError, RecursionError):
+            if line is lines[-1] and len(rows) > 1:
+                break  # the rest of the line is not here
+            return None
+        if not isinstance(row, dict):
+            return None
+        rows.append(row)
+    return choose(kinds_of(rows[0]), text_key) if len(rows) > 1 or len(rows[0]) > 1 else None
+
+
 def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """(file:line, object; None for a blank line)"""
     with opened(file) as stream:
@@ -58,7 +90,7 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
             except (ValueError, RecursionError) as error:
                 raise BadFileError(
-                    f"{place}: not valid JSON ({first_line(error)}); correct that line"
+                    f"{place}: not valid JSON ({first_line(error)}); {_remedy(line)}"
                 ) from None
             if not isinstance(row, dict):
                 remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
@@ -68,4 +100,4 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield given.pop()
 
 
-register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns))
+register(Kind(NAME, (".jsonl", ".ndjson", ".jsonlines"), Rank.ROWS, read, columns))
