@@ -541,6 +541,15 @@ def test_inspect_shows_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["data", "inspect", source, "--set", "optim.lr=1"]) == 2
 
 
+def test_inspect_refuses_what_a_run_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, files in {"blank": {"a.txt": " \n", "val.txt": "v"}, "nothing": {}}.items():
+        source = write(tmp_path / name, dict(files))
+        (tmp_path / name).mkdir(exist_ok=True)
+        assert main(["data", "inspect", source]) == 2
+        assert capsys.readouterr().err == f"lowres: {refusal(source)}\n"
+    assert "(among the files that it matches: none)" in refusal(f"{tmp_path}/*.txt")
+
+
 def test_inspect_estimates_large_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
 from lowres.ranks import say
-from lowres.text import Source, numbered_documents
+from lowres.text import Source, is_stream, list_files, numbered_documents
 from lowres.text.documents import Skipped
 from lowres.text.source import as_source
 
@@ -101,7 +101,9 @@ def run(job: Job, out: Path, progress: bool) -> Complete:
     with started(job, out, progress) as state:
         found = []
         if isinstance(state, Complete):
-            found = [f"{out} is already prepared; nothing was done"]
+            now = [] if is_stream(job.source) else list_files(job.source).warnings()
+            found = [line for line in now if line not in state.notes]
+            found.append(f"{out} is already prepared; nothing was done")
         elif state.train:
             found = [f"{out}: continued after shard {len(state.train)} of an interrupted preparation"]
         for _ in write_shards(job, out, state, progress):
@@ -116,6 +118,9 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
     Unless the job is complete, the folder is locked against other processes in the meantime.
     """
+    if not is_stream(job.source):
+        # what is there already may have been allowed by another data.max_left_out, or before more was there
+        list_files(job.source).check()
     state = find_manifest(job, out)
     if isinstance(state, Complete):
         forget_progress(out)
