@@ -251,8 +251,8 @@ def _of_many(source: Source, found: list[Found], where: str) -> Listing:
     if not files:
         reasons = [each for each in left_out if each.reason not in ("hidden", walk.EXCLUDED)]
         raise UserError(
-            f"{source.name}: no file of a known type ({where}{'' if found else ': none'}); known are {names()}"
-            + (f"; left out: {_some(reasons)}" if reasons else "")
+            f"{source.name}: no file of a known type ({where}{'' if found else ': none'}); "
+            f"known are {names()}" + (f"; left out: {_some(reasons)}" if reasons else "")
         )
     notes += _twice(files)
     files = _with_parts(files, known)
