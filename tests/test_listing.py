@@ -72,6 +72,9 @@ def refusal(source: str | Source) -> str:
         (["c4-en.tfrecord-0", "c4-de-validation.tfrecord-0"], "TT"),  # of another language
         (["training-monolingual/news.en-1", "heldout-monolingual/news.en.heldout-0"], "TV"),  # LM1B
         (["heldout/a", "b"], "TT"),
+        (["split=train/0", "split=val/0"], "TV"),
+        (["TrainSet", "TestSet"], "TE"),
+        (["trainers", "testament", "Contest"], "TTT"),
     ],
 )
 def test_parts_by_name(names: list[str], expected: str) -> None:
@@ -94,6 +97,12 @@ def test_text_without_a_suffix_has_splits(tmp_path: Path) -> None:
     source = write(tmp_path, dict.fromkeys(names, "text"))
     assert parts(source) == {names[1]: TEST, names[0]: TRAIN}
     assert reasons(source) == {"README": "describes the data"}
+
+
+def test_folders_above_a_glob_say_nothing(tmp_path: Path) -> None:
+    source = write(tmp_path / "test" / "x", {"a.jsonl": rows("a"), "b/train.jsonl": rows("b")})
+    assert sorted(documents(f"{source}/**/*.jsonl")) == ["a", "b"]
+    assert list(documents(f"{tmp_path}/*/x/b/*")) == ["b"]
 
 
 def test_test_is_never_read_and_validation_is_apart(tmp_path: Path) -> None:
@@ -152,6 +161,13 @@ def test_a_config_may_be_a_folder(tmp_path: Path) -> None:
     source = Source(write(tmp_path, files | {"README.md": CARD.format(config)}), max_left_out=0.5)
     assert parts(source) == {"en/train-0.jsonl": TRAIN, "en/validation-0.jsonl": VALIDATION}
     assert reasons(source)["de/a.jsonl"] == 'of the card\'s config "de"'
+
+
+def test_what_a_card_gives_to_two_splits_is_not_for_training(tmp_path: Path) -> None:
+    config = "- config_name: default\n  data_files:\n  - split: train\n    path: '*'\n"
+    config += "  - split: test\n    path: t*"
+    files = {name: rows(name) for name in ("a.jsonl", "t.jsonl")}
+    assert list(documents(write(tmp_path, files | {"README.md": CARD.format(config)}))) == ["a.jsonl"]
 
 
 def test_the_nearest_card_counts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowres.errors import UserError, first_line
 from lowres.text.globs import matches
+from lowres.text.source import TRAIN
 from lowres.text.splits import part_of_word
 
 CARD = "readme.md"
@@ -22,8 +23,8 @@ _LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class Config:
-    """files: (part, pattern) relative to `folder`, which ends with / or is empty; the first that matches
-    counts. A part "" is not said."""
+    """files: (part, pattern) relative to `folder`, which ends with / or is empty. A part "" is not said. What
+    is for training and, by another pattern, for something else is for that."""
 
     name: str
     default: bool
@@ -34,10 +35,9 @@ class Config:
         """name -> part, of the files that are this configuration's."""
         found = {}
         for name in names:
-            for part, pattern in self.files:
-                if matches(name, self.folder + pattern, whole=True):
-                    found[name] = part
-                    break
+            parts = [p for p, pattern in self.files if matches(name, self.folder + pattern, whole=True)]
+            if parts:
+                found[name] = next((part for part in parts if part != TRAIN), TRAIN)
         return found
 
 

@@ -189,7 +189,8 @@ def list_files(source: Source | str) -> Listing:
     if path.exists():
         return _of_one(source, path)
     if glob.has_magic(source.name):
-        return _of_many(source, walk.in_glob(str(path), excluded), "among the files that it matches")
+        found = walk.in_glob(str(path), excluded)
+        return _of_many(source, found, "among the files that it matches", walk.above(str(path)))
     raise UserError(
         f"{source.name}: no such file or folder; data.source is stdlib, a path, a glob or hf:<dataset>"
     )
@@ -214,7 +215,8 @@ def _of_one(source: Source, path: Path) -> Listing:
     return Listing(source, (made,), ())
 
 
-def _of_many(source: Source, found: list[Found], where: str) -> Listing:
+def _of_many(source: Source, found: list[Found], where: str, above: str = "") -> Listing:
+    """above: the folders at the beginning of every name that are none of the source's."""
     left_out, notes = list[LeftOut](), list[str]()
     wanted, cards_there = list[Found](), list[Found]()
     for f in found:
@@ -255,7 +257,7 @@ def _of_many(source: Source, found: list[Found], where: str) -> Listing:
             f"known are {names()}" + (f"; left out: {_some(reasons)}" if reasons else "")
         )
     notes += _twice(files)
-    files = _with_parts(files, known)
+    files = _with_parts(files, known, above)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
 
 
@@ -510,7 +512,7 @@ def _of_cards(source: Source, cards: list[Found], all_names: list[str], notes: l
     return made
 
 
-def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:
+def _with_parts(files: list[File], known: dict[str, str], above: str) -> list[File]:
     """Programs have no splits, nor what is written beside them: their `tests/` are no test split."""
     free = [f for f in files if not known.get(f.name)]
     program = {f.name for f in free if KINDS[f.kind].rank == Rank.PROSE} if _is_program(files) else set()
@@ -519,7 +521,7 @@ def _with_parts(files: list[File], known: dict[str, str]) -> list[File]:
         (splits.parts_of_code, [f.name for f in free if f.name in program]),
         (splits.parts, [f.name for f in free if f.name not in program]),
     ):
-        found |= zip(chosen, rule(chosen), strict=True)
+        found |= zip(chosen, rule([name.removeprefix(above) for name in chosen]), strict=True)
     made = [replace(f, part=known.get(f.name) or found[f.name]) for f in files]
     if all(f.part == TEST for f in made) or not any(f.part == TRAIN for f in made):
         made = [replace(f, part=TRAIN) for f in made]

@@ -22,12 +22,14 @@ WORDS = {
 _PART = {word: part for part, words in WORDS.items() for word in words}
 # what a folder of text may well be called for other reasons
 _NEEDS_TRAIN = ("dev", "heldout", "holdout", "testing", "eval", "evaluation")
-_BETWEEN = re.compile(r"[-._ 0-9]+")
+# split=train, TestSet
+_BETWEEN = re.compile(r"[\W\d_]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def part_of_word(word: str) -> str:
     """The part that a split of this name is: "train_sft" is TRAIN, and so is anything unknown."""
-    found = {_PART[w] for w in _BETWEEN.split(word.lower()) if w in _PART}
+    found = {_PART[w] for w in _words_of(word) if w in _PART}
     return found.pop() if len(found) == 1 else TRAIN
 
 
@@ -72,17 +74,20 @@ def _plain(name: str) -> str | None:
     return None
 
 
+def _words_of(component: str) -> list[str]:
+    return [word for word in _BETWEEN.split(_CAMEL.sub("-", component).lower()) if word]
+
+
 def _words(name: str) -> tuple[str, ...]:
     """What a name says besides its part and its numbers."""
     return tuple(
-        "-".join(word for word in _BETWEEN.split(component) if word not in _PART)
-        for component in name.lower().split("/")
+        "-".join(word for word in _words_of(component) if word not in _PART) for component in name.split("/")
     )
 
 
 def _inside(name: str) -> str | None:
-    for component in reversed(name.lower().split("/")):
-        found = {_PART[word] for word in _BETWEEN.split(component) if word in _PART}
+    for component in reversed(name.split("/")):
+        found = {_PART[word] for word in _words_of(component) if word in _PART}
         if len(found) == 1:
             return found.pop()
     return None

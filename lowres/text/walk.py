@@ -66,6 +66,12 @@ def in_glob(pattern: str, excluded: Test = lambda name: False) -> list[Found]:
     return sorted(found, key=_name)
 
 
+def above(pattern: str) -> str:
+    """The folders of a glob before its first special character: "/data/" of "/data/*.txt"."""
+    plain = next(i for i in range(len(pattern) + 1) if glob.has_magic(pattern[: i + 1]) or i == len(pattern))
+    return pattern[: pattern.rfind("/", 0, plain) + 1]
+
+
 def _name(found: Found) -> str:
     return found.name
 
