@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -230,6 +233,11 @@ def test_other_text_is_no_json_lines(tmp_path: Path, text: str) -> None:
     assert list(documents(write(tmp_path, {"a.txt": text, "b": text}))) == [text, text]
 
 
+def test_a_damaged_row_does_not_make_text_of_json_lines(tmp_path: Path) -> None:
+    source = write(tmp_path, {"wiki_00": b"\n" + rows("a", "b") + b"oops\n" + rows("c")})
+    assert "wiki_00:4: not valid JSON" in refusal(source)
+
+
 def test_a_separator_that_is_asked_for_makes_text_of_json_lines(tmp_path: Path) -> None:
     source = write(tmp_path, {"a.txt": '{"text": "a", "n": 1}\n{"text": "b", "n": 1}'})
     assert len(list(documents(Source(source, separator="}\n")))) == 2
@@ -420,6 +428,18 @@ def test_pointers_copies_and_doubles_are_said(tmp_path: Path) -> None:
     assert [line for line in list_files(double).warnings() if "without the compression" in line]
 
 
+def test_an_archive_that_is_unpacked_beside_itself_is_said(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("Books/1.txt", "one")
+    for name, zipped in {"Books/1.txt": "all.zip", "d/all/Books/1.txt": "d/all.ZIP"}.items():
+        source = write(tmp_path / zipped[:1], {name: "one", zipped: packed.getvalue()})
+        [line] = list_files(source).warnings()
+        assert f"{zipped}/Books/1.txt" in line and "outside its archive" in line
+    alone = write(tmp_path / "alone", {"all.zip": packed.getvalue(), "2.txt": "two"})
+    assert not list_files(alone).warnings()
+
+
 def test_own_output_that_a_glob_matches_is_no_text(tmp_path: Path) -> None:
     source = write(tmp_path, {"a/x.jsonl": rows("a"), "run/config.toml": "x", "run/metrics.jsonl": rows("b")})
     assert list(documents(f"{source}/*")) == ["a"]
@@ -522,6 +542,20 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         assert "secret" in refusal(source)
     finally:
         (tmp_path / "secret").chmod(0o700)
+
+
+def test_an_unreadable_file_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path, {"a.jsonl": rows("a"), "b.jsonl": rows("b")})
+    real = Path.open
+
+    def guarded(path: Path, *args: Any) -> Any:
+        if path.name == "b.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    assert "b.jsonl: cannot be read" in refusal(source) and "data.exclude" in refusal(source)
+    assert list(documents(Source(source, exclude=("b.jsonl",)))) == ["a"]
 
 
 def test_an_excluded_folder_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

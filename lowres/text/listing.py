@@ -455,13 +455,27 @@ def _without_descriptions(files: list[File], left_out: list[LeftOut], source: So
 
 
 def _twice(files: list[File]) -> list[str]:
-    """A note on files that are there compressed and decompressed."""
+    """Notes on files that are there compressed and decompressed, or in an archive and unpacked."""
     names = {f.name.lower() for f in files}
-    both = [f.name for f in files if f.compression and f.name.lower().removesuffix(f.compression) in names]
-    if not both:
-        return []
-    more = f" and {len(both) - 1:,} more" if len(both) > 1 else ""
-    return [f"{both[0]}{more}: also there without the compression, and both are read; is that the same text?"]
+    compressed = [
+        f.name for f in files if f.compression and f.name.lower().removesuffix(f.compression) in names
+    ]
+    packed = [f.name for f in files if f.archive and not names.isdisjoint(_unpacked(f))]
+    return [
+        f"{both[0]}{f' and {len(both) - 1:,} more' if len(both) > 1 else ''}: also there {how}, and both are "
+        "read; is that the same text?"
+        for both, how in ((compressed, "without the compression"), (packed, "outside its archive"))
+        if both
+    ]
+
+
+def _unpacked(file: File) -> set[str]:
+    """The names that a file in an archive has if that is unpacked where it is, or in a folder of its name."""
+    assert file.archive
+    end = f"{file.archive.name}/".lower()
+    folder, _, inner = file.name.lower().partition(end)
+    suffix = next(suffix for suffix in archives.SUFFIXES if end[:-1].endswith(suffix))
+    return {folder + inner, f"{folder}{end[:-1].removesuffix(suffix)}/{inner}"}
 
 
 # ---------------------------------------------------------------------------- the part

@@ -130,7 +130,7 @@ class _Walk:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is prepared data or a run: the output may lie inside the source."""
-    if (folder / "config.toml").exists() and (folder / "metrics.jsonl").exists():
+    if os.path.exists(folder / "config.toml") and os.path.exists(folder / "metrics.jsonl"):
         return True
     for name in ("data.json", "progress.json"):
         with contextlib.suppress(OSError, Damaged):

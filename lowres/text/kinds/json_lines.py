@@ -15,8 +15,8 @@ from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
 
 NAME = "JSON lines"
-# lines of a file whose name does not say what it is
-_LOOKED_AT = 64
+# lines of a file whose name does not say what it is, most of them blank
+_LOOKED_AT = 16
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -54,23 +54,17 @@ def _remedy(line: bytes) -> str:
 
 
 def column_in(head: bytes, text_key: str | None) -> str | None:
-    """The column of the text if the beginning of a file without a telling name is JSON lines: all its lines
-    are objects, more than one or with more than one key, and the first has such a column. head: may end
-    inside a line."""
-    if not head.removeprefix(codecs.BOM_UTF8).startswith(b"{"):
+    """The column of the text if the beginning of a file without a telling name is JSON lines: the first two
+    lines are objects, or the only one with more than one key, and the first has such a column."""
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).split(b"\n", _LOOKED_AT) if line.strip()]
+    if not lines or not lines[0].startswith(b"{"):
         return None
-    rows = list[dict[str, Any]]()
-    lines = [line for line in head.split(b"\n") if line.strip()]
-    for line in lines[:_LOOKED_AT]:
-        try:
-            row = DECODER.decode(line.decode("utf-8-sig" if not rows else "utf-8"))
-        except (ValueError, RecursionError):
-            if line is lines[-1] and len(rows) > 1:
-                break  # the rest of the line is not here
-            return None
-        if not isinstance(row, dict):
-            return None
-        rows.append(row)
+    try:
+        rows = [DECODER.decode(line.decode()) for line in lines[:2]]
+    except (ValueError, RecursionError):
+        return None
+    if not all(isinstance(row, dict) for row in rows):
+        return None
     return choose(kinds_of(rows[0]), text_key) if len(rows) > 1 or len(rows[0]) > 1 else None
 
 
