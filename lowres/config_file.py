@@ -29,7 +29,7 @@ from lowres.config import (
 )
 from lowres.errors import UserError
 from lowres.rules import KEYS, RULES
-from lowres.text import is_stream
+from lowres.text import hub_name, is_stream
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -121,8 +121,12 @@ def with_places(config: Config, saved: Config | None) -> Config:
 
 def _place(given: str | None, known: list[str]) -> str | None:
     """See `with_places`. known: what the run was started with."""
-    if given is None or given == "stdlib" or is_stream(given):
+    if given is None or given == "stdlib":
         return given
+    if is_stream(given):
+        folder = hub_name(given).dataset
+        here = Path(folder).expanduser()
+        return given.replace(folder, str(here.absolute()), 1) if here.exists() else given
     path = Path(given).expanduser()
     if path.exists():
         return str(path.absolute())

@@ -26,6 +26,7 @@ from lowres.config_file import (
 from lowres.data import Data, MixedData, record_of_one
 from lowres.errors import UserError
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
+from lowres.text import is_stream
 
 # keys that say where the data are; their fingerprints say what they are
 DATA_KEYS = (
@@ -36,6 +37,7 @@ DATA_KEYS = (
     "data.bos",
     "data.eos",
     "data.vocab_size",
+    "data.shuffle_blocks",
 )
 
 
@@ -167,6 +169,7 @@ def _require_same_data(config: Config, data: Data, state: State, folder: Path) -
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
+            + (", and its data.shuffle_blocks" if is_stream(config.data.source) else "")
         )
     if state.validation not in (None, data.validation_fingerprint):
         raise UserError(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ prepare_module = sys.modules["lowres.data.prepare"]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda"]
 SEQ = 16
 BLOCK = 700
+AHEAD = BLOCK * 5 // 2  # with data.shuffle_blocks = 4
 
 
 def write_source(path: Path, count: int = 150, seed: int = 0) -> str:
@@ -284,7 +286,7 @@ def to_the_end(data: Data) -> int:
 
 
 def test_stream_is_tokenised_one_block_ahead(stream_config: DataConfig) -> None:
-    data = open_data(stream_config, 280, 0, False)
+    data = open_data(stream_config.model_copy(update={"shuffle_blocks": 1}), 280, 0, False)
     assert isinstance(data, TokenData) and data.train_tokens is None
     held_out = (BLOCK - 1) // SEQ
     for block in range(3):
@@ -312,6 +314,7 @@ def test_stream_holds_out_its_leading_documents(stream_config: DataConfig, tmp_p
 
 
 def test_stream_visits_each_window_of_a_block_then_the_next_and_repeats(stream_config: DataConfig) -> None:
+    stream_config = stream_config.model_copy(update={"shuffle_blocks": 1})
     data = open_data(stream_config, 280, 0, False)
     count = to_the_end(data)
     train, size = shards(data.folder, "train"), (BLOCK - 1) // SEQ
@@ -324,6 +327,48 @@ def test_stream_visits_each_window_of_a_block_then_the_next_and_repeats(stream_c
     again = open_data(stream_config, 280, 0, False)
     assert rows(again.batch(0, count)) == first and rows(again.batch(1, count)) == second
     assert again.fingerprint == data.fingerprint and again.train_tokens == data.train_tokens
+
+
+@pytest.mark.parametrize("spread", [1, 2, 4, 40])
+def test_stream_spreads_each_block_over_its_neighbours(stream_config: DataConfig, spread: int) -> None:
+    stream_config = stream_config.model_copy(update={"shuffle_blocks": spread})
+    data = open_data(stream_config, 280, 0, False)
+    assert isinstance(data, TokenData)
+    first_block = windows_of([Shard(data.folder / "train_00000.bin").read().tolist()])
+    size = (BLOCK - 1) // SEQ
+    assert set(rows(data.batch(0, size // spread))) <= set(first_block)
+    stream = data._stream
+    assert stream is not None and len(stream.entries) <= 2, "the first step waits for no other block"
+    count = to_the_end(data)
+    train = shards(data.folder, "train")
+    windows = [(len(shard) - 1) // SEQ for shard in train]
+    assert len(train) > 5 and windows[-1] < size == windows[0]
+    everything = {(block, window) for block, n in enumerate(windows) for window in range(n)}
+    order = [data._order.locate(place) for place in range(count)]
+    assert len(order) == len(everything) and set(order) == everything, "each window once"
+    assert Counter(rows(data.batch(0, count))) == windows_of(train)
+    # block b is in slots b to b + spread - 1; slot s begins after sizes 1/spread, 2/spread, ..., 1 of a block
+    starts = [sum(min(s + 1, spread) * size // spread for s in range(slot)) for slot in range(len(train))]
+    for slot, (start, end) in enumerate(pairwise(starts)):
+        there = Counter(block for block, _ in order[start:end])
+        assert set(there) == set(range(max(0, slot - spread + 1), slot + 1))
+        assert max(there.values()) - min(there.values()) <= 1
+    if spread == 4:
+        fourth = order[starts[4] : starts[5]]
+        assert all(len({block for block, _ in fourth[at : at + 12]}) > 1 for at in range(size - 12))
+        assert [w for block, w in fourth if block == 2] != sorted(w for block, w in fourth if block == 2)
+    # then all of them again, in an order over all blocks, as from a folder that is complete from the start
+    again = [data._order.locate(count + place) for place in range(count)]
+    assert set(again) == everything and again != order and len({block for block, _ in again[:40]}) > 10
+    complete = open_data(stream_config, 280, 0, False)
+    assert isinstance(complete, TokenData)
+    assert [complete._order.locate(place) for place in range(2 * count)] == order + again
+    # how long it is, is known beyond its end only
+    assert [complete.epoch(reached) for reached in (0, 1, count)] == [None] * 3
+    assert complete.epoch(count + 1) == complete.epoch(1 << 60) == count
+    # a run does not go on in another order
+    other = open_data(stream_config.model_copy(update={"shuffle_blocks": spread + 1}), 280, 0, False)
+    assert complete.fingerprint == data.fingerprint != other.fingerprint and other.folder == data.folder
 
 
 @pytest.mark.parametrize("stops", [[0], [3], [0, 2, 4]])
@@ -393,14 +438,14 @@ def test_stream_goes_on_where_it_was_without_reading_what_it_has(
 
 def test_what_the_blocks_of_a_stream_will_take(stream_config: DataConfig, tmp_path: Path) -> None:
     for vocab_size, size in ((280, 2), (1 << 16, 2), (70_000, 4)):
-        assert cache_bytes(stream_config, vocab_size, 10_000) == (10_000 + BLOCK) * size
+        assert cache_bytes(stream_config, vocab_size, 10_000) == (10_000 + AHEAD) * size
     assert cache_bytes(config(tmp_path, "stdlib"), 280, 10_000) == 0
     data = open_data(stream_config, 280, 0, False)
     data.batch(0, (BLOCK - 1) // SEQ)
     data.close()
     there = sum(file.stat().st_size - HEADER_BYTES for file in data.folder.glob("train_*.bin"))
     assert there > 0 and there % (2 * BLOCK) == 0
-    assert cache_bytes(stream_config, 280, 10_000) == (10_000 + BLOCK) * 2 - there
+    assert cache_bytes(stream_config, 280, 10_000) == (10_000 + AHEAD) * 2 - there
     to_the_end(open_data(stream_config, 280, 0, False))
     assert cache_bytes(stream_config, 280, 10_000) == 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowres.errors import UserError
-from lowres.text import documents, fingerprint, hub, is_stream, listing, numbered_documents
+from lowres.text import connection, documents, fingerprint, is_stream, listing, numbered_documents
 
 TEXTS = ["first\r\n\tdocument ", "zweites Dokument: ä\u2028", "  third\n"]
 
@@ -214,11 +214,11 @@ def test_hf_without_the_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
     datasets = pytest.importorskip("datasets")
 
     def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Couldn't reach 'x/y' on the Hub\nlong story")
+        raise ConnectionError("Couldn't reach 'no/one' on the Hub\nlong story")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    monkeypatch.setattr(hub, "FIRST_PAUSES", (0,))
-    message = complaint("hf:x/y")
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    monkeypatch.setattr(connection, "FIRST_PAUSES", (0,))
+    message = complaint("hf:no/one")
     assert "Couldn't reach" in message and "--set data.source=PATH" in message
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lowres.errors import UserError
-from lowres.text import documents
+from lowres.text import Source, documents
+from tests.fake_hub import FakeHub
 from tests.helpers import lowres
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +165,18 @@ def test_it_reads_no_pickle(watched: Watched) -> None:
 
 def test_files_of_a_run_are_of_formats_without_code(watched: Watched) -> None:
     endings = {Path(name).suffix for name in files_in(watched.work) if not name.startswith("text/")}
-    assert endings <= {".toml", ".json", ".jsonl", ".safetensors", ".model", ".bin", ".png", ".log", ".lock"}
+    assert endings <= {
+        ".toml",
+        ".json",
+        ".jsonl",
+        ".safetensors",
+        ".model",
+        ".bin",
+        ".png",
+        ".log",
+        ".lock",
+        ".hashes",
+    }
 
 
 def test_scripts_among_the_text_are_text(watched: Watched) -> None:
@@ -197,12 +209,22 @@ def test_the_script_of_a_data_set_is_not_run(tmp_path: Path, monkeypatch: pytest
     (folder / "train.jsonl").write_text('{"text": "one"}\n')
     assert list(documents(f"hf:{folder}")) == ["one"]
     (folder / "scripted.py").write_text(TRAP)
-    with pytest.raises(UserError, match="script"):
-        list(documents(f"hf:{folder}"))
+    assert list(documents(Source(f"hf:{folder}", max_left_out=1))) == ["one"]
+    hub = FakeHub()
+    hub.use(monkeypatch, tmp_path)
+    hub.put("x/scripted", {"scripted.py": TRAP.encode(), "train.jsonl": b'{"text": "one"}\n'})
+    with pytest.raises(UserError, match="scripts are no longer supported"):
+        list(documents("hf:x/scripted"))
+    hub.close()
     assert not (tmp_path / "trap").exists()
 
-    asked: dict[str, object] = {}  # version 3 of datasets still runs scripts, unless it is told not to
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **keywords: asked.update(keywords))
-    with pytest.raises(UserError):
-        list(documents(f"hf:{folder}"))
-    assert asked["trust_remote_code"] is False
+    asked: list[object] = []  # version 3 of datasets still runs scripts, unless it is told not to
+
+    def load(name: str, config: str, revision: str, trust_remote_code: bool = True) -> None:
+        asked.append(trust_remote_code)
+        raise RuntimeError("not in this test")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    with pytest.raises(UserError, match="not in this test"):
+        list(documents("hf:x/scripted"))
+    assert asked == [False]

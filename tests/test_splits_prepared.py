@@ -123,6 +123,8 @@ def test_text_to_evaluate_is_the_split_of_its_source(tmp_path: Path) -> None:
     plain = write_source(tmp_path / "plain.jsonl", make_documents(90, seed=5))
     config = DataConfig(source=plain, val_source=source, cache=str(tmp_path / "cache"), seq_len=16)
     data = open_data(config, 300, 0, False)
+    both = config.model_copy(update={"source": source, "val_source": plain})
+    assert any("own validation split is not used" in each for each in open_data(both, 300, 0, False).notes)
     held = "".join(text for file in VAL for text in file)
     for windows in (data.validation(0), open_text(source, data.tokenizer, 16)):
         targets = inputs_and_targets(windows)[1]
@@ -306,6 +308,7 @@ def test_few_tokens_of_much_text_are_read_from_its_beginning(
     source = write_source(tmp_path / "a.jsonl", make_documents(400))
     monkeypatch.setattr(survey_module, "LOOKAHEAD_CHARS", 3000)
     monkeypatch.setattr(prepare_module, "_BATCH_CHARS", 500)
+    monkeypatch.setattr(prepare_module, "_AHEAD_CHARS", 1000)
     furthest = dict.fromkeys((survey_module, prepare_module), 0)
     for module in furthest:
         read = module.numbered_documents
@@ -418,6 +421,31 @@ def test_files_that_break_between_the_passes_are_an_error(
 
     assert "b.jsonl" in after('{"text": "a"}\n{"text": "b"}\n{"tex')
     assert "b.jsonl" in after('{"text": "a"}\n')
+
+
+def test_a_damaged_file_before_the_place_of_a_stop_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": "Whole row."}) + '\n{"tex')
+    for i in range(4):
+        write_source(folder / f"b{i}.jsonl", TRAIN[30 * i : 30 * i + 30])
+    source = Source(str(folder), damaged="skip")
+    options: dict[str, Any] = {"vocab_size": 300, "progress": False, "shard_tokens": 500}
+    prepare(source, tmp_path / "straight", **options)
+    store = prepare_module.store_shard
+
+    def stopping(out: Path, name: str, *rest: Any) -> Any:
+        if name == "train_00008.bin":
+            raise KeyboardInterrupt
+        return store(out, name, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "store_shard", stopping)
+        prepare(source, tmp_path / "out", **options)
+    prepare(source, tmp_path / "out", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 def test_settings_of_the_command_line(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
 # what determines the documents of a source, besides its name
-SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name != "name")
+SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit"))
 
 
 class DataConfig(Section):
@@ -187,6 +187,9 @@ class DataConfig(Section):
     so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
+    shuffle_blocks: Annotated[Size, Field(ge=1, le=1024)] = 4
+    """Streams only: over how many neighbouring blocks of 8,388,608 tokens the sequences of a block are
+    spread at random. 1: blocks are not mixed, only what is in each."""
     document_mask: bool = False
     """Whether the documents in a sequence do not see each other: attention and positions begin anew with each
     document, and its first token is not predicted. Otherwise all tokens before are context."""

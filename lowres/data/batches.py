@@ -39,7 +39,7 @@ class TokenData(Data):
     """Training and validation tokens of a prepared folder, or of a stream.
 
     `validation_folder`: a prepared folder; all its tokens replace the held-out ones.
-    `corpus`: takes the place of a prepared folder.
+    `corpus`: takes the place of a prepared folder. `shuffle_blocks`: of a stream, see the key of [data].
     """
 
     _train: _Shards | Part
@@ -54,6 +54,7 @@ class TokenData(Data):
         validation_folder: Path | None = None,
         stream: BlockStream | None = None,
         corpus: Corpus | None = None,
+        shuffle_blocks: int = 1,
     ) -> None:
         self.folder = folder
         self.seq_len = seq_len
@@ -67,12 +68,13 @@ class TokenData(Data):
         self.notes = list(manifest.notes)
         self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         if stream:
-            # later blocks are unknown, but the arguments determine them
-            self.fingerprint = hash_of(
-                manifest.arguments.determining() | {"source": None}, manifest.tokenizer
-            )
+            # later blocks are unknown, but the arguments and the commit determine them; and their order
+            arguments = manifest.arguments.determining() | {"source": None}
+            more: dict[str, str | int] = {"commit": manifest.commit} if manifest.commit else {}
+            more |= {"shuffle_blocks": shuffle_blocks} if shuffle_blocks > 1 else {}
+            self.fingerprint = hash_of(arguments, manifest.tokenizer, *([more] if more else []))
             self._check_length([len(self._train.shard(0))] if stream.has(0) else [])
-            self._order = _BlockOrder(stream, self._train, seq_len, seed)
+            self._order = _BlockOrder(stream, self._train, seq_len, seed, shuffle_blocks)
         else:
             assert isinstance(manifest, Complete)
             self.fingerprint = manifest.fingerprint
@@ -196,6 +198,9 @@ class _Shards:
     def lengths(self) -> list[int]:
         return [entry.tokens for entry in self._entries()]
 
+    def tokens(self, i: int) -> int:
+        return self._entries()[i].tokens
+
     def verify_if_small(self) -> None:
         if sum(self.lengths()) * 4 < VERIFY_AT_ONCE_BYTES:
             for i in range(len(self._entries())):
@@ -246,39 +251,100 @@ class _GlobalOrder:
 
 
 class _BlockOrder:
-    """A stream: block after block, with a random order inside each block. When the stream has ended, its
-    blocks are repeated, each in a new order."""
+    """A stream: the windows of each block are dealt at random into `spread` parts. Slot s, a stretch of the
+    run, has part k of block s - k for all k < spread, in a random order.
 
-    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int) -> None:
+    So a block is mixed with its neighbours on both sides, no window waits for a later block, and the first
+    slots are shorter instead of waiting for `spread` blocks. When the stream has ended, the last slots are
+    what is left; then all blocks are one finite set of data.
+    """
+
+    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int, spread: int) -> None:
         self._stream = stream
         self._blocks = blocks
         self._seq_len = seq_len
+        self._seed = seed
+        self._spread = spread
         # windows in every block except the last, which may be shorter
-        self._block_windows = _windows(stream.block_tokens, seq_len)
+        self._full = _windows(stream.block_tokens, seq_len)
+        self._growing = list(accumulate(((s + 1) * self._full // spread for s in range(spread)), initial=0))
 
-        @lru_cache(maxsize=2)
-        def order(epoch: int, block: int) -> Tensor:
-            key = make_key(seed, "data order", f"block {block}", epoch)
+        @lru_cache(maxsize=spread + 1)
+        def dealt(block: int) -> Tensor:
+            key = make_key(seed, "data order", f"block {block}")
             return permutation(key, self._windows_of(block))
 
-        self._order = order
+        @lru_cache(maxsize=2)
+        def slot(number: int, blocks: int) -> tuple[Tensor, Tensor]:
+            return self._slot(number, [b for b in range(number - spread + 1, number + 1) if 0 <= b < blocks])
 
-    def _windows_of(self, block: int) -> int:
-        return _windows(len(self._blocks.shard(block)), self._seq_len)
+        self._dealt, self._order = dealt, slot
+        self._ended: tuple[list[int], _GlobalOrder] | None = None
 
     def epoch(self, reached: int) -> int | None:
-        block, place = divmod(max(0, reached - 1), self._block_windows)
-        if self._stream.has(block) and place < self._windows_of(block):
+        slot, _ = self._if_full(max(0, reached - 1))
+        if self._is_full(slot):
             return None
-        # beyond the end of the stream: wait until its length is known
-        assert not self._stream.has(block + 1)
-        last = (self._stream.length() or 0) - 1
-        return last * self._block_windows + self._windows_of(last)
+        count = self._end()[0][-1]
+        return count if reached > count else None
 
     def locate(self, sequence: int) -> tuple[int, int]:
         """(block, window in it)"""
-        count, epoch = self.epoch(sequence + 1), 0
-        if count is not None:
-            epoch, sequence = divmod(sequence, count)
-        block, place = divmod(sequence, self._block_windows)
-        return block, int(self._order(epoch, block)[place])
+        slot, place = self._if_full(sequence)
+        blocks = slot + 1
+        if not self._is_full(slot):
+            starts, repeated = self._end()
+            if sequence >= starts[-1]:
+                return repeated.locate(sequence)
+            slot = bisect_right(starts, sequence) - 1
+            place = sequence - starts[slot]
+            blocks = self._stream.length() or 0
+        of_block, of_window = self._order(slot, blocks)
+        return int(of_block[place]), int(of_window[place])
+
+    def _if_full(self, sequence: int) -> tuple[int, int]:
+        """(slot, place in it), if all blocks up to that slot are full."""
+        if sequence < self._growing[-1]:
+            slot = bisect_right(self._growing, sequence) - 1
+            return slot, sequence - self._growing[slot]
+        later, place = divmod(sequence - self._growing[-1], self._full)
+        return self._spread + later, place
+
+    def _is_full(self, block: int) -> bool:
+        """Wait for the block; if it is short or missing, until the length of the stream is known."""
+        if self._stream.has(block) and self._windows_of(block) == self._full:
+            return True
+        assert not self._stream.has(block + 1)
+        return False
+
+    def _slot(self, number: int, blocks: list[int]) -> tuple[Tensor, Tensor]:
+        """int64 [windows of the slot] twice: block and window."""
+        parts = [self._dealt(block)[slice(*self._part(block, number - block))] for block in blocks]
+        windows = torch.cat(parts)
+        owners = torch.cat([torch.full_like(part, b) for b, part in zip(blocks, parts, strict=True)])
+        if self._spread == 1:
+            return owners, windows
+        order = permutation(make_key(self._seed, "data order", f"slot {number}"), len(windows))
+        return owners[order], windows[order]
+
+    def _part(self, block: int, k: int) -> tuple[int, int]:
+        """Where part k of a block begins and ends among its dealt windows."""
+        count = self._windows_of(block)
+        return k * count // self._spread, (k + 1) * count // self._spread
+
+    def _end(self) -> tuple[list[int], _GlobalOrder]:
+        """The first sequence of every slot, and at last how many there are; and the order of what follows."""
+        if self._ended is None:
+            blocks = self._stream.length()
+            assert blocks is not None
+            sizes = [0] * (blocks + self._spread - 1)
+            for block in range(blocks):
+                for k in range(self._spread):
+                    first, end = self._part(block, k)
+                    sizes[block + k] += end - first
+            counts = [self._windows_of(block) for block in range(blocks)]
+            self._ended = list(accumulate(sizes, initial=0)), _GlobalOrder(counts, self._seed)
+        return self._ended
+
+    def _windows_of(self, block: int) -> int:
+        return _windows(self._blocks.tokens(block), self._seq_len)

@@ -98,10 +98,13 @@ class Dropped(Record):
 
 
 class Position(Record):
-    """The first token that is not stored yet: token `offset` of the document at row `row`."""
+    """The first token that is not stored yet: token `offset` of the document at row `row`. The row is in the
+    source's file number `file`, which begins at `file_row`."""
 
     row: Number
     offset: Number
+    file: Number = 0
+    file_row: Number = 0
 
 
 class Started(Record):
@@ -110,13 +113,15 @@ class Started(Record):
 
 
 class Manifest(Started):
-    """What progress.json and data.json have in common once the tokenizer and the validation data exist."""
+    """What progress.json and data.json have in common once the tokenizer and the validation data exist.
+    `commit`: of the source, if it is a data set on the hub."""
 
     tokenizer: Digest
     vocab_size: Positive
     notes: list[str]
     val: list[Entry]
     train: list[Entry]
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
 
     @model_validator(mode="after")
     def _check_names(self) -> Manifest:

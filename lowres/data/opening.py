@@ -73,7 +73,9 @@ def open_source(
     try:
         tokenizer = recorded_tokenizer(stream.folder, stream.state)
         validation = _validation_folder(of_validation, tokenizer, progress)
-        data = TokenData(stream.folder, config.seq_len, seed, validation, stream)
+        data = TokenData(
+            *(stream.folder, config.seq_len, seed, validation, stream), shuffle_blocks=config.shuffle_blocks
+        )
         data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
         return data
     except BaseException:
@@ -203,7 +205,8 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     if found is not None and isinstance(state := read_progress(folder), Progress):
         there = sum(entry.tokens for entry in state.train)
     pieces = job.tokenizer.vocab_size if job.tokenizer else job.vocab_size or LARGEST_DEFAULT_VOCAB
-    ahead = BLOCK_TOKENS  # one block is written before it is wanted
+    # one block is written before it is wanted, and the first ones are wanted earlier
+    ahead = BLOCK_TOKENS * (config.shuffle_blocks + 1) // 2
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 

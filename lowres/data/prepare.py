@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +53,14 @@ from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
 from lowres.ranks import say
-from lowres.text import Source, is_stream, list_files, numbered_documents
+from lowres.text import Marks, Source, list_files, numbered_documents, pinned
 from lowres.text.documents import Skipped
 from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
 _BATCH_CHARS = 1 << 21
+# while no more than this is in memory, another batch is read: beside an ordinary one, not beside a huge one
+_AHEAD_CHARS = 2 * _BATCH_CHARS
 
 
 def prepare(
@@ -80,9 +82,10 @@ def prepare(
 
     `tokenizer`, `tokenizer_form`, `bos`, `eos`: as the keys of the section data; without a tokenizer, one
     with `vocab_size` pieces is trained (the default depends on the size of the text). `max_tokens`: limit on
-    the training tokens. `drop_duplicates` and `max_overlap`: the keys of [data]. The key `notes` of the
-    result lists notes for the user. Raises UserError if the folder holds something else; if the source cannot
-    be used, nothing is written.
+    the training tokens; then what is held out, and what the tokenizer is trained on, come from the beginning
+    of the source, 8 characters for each token and at least LOOKAHEAD_CHARS. `drop_duplicates` and
+    `max_overlap`: the keys of [data]. The key `notes` of the result lists notes for the user. Raises
+    UserError if the folder holds something else; if the source cannot be used, nothing is written.
     """
     job = Job(
         as_source(source),
@@ -101,7 +104,7 @@ def run(job: Job, out: Path, progress: bool) -> Complete:
     with started(job, out, progress) as state:
         found = []
         if isinstance(state, Complete):
-            now = [] if is_stream(job.source) else list_files(job.source).warnings()
+            now = [] if job.source.on_hub else list_files(job.source).warnings()
             found = [line for line in now if line not in state.notes]
             found.append(f"{out} is already prepared; nothing was done")
         elif state.train:
@@ -118,7 +121,7 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
     Unless the job is complete, the folder is locked against other processes in the meantime.
     """
-    if not is_stream(job.source):
+    if not job.source.on_hub:
         # what is there already may have been allowed by another data.max_left_out, or before more was there
         list_files(job.source).check()
     state = find_manifest(job, out)
@@ -145,27 +148,36 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
 @dataclass(frozen=True)
 class _Plan:
-    """The result of the first pass; `tokenizer`: name and content of its file."""
+    """The result of the first pass; `tokenizer`: name and content of its file; `commit`: see
+    `manifest.Manifest`."""
 
     survey: Survey
     tokenizer: tuple[str, bytes]
     notes: list[str]
+    commit: str | None
 
 
 def _plan(job: Job, progress: bool) -> _Plan:
-    seen = survey(job.source, job.hold_out, progress, job.part, job.max_tokens)
-    notes = list(seen.notes)
+    fixed = pinned(job.source)
+    commit = fixed.source.commit
+    seen = survey(fixed.source, job.hold_out, progress, job.part, job.max_tokens)
+    notes = [*fixed.notes, *seen.notes]
+    if fixed.validation and job.hold_out:
+        notes.append(
+            f'data.val_source = "{fixed.validation}" validates on the split of the data set instead of '
+            "documents that are held out"
+        )
     if seen.validation:
         documents = len(seen.validation.held_out.hashes)
         notes += check_overlap(seen.overlap, documents, job.max_overlap, job.source.name)
     if job.tokenizer:
         given = job.tokenizer
-        return _Plan(seen, (given.file_name, given.content), notes + given.notes)
+        return _Plan(seen, (given.file_name, given.content), notes + given.notes, commit)
     asked = job.vocab_size or default_vocab(seen, job.max_tokens)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)
     if pieces != asked:
         notes.append(f"vocab_size: the text gives only {pieces} pieces instead of {asked}")
-    return _Plan(seen, (SentencePieceTokenizer.file_name, model), notes)
+    return _Plan(seen, (SentencePieceTokenizer.file_name, model), notes, commit)
 
 
 def default_vocab(seen: Survey, max_tokens: int | None = None) -> int:
@@ -206,6 +218,7 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
         ),
         next=Position(row=0, offset=0),
         skipped=plan.survey.skipped,
+        commit=plan.commit,
     )
     write(out / PROGRESS, state)
     return state
@@ -246,19 +259,26 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     with tqdm(
         desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
     ) as bar:
-        documents = _encoded(job, out, tokenizer, state, bar)
+        # what damaged files hold is compared with the first pass, so all of them are read again
+        whole = job.source.damaged == "skip" and state.characters is not None
+        marks = Marks() if whole else Marks(state.next.file_row, state.next.file)
+        documents = _encoded(job, out, tokenizer, state, bar, marks)
         for tokens, hashes, following, dropped in _cut(documents, state, size, left, tokenizer.vocab_size):
             state = state.model_copy(update={"dropped": dropped})
             if not len(tokens):
                 break  # the end of the source
             shard = store_shard(out, shard_name("train", len(state.train)), tokens, hashes, tokenizer)
-            state = state.model_copy(update={"train": [*state.train, shard], "next": following})
+            first, file = marks.before(following.row)
+            place = following.model_copy(update={"file": file, "file_row": first})
+            state = state.model_copy(update={"train": [*state.train, shard], "next": place})
             write(out / PROGRESS, state)
             yield state.train
     finish(out, state)
 
 
-def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm) -> Iterator[_Document]:
+def _encoded(
+    job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm, marks: Marks
+) -> Iterator[_Document]:
     """The training documents from row `state.next.row` on, and at last the end of the source."""
     record, following = state.held_out, state.next
     ends = {end.row: end.start for end in record.ends}
@@ -269,9 +289,10 @@ def _encoded(job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tq
     skipped: Skipped = {}
     left_out, duplicates = state.dropped.held_out, state.dropped.duplicates
     row = following.row
-    rows = numbered_documents(job.source, following.row, job.part, skipped)
-    # the next batch is read while one is tokenised
-    for batch in read_ahead(_batches(rows), lambda found: sum(len(text) for _, text in found), _BATCH_CHARS):
+    source = replace(job.source, commit=state.commit)
+    rows = numbered_documents(source, following.row, job.part, skipped, marks)
+    # a stream or a slow disk is waited for while a batch is tokenised
+    for batch in read_ahead(_batches(rows), _characters, _AHEAD_CHARS):
         kept: list[tuple[int, int, Dropped]] = []
         parts: list[str] = []
         while batch:
@@ -309,6 +330,10 @@ def _batches(rows: Iterator[tuple[int, str]]) -> Iterator[deque[tuple[int, str]]
             batch, size = deque(), 0
     if batch:
         yield batch
+
+
+def _characters(batch: deque[tuple[int, str]]) -> int:
+    return sum(len(text) for _, text in batch)
 
 
 def _seen(out: Path, state: Progress) -> Seen:

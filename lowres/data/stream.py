@@ -1,8 +1,8 @@
 """Training from a stream while it is still being tokenised.
 
 The folder and the files are the same as in `prepare`; the shards have BLOCK_TOKENS tokens and are called
-blocks. A thread writes them, at most one block ahead of training. They are kept, so a resumed run reads the
-same blocks again, and after the end of the stream the blocks are a finite data set.
+blocks. A thread writes them, at most one block ahead of what training reads. They are kept, so a resumed run
+reads the same blocks again, and after the end of the stream the blocks are a finite data set.
 """
 
 from __future__ import annotations

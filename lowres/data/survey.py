@@ -15,7 +15,7 @@ from lowres.data.hashes import content_hash
 from lowres.data.validation import Choice, Validation, own_split
 from lowres.text import Source, is_stream, list_files, numbered_documents
 from lowres.text.documents import Skipped
-from lowres.text.source import TRAIN
+from lowres.text.source import TRAIN, VALIDATION
 
 LOOKAHEAD_CHARS = 20_000_000
 # a token of ordinary text has 3 to 5
@@ -111,7 +111,10 @@ def survey(
                 complete = False
                 break
     validation = choice.made(characters) if choice else own
-    notes = [] if stream else list_files(source).warnings()
+    listed = None if stream else list_files(source)
+    notes = listed.warnings() if listed else []
+    if listed and listed.part(VALIDATION) and part == TRAIN and not hold_out:
+        notes.append("the source's own validation split is not used, as there is another validation text")
     notes += _damaged(skipped | of_split)
     return Survey(characters, complete, sample.blocks, validation, len(met), skipped, notes)
 

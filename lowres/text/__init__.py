@@ -10,24 +10,36 @@ compression  how they are compressed
 splits       which files are for training, validation and test
 card         what a data set's card says of its files
 listing      what each file of a source is, and what is left out, with the reason
-hub          the rows of a stream, over lost connections
+connection   lost connections: how long they are waited for
+remote       the bytes of a remote file, over lost connections
+hub          data sets on the Hugging Face hub
 documents    the documents of a source, by row
 """
 
-from lowres.text.documents import documents, fingerprint, numbered_documents, without_surrogates
+from lowres.text.documents import (
+    Marks,
+    documents,
+    fingerprint,
+    numbered_documents,
+    pinned,
+    without_surrogates,
+)
 from lowres.text.listing import Listing, list_files
-from lowres.text.source import TEST, TRAIN, VALIDATION, Source, is_stream
+from lowres.text.source import TEST, TRAIN, VALIDATION, Source, hub_name, is_stream
 
 __all__ = [
     "TEST",
     "TRAIN",
     "VALIDATION",
     "Listing",
+    "Marks",
     "Source",
     "documents",
     "fingerprint",
+    "hub_name",
     "is_stream",
     "list_files",
     "numbered_documents",
+    "pinned",
     "without_surrogates",
 ]

@@ -23,21 +23,21 @@ _LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class Config:
-    """files: (part, pattern) relative to `folder`, which ends with / or is empty. A part "" is not said. What
-    is for training and, by another pattern, for something else is for that."""
+    """files: (split, pattern) relative to `folder`, which ends with / or is empty. A split "" is not said.
+    What is for training and, by another pattern, for something else is for that."""
 
     name: str
     default: bool
     folder: str
     files: tuple[tuple[str, str], ...]
 
-    def parts(self, names: Sequence[str]) -> dict[str, str]:
-        """name -> part, of the files that are this configuration's."""
+    def splits(self, names: Sequence[str]) -> dict[str, str]:
+        """name -> split, of the files that are this configuration's."""
         found = {}
         for name in names:
-            parts = [p for p, pattern in self.files if matches(name, self.folder + pattern, whole=True)]
-            if parts:
-                found[name] = next((part for part in parts if part != TRAIN), TRAIN)
+            of_it = [s for s, pattern in self.files if matches(name, self.folder + pattern, whole=True)]
+            if of_it:
+                found[name] = next((split for split in of_it if part_of_word(split) != TRAIN), of_it[0])
         return found
 
 
@@ -74,7 +74,7 @@ def _config(given: dict[str, Any]) -> Config | None:
     made = list[tuple[str, str]]() if files else [("", "**")]
     for each in listed:
         split, paths = ("train", each) if isinstance(each, str) else (str(each["split"]), each["path"])
-        made += [(part_of_word(split), str(p)) for p in (paths if isinstance(paths, list) else [paths])]
+        made += [(split, str(p)) for p in (paths if isinstance(paths, list) else [paths])]
     return Config(
         name,
         given.get("default") is True or name == "default",

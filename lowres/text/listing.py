@@ -28,7 +28,17 @@ from lowres.text import archives, card, columns, splits, walk
 from lowres.text.globs import matches
 from lowres.text.kinds import KINDS, Kind, NotData, Rank, json_lines, kind_of_name, names, plain
 from lowres.text.opening import faults_of, opened
-from lowres.text.source import TEST, TRAIN, VALIDATION, BadFileError, File, Source, as_source, is_stream
+from lowres.text.source import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    BadFileError,
+    File,
+    Source,
+    as_source,
+    hub_name,
+    is_stream,
+)
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -173,7 +183,7 @@ class Listing:
 def list_files(source: Source | str) -> Listing:
     """The files of a local source. Raises UserError if none can be read."""
     source = as_source(source)
-    assert not is_stream(source)
+    assert not source.on_hub
     if source.name == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in walk.in_folder(root, _NOT_LIBRARY) if f.path.suffix == ".py" and not f.reason]
@@ -188,6 +198,11 @@ def list_files(source: Source | str) -> Listing:
         return _of_many(source, walk.in_folder(path, excluded=excluded), "in this folder")
     if path.exists():
         return _of_one(source, path)
+    if is_stream(source):
+        raise UserError(
+            f"{source.name}: no such file or folder, and no name on the hub; "
+            "to train on local text instead: --set data.source=PATH, or make ... DATA=PATH"
+        )
     if glob.has_magic(source.name):
         found = walk.in_glob(str(path), excluded)
         return _of_many(source, found, "among the files that it matches", walk.above(str(path)))
@@ -208,30 +223,18 @@ def _of_one(source: Source, path: Path) -> Listing:
         raise UserError(f"{source.name}: {found.reason}; give a file, a folder or a glob")
     if archives.is_archive(found.name):
         return _of_many(source, [found], "in this archive")
-    made = _recognised(found, source)
+    made = recognised(found, source)
     if isinstance(made, LeftOut):
         known = f"; known are {names()}" if made.reason in (_UNKNOWN, _NO_TEXT) else ""
         raise UserError(f"{source.name}: {made.reason}{known}")
-    return Listing(source, (made,), ())
+    files = _of_split(source, [made], {}, []) if is_stream(source) else [made]
+    return Listing(source, tuple(files), ())
 
 
 def _of_many(source: Source, found: list[Found], where: str, above: str = "") -> Listing:
     """above: the folders at the beginning of every name that are none of the source's."""
     left_out, notes = list[LeftOut](), list[str]()
-    wanted, cards_there = list[Found](), list[Found]()
-    for f in found:
-        if any(matches(f.name, pattern) for pattern in source.exclude):
-            left_out.append(LeftOut(f.name, f.size, walk.EXCLUDED))
-            continue
-        if not f.reason and PurePath(f.name.lower()).name == card.CARD:
-            cards_there.append(f)
-        if source.include and not archives.is_archive(f.name) and not _is_asked(f, source):
-            left_out.append(LeftOut(f.name, f.size, "not in data.include"))
-        elif f.reason:
-            # a link to nothing was something once
-            left_out.append(LeftOut(f.name, f.size, f.reason, data=f.reason.startswith("a link to nothing")))
-        else:
-            wanted.append(f)
+    wanted, cards_there = _wanted(found, source, left_out)
     wanted = _once(wanted, left_out)
     cards = _of_cards(source, cards_there, [f.name for f in wanted], notes)
     known = cards.known
@@ -240,13 +243,15 @@ def _of_many(source: Source, found: list[Found], where: str, above: str = "") ->
         if f.name in cards.below and not source.include and f.name not in known:
             describes = _describes(f.name)
             reason = "describes the data" if describes else "not in the card's configs"
-            left_out.append(LeftOut(f.name, f.size, cards.elsewhere.get(f.name, reason), data=not describes))
+            chosen = f.name in cards.elsewhere and is_stream(source) and hub_name(source.name).config
+            reason = cards.elsewhere.get(f.name, reason)
+            left_out.append(LeftOut(f.name, f.size, reason, data=not (describes or chosen)))
             continue
         if archives.is_archive(f.name):
             of_it = _in_archive(f, source)
             known |= {each.name: known[f.name] for each in of_it if f.name in known}
         else:
-            of_it = (_recognised(f, source),)
+            of_it = (recognised(f, source),)
         for made in of_it:
             files.append(made) if isinstance(made, File) else left_out.append(made)
     files = _without_descriptions(files, left_out, source)
@@ -258,7 +263,28 @@ def _of_many(source: Source, found: list[Found], where: str, above: str = "") ->
         )
     notes += _twice(files)
     files = _with_parts(files, known, above)
+    if is_stream(source):
+        files = _of_split(source, files, known, left_out)
     return Listing(source, tuple(files), tuple(left_out), tuple(notes))
+
+
+def _wanted(found: list[Found], source: Source, left_out: list[LeftOut]) -> tuple[list[Found], list[Found]]:
+    """(what data.include and data.exclude leave and can be read, the cards among all that is not excluded)"""
+    wanted, cards = list[Found](), list[Found]()
+    for f in found:
+        if any(matches(f.name, pattern) for pattern in source.exclude):
+            left_out.append(LeftOut(f.name, f.size, walk.EXCLUDED))
+            continue
+        if not f.reason and PurePath(f.name.lower()).name == card.CARD:
+            cards.append(f)
+        if source.include and not archives.is_archive(f.name) and not _is_asked(f, source):
+            left_out.append(LeftOut(f.name, f.size, "not in data.include"))
+        elif f.reason:
+            # a link to nothing was something once
+            left_out.append(LeftOut(f.name, f.size, f.reason, data=f.reason.startswith("a link to nothing")))
+        else:
+            wanted.append(f)
+    return wanted, cards
 
 
 def _is_asked(found: Found, source: Source) -> bool:
@@ -307,7 +333,7 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
                     looks_so = f.reason != "hidden" and "link" not in f.reason
                     made[f.name] = LeftOut(f.name, f.size, f.reason, data=looks_so)
                 else:
-                    made[f.name] = _recognised(f, source)
+                    made[f.name] = recognised(f, source)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -317,7 +343,8 @@ def _in_archive(archive: Found, source: Source) -> tuple[File | LeftOut, ...]:
     return (*made.values(), *replaced)
 
 
-def _recognised(found: Found, source: Source) -> File | LeftOut:
+def recognised(found: Found, source: Source) -> File | LeftOut:
+    """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
     try:
         separated = source.separator is not None
         return _sniffed(found, source.text_key, source.token_dtype, separated, _is_asked(found, source))
@@ -339,6 +366,7 @@ def _sniffed(
         column=text_key if kind and kind.columns else None,
         archive=found.archive,
         at=found.at,
+        remote=found.remote,
     )
     if nothing := _no_content(file, kind, asked):
         return nothing
@@ -390,7 +418,7 @@ def _no_content(file: File, kind: Kind | None, asked: bool) -> LeftOut | None:
         return LeftOut(file.name, file.size, "logs, locks and drawings; data.include takes them")
     if not asked and (suffix in _UNFINISHED or suffix.endswith("~")):
         return LeftOut(file.name, file.size, "a backup copy, or an unfinished download", data=True)
-    if file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
+    if not file.remote and file.size < _LARGEST_POINTER and (size := _pointed_to(file)):
         reason = "a Git LFS pointer; `git lfs pull` gets the file"
         return LeftOut(file.name, size, reason, data=True)
     if not file.size and (file.compression or not kind or kind.rank <= Rank.ROWS):
@@ -414,6 +442,12 @@ def _head(file: File) -> bytes:
 
 def _describes(name: str) -> bool:
     return _DESCRIBES_RE.match(name.rsplit("/", 1)[-1].lower()) is not None
+
+
+def looks_like_data(name: str) -> bool:
+    """Whether a file would be data by its name alone."""
+    kind, _ = kind_of_name(name)
+    return kind is not None and kind.rank < Rank.PROSE and not _describes(name)
 
 
 def _without_descriptions(files: list[File], left_out: list[LeftOut], source: Source) -> list[File]:
@@ -483,7 +517,7 @@ def _unpacked(file: File) -> set[str]:
 
 @dataclass
 class _Cards:
-    """What the cards of data sets say of the files below their folders. known: name -> part, "" if that is
+    """What the cards of data sets say of the files below their folders. known: name -> split, "" if that is
     not said. elsewhere: name -> why a file that a card lists is not read. below: the names of all the files.
     """
 
@@ -493,15 +527,17 @@ class _Cards:
 
 
 def _of_cards(source: Source, cards: list[Found], all_names: list[str], notes: list[str]) -> _Cards:
-    """Of the cards that list files which are there; for a file it is the nearest that counts."""
-    made = _Cards()
+    """Of the cards that list files which are there; for a file it is the nearest that counts. Raises
+    UserError if none has the config that hf:<folder>:<config> asks for."""
+    made, configs_there = _Cards(), list[str]()
+    asked = hub_name(source.name).config if is_stream(source) else None
     for f in sorted(cards, key=lambda f: f.name.count("/"), reverse=True):
         folder = f.name[: -len(card.CARD)]
         names = [name for name in all_names if name.startswith(folder) and name not in made.below]
         configs = card.configs(f.path)
         in_folder = [name[len(folder) :] for name in names]
         listed = [
-            (config, {folder + name: part for name, part in config.parts(in_folder).items()})
+            (config, {folder + name: split for name, split in config.splits(in_folder).items()})
             for config in configs
         ]
         there = [each for each in listed if each[1]]
@@ -509,26 +545,35 @@ def _of_cards(source: Source, cards: list[Found], all_names: list[str], notes: l
             notes.append(f"{f.name}: the card lists no file that is here, so the names of the files decide")
         if not there:
             continue
+        configs_there += [config.name for config, _ in there]
         made.below |= set(names)
-        chosen = next((each for each in there if each[0].default), there[0])
+        chosen = next(
+            (each for each in there if (each[0].default if asked is None else each[0].name == asked)),
+            there[0],
+        )
         others = [each for each in there if each is not chosen]
         made.known |= chosen[1]
         if source.include:  # of any configuration
-            for _, parts in others:
-                made.known |= {name: part for name, part in parts.items() if name not in made.known}
-        elif others:
+            for _, found_of in others:
+                made.known |= {name: split for name, split in found_of.items() if name not in made.known}
+        elif others and asked is None:
             notes.append(
                 f'the card has several configs: "{chosen[0].name}" is read, not '
                 f"{', '.join(config.name for config, _ in others)}; data.include takes the files of another"
             )
-        for config, parts in others:
-            made.elsewhere |= dict.fromkeys(parts, f'of the card\'s config "{config.name}"')
+        for config, found_of in others:
+            made.elsewhere |= dict.fromkeys(found_of, f'of the card\'s config "{config.name}"')
+    if asked is not None and asked not in configs_there:
+        has = f"its card has {', '.join(configs_there)}"
+        none = "it has no card with configs: leave it out"
+        raise UserError(f'{source.name}: no config "{asked}"; {has if configs_there else none}')
     return made
 
 
 def _with_parts(files: list[File], known: dict[str, str], above: str) -> list[File]:
     """Programs have no splits, nor what is written beside them: their `tests/` are no test split."""
-    free = [f for f in files if not known.get(f.name)]
+    stated = {name: splits.part_of_word(split) for name, split in known.items() if split}
+    free = [f for f in files if f.name not in stated]
     program = {f.name for f in free if KINDS[f.kind].rank == Rank.PROSE} if _is_program(files) else set()
     found = dict[str, str]()
     for rule, chosen in (
@@ -536,7 +581,7 @@ def _with_parts(files: list[File], known: dict[str, str], above: str) -> list[Fi
         (splits.parts, [f.name for f in free if f.name not in program]),
     ):
         found |= zip(chosen, rule([name.removeprefix(above) for name in chosen]), strict=True)
-    made = [replace(f, part=known.get(f.name) or found[f.name]) for f in files]
+    made = [replace(f, part=stated.get(f.name) or found[f.name]) for f in files]
     if all(f.part == TEST for f in made) or not any(f.part == TRAIN for f in made):
         made = [replace(f, part=TRAIN) for f in made]
     return made
@@ -544,6 +589,29 @@ def _with_parts(files: list[File], known: dict[str, str], above: str) -> list[Fi
 
 def _is_program(files: list[File]) -> bool:
     return any(f.kind == plain.SOURCE_CODE for f in files)
+
+
+def _of_split(
+    source: Source, files: list[File], known: dict[str, str], left_out: list[LeftOut]
+) -> list[File]:
+    """The files of hf:<folder>, with those of the split that it names as TRAIN. Raises UserError if there is
+    no such split."""
+    asked = hub_name(source.name).split
+    if asked is None:
+        return files
+    split_of = {f.name: known.get(f.name) or f.part for f in files}
+    if asked not in split_of.values():
+        there = ", ".join(dict.fromkeys(split_of.values()))
+        raise UserError(f'{source.name}: no split "{asked}"; it has {there}')
+    kept = list[File]()
+    for f in files:
+        if split_of[f.name] == asked:
+            kept.append(replace(f, part=TRAIN))
+        elif f.part == TRAIN:
+            left_out.append(LeftOut(f.name, f.size, f'of the split "{split_of[f.name]}"'))
+        else:
+            kept.append(f)
+    return kept
 
 
 def _some(left_out: Sequence[LeftOut]) -> str:

@@ -33,7 +33,7 @@ def opened(file: File) -> Iterator[IO[bytes]]:
         if file.archive:
             raw = stack.enter_context(archives.opened_member(file.archive, file.at, file.size))
         else:
-            raw = stack.enter_context(file.path.open("rb"))
+            raw = stack.enter_context(file.remote.open() if file.remote else file.path.open("rb"))
         _raw[file.path] = raw
         stack.callback(_raw.pop, file.path, None)
         yield decompressed(raw, file.compression, file.path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowres.errors import UserError
+from lowres.text.remote import RemoteFile
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -18,8 +19,8 @@ class BadFileError(UserError):
 
 @dataclass(frozen=True)
 class Source:
-    """name: stdlib, a path, a glob, or hf:<dataset>[:<config>[:<split>]]. The rest are the keys of [data] of
-    the same names."""
+    """name: stdlib, a path, a glob, or hf:<dataset>[:<config>[:<split>]]. commit: of a data set on the hub;
+    None: its newest. The rest are the keys of [data] of the same names."""
 
     name: str
     text_key: str | None = None
@@ -29,16 +30,42 @@ class Source:
     damaged: str = "refuse"
     max_left_out: float = 0.1
     token_dtype: str | None = None
+    commit: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What determines the documents, besides the name: all that is not its default."""
         plain = {field.name: field.default for field in fields(self)}
-        checked_only = ("name", "max_left_out")
-        return {k: v for k, v in asdict(self).items() if k not in checked_only and v != plain[k]}
+        others = ("name", "max_left_out", "commit")
+        return {k: v for k, v in asdict(self).items() if k not in others and v != plain[k]}
 
     @property
     def path(self) -> Path:
-        return Path(self.name).expanduser()
+        return Path(hub_name(self.name).dataset if is_stream(self) else self.name).expanduser()
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is a data set on the hub: hf: before anything that is no local path."""
+        if not is_stream(self):
+            return False
+        written = hub_name(self.name).dataset
+        return not (written.startswith(("/", ".", "~")) or self.path.exists())
+
+
+@dataclass(frozen=True)
+class HubName:
+    """The parts of hf:<dataset>[:<config>[:<split>]]; None where they are left out."""
+
+    dataset: str
+    config: str | None
+    split: str | None
+
+
+def hub_name(name: str) -> HubName:
+    """Raises UserError."""
+    dataset, config, split = (name.removeprefix("hf:") + "::").split(":")[:3]
+    if not dataset or name.count(":") > 3:
+        raise UserError(f"{name}: write it as hf:<dataset>[:<config>[:<split>]]")
+    return HubName(dataset, config or None, split or None)
 
 
 @dataclass(frozen=True)
@@ -46,7 +73,8 @@ class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
     compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, or the ids, in a table;
     data.text_key until it is chosen. separator: between the documents of a text. token_dtype: of ids without
-    a header. archive, at: the archive that it is in, and where; `path` is then for messages only."""
+    a header. archive, at: the archive that it is in, and where. remote: where its bytes are. With one of
+    these, `path` is for messages only."""
 
     name: str
     path: Path
@@ -59,6 +87,7 @@ class File:
     token_dtype: str | None = None
     archive: Path | None = None
     at: int = 0
+    remote: RemoteFile | None = None
 
     @property
     def on_disk(self) -> Path:

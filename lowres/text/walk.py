@@ -13,12 +13,15 @@ from pathlib import Path
 from lowres.disk import read_whole
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse
+from lowres.text.remote import RemoteFile
+
+UNKNOWN = -1  # size of a remote file
 
 
 @dataclass(frozen=True)
 class Found:
-    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at: see
-    `source.File`. link: the name of the linked folder that it was found in, "" for none."""
+    """name: relative to the folder, with /. reason: why it cannot be read; "" if it may. archive, at, remote:
+    see `source.File`. link: the name of the linked folder that it was found in, "" for none."""
 
     name: str
     path: Path
@@ -27,6 +30,7 @@ class Found:
     reason: str = ""
     archive: Path | None = None
     at: int = 0
+    remote: RemoteFile | None = None
     link: str = ""
 
     @property

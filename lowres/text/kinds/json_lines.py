@@ -6,7 +6,7 @@ import codecs
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from lowres.errors import first_line
 from lowres.text.columns import Repeated, choose, kinds_of, text_of
@@ -33,9 +33,18 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 def read(file: File, source: Source) -> Iterator[str]:
+    return cast(Iterator[str], _texts(file, 0, ""))
+
+
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    return _texts(file, start, None)
+
+
+def _texts(file: File, start: int, nothing: str | None) -> Iterator[str | None]:
+    """nothing: for a blank line and those before `start`."""
     assert file.column is not None
-    for place, row in _rows(file):
-        text = ["" if row is None else text_of(row, file.column, place)]
+    for place, row in _rows(file, start):
+        text = [nothing if row is None else text_of(row, file.column, place)]
         del row  # it has the text too
         yield text.pop()
 
@@ -68,12 +77,15 @@ def column_in(head: bytes, text_key: str | None) -> str | None:
     return choose(kinds_of(rows[0]), text_key) if len(rows) > 1 or len(rows[0]) > 1 else None
 
 
-def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """(file:line, object; None for a blank line)"""
+def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """(file:line, object; None for a blank line and for those before `start`, which are not parsed)"""
     with opened(file) as stream:
         number = 0
         for line in stream:
             number += 1
+            if number <= start:
+                yield "", None
+                continue
             place = f"{file.path}:{number}"
             if line.isspace():
                 yield place, None
@@ -94,4 +106,4 @@ def _rows(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
             yield given.pop()
 
 
-register(Kind(NAME, (".jsonl", ".ndjson", ".jsonlines"), Rank.ROWS, read, columns))
+register(Kind(NAME, (".jsonl", ".ndjson", ".jsonlines"), Rank.ROWS, read, columns, read_from=read_from))

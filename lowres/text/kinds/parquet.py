@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 from lowres.errors import UserError, first_line
@@ -22,8 +23,30 @@ _IN_PIECES = {"buffer_size": 1 << 20, "pre_buffer": False}
 def read(file: File, source: Source) -> Iterator[str]:
     assert file.column is not None
     with _table(file) as table:
-        outer = outermost(file.column, table.schema_arrow.names)
-        yield from texts(table.iter_batches(batch_size=_ROWS, columns=[outer]), file.column, file.path)
+        yield from _texts(file, file.column, table, 0)
+
+
+def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
+    """Groups of rows before `start` are not decoded."""
+    assert file.column is not None
+    with _table(file) as table:
+        passed, first = 0, 0
+        while first < table.num_row_groups and passed + _rows_of(table, first) <= start:
+            passed += _rows_of(table, first)
+            first += 1
+        yield from repeat(None, passed)
+        yield from _texts(file, file.column, table, first, passed)
+
+
+def _rows_of(table: Any, group: int) -> int:
+    return int(table.metadata.row_group(group).num_rows)
+
+
+def _texts(file: File, column: str, table: Any, first: int, passed: int = 0) -> Iterator[str]:
+    """From row group `first` on, before which `passed` rows are."""
+    outer, groups = outermost(column, table.schema_arrow.names), list(range(first, table.num_row_groups))
+    batches = table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[outer])
+    yield from texts(batches, column, file.path, passed)
 
 
 def columns(file: File) -> dict[str, str] | None:
@@ -53,4 +76,6 @@ def _table(file: File) -> Iterator[Any]:
             raise BadFileError(f"{file.path}: encrypted; decrypt it first") from None
 
 
-register(Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns, ids=PARQUET))
+register(
+    Kind("parquet", (".parquet", ".parq", ".pq"), Rank.ROWS, read, columns, ids=PARQUET, read_from=read_from)
+)

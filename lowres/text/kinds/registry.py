@@ -28,6 +28,7 @@ class NotData(str):
 @dataclass(frozen=True)
 class Kind:
     """suffixes: lower case. read: the text of every row, "" for one without text; raises BadFileError.
+    read_from: the same from a row on, as fast as it can be: None for each row before that.
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
     suffix has no documents, None if it has; see also NotData. look: what a file of this suffix is by its
     content: of another kind, or why it is left out. ids: the kind of the same tables with a column of ids
@@ -42,6 +43,7 @@ class Kind:
     look: Callable[[File], File | str] | None = None
     ids: str | None = None
     by_content: bool = False
+    read_from: Callable[[File, Source, int], Iterator[str | None]] | None = None
 
 
 KINDS: dict[str, Kind] = {}

@@ -17,9 +17,8 @@ def outermost(column: str, names: list[str]) -> str:
     return column if column in names else column.split(".", maxsplit=1)[0]
 
 
-def texts(batches: Iterable[Any], column: str, path: Path) -> Iterator[str]:
-    """batches: record batches that hold at least the column."""
-    row = 0
+def texts(batches: Iterable[Any], column: str, path: Path, row: int = 0) -> Iterator[str]:
+    """batches: record batches that hold at least the column. row: of the first, for messages."""
     for batch in batches:
         outer = outermost(column, batch.schema.names)
         values = batch.column(batch.schema.get_field_index(outer))
