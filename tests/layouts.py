@@ -148,6 +148,30 @@ def c4(root: Path) -> None:
     put(root / "README.md", CARD)
 
 
+@layout("mC4", val=VAL)
+def mc4(root: Path) -> None:
+    names = {"": A, "1": B, "-validation": VAL}
+    for i, (name, texts) in enumerate(names.items()):
+        word = name if name.startswith("-") else ""
+        put(root / f"c4-en{word}.tfrecord-0000{i}-of-00002.json.gz", gzip.compress(lines(texts, url="u")))
+
+
+@layout("One Billion Word", train=["a b .\nc d .\n", "e .\n"], val=["f g .\n"])
+def one_billion_word(root: Path) -> None:
+    name = "monolingual.tokenized.shuffled"
+    put(root / f"training-{name}/news.en-00001-of-00100", "a b .\nc d .\n")
+    put(root / f"training-{name}/news.en-00002-of-00100", "e .\n")
+    put(root / f"heldout-{name}/news.en.heldout-00000-of-00050", "f g .\n")
+    put(root / "README", "About the corpus")
+
+
+@layout("JSON lines without a suffix: WikiExtractor, Spark")
+def wiki_extractor(root: Path) -> None:
+    put(root / "AA/wiki_00", lines(A, id="1", title="t"))
+    put(root / "AB/part-00000.bz2", bz2.compress(lines(B, id="1", title="t")))
+    put(root / "_SUCCESS", "")
+
+
 @layout("the Pile", val=VAL)
 def pile(root: Path) -> None:
     meta: dict[str, Any] = {"meta": {"pile_set_name": "Pile-CC"}}

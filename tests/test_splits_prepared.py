@@ -386,6 +386,19 @@ def test_what_is_left_out_is_in_the_notes(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_left_out_later_is_said_of_a_prepared_folder(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    write_source(tmp_path / "source/a.jsonl", make_documents(200))
+    source, out = str(tmp_path / "source"), tmp_path / "out"
+    make(source, out)
+    (tmp_path / "source/b.weird").write_bytes(bytes(1000))
+    assert any("b.weird" in note for note in make(source, out)["notes"])
+    (tmp_path / "source/b.weird").write_bytes(bytes(100_000))
+    with pytest.raises(UserError, match="max_left_out"):
+        make(source, out)
+    make(Source(source, max_left_out=1.0), out)  # type: ignore[arg-type]
+
+
 def test_files_that_break_between_the_passes_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,10 +10,11 @@ from lowres.config import DataConfig
 from lowres.data.opening import given_tokenizer, source_of
 from lowres.data.tokenised import count_ids
 from lowres.data.tokenizer import Tokenizer
+from lowres.errors import UserError
 from lowres.text import Listing, documents, is_stream, list_files
-from lowres.text.documents import Skipped, rows_of
+from lowres.text.documents import Skipped, no_text, rows_of
 from lowres.text.opening import position
-from lowres.text.source import TEST, File, Source
+from lowres.text.source import TEST, TRAIN, File, Source
 from lowres.text.words import Group, groups, left_out, size
 
 # what is read completely, so that its numbers are exact
@@ -124,6 +125,8 @@ def inspect(config: DataConfig) -> Inspection:
         return _of_ids(config, listed, tokenizer)
     skipped: Skipped = {}
     found = [(group, _counted(group, source, tokenizer, skipped)) for group in groups(listed)]
+    if all(count.exact and not count.documents for group, count in found if group.part == TRAIN):
+        raise UserError(no_text(source))
     out = left_out(listed) + [f"the rest of {error}" for error in skipped.values()]
     return Inspection(source.name, found, None, out, list(listed.notes), estimated)
 

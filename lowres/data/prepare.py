@@ -53,7 +53,7 @@ from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
 from lowres.ranks import say
-from lowres.text import Marks, Source, numbered_documents, pinned
+from lowres.text import Marks, Source, list_files, numbered_documents, pinned
 from lowres.text.documents import Skipped
 from lowres.text.source import as_source
 
@@ -104,7 +104,9 @@ def run(job: Job, out: Path, progress: bool) -> Complete:
     with started(job, out, progress) as state:
         found = []
         if isinstance(state, Complete):
-            found = [f"{out} is already prepared; nothing was done"]
+            now = [] if job.source.on_hub else list_files(job.source).warnings()
+            found = [line for line in now if line not in state.notes]
+            found.append(f"{out} is already prepared; nothing was done")
         elif state.train:
             found = [f"{out}: continued after shard {len(state.train)} of an interrupted preparation"]
         for _ in write_shards(job, out, state, progress):
@@ -119,6 +121,9 @@ def started(job: Job, out: Path, progress: bool) -> Iterator[Progress | Complete
 
     Unless the job is complete, the folder is locked against other processes in the meantime.
     """
+    if not job.source.on_hub:
+        # what is there already may have been allowed by another data.max_left_out, or before more was there
+        list_files(job.source).check()
     state = find_manifest(job, out)
     if isinstance(state, Complete):
         forget_progress(out)

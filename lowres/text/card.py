@@ -13,6 +13,8 @@ from typing import Any
 
 from lowres.errors import UserError, first_line
 from lowres.text.globs import matches
+from lowres.text.source import TRAIN
+from lowres.text.splits import part_of_word
 
 CARD = "readme.md"
 _HEAD = re.compile(r"\A\ufeff?---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
@@ -21,8 +23,8 @@ _LARGEST = 1 << 22
 
 @dataclass(frozen=True)
 class Config:
-    """files: (split, pattern) relative to `folder`, which ends with / or is empty; the first that matches
-    counts."""
+    """files: (split, pattern) relative to `folder`, which ends with / or is empty. A split "" is not said.
+    What is for training and, by another pattern, for something else is for that."""
 
     name: str
     default: bool
@@ -33,10 +35,9 @@ class Config:
         """name -> split, of the files that are this configuration's."""
         found = {}
         for name in names:
-            for split, pattern in self.files:
-                if matches(name, self.folder + pattern, whole=True):
-                    found[name] = split
-                    break
+            of_it = [s for s, pattern in self.files if matches(name, self.folder + pattern, whole=True)]
+            if of_it:
+                found[name] = next((split for split in of_it if part_of_word(split) != TRAIN), of_it[0])
         return found
 
 
@@ -58,18 +59,19 @@ def configs(path: Path) -> list[Config]:
         return [made for each in found or [] if (made := _config(each))]
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path}: its configs cannot be understood ({first_line(error)}); correct them, or set "
-            "data.include"
+            f"{path}: its configs cannot be understood ({first_line(error)}); correct them, or leave the "
+            "card out with data.exclude: then the names of the files decide"
         ) from None
 
 
 def _config(given: dict[str, Any]) -> Config | None:
     name, folder = str(given.get("config_name", "default")), str(given.get("data_dir") or "")
     files = given.get("data_files")
-    if files is None:
+    if files is None and not folder:
         return None
-    listed = files if isinstance(files, list) else [files]
-    made = list[tuple[str, str]]()
+    listed = files if isinstance(files, list) else [files] if files else []
+    # a folder alone: all below it
+    made = list[tuple[str, str]]() if files else [("", "**")]
     for each in listed:
         split, paths = ("train", each) if isinstance(each, str) else (str(each["split"]), each["path"])
         made += [(split, str(p)) for p in (paths if isinstance(paths, list) else [paths])]

@@ -111,7 +111,11 @@ def numbered_documents(
             yield row, given.pop()
         row += 1
     if empty and start == 0:
-        raise UserError(f"{source.name}: contains no text; set data.source to files with text")
+        raise UserError(no_text(source))
+
+
+def no_text(source: Source) -> str:
+    return f"{source.name}: contains no text; set data.source to files with text"
 
 
 def fingerprint(source: Source | str) -> str:

@@ -69,5 +69,7 @@ def faults_of(path: Path) -> Iterator[None]:
                 f"{path}: damaged or truncated ({first_line(error)}); get the file again"
             ) from None
         if error.errno in _ITS_OWN:
-            raise BadFileError(f"{path}: cannot be read ({first_line(error)})") from None
+            raise BadFileError(
+                f"{path}: cannot be read ({first_line(error)}); mend that, or leave it out with data.exclude"
+            ) from None
         raise DiskError(path, error, "read") from None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowres.errors import first_line
-from lowres.text.columns import COLUMNS, STRING, by_name_only, choose, text_of
+from lowres.text.columns import COLUMNS, STRING, by_name_only, choose, no_column, text_of
 from lowres.text.globs import matches
 from lowres.text.kinds.json_lines import DECODER
 from lowres.text.kinds.registry import Kind, NotData, Rank, register
@@ -42,6 +42,8 @@ _SETTINGS_NAMES = (
     "dataset_info*.json", "dataset_dict.json", "state.json", "tokenizer*.json", "special_tokens_map.json",
     "vocab.json", "config.json", "*_config.json", "*.index.json", "package*.json", "tsconfig*.json",
 )  # fmt: skip
+# characters; settings have no longer strings
+_LONG = 200
 _NO_ROWS = NotData("one JSON object without rows: settings?")
 
 
@@ -78,7 +80,7 @@ def refused(file: File) -> str | None:
             return NotData("JSON without rows") if text.next() else None
         form = _form(text, file.column)
     if isinstance(form, _Single):
-        return None if _has_text(form.row, file.column) else _NO_ROWS
+        return None if _has_text(form.row, file.column) else _without_text(form.row, file.column)
     return form if isinstance(form, str) else None
 
 
@@ -124,6 +126,12 @@ def _form(text: _Text, text_key: str | None) -> _Single | _Array | str | None:
 
 def _has_text(names: Iterable[str], text_key: str | None) -> bool:
     return choose(by_name_only(names, text_key), text_key) is not None
+
+
+def _without_text(row: dict[str, Any], text_key: str | None) -> str:
+    if any(isinstance(value, str) and len(value) >= _LONG for value in row.values()):
+        return no_column(row, text_key)
+    return _NO_ROWS
 
 
 def _several(arrays: list[str]) -> str:
@@ -261,7 +269,9 @@ class _Text:
                 return place, found
 
     def invalid(self, why: str) -> BadFileError:
-        return BadFileError(f"{self._place()}: not valid JSON ({why}); correct it")
+        return BadFileError(
+            f"{self._place()}: not valid JSON ({why}); correct it, or leave it out with data.exclude"
+        )
 
     def _place(self) -> str:
         self._line += self.buffer.count("\n", self._counted, self.at)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterator
 from typing import Any, cast
 
 from lowres.errors import first_line
-from lowres.text.columns import Repeated, kinds_of, text_of
+from lowres.text.columns import Repeated, choose, kinds_of, text_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
+
+NAME = "JSON lines"
+# lines of a file whose name does not say what it is, most of them blank
+_LOOKED_AT = 16
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,6 +56,27 @@ def columns(file: File) -> dict[str, str] | None:
     return None
 
 
+def _remedy(line: bytes) -> str:
+    if line.strip() in (b"{", b"["):
+        return "JSON over several lines is a .json file"
+    return "correct that line, or leave the file out with data.exclude"
+
+
+def column_in(head: bytes, text_key: str | None) -> str | None:
+    """The column of the text if the beginning of a file without a telling name is JSON lines: the first two
+    lines are objects, or the only one with more than one key, and the first has such a column."""
+    lines = [line for line in head.removeprefix(codecs.BOM_UTF8).split(b"\n", _LOOKED_AT) if line.strip()]
+    if not lines or not lines[0].startswith(b"{"):
+        return None
+    try:
+        rows = [DECODER.decode(line.decode()) for line in lines[:2]]
+    except (ValueError, RecursionError):
+        return None
+    if not all(isinstance(row, dict) for row in rows):
+        return None
+    return choose(kinds_of(rows[0]), text_key) if len(rows) > 1 or len(rows[0]) > 1 else None
+
+
 def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """(file:line, object; None for a blank line and for those before `start`, which are not parsed)"""
     with opened(file) as stream:
@@ -70,7 +96,7 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
                 raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
             except (ValueError, RecursionError) as error:
                 raise BadFileError(
-                    f"{place}: not valid JSON ({first_line(error)}); correct that line"
+                    f"{place}: not valid JSON ({first_line(error)}); {_remedy(line)}"
                 ) from None
             if not isinstance(row, dict):
                 remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
@@ -80,4 +106,4 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
             yield given.pop()
 
 
-register(Kind("JSON lines", (".jsonl", ".ndjson"), Rank.ROWS, read, columns, read_from=read_from))
+register(Kind(NAME, (".jsonl", ".ndjson", ".jsonlines"), Rank.ROWS, read, columns, read_from=read_from))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -13,8 +14,11 @@ from lowres.text.source import BadFileError, File, Source
 
 # how GPT-2's documents, and many text files made for it, are separated
 END_OF_TEXT = "<|endoftext|>"
+SOURCE_CODE, OTHER = "source code", "other text"
 _PIECE = 1 << 20
-_HEAD = 1 << 20
+# MediaWiki, PubMed, Stack Exchange
+_DUMP = re.compile(rb"<mediawiki\b|<PubmedArticleSet\b|<row Id=")
+_DUMP_HEAD = 1 << 10
 CODE = (
     ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".hh", ".cu", ".cuh", ".java", ".js", ".jsx",
     ".mjs", ".ts", ".tsx", ".go", ".rs", ".rb", ".php", ".cs", ".swift", ".kt", ".kts", ".scala", ".hs",
@@ -53,9 +57,10 @@ def is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def no_text(file: File) -> str | None:
-    with opened(file) as stream:
-        return None if is_text(stream.read(_HEAD)) else "unknown type"
+def dump(head: bytes) -> str | None:
+    """Why a file that begins so is no text as it is: a dump of a data base of articles."""
+    found = _DUMP.search(head[:_DUMP_HEAD])
+    return f"an XML dump ({found[0].decode()}); extract its text to .txt or .jsonl first" if found else None
 
 
 def decoded(path: Path, data: bytes, place: str = "") -> str:
@@ -103,8 +108,8 @@ def _separated(path: Path, stream: IO[bytes], separator: str) -> Iterator[str]:
 
 register(Kind("text", (".txt", ".text"), Rank.TEXT, read))
 # WikiText; cameras write .raw too
-register(Kind("raw text", (".raw", ".tokens"), Rank.TEXT, read, refused=no_text))
+register(Kind("raw text", (".raw", ".tokens"), Rank.TEXT, read, by_content=True))
 register(Kind("markup", MARKUP, Rank.PROSE, read))
-register(Kind("source code", CODE, Rank.PROSE, read))
+register(Kind(SOURCE_CODE, CODE, Rank.PROSE, read))
 # by content; no suffix leads here
-register(Kind("other text", (), Rank.PROSE, read))
+register(Kind(OTHER, (), Rank.PROSE, read))

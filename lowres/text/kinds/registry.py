@@ -32,7 +32,7 @@ class Kind:
     columns: of the first row of a table (see `columns`); None if there is no row. refused: why a file of this
     suffix has no documents, None if it has; see also NotData. look: what a file of this suffix is by its
     content: of another kind, or why it is left out. ids: the kind of the same tables with a column of ids
-    instead of text."""
+    instead of text. by_content: files of this suffix may be no text at all."""
 
     name: str
     suffixes: tuple[str, ...]
@@ -42,10 +42,12 @@ class Kind:
     refused: Callable[[File], str | None] | None = None
     look: Callable[[File], File | str] | None = None
     ids: str | None = None
+    by_content: bool = False
     read_from: Callable[[File, Source, int], Iterator[str | None]] | None = None
 
 
 KINDS: dict[str, Kind] = {}
+_SAME = {".zstd": ".zst", ".gzip": ".gz"}
 _BY_SUFFIX: dict[str, Kind] = {}
 
 
@@ -58,9 +60,11 @@ def register(kind: Kind) -> None:
 def kind_of_name(name: str) -> tuple[Kind | None, str]:
     """(kind or None, compression) by the suffixes of a file's name, in any case."""
     path = PurePath(name.lower())
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    if compression:
+    compression = _SAME.get(path.suffix, path.suffix)
+    if compression in COMPRESSIONS:
         path = path.with_suffix("")
+    else:
+        compression = ""
     return _BY_SUFFIX.get(path.suffix), compression
 
 
