@@ -7,9 +7,14 @@ kinds/       the kinds of file, one file each: how they are recognised and read
 columns      which column of a table is the text
 opening      the bytes of a file, decompressed
 compression  how they are compressed
-splits       which files are for training, validation and test
+recognition  what kind of file a file is
+descriptions files that describe or make the data beside them
+splits       which names are for training, validation and test
 card         what a data set's card says of its files
-listing      what each file of a source is, and what is left out, with the reason
+parts        the part of each file, by card or name
+left_out     what is not read, and why
+listing      the files of a source, and what is left out
+words        the same in lines for people
 connection   lost connections: how long they are waited for
 remote       the bytes of a remote file, over lost connections
 hub          data sets on the Hugging Face hub

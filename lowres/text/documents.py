@@ -24,7 +24,8 @@ from lowres.errors import UserError
 from lowres.text import columns, hub
 from lowres.text.connection import reached, watched
 from lowres.text.kinds import KINDS, Rank
-from lowres.text.listing import list_files, recognised
+from lowres.text.listing import list_files
+from lowres.text.recognition import recognised
 from lowres.text.source import TRAIN, VALIDATION, BadFileError, File, Source, as_source, hub_name, is_stream
 from lowres.text.splits import part_of_word
 from lowres.text.walk import Found

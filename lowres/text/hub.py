@@ -21,9 +21,9 @@ from typing import Any, cast
 
 from lowres.errors import UserError
 from lowres.text.connection import Patience
+from lowres.text.descriptions import looks_like_data
 from lowres.text.globs import matches
 from lowres.text.kinds import kind_of_name
-from lowres.text.listing import looks_like_data
 from lowres.text.remote import RemoteFile
 from lowres.text.source import Source, hub_name
 from lowres.text.walk import UNKNOWN, Found
