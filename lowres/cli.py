@@ -10,6 +10,7 @@ import argparse
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare, source_of, with_tokenizer
+from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, source_of, with_tokenizer
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -221,6 +222,7 @@ def _add_use(commands: Commands) -> None:
     sub = _command(commands, "eval", _eval, "Loss and perplexity per token, and bits per byte.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--data", metavar="SOURCE", help="text to evaluate on (default: the validation data)")
+    _add_data_set(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
@@ -366,11 +368,13 @@ def _inspect(parsed: argparse.Namespace) -> None:
 
 def _prepare(parsed: argparse.Namespace) -> None:
     config = data_config(parsed.source, parsed.set)
-    for key in ("val_source", "seq_len", "cache"):
+    for key in ("val_source", "seq_len", "cache", "document_mask", "mixture"):
         if key in config.model_fields_set:
             raise UserError(
                 f"--set data.{key}: data prepare does not use it; leave it to the config of a run"
             )
+    if not parsed.tokenizer:
+        refuse_ends(config)
     source = source_of(config)
     if not is_stream(source):
         ranks.say(f"data: {summary(list_files(source))}")
@@ -378,6 +382,9 @@ def _prepare(parsed: argparse.Namespace) -> None:
         source,
         parsed.out,
         tokenizer=parsed.tokenizer or config.tokenizer,
+        tokenizer_form=config.tokenizer_form,
+        bos=config.bos,
+        eos=config.eos,
         vocab_size=parsed.vocab_size or config.vocab_size,
         max_tokens=parsed.max_tokens,
         drop_duplicates=config.drop_duplicates,
@@ -411,9 +418,13 @@ def _sample(parsed: argparse.Namespace) -> None:
 
 def _eval(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
+    if parsed.set and not parsed.data:
+        raise UserError("--set: says how to read a source; give it with --data")
     if parsed.data:
-        data = config.data
-        windows = open_text(parsed.data, tokenizer, data.seq_len, data.token_dtype, Path(data.cache))
+        source = source_of(data_config(parsed.data, parsed.set))
+        if source.token_dtype is None:
+            source = replace(source, token_dtype=config.data.token_dtype)
+        windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
     else:
         data = with_tokenizer(config.data, tokenizer.path)
         windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)

@@ -31,6 +31,7 @@ from lowres.data import (
     cache_bytes,
     find_tokenizer,
     open_data,
+    open_tokenizer,
     with_tokenizer,
 )
 from lowres.device import pick_device, use_kernels
@@ -158,6 +159,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         )
     if origin is not None:
         require_same_shape(config, origin)
+        notes += _on_the_origin(origin, data)
     asides = [
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
         for path, problem in damaged
@@ -228,6 +230,17 @@ def _with_origin(config: Config, saved: Config | None) -> Config:
     # weights want the ids that they were trained with
     given = {"tokenizer": data.tokenizer or str(tokenizer), "tokenizer_form": data.tokenizer_form or "own"}
     return config.model_copy(update={"run": run, "data": data.model_copy(update=given)})
+
+
+def _on_the_origin(origin: Path, data: Data) -> list[str]:
+    """A note if the weights were trained on other ids than they will be."""
+    path = find_tokenizer(origin)
+    if path is None or open_tokenizer(path, form="own").fingerprint == data.tokenizer.fingerprint:
+        return []
+    return [
+        f"run.init_from: {origin} was trained with another tokenizer, so its weights know other ids; "
+        "leave data.tokenizer out to keep its own"
+    ]
 
 
 def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool, memory.Plan]:

@@ -67,6 +67,13 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     other = json.loads(lowres_here("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
     assert lowres_here("eval", run).stdout.startswith("loss ")
+    # how another source is read
+    table = run.parent / "table.jsonl"
+    table.write_text("".join(json.dumps({"id": "x", "words": f"words {i}"}) + "\n" for i in range(40)))
+    assert "data.text_key" in lowres_here("eval", run, "--data", table, code=2).stderr
+    given = ("--set", "data.text_key=words")
+    assert lowres_here("eval", run, "--data", table, *given).stdout.startswith("loss ")
+    assert "--data" in lowres_here("eval", run, *given, code=2).stderr
 
     assert "step_00000030" in lowres_here("checkpoint", "list", run).stdout
     assert lowres_here("checkpoint", "verify", run).stdout.count("ok") == 2  # keep_checkpoints

@@ -358,6 +358,14 @@ def test_sample_is_bounded_and_spread_evenly() -> None:
     assert kept[0] == 0 and kept[-1] > 4980 and gaps.min() == gaps.max()
 
 
+def test_a_sample_may_be_smaller_than_a_block() -> None:
+    for limit in (0, 7):
+        sample = EvenSample(limit)
+        for _ in range(3):
+            sample.add("word " * 5000)
+        assert sum(map(len, sample.blocks)) <= limit and any(sample.blocks) is (limit > 0)
+
+
 def test_candidates_beyond_the_memory_bound_change_nothing(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

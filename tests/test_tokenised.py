@@ -414,6 +414,28 @@ def test_val_source_may_be_text_if_there_is_a_tokenizer(root: Path, prepared: Pa
     assert data.tokenizer.decode(targets(data)) == "held out words " * 50
 
 
+def test_ids_do_not_validate_text(root: Path, prepared: Path) -> None:
+    joined(TRAIN).astype("<u2").tofile(root / "train.bin")
+    (root.parent / "v").mkdir()
+    text = root.parent / "v" / "text.txt"
+    text.write_text("words to train on\n" * 200)
+    message = complaint(text, vocab_size=None, val_source=str(root), token_dtype="uint16")
+    assert message.startswith("data.val_source: ") and message.endswith("give text")
+
+
+def test_the_user_says_what_begins_documents(root: Path) -> None:
+    """Of ids whose files do not tell, without a tokenizer."""
+    ids = np.concatenate([[5, 6, 7], joined(TRAIN, at_start=True)])
+    ids.astype("<u2").tofile(root / "train.bin")
+    assert "or data.bos to the id" in complaint(root, document_mask=True, **RAW)
+    for bos in (SEP, str(SEP)):
+        data = opened(root, document_mask=True, bos=bos, **RAW)
+        assert (data.tokenizer.bos_id, data.tokenizer.eos_id) == (SEP, None)
+    assert opened(root, bos=SEP, eos=1, **RAW).tokenizer.eos_id == 1
+    for wrong in ("<s>", VOCAB):
+        assert f"data.bos: {wrong!r} is no id below" in complaint(root, bos=wrong, **RAW)
+
+
 # ---------------------------------------------------------------------------- faults
 
 
@@ -721,6 +743,8 @@ def test_parquet_is_unpacked_once(root: Path) -> None:
     assert opened(root).fingerprint == data.fingerprint
     rows_of(root / "train-00000-of-00001.parquet", [[1, 2, 3]] * 100)
     assert opened(root).train_tokens == 300
+    # the file that the user has is named, not the one in the cache
+    assert "train-00000-of-00001.parquet: id 3 at token 2 " in complaint(root, vocab_size=3)
 
 
 # ---------------------------------------------------------------------------- runs

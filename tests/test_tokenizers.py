@@ -810,6 +810,67 @@ def test_a_run_and_its_checkpoints_keep_the_file(
     assert set(FILE_NAMES) <= set(HISTORY)  # what --restart moves aside
 
 
+def test_weights_with_another_tokenizer_are_noted(
+    source: tuple[str, list[str]], made: dict[str, Path], tmp_path: Path
+) -> None:
+    config, run = Path("configs/tiny.toml"), tmp_path / "run"
+    keys = [f"data.source={source[0]}", "data.seq_len=16", "train.steps=1", "model.vocab_size=500"]
+    keys += [f"data.cache={tmp_path / 'cache'}", "log.sample_tokens=0", "train.eval_every=0"]
+    options = [part for key in keys for part in ("--set", key)]
+    lowres_here("train", config, "--run", run, *options, "--set", f"data.tokenizer={made['llama3']}")
+    keys.append(f"run.init_from={run}")
+    for other, noted in (("llama3", False), ("gpt2", True)):
+        asked = load_config(config, [*keys, f"data.tokenizer={made[other]}"])[0]
+        lines = decide(asked, tmp_path / other, resume=False).lines
+        assert any("run.init_from" in line for line in lines) is noted
+
+
+def test_a_tokenizer_for_other_text_is_refused(tmp_path: Path) -> None:
+    digits = library.Tokenizer(models.WordLevel({"[UNK]": 0, "[BOS]": 1, "7": 2}, unk_token="[UNK]"))
+    digits.add_special_tokens(["[UNK]", "[BOS]"])
+    digits.pre_tokenizer = pre_tokenizers.Whitespace()
+    digits.save(str(tmp_path / "tokenizer.json"))
+    for name, text in (("other", "some words " * 300), ("own", "7 " * 900), ("near", "7 " * 500 + "x ")):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"text": text}) + "\n") * 9)
+
+    def prepared(name: str) -> list[str]:
+        out = tmp_path / name
+        notes: list[str] = prepare(
+            str(tmp_path / f"{name}.jsonl"), out, tokenizer=str(tmp_path), progress=False
+        )["notes"]
+        return notes
+
+    with pytest.raises(UserError, match=r"100.00% of the characters .* give a tokenizer for such text"):
+        prepared("other")
+    assert not (tmp_path / "other").exists()
+    assert not any("characters of the text are lost" in note for note in prepared("own"))
+    assert any(": 0.20% of the characters of the text are lost" in note for note in prepared("near"))
+
+
+def test_a_small_vocabulary_of_ones_own_is_enough(tmp_path: Path) -> None:
+    """model.vocab_size is then no size of a tokenizer to train."""
+    letters = library.Tokenizer(models.BPE({"\n": 0, "a": 1, "b": 2}, []))
+    letters.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("ab\n" * 900)
+    config = DataConfig(
+        source=str(tmp_path / "a.txt"), tokenizer=str(tmp_path), bos=0, cache=str(tmp_path / "c"), seq_len=16
+    )
+    assert open_data(config, 3, 0, progress=False).vocab_size == 3
+
+
+def test_prepare_takes_form_and_ends(source: tuple[str, list[str]], tmp_path: Path) -> None:
+    model = tmp_path / "llama.model"
+    model.write_bytes(sentencepiece_model())
+    given = ["--tokenizer", model, "--set", "data.tokenizer_form=own"]
+    lowres_here("data", "prepare", source[0], tmp_path / "out", *given)
+    stored = open_tokenizer(tmp_path / "out", form="own")
+    assert stored.fingerprint == open_tokenizer(model, form="own").fingerprint
+    refused = lowres_here("data", "prepare", source[0], tmp_path / "b", *given, "--set", "data.bos=1", code=2)
+    assert "data.bos" in refused.stderr
+    trained = lowres_here("data", "prepare", source[0], tmp_path / "c", "--set", "data.bos=1", code=2)
+    assert "data.bos: is for data.tokenizer" in trained.stderr
+
+
 def test_the_config_chooses_the_form(source: tuple[str, list[str]], tmp_path: Path) -> None:
     path, texts = source
     model = tmp_path / "llama.model"

@@ -161,9 +161,10 @@ class DataConfig(Section):
     normaliser, as LLaMA-2 was trained. Default: own with weights of another run (run.init_from), otherwise
     exact."""
     bos: str | int | None = None
-    """Token or id that begins every document, if nothing beside a tokenizer.json says it."""
+    """Token or id that begins every document, if nothing beside a tokenizer.json says it; or its id in a
+    source of token ids without data.tokenizer."""
     eos: str | int | None = None
-    """Token or id that ends every document, if nothing beside a tokenizer.json says it."""
+    """Token or id that ends every document, as bos."""
     vocab_size: Size | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text. Of a source of token ids without data.tokenizer: the vocabulary of the ids."""

@@ -24,7 +24,7 @@ from lowres.data.batches import TokenData
 from lowres.data.inspection import inspect
 from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
 from lowres.data.mixture import MixedData, record_of_one
-from lowres.data.opening import open_text, source_of
+from lowres.data.opening import open_text, refuse_ends, source_of
 from lowres.data.prepare import prepare
 from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
@@ -42,6 +42,7 @@ __all__ = [
     "open_tokenizer",
     "prepare",
     "record_of_one",
+    "refuse_ends",
     "source_of",
     "with_tokenizer",
 ]

@@ -70,7 +70,7 @@ class Job:
     max_overlap: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None:
+        if self.vocab_size is not None and self.tokenizer is None:
             check_vocab_size(self.vocab_size)
 
     @cached_property

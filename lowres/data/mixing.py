@@ -19,7 +19,7 @@ from lowres.data.base import Data
 from lowres.data.hashes import common
 from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
-from lowres.data.opening import given_tokenizer, holds_ids, open_source, own_tokenizer, source_of
+from lowres.data.opening import given_tokenizer, holds_ids, open_source, own_tokenizer, refuse_ends, source_of
 from lowres.data.prepare import default_vocab
 from lowres.data.shards import write_file
 from lowres.data.survey import LOOKAHEAD_CHARS, SAMPLE_CHARS, Survey, sample
@@ -145,6 +145,7 @@ def _with_shared_tokenizer(
         whose, wanted = next(iter(found.items()))
         with_it = _with(config, wanted.path)
     else:
+        refuse_ends(config)
         return _with(config, _trained(config, vocab_size, progress)), True
     for name, own in found.items():
         if own.fingerprint != wanted.fingerprint:

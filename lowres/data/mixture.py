@@ -51,10 +51,11 @@ class MixedData(Data):
         first = parts[0].data
         for part in parts:
             if part.data.tokenizer.fingerprint != first.tokenizer.fingerprint:
-                raise UserError(
-                    f"data.mixture.{part.name}: has another tokenizer than {parts[0].name}; set "
-                    "data.tokenizer, and prepare both with it"
-                )
+                remedy = "set data.tokenizer, and prepare both with it"
+                if not part.data.tokenizer.has_text and not first.tokenizer.has_text:
+                    remedy = "set data.vocab_size, data.bos and data.eos to those of all parts"
+                what = f"data.mixture.{part.name}: has another tokenizer than {parts[0].name}"
+                raise UserError(f"{what}; {remedy}")
         for one, other in zip(self._parts, self._parts[1:], strict=False):
             if one.data.fingerprint == other.data.fingerprint:
                 raise UserError(

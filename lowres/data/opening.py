@@ -32,6 +32,7 @@ from lowres.errors import UserError
 from lowres.ranks import say
 from lowres.text import Listing, Source, documents, is_stream, list_files
 from lowres.text.listing import part_to_evaluate
+from lowres.text.source import as_source
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
@@ -52,6 +53,7 @@ def open_source(
     of_validation = of_validation or config
     if (listing := _token_listing(source_of(config))) is not None:
         return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
+    refuse_ends(config)
     if given := given_tokenizer(config):
         _check_pieces(given.vocab_size, vocab_size)
     elif config.vocab_size and _as_prepared(config.source) is None:
@@ -81,6 +83,14 @@ def open_source(
     except BaseException:
         stream.close()
         raise
+
+
+def refuse_ends(config: DataConfig) -> None:
+    """Raise UserError if the config of text says how documents begin or end, and has no tokenizer of which
+    that could be."""
+    for key in ("bos", "eos"):
+        if config.tokenizer is None and getattr(config, key) is not None:
+            raise UserError(f"data.{key}: is for data.tokenizer, or for a source of token ids; leave it out")
 
 
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
@@ -116,6 +126,8 @@ def _open_ids(
         listing,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size or vocab_size,
+        bos=config.bos,
+        eos=config.eos,
         seq_len=config.seq_len,
         cache=Path(config.cache).expanduser(),
         validation=validation,
@@ -128,8 +140,8 @@ def _open_ids(
         )
     if config.document_mask and corpus.tokenizer.bos_id not in corpus.train.head(_SEARCHED):
         raise UserError(
-            f"data.document_mask: the ids of {config.source} do not show where documents begin; "
-            "set it to false" + ("" if tokenizer else ", or data.tokenizer to what the ids were made with")
+            f"data.document_mask: the ids of {config.source} do not show where documents begin; set it "
+            "to false" + ("" if tokenizer else ", or data.bos to the id that begins them")
         )
     return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
 
@@ -150,8 +162,10 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     folder in config.cache, which is filled if needed. Its name depends on all that determines its content."""
     folder = _as_prepared(config.source)
     if folder is None:
+        listing = list_files(source_of(config))
+        say(f"data: {summary(listing)}")
+        listing.check()
         job = _training_job(config, vocab_size, SHARD_TOKENS)
-        say(f"data: {summary(list_files(job.source))}")
         folder = _cache_folder(config, job)
         run(job, folder, progress)
         return folder
@@ -163,25 +177,25 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
 
 
 def open_text(
-    source: str,
+    source: Source | str,
     tokenizer: Tokenizer,
     seq_len: int,
-    token_dtype: str | None = None,
     cache: Path = Path("data"),
 ) -> Tensor:
     """All text of a source, or its own validation split, as windows in the form of `TokenData.validation`.
     For a prepared folder: its validation tokens, which must come from this tokenizer. Of token ids: all, or
     those for validation."""
-    folder = _as_prepared(source)
+    source = as_source(source)
+    folder = _as_prepared(source.name)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
             raise UserError(
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
-    if (listing := _token_listing(Source(source, token_dtype=token_dtype))) is not None:
+    if (listing := _token_listing(source)) is not None:
         return consecutive_windows(torch.from_numpy(ids_of(listing, tokenizer, cache).head(None)), seq_len)
-    texts = list(documents(source, part_to_evaluate(Source(source))))
+    texts = list(documents(source, part_to_evaluate(source)))
     tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
     return consecutive_windows(torch.from_numpy(np.concatenate(tokens)), seq_len)
 
@@ -246,6 +260,11 @@ def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool)
     if folder is None:
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
         source = source_of(config, config.val_source)
+        if _token_listing(source) is not None:
+            raise UserError(
+                f"data.val_source: {config.val_source} holds token ids, and the training data are text; give "
+                "text"
+            )
         part = part_to_evaluate(source)
         job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part)
         folder = _cache_folder(config, job)

@@ -48,6 +48,7 @@ from lowres.data.manifest import (
 from lowres.data.shards import shard_name, token_dtype, write_file
 from lowres.data.survey import Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
+from lowres.data.tokenizer.base import check_lost
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.data.validation import HeldOut, check_overlap, size_notes
 from lowres.errors import UserError
@@ -172,6 +173,7 @@ def _plan(job: Job, progress: bool) -> _Plan:
         notes += check_overlap(seen.overlap, documents, job.max_overlap, job.source.name)
     if job.tokenizer:
         given = job.tokenizer
+        notes += check_lost(given, seen.sample)
         return _Plan(seen, (given.file_name, given.content), notes + given.notes, commit)
     asked = job.vocab_size or default_vocab(seen, job.max_tokens)
     model, pieces = train(seen.sample, asked, exact=job.exact_vocab and job.vocab_size is not None)

@@ -58,7 +58,8 @@ class EvenSample:
     def add(self, text: str) -> None:
         for start in range(0, len(text), _SAMPLE_BLOCK):
             if self._seen % self._every == 0:
-                self.blocks.append(text[start : start + _SAMPLE_BLOCK])
+                # a block alone must not be above the limit: there is no fewer than one
+                self.blocks.append(text[start : start + min(_SAMPLE_BLOCK, self._limit)])
                 self._size += len(self.blocks[-1])
             self._seen += 1
             while self._size > self._limit:

@@ -99,6 +99,7 @@ def _unpacked(file: File, vocab_size: int, cache: Path) -> TokenFile:
         with held(folder, "is being written"):
             _unpack(file, ids, index, dtype, vocab_size)
     made = open_pair(ids)
+    made.origin = file.path
     made.what = f"{'parquet' if file.kind == PARQUET else 'compressed Arrow'}, unpacked into {folder}"
     return made
 

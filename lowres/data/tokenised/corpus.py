@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +49,16 @@ def open_corpus(
     *,
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
+    bos: str | int | None = None,
+    eos: str | int | None = None,
     seq_len: int,
     cache: Path,
     validation: Listing | None = None,
     hold_out: bool = True,
 ) -> Corpus:
     """listing: of token ids. validation: the same, instead of what would be held out. vocab_size: of the ids
-    if there is no tokenizer; default: what the files say. cache: for what cannot be read in place.
-    hold_out: whether there must be validation data. Raises UserError.
+    if there is no tokenizer; default: what the files say; so are bos and eos. cache: for what cannot
+    be read in place. hold_out: whether there must be validation data. Raises UserError.
     """
     listing.check()
     vocab_size = tokenizer.vocab_size if tokenizer else vocab_size or _known_vocabulary(listing)
@@ -79,7 +81,7 @@ def open_corpus(
         raise UserError(f"{listing.source.name}: has no ids; give it files with some")
     convention = documents.of_files(training)
     if tokenizer is None:
-        tokenizer = _ids_only(vocab_size, convention, train, training)
+        tokenizer = _ids_only(vocab_size, _as_asked(convention, bos, eos, vocab_size), train, training)
     if not convention.known:
         convention = documents.of_separator(training + held, tokenizer.bos_id, tokenizer.eos_id)
     separator = convention.last if convention.first is None else convention.first
@@ -195,6 +197,21 @@ def _known_vocabulary(listing: Listing) -> int:
         "data.tokenizer to what they were made with, or data.vocab_size to the number of its pieces"
         + (", and data.token_dtype" if asks_for_type else "")
     )
+
+
+def _as_asked(
+    convention: Convention, bos: str | int | None, eos: str | int | None, vocab_size: int
+) -> Convention:
+    """What begins and ends documents, as the user says. Raises UserError if that is no id."""
+    if bos is None and eos is None:
+        return convention
+    for key, asked in (("bos", bos), ("eos", eos)):
+        if asked is not None and not (str(asked).isdecimal() and int(asked) < vocab_size):
+            raise UserError(
+                f"data.{key}: {asked!r} is no id below {vocab_size:,}; without data.tokenizer, give an id"
+            )
+    first, last = (None if asked is None else int(asked) for asked in (bos, eos))
+    return replace(convention, first=first, last=last)
 
 
 def _ids_only(

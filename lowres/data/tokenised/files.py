@@ -79,6 +79,7 @@ class TokenFile:
         """places: (offset in bytes, number of ids) of each run of ids, in order."""
         self.path, self.what, self.dtype, self.documents = path, what, dtype, documents
         self.vocab_size: int | None = None
+        self.origin = path  # what the user has given
         self._offsets = [offset for offset, _ in places]
         self._starts = list(accumulate((count for _, count in places), initial=0))
         self._stamp: tuple[int, ...] | None = None
@@ -160,7 +161,7 @@ class TokenFile:
             return
         first = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
         raise UserError(
-            f"{self.path}: id {ids[first]} at token {start + first:,} is not in the vocabulary of "
+            f"{self.origin}: id {ids[first]} at token {start + first:,} is not in the vocabulary of "
             f"{self.vocab_size:,}; set data.vocab_size or data.tokenizer to what the ids were made with, and "
             "data.token_dtype if the file does not say its own"
         )

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowres.errors import UserError
 from lowres.text import without_surrogates
 
 SPACE = "\u2581"  # how SentencePiece, and what derives from it, writes a space
 GROUP_CHARS = 1 << 22
+# of text that is looked at: share that may be lost, number of texts, characters that are shown
+LARGEST_LOSS, LOOKED_AT, SHOWN = 0.1, 200, 40
 # what tokenizers are known to change: characters that NFC and NFKC compose or replace, white space, capitals;
 # then characters with every byte that UTF-8 has
 PROBES = (
@@ -163,6 +166,28 @@ class Tokenizer(ABC):
         for i, text in enumerate(texts):
             for part in self._parts(without_surrogates(text)):
                 yield i, part
+
+
+def check_lost(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+    """A note on characters of the texts that a tokenizer does not keep, white space aside. Raises UserError
+    if they are more than LARGEST_LOSS of them: the tokenizer is not for such text."""
+    if tokenizer.loss is None:
+        return []
+    before = lost = 0
+    example = ("", "")
+    for text in texts[:: -(-len(texts) // LOOKED_AT) or 1]:
+        kept = tokenizer.decode(tokenizer.encode(text))
+        count = len("".join(text.split()))
+        missing = max(0, count - len("".join(kept.split())))
+        if missing and not lost:
+            example = text.strip()[:SHOWN], kept.strip()[:SHOWN]
+        before, lost = before + count, lost + missing
+    if not lost:
+        return []
+    what = f"tokenizer {tokenizer.path}: {lost / before:.2%} of the characters of the text are lost"
+    if lost > LARGEST_LOSS * before:
+        raise UserError(f"{what}, e.g. {example[0]!r} -> {example[1]!r}; give a tokenizer for such text")
+    return [what]
 
 
 def digest(content: bytes) -> str:
