@@ -81,7 +81,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "hostile": Attack(
         "run folders that no run has written: types, pipes, links, names, forged seals, missing parts",
-        lambda w, full, seed: hostile.cases(w, 2000 if full else 60, 11 if full else 7, seed),
+        lambda w, full, seed: hostile.cases(w, 2000 if full else 24, 11 if full else 7, seed),
     ),
     "signals": Attack(
         "TERM, INT and HUP in every part of a run; two signals",
@@ -97,7 +97,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     "settings": Attack(
         "settings at random, also for resumed runs",
-        lambda w, full, seed: chain(configs.neutral(w), configs.cases(w, 1500 if full else 40, seed)),
+        lambda w, full, seed: chain(configs.neutral(w), configs.cases(w, 1500 if full else 16, seed)),
     ),
     "folder-gone": Attack(
         "the folder of a run is deleted, moved, replaced or made read-only in the middle",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 
+from lowres.cli import main
 from lowres.device import prepare_cuda
+from lowres.stopping import Stopper
 from tests.helpers import lowres_here
 
 # pytest runs as several processes
@@ -86,3 +92,18 @@ progress = false
 """
     )
     return path
+
+
+@pytest.fixture
+def points_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The points of a sweep are trained in this process, which saves the seconds to import torch for each."""
+
+    def run(self: Stopper, command: list[str], log: BinaryIO) -> int:
+        assert command[:3] == [sys.executable, "-m", "lowres"]
+        text = io.TextIOWrapper(log, "utf-8", write_through=True)
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            code = main(command[3:])
+        text.detach()
+        return code
+
+    monkeypatch.setattr(Stopper, "run", run)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lowres.cli import main
+from lowres.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -42,7 +43,9 @@ Script = Callable[..., tuple[str, dict[str, Any]]]
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+def script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], points_here: None
+) -> Script:
     """What a script prints and records. It and its sweeps run in this process, which saves the seconds to
     import torch for each of them."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
@@ -106,21 +109,18 @@ def test_relora_is_compared_with_lora_and_full_training(script: Script, tmp_path
     assert 0 < arms["ReLoRA, int8"]["merge_cosine"] < 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none.txt"], "none.txt: no such file or folder"),
-        (["stdlib", "--config", "none.toml"], "config none.toml: no such file"),
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    """And not a table of arms that diverged."""
-    command = [sys.executable, "scripts/compare_relora.py", *arguments, "--runs", str(tmp_path / "runs")]
-    command += ["--out", str(tmp_path / "found.json"), "--factors", "2"]
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/compare_relora.py", "stdlib", "--config", "none.toml"]
+    command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--factors", "2"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
-    assert done.returncode == 1 and message in done.stderr
+    assert done.returncode == 1 and "config none.toml: no such file" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "found.json").exists()
+
+
+def test_a_run_that_cannot_start_is_no_arm_that_diverged(script: Script) -> None:
+    with pytest.raises(UserError, match=r"none\.txt: no such file or folder"):
+        script("compare_relora", "none.txt", "--factors", 2)
 
 
 def test_memory_formats_are_compared(script: Script, tmp_path: Path) -> None:

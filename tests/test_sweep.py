@@ -66,7 +66,7 @@ def test_a_file_in_the_place_of_the_folder(config: Path, capfd: pytest.CaptureFi
     assert f"--run {config}: cannot be created (File exists); choose another folder" in capfd.readouterr().err
 
 
-def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path) -> None:
+def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path, points_here: None) -> None:
     """Two axes; one point fails, one was interrupted; then again, when all is mended."""
     out = tmp_path / "sweep"
     arguments: list[object] = ["sweep", config, "--tokens", 4096, "--run", out, *QUICK]
