@@ -148,8 +148,9 @@ class Tokenizer(ABC):
         return self._chunks(text)
 
     def _cut(self, text: str, start: int) -> int | None:
-        """The first place from `start` on where the text can be cut without changing its ids."""
-        raise NotImplementedError
+        """The first place from `start` on where the text can be cut without changing its ids; None if that is
+        nowhere known."""
+        return None
 
     def _chunks(self, text: str) -> Iterator[str]:
         """The text in parts of `chunk_chars` characters or a little more."""
