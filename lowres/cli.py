@@ -23,6 +23,7 @@ from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, sou
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
+from lowres.exchange import open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -258,7 +259,10 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         help="begin again at step 0; what the run's folder holds is moved into a folder old-1 in it",
     )
     sub.add_argument(
-        "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
+        "--init-from",
+        metavar="MODEL",
+        help="take the first weights, the model and the tokenizer from a run, a checkpoint or a Hugging Face "
+        "folder (also run.init_from)",
     )
 
 
@@ -291,6 +295,12 @@ def _load(parsed: argparse.Namespace) -> Config:
     return config
 
 
+def _load_with_model(parsed: argparse.Namespace) -> Config:
+    """The config with the model of `run.init_from`, which a run reads when it starts."""
+    config = _load(parsed)
+    return with_model_of(config, open_model(config.run.init_from)) if config.run.init_from else config
+
+
 def _train(parsed: argparse.Namespace) -> None:
     if parsed.init_from:
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
@@ -319,7 +329,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_with_model(parsed)
     if parsed.probe and config.memory.engine == "deepspeed":
         raise UserError(
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
@@ -357,7 +367,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _bench(parsed: argparse.Namespace) -> None:
-    found = bench(_load(parsed), parsed.steps)
+    found = bench(_load_with_model(parsed), parsed.steps)
     print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
 
 

@@ -27,7 +27,7 @@ from lowres.checkpoint.folder import (
 )
 from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
-from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite
+from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, read_header
 
 __all__ = [
     "DAMAGED",
@@ -40,6 +40,7 @@ __all__ = [
     "Mixture",
     "NotFinite",
     "Passed",
+    "Place",
     "Saved",
     "Saver",
     "Start",
@@ -53,6 +54,7 @@ __all__ = [
     "newest_state",
     "newest_valid",
     "passed_before",
+    "read_header",
     "require_disk",
     "step_folder",
     "step_of",
