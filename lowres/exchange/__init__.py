@@ -3,6 +3,7 @@
 stored      a model on the disk, whoever wrote it: its shape, its tokenizer, and its weights one by one
 families    config.json of Hugging Face models: which of them is a model of ours, and what it says
 folder      a folder of safetensors files
+target      what is exported appears whole or not at all
 """
 
 from lowres.exchange.stored import (
