@@ -19,11 +19,13 @@ from lowres.data import Data, TokenData, cache_bytes, open_data, prepare
 from lowres.data import opening as opening_module
 from lowres.data import survey as survey_module
 from lowres.data.ahead import ReadAhead
-from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.data.batches import BEGINS, IGNORED, ONLY_READ, inputs_and_targets
 from lowres.data.folder import Job
 from lowres.data.shards import HEADER_BYTES, Shard
 from lowres.data.stream import BlockStream
+from lowres.engine.common import MARKED, split
 from lowres.errors import UserError
+from lowres.rooms import Rooms
 from lowres.text import Source
 
 prepare_module = sys.modules["lowres.data.prepare"]
@@ -465,3 +467,19 @@ def test_the_next_batch_is_read_ahead_and_errors_keep_their_step() -> None:
         ahead.batch(3)
     assert int(ahead.batch(4)) == 4  # a step that was not read ahead
     assert started == [0, 1, 2, 3, 4]  # nothing beyond the end
+
+
+def test_flags_say_what_is_only_read_and_where_examples_begin() -> None:
+    plain = torch.tensor([[5, 6, 7, 8, IGNORED], [9, 1, 2, 3, 4]])
+    words = plain.clone()
+    words[0, 2] |= ONLY_READ
+    words[0, 3] |= BEGINS
+    words[1, 0] |= BEGINS | ONLY_READ
+    words[1, 3] |= ONLY_READ
+    inputs, targets = inputs_and_targets(words)
+    assert torch.equal(inputs, plain[:, :-1])
+    assert targets.tolist() == [[6, IGNORED, IGNORED, IGNORED], [1, 2, IGNORED, 4]]
+    assert torch.equal(inputs_and_targets(plain)[1], plain[:, 1:])
+    (_,), (same,), count, (documents,) = split(words, 2, Rooms(torch.device("cpu")), MARKED)
+    assert torch.equal(same, targets) and count == 4
+    assert documents == [(3, 1), (4,)]

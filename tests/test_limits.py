@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine, common
+from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine, autograd, common, layerwise
 from lowres.model import Units
 from lowres.rooms import Homes, Rooms
 from tests.helpers import CPU, Recorder, make_batch, make_config, make_optimizer, make_units, stored_tensors
@@ -71,13 +71,14 @@ def test_a_gradient_that_is_a_million_times_larger_changes_nothing(
     limit = 100 * normal.grad_norm
     before = stored_tensors(units)
     with monkeypatch.context() as patch:
-        real = common.on_host
+        real = common.split
 
-        def fewer_targets(*arguments: Any) -> tuple[Tensor, Tensor, float]:
-            inputs, targets, count = real(*arguments)
-            return inputs, targets, count / 10**6
+        def fewer_targets(*arguments: Any) -> tuple[Any, Any, float, Any]:
+            inputs, targets, count, documents = real(*arguments)
+            return inputs, targets, count / 10**6, documents
 
-        patch.setattr(common, "on_host", fewer_targets)
+        for module in (autograd, layerwise):
+            patch.setattr(module, "split", fewer_targets)
         report = engine.step(make_batch(seed=1), 1, 1.0, norm_limit=limit)
         assert report.skipped == len(NAMES)
     for name, norm in report.norms.items():

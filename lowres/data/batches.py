@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lowres.data.tokenised import Corpus, Part
 
 IGNORED = -100  # the default ignore_index of cross entropy in torch
+# flags of a token in a window: it is input only; an example begins with it, and sees nothing before
+ONLY_READ, BEGINS = 1 << 40, 1 << 41
+_IDS = (1 << 40) - 1
 # data larger than this is not checked before the first step, as the user would wait too long
 VERIFY_AT_ONCE_BYTES = 4 << 30
 
@@ -164,12 +167,18 @@ def consecutive_windows(tokens: Tensor, seq_len: int) -> Tensor:
 
 
 def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [n, seq_len] twice, from int64 [n, seq_len + 1].
+    """int64 [n, seq_len] twice, from int64 [n, seq_len + 1]: ids, and what each should be followed by.
 
     Where a target is IGNORED, the input may be padding too. It becomes 0, which is a valid id. No counted
-    target depends on it, because padding is only at the end.
+    target depends on it, because padding is only at the end. A token with a flag is no target.
     """
-    return windows[:, :-1].clamp(min=0), windows[:, 1:]
+    targets = windows[:, 1:]
+    return ids_in(windows[:, :-1]), targets.masked_fill(targets > _IDS, IGNORED)
+
+
+def ids_in(windows: Tensor) -> Tensor:
+    """The ids of the words of windows, without flags; 0 for padding."""
+    return windows.clamp(min=0) & _IDS
 
 
 def _windows(tokens: int, seq_len: int) -> int:

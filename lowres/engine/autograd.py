@@ -18,7 +18,6 @@ from lowres.engine.common import (
     Limits,
     StepReport,
     Updater,
-    apart,
     documents_of,
     split,
     square,
@@ -106,8 +105,7 @@ class AutogradEngine:
         return report
 
     def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
-        parts = split(batch, self.settings.micro_batch, self.rooms)
-        return apart(*parts, self.rooms, self.settings.starts)
+        return split(batch, self.settings.micro_batch, self.rooms, self.settings.starts)
 
     def _here(self, tokens: Tensor) -> Tensor:
         """A micro-batch on the device. It is page-locked, so the host does not wait for the copy."""

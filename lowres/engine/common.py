@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowres.config import Config, ReloraConfig
-from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.data.batches import BEGINS, IGNORED, inputs_and_targets
 from lowres.kernels import forms
 from lowres.model import Lengths, Starts, lengths_of
 from lowres.rooms import HOST, Homes, Rooms
@@ -153,41 +153,36 @@ class Limits:
         return square.isfinite() & (square <= self.norm * self.norm)
 
 
-def on_host(batch: Tensor, rooms: Rooms) -> tuple[Tensor, Tensor, int]:
-    """Inputs and targets [S, T] of batch [S, T + 1], in host memory, and the number of targets that count (at
-    least 1, because it is a divisor)."""
+Documents = list[Lengths] | None  # those of every sequence; None: each sequence is one
+# documents that the words of a window mark
+MARKED = Starts(lambda words: (words > 0) & (words & BEGINS != 0))
+
+
+def split(
+    batch: Tensor, micro_batch: int, rooms: Rooms, starts: Starts | None
+) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
+    """Inputs and targets [s, T] of each micro-batch of batch [S, T + 1], in host memory; the number of
+    targets that count (at least 1, because it is a divisor); and the documents of each micro-batch.
+
+    A document's first token is no target, as nothing in the document predicts it, unless it is what ends the
+    one before.
+    """
     with rooms.allocate_in(HOST):
         inputs, targets = inputs_and_targets(batch)
+        found: list[Documents] = [None] * -(-len(batch) // micro_batch)
+        if starts is not None:
+            begins = starts.where(batch)
+            if not starts.predicted:
+                targets = targets.masked_fill(begins[:, 1:], IGNORED)
+            found = [lengths_of(part) for part in begins[:, :-1].split(micro_batch)]
         count = max(1, int((targets != IGNORED).sum()))
-        return _locked(inputs, rooms), _locked(targets, rooms), count
+        inputs, targets = _locked(inputs, rooms), _locked(targets, rooms)
+        return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count, found
 
 
 def _locked(tokens: Tensor, rooms: Rooms) -> Tensor:
     """Page-locked for CUDA, so that the host does not wait for the copy to the device."""
     return tokens.contiguous().pin_memory() if rooms.device.type == "cuda" else tokens
-
-
-def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> tuple[list[Tensor], list[Tensor], int]:
-    """`on_host` with inputs and targets of each micro-batch."""
-    inputs, targets, count = on_host(batch, rooms)
-    return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
-
-
-Documents = list[Lengths] | None  # those of every sequence; None: each sequence is one
-
-
-def apart(
-    inputs: list[Tensor], targets: list[Tensor], count: int, rooms: Rooms, starts: Starts | None
-) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
-    """What `split` returns, and the documents of each micro-batch. A document's first token is no target, as
-    nothing in the document predicts it, unless it is what ends the one before."""
-    if starts is None:
-        return inputs, targets, count, [None] * len(inputs)
-    with rooms.allocate_in(HOST):
-        if not starts.predicted:
-            targets = [_locked(part.masked_fill(starts.where(part), IGNORED), rooms) for part in targets]
-        count = max(1, sum(int((part != IGNORED).sum()) for part in targets))
-        return inputs, targets, count, [documents_of(part, starts) for part in inputs]
 
 
 def documents_of(tokens: Tensor, starts: Starts | None) -> Documents:

@@ -39,7 +39,6 @@ from lowres.engine.common import (
     Limits,
     StepReport,
     Updater,
-    apart,
     documents_of,
     split,
     sum_of_squares,
@@ -395,8 +394,8 @@ class LayerwiseEngine:
     def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int, Documents]:
         """Inputs and targets, the number of targets that count, and the documents: 16 bytes a token, copied
         once."""
-        whole = split(batch, len(batch), self.rooms)
-        (inputs,), (targets,), count, (documents,) = apart(*whole, self.rooms, self.settings.starts)
+        whole = split(batch, len(batch), self.rooms, self.settings.starts)
+        (inputs,), (targets,), count, (documents,) = whole
         inputs, targets = (tokens.to(self.device, non_blocking=True) for tokens in (inputs, targets))
         return inputs, targets, count, documents
 
@@ -413,7 +412,7 @@ class LayerwiseEngine:
         documents: Documents = None,
     ) -> list[Tensor]:
         """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], on the device;
-        count, documents: see `apart`.
+        count, documents: see `split`.
 
         Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated, and
         the norm of the gradient of every unit. Once the host has read them, all copies are done and host
