@@ -8,6 +8,7 @@ adapters, so resuming after the warm start of ReLoRA is not a special case.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
     opened = _with_own_tokenizer(config, found, folder if state else None)
     data = _open_data(opened)
-    config = config.with_vocab(config.model.vocab_size or data.vocab_size)
+    config = with_epochs(config.with_vocab(config.model.vocab_size or data.vocab_size), data)
 
     if saved is None:
         started_with, offset = rates_of(config), 0
@@ -184,6 +185,19 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         origin=origin,
         lines=lines,
     )
+
+
+def with_epochs(config: Config, data: Data) -> Config:
+    """The config with train.epochs in tokens. Raises UserError if the length of the data is not known."""
+    if config.train.epochs is None:
+        return config
+    sequences = data.epoch(0)
+    if sequences is None:
+        raise UserError(
+            "train.epochs: the length of a stream or a mixture is not known; set train.steps or train.tokens"
+        )
+    tokens = math.ceil(config.train.epochs * sequences) * config.data.seq_len
+    return with_values(config, "train", epochs=None, tokens=tokens)
 
 
 def _meet(config: Config, device: torch.device) -> None:

@@ -31,6 +31,7 @@ FLOORS = {
     "reference": 5,
     "model": 5,
     "optim": 5,
+    "objective": 5,
     "data": 5,
     "checkpoint": 5,
     "events": 2,

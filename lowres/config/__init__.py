@@ -12,6 +12,7 @@ file and `--set` is in `lowres.config_file`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -29,6 +30,7 @@ from lowres.config.sections import (
     LogConfig,
     MixturePart,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     ReloraConfig,
     RunConfig,
@@ -47,6 +49,7 @@ __all__ = [
     "HealthConfig",
     "MixturePart",
     "ModelConfig",
+    "ObjectiveConfig",
     "OneOf",
     "OptimConfig",
     "ReloraConfig",
@@ -62,6 +65,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = ScheduleConfig()
     relora: ReloraConfig = ReloraConfig()
@@ -88,6 +92,8 @@ class Config(Section):
     @property
     def warmup_steps(self) -> int:
         tenth = self.train.total_steps // 10
+        if self.schedule.warmup_ratio is not None:
+            return math.ceil(self.train.total_steps * self.schedule.warmup_ratio)
         asked = self.schedule.warmup_steps
         return tenth if asked is None else min(asked, tenth)
 
