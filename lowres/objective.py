@@ -33,6 +33,13 @@ class Examples(NamedTuple):
     order: Tensor | None = None
 
 
+class Pairs(NamedTuple):
+    """See `Examples`, on the host. reference: None for an objective without one."""
+
+    order: Tensor
+    reference: Tensor | None
+
+
 class Objective(Protocol):
     """linear: whether the derivatives do not depend on the sums. names: of the readings."""
 

@@ -113,7 +113,7 @@ class Run:
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
         starts = starts_of(config, self.data.tokenizer)
         engine, relora = training_engine(config, plan, rooms, adapted, starts)
-        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        engine.reserve(config.most_windows, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
     def load(self, folder: Path) -> None:

@@ -36,6 +36,7 @@ from lowres.data import (
     open_tokenizer,
     with_tokenizer,
 )
+from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -43,6 +44,7 @@ from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, filled, initialize_from, open_model, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
+from lowres.objective import Pairs
 from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.resuming import continued, find_checkpoint, sequences_before
@@ -451,14 +453,18 @@ def _rehearse(run: Run) -> None:
     so weights and state do not change.
     """
     config, parts = run.config, run.parts
-    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
+    sequences = min(config.most_windows, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
     # not the token with which documents start, because long ones need the most memory
     batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
+    pairs = None
+    if config.objective.name != "pretrain":  # an example for each sequence
+        batch[:, 0] |= BEGINS
+        pairs = Pairs(torch.arange(sequences // 2 * 2), torch.zeros(sequences))
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):
-            parts.engine.step(batch, 0, 0.0, rehearsal=True)
+            parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
         run.rehearse_save()

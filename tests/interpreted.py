@@ -255,8 +255,8 @@ def test_rotary(monkeypatch: Any, heads: int, width: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("vocabulary", [1, 33, 32003])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weight", [None, 0.25])
-def test_loss(monkeypatch: Any, vocabulary: int, dtype: torch.dtype, weight: float | None) -> None:
+@pytest.mark.parametrize("weight", [None, 0.25, torch.linspace(-0.5, 1, 6)])
+def test_loss(monkeypatch: Any, vocabulary: int, dtype: torch.dtype, weight: loss.Weight) -> None:
     logits = random(6, vocabulary, dtype=dtype) * 4
     targets = torch.tensor([0, vocabulary - 1, -1, vocabulary // 2, -100, 0])
     (plain, _, want), (found, _, losses) = results(monkeypatch, loss.cross_entropy, logits, targets, weight)

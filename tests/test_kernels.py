@@ -221,10 +221,12 @@ def test_loss(vocabulary: int, dtype: torch.dtype) -> None:
     wanted = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
     wanted.sum().backward()
     assert leaf.grad is not None
-    for found in both(lambda x: loss.cross_entropy(x, targets, 0.25), logits):
-        torch.testing.assert_close(found[0], wanted, rtol=0, atol=2e-6)
-        allowed = 1e-6 if dtype == torch.float32 else 2e-3
-        torch.testing.assert_close(found[1].double(), leaf.grad * 0.25, rtol=0, atol=allowed)
+    for weight in 0.25, torch.linspace(-0.5, 1, 9):
+        scaled = leaf.grad * (weight if isinstance(weight, float) else weight.double().unsqueeze(1))
+        for found in both(lambda x, w=weight: loss.cross_entropy(x, targets, w), logits):
+            torch.testing.assert_close(found[0], wanted, rtol=0, atol=2e-6)
+            allowed = 1e-6 if dtype == torch.float32 else 4e-3
+            torch.testing.assert_close(found[1].double(), scaled, rtol=0, atol=allowed)
     for found in both(lambda x: loss.cross_entropy(x, targets, None), logits):
         torch.testing.assert_close(found[0], wanted, rtol=0, atol=2e-6)
 
