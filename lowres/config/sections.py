@@ -177,7 +177,7 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
 # what determines the documents of a source, besides its name
-SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit"))
+SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit", "form"))
 
 
 class DataConfig(Section):

@@ -18,6 +18,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from lowres.errors import UserError
@@ -116,7 +117,7 @@ def numbered_documents(
 
 
 def no_text(source: Source) -> str:
-    return f"{source.name}: contains no text; set data.source to files with text"
+    return f"{source.name}: contains no {source.form}; set data.source to files with {source.form}"
 
 
 def fingerprint(source: Source | str) -> str:
@@ -252,10 +253,12 @@ def _rows_from(file: File, source: Source, start: int, skipped: Skipped | None) 
 
 
 def _typed_rows(source: Source, rows: Iterator[dict[str, Any]]) -> Iterator[str | None]:
-    column: str | None = None
+    file: File | None = None
     for row in rows:
-        if column is None:
-            column = columns.choose(columns.kinds_of(row), source.text_key)
-            if column is None:
-                raise UserError(f"{source.name}: {columns.no_column(row, source.text_key)}")
-        yield columns.text_of(row, column, source.name)
+        if file is None:
+            every = File("", Path(source.name), 0, "", column=source.text_key, form=source.form)
+            file = columns.chosen(every, columns.kinds_of(row))
+            if file is None:
+                reason = columns.no_column(row, source.text_key, source.form)
+                raise UserError(f"{source.name}: {reason}")
+        yield columns.document_of(row, file, source.name)
