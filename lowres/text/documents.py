@@ -16,7 +16,7 @@ import json
 import platform
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -85,8 +85,12 @@ class Marks:
         """File number `file` begins at a row."""
         self._places.append((row, file))
 
+    def of(self, row: int) -> tuple[int, int]:
+        """(first row, number) of the file that a row is in."""
+        return self._places[max(0, bisect_right(self._places, row, key=lambda place: place[0]) - 1)]
+
     def before(self, row: int) -> tuple[int, int]:
-        """(first row, number) of the file that a row is in. Forgets the files before."""
+        """The same. Forgets the files before."""
         place = bisect_right(self._places, row, key=lambda place: place[0])
         del self._places[: max(0, place - 1)]  # in place, as a thread may add to it
         return self._places[0]
@@ -114,6 +118,20 @@ def numbered_documents(
         row += 1
     if empty and start == 0:
         raise UserError(no_text(source))
+
+
+def places(source: Source, part: str, marks: Marks) -> Callable[[int], str]:
+    """Where a row is, for messages: its file and its number there, from 1. marks: of its reader."""
+    files: list[File] = []
+
+    def place(row: int) -> str:
+        if source.on_hub:
+            return f"{source.name} row {row + 1:,}"
+        files[:] = files or files_of(source, part)
+        first, number = marks.of(row)
+        return f"{files[number].path} row {row - first + 1:,}"
+
+    return place
 
 
 def no_text(source: Source) -> str:
