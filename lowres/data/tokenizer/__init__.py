@@ -9,7 +9,7 @@ opening               which kind a file is, and where the tokenizer of a folder 
 training              a new SentencePiece model
 """
 
-from lowres.data.tokenizer.base import Tokenizer
+from lowres.data.tokenizer.base import Special, Tokenizer
 from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer
 from lowres.data.tokenizer.training import LEAST_VOCAB, check_enough_pieces, check_vocab_size, train
 from lowres.data.tokenizer.vocabulary import Vocabulary
@@ -17,6 +17,7 @@ from lowres.data.tokenizer.vocabulary import Vocabulary
 __all__ = [
     "FILE_NAMES",
     "LEAST_VOCAB",
+    "Special",
     "Tokenizer",
     "Vocabulary",
     "check_enough_pieces",

@@ -10,6 +10,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -51,11 +52,25 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Special:
+    """A token that no text gives, not even its spelling. `is_text`: it stands for its spelling all the same;
+    otherwise it is a control token, and stands for nothing. In a chat template, which may write it: it takes
+    the white space on its left or right along, or is none as a part of a word."""
+
+    id: int
+    is_text: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
 class Tokenizer(ABC):
     """A way to write text as ids.
 
     `vocab_size`: the largest id + 1. `bos_id` begins every document; `eos_id` ends it, or is None if there is
-    no other token than bos between documents. `encode` produces neither. `content`: the bytes of the file
+    no other token than bos between documents. `encode` produces neither, and none of `specials`, which are by
+    their spelling. `content`: the bytes of the file
     that makes this tokenizer again, `file_name` its name in folders of prepared data, runs and checkpoints,
     and `fingerprint` its hash. `path`: where it was opened. `notes`: what the user should know. `has_text`:
     whether ids stand for text.
@@ -74,6 +89,7 @@ class Tokenizer(ABC):
         self.vocab_size: int
         self.bos_id: int
         self.eos_id: int | None
+        self.specials: dict[str, Special] = {}
         self._bytes_of: list[bytes]  # of each id
 
     def encode(self, text: str) -> list[int]:
@@ -82,10 +98,12 @@ class Tokenizer(ABC):
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 [tokens] for each text, computed by one thread per core. Raises as `encode`."""
+    def encode_batch(self, texts: list[str], after_token: bool = False) -> list[np.ndarray]:
+        """int32 [tokens] for each text, computed by one thread per core. after_token: they stand behind a
+        special token, so what some tokenizers put in front of the first text is not there. Raises as
+        `encode`."""
         found: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(self._numbered_parts(texts)):
+        for group in _groups(self._numbered_parts(texts, after_token)):
             encoded = iter(self._encode([part for _, part in group if isinstance(part, str)]))
             parts: dict[int, list[np.ndarray]] = {}
             for i, part in group:
@@ -143,8 +161,8 @@ class Tokenizer(ABC):
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each part, as if it were all of a text or followed a cut."""
 
-    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
-        """What a text consists of: parts to encode, or ids. At least one."""
+    def _parts(self, text: str, after_token: bool) -> Iterator[str | np.ndarray]:
+        """What a text consists of: parts to encode, or ids. At least one. after_token: see `encode_batch`."""
         return self._chunks(text)
 
     def _cut(self, text: str, start: int) -> int | None:
@@ -163,9 +181,9 @@ class Tokenizer(ABC):
             start = cut
         yield text[start:]
 
-    def _numbered_parts(self, texts: list[str]) -> Iterator[tuple[int, str | np.ndarray]]:
+    def _numbered_parts(self, texts: list[str], after_token: bool) -> Iterator[tuple[int, str | np.ndarray]]:
         for i, text in enumerate(texts):
-            for part in self._parts(without_surrogates(text)):
+            for part in self._parts(without_surrogates(text), after_token):
                 yield i, part
 
 

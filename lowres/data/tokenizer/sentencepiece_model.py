@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import sentencepiece
 
-from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.base import SPACE, Special, Tokenizer, threads
 from lowres.errors import UserError
 
 Form = Literal["exact", "own"]
@@ -61,6 +61,11 @@ class SentencePieceTokenizer(Tokenizer):
             self.vocab_size = self._processor.get_piece_size()
             bos, eos = self._processor.bos_id(), self._processor.eos_id()
             self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
+            self.specials = {
+                self._processor.id_to_piece(i): Special(i)
+                for i in range(self.vocab_size)
+                if self._is_special(i)
+            }
         except (RuntimeError, ValueError, IndexError, TypeError, OSError):
             raise UserError(
                 f"tokenizer {path}: not a SentencePiece model, or damaged; {remedy or 'give another file'}"
@@ -108,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
         found: list[np.ndarray] = self._processor.encode(parts, num_threads=threads(), return_type="numpy")
         return found
 
-    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
+    def _parts(self, text: str, after_token: bool) -> Iterator[str | np.ndarray]:
         if self.form == "own":
             prefix = " " if text and self._spec.adds_prefix and self._splits else ""
             for chunk in self._chunks(text):
@@ -135,15 +140,18 @@ class SentencePieceTokenizer(Tokenizer):
         pairs = set()
         for i in range(self.vocab_size):
             processor = self._processor
-            if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i)):
+            if not (self._is_special(i) or processor.is_byte(i)):
                 piece = processor.id_to_piece(i)
                 pairs |= {piece[j : j + 2] for j in range(len(piece) - 1)}
         # in its own form a model may read U+2581 in a text as a space
         return frozenset(pairs | {pair.replace(SPACE, " ") for pair in pairs} | set(_mixed(pairs)))
 
+    def _is_special(self, i: int) -> bool:
+        return bool(self._processor.is_control(i) or self._processor.is_unknown(i))
+
     def _piece_bytes(self, i: int) -> bytes:
         processor = self._processor
-        if processor.is_control(i) or processor.is_unknown(i):
+        if self._is_special(i):
             return b""
         piece: str = processor.id_to_piece(i)
         if processor.is_byte(i):
