@@ -437,7 +437,8 @@ def _eval(parsed: argparse.Namespace) -> None:
         windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
     else:
         data = with_tokenizer(config.data, tokenizer.path)
-        windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
+        opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
+        windows = opened.validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))

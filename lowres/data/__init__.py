@@ -4,8 +4,11 @@ survey      the first pass: a sample for the tokenizer, and what is left out of 
 validation  which text is the validation data
 tokenizer/  text <-> ids, whatever kind of tokenizer
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
+encoders    documents as the words of shards
+chat/       chats and pairs of answers as examples, and as batches
 hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces
+stored      the shards of a prepared folder
 tokenised   sources of token ids, read where they are
 stream      the same shards, written while training reads them
 batches     step -> [sequences, seq_len + 1], a pure function of seed and step
@@ -21,6 +24,7 @@ mixing      the data of a configuration: one source or a mixture
 
 from lowres.data.base import Data
 from lowres.data.batches import TokenData
+from lowres.data.chat.chat_data import ChatData
 from lowres.data.inspection import inspect
 from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
 from lowres.data.mixture import MixedData, record_of_one
@@ -30,6 +34,7 @@ from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_to
 
 __all__ = [
     "FILE_NAMES",
+    "ChatData",
     "Data",
     "MixedData",
     "TokenData",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from lowres.config import DataConfig, ObjectiveConfig
 from lowres.data.chat.chat_data import ChatData
 from lowres.data.chat.encoder import ChatEncoder
-from lowres.data.chat.labels import encode
 from lowres.data.chat.template import open_template
-from lowres.data.manifest import Chats, read_complete
+from lowres.data.manifest import read_complete
 from lowres.data.opening import (
     check_pieces,
     ensure_prepared,
@@ -37,21 +34,17 @@ def open_chats(
     folder = ensure_prepared(config, vocab_size, progress, chats)
     validation = validation_folder(config, tokenizer, progress, chats)
     data = ChatData(folder, config.seq_len, seed, validation)
-    data.notes += validation_notes(config, folder, read_complete(folder).train, validation)
+    data.notes += [*chats.notes, *validation_notes(config, folder, read_complete(folder).train, validation)]
     return data
 
 
 def chat_encoder(config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer) -> ChatEncoder:
     """How the chats of a config become tokens."""
-    template = open_template(config.chat_template, tokenizer)
-    label = partial(encode, tokenizer, template, train_on=objective.train_on, max_length=config.seq_len)
     return ChatEncoder(
-        label,
-        Chats(
-            form=objective.form,
-            template=template.fingerprint,
-            train_on=objective.train_on,
-            seq_len=config.seq_len,
-            bad_rows=config.bad_rows,
-        ),
+        tokenizer,
+        open_template(config.chat_template, tokenizer),
+        objective.form,
+        config.seq_len,
+        objective.train_on,
+        config.bad_rows,
     )
