@@ -18,8 +18,18 @@ import torch
 
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
 from lowres.config import Config
-from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, source_of, with_tokenizer
+from lowres.config_file import data_config, load_config, source_config, to_toml
+from lowres.data import (
+    inspect,
+    open_data,
+    open_text,
+    overlap,
+    prepare,
+    refuse_ends,
+    source_as_asked,
+    source_of,
+    with_tokenizer,
+)
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -183,6 +193,21 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = _command(
+        data,
+        "overlap",
+        _overlap,
+        "Say how many evaluation documents share words in a row with a training text.",
+    )
+    sub.add_argument("train", metavar="TRAIN", help="text, chats or pairs to train on")
+    sub.add_argument("evaluation", metavar="EVAL", help="text, chats or pairs to evaluate on")
+    sub.add_argument("--ngram", type=_positive, default=13, metavar="N", help="words in a row; default 13")
+    _add_data_set(sub, "how to read TRAIN")
+    sub.add_argument(
+        "--eval-set", action="append", default=[], metavar="section.key=value", help="how to read EVAL"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
@@ -196,10 +221,8 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
 
 
-def _add_data_set(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
-    )
+def _add_data_set(sub: argparse.ArgumentParser, text: str = "how to read the source") -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="data.key=value", help=text)
 
 
 def _add_use(commands: Commands) -> None:
@@ -372,7 +395,14 @@ def _bench(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    found = inspect(data_config(parsed.source, parsed.set))
+    found = inspect(source_config(parsed.source, parsed.set))
+    print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
+
+
+def _overlap(parsed: argparse.Namespace) -> None:
+    sources = ((parsed.train, parsed.set), (parsed.evaluation, parsed.eval_set))
+    train, evaluation = (source_as_asked(source_config(*given)) for given in sources)
+    found = overlap(train, evaluation, parsed.ngram, progress=not parsed.json)
     print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
 
 

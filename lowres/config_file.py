@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
 
 def data_config(source: str, overrides: list[str]) -> DataConfig:
     """The section [data] for a source, with `data.key=value` overrides. Raises UserError."""
+    return source_config(source, overrides, ("data",)).data
+
+
+def source_config(
+    source: str, overrides: list[str], sections: Sequence[str] = ("data", "objective")
+) -> Config:
+    """A config with this source and `section.key=value` overrides in these sections. Raises UserError."""
     values: dict[str, Any] = {"data": {"source": source}}
     for override in overrides:
-        if not override.strip().startswith("data."):
-            raise UserError(f"--set {override}: only keys of [data] count here")
+        if override.strip().partition(".")[0] not in sections:
+            listed = " and ".join(f"[{section}]" for section in sections)
+            raise UserError(f"--set {override}: only keys of {listed} count here")
         _apply_override(values, override)
-    return parse_config(values, "--set")[0].data
+    return parse_config(values, "--set")[0]
 
 
 def load_resolved(path: Path) -> Config:

@@ -18,6 +18,7 @@ base        what all data have in common
 manifest    the records of a folder of prepared data: data.json and progress.json
 folder      the folder of prepared data, and which job may write to it
 inspection  what a source holds, before anything is written
+overlap     how much of an evaluation is in the training text
 opening     prepares and opens one source
 mixing      the data of a configuration: one source or a mixture
 """
@@ -28,7 +29,8 @@ from lowres.data.chat.chat_data import ChatData
 from lowres.data.inspection import inspect
 from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
 from lowres.data.mixture import MixedData, record_of_one
-from lowres.data.opening import open_text, refuse_ends, source_of
+from lowres.data.opening import open_text, refuse_ends, source_as_asked, source_of
+from lowres.data.overlap import overlap
 from lowres.data.prepare import prepare
 from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
 
@@ -45,9 +47,11 @@ __all__ = [
     "open_data",
     "open_text",
     "open_tokenizer",
+    "overlap",
     "prepare",
     "record_of_one",
     "refuse_ends",
+    "source_as_asked",
     "source_of",
     "with_tokenizer",
 ]
