@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
-from lowres.config import Config
+from lowres.config import Config, DataConfig
 from lowres.config_file import data_config, load_config, source_config, to_toml
 from lowres.data import (
+    Tokenizer,
     inspect,
+    open_chat_windows,
     open_data,
     open_text,
     overlap,
@@ -461,10 +463,7 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     if parsed.data:
-        source = source_of(data_config(parsed.data, parsed.set))
-        if source.token_dtype is None:
-            source = replace(source, token_dtype=config.data.token_dtype)
-        windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+        windows = _windows_of(data_config(parsed.data, parsed.set), config, tokenizer)
     else:
         data = with_tokenizer(config.data, tokenizer.path)
         opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
@@ -478,6 +477,16 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
             + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
+
+
+def _windows_of(asked: DataConfig, config: Config, tokenizer: Tokenizer) -> torch.Tensor:
+    """The windows of another source than that of a run."""
+    if config.objective.name != "pretrain":
+        return open_chat_windows(asked, config.data, config.objective, tokenizer)
+    source = source_of(asked)
+    if source.token_dtype is None:
+        source = replace(source, token_dtype=config.data.token_dtype)
+    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
 
 
 def _folders(path: Path) -> list[Path]:

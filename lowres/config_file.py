@@ -110,6 +110,10 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: changed})
 
 
+# names that are no paths: of sources, and of chat templates
+BUILT_IN = ("stdlib", "tulu", "chatml")
+
+
 def with_places(config: Config, saved: Config | None) -> Config:
     """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
     path that does not exist here is the one that the run was started with, if that ends so."""
@@ -129,7 +133,7 @@ def with_places(config: Config, saved: Config | None) -> Config:
 
 def _place(given: str | None, known: list[str]) -> str | None:
     """See `with_places`. known: what the run was started with."""
-    if given is None or given == "stdlib":
+    if given is None or given in BUILT_IN:
         return given
     if is_stream(given):
         folder = hub_name(given).dataset

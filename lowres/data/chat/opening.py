@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lowres.config import DataConfig, ObjectiveConfig
-from lowres.data.chat.chat_data import ChatData
+from lowres.data.chat.chat_data import ChatData, validation_windows
 from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.chat.template import open_template
 from lowres.data.manifest import read_complete
@@ -36,6 +38,20 @@ def open_chats(
     data = ChatData(folder, config.seq_len, seed, validation)
     data.notes += [*chats.notes, *validation_notes(config, folder, read_complete(folder).train, validation)]
     return data
+
+
+def open_chat_windows(
+    asked: DataConfig, config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer
+) -> Tensor:
+    """The chats or pairs of another source than a run was trained on, as windows in the form of
+    `ChatData.validation`. asked: says which, and how to read it. config: of the run."""
+    own = {key: getattr(config, key) for key in ("seq_len", "cache")}
+    own["chat_template"] = asked.chat_template or config.chat_template
+    asked = asked.model_copy(update=own | {"val_source": asked.source})
+    chats = chat_encoder(asked, objective, tokenizer)
+    folder = validation_folder(asked, tokenizer, False, chats)
+    assert folder is not None
+    return validation_windows(folder, asked.seq_len)
 
 
 def chat_encoder(config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer) -> ChatEncoder:
