@@ -201,6 +201,9 @@ class DataConfig(Section):
     source of token ids without data.tokenizer."""
     eos: str | int | None = None
     """Token or id that ends every document, as bos."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """How chats become text: tulu, chatml, or the path of a template in Jinja; default: the tokenizer's own.
+    See docs/tuning.md."""
     vocab_size: Size | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text. Of a source of token ids without data.tokenizer: the vocabulary of the ids."""

@@ -3,6 +3,7 @@
 survey      the first pass: a sample for the tokenizer, and what is left out of the source
 validation  which text is the validation data
 tokenizer/  text <-> ids, whatever kind of tokenizer
+chat/       chats -> ids, and which of them are trained
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 hashes      documents by a hash of their text, to find copies
 shards      files of token ids, verified and read in pieces

@@ -6,3 +6,9 @@ answers   where in that text the assistant's turns are
 pieces    the text in pieces: special tokens, and what stands between them
 labels    the ids of a chat, and which of them are trained
 """
+
+from lowres.data.chat.labels import Example, encode, encode_batch, prompt
+from lowres.data.chat.records import BadRow, Message
+from lowres.data.chat.template import Template, open_template
+
+__all__ = ["BadRow", "Example", "Message", "Template", "encode", "encode_batch", "open_template", "prompt"]

@@ -173,8 +173,14 @@ def _check_prompt(
     template: Template, messages: Messages, chat: Rendered, said: list[int], notes: list[str]
 ) -> None:
     header = chat.text[chat.answers[-1][0] : said[-1]].strip()
-    before = messages[:-1]
-    if header and template.render(before) == template.render(before, add_generation_prompt=True):
+    before = template.render(messages[:-1])
+    prompted = template.render(messages[:-1], add_generation_prompt=True)
+    if not chat.text.startswith(prompted):
+        asked = prompted.removeprefix(before)
+        notes.append(
+            f"{template.name}: it asks for an answer with {asked!r}, but no answer in a chat follows that"
+        )
+    elif header and before == prompted:
         notes.append(
             f"{template.name}: it ignores add_generation_prompt, so {header!r} is trained too, and a model "
             "writes it"

@@ -139,7 +139,12 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> Tensor:
         """int64 [vocab_size]: number of UTF-8 bytes that each token stands for (control tokens: 0)."""
-        return torch.tensor([len(piece) for piece in self._bytes_of])
+        return torch.tensor(self.sizes)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """What `token_bytes` has, as an array."""
+        return np.array([len(piece) for piece in self._bytes_of], np.int64)
 
     @cached_property
     def loss(self) -> tuple[str, str] | None:
