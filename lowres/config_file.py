@@ -107,7 +107,7 @@ def with_places(config: Config, saved: Config | None) -> Config:
     path that does not exist here is the one that the run was started with, if that ends so."""
     data, before = config.data, saved.data if saved else None
     changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
-    for key in ("source", "val_source", "tokenizer"):
+    for key in ("source", "val_source", "tokenizer", "chat_template"):
         kept = getattr(before, key) if before else None
         changes[key] = _place(getattr(data, key), [kept] if kept else [])
     if data.mixture:

@@ -29,6 +29,7 @@ from lowres.config.sections import (
     LogConfig,
     MixturePart,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     ReloraConfig,
     RunConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "HealthConfig",
     "MixturePart",
     "ModelConfig",
+    "ObjectiveConfig",
     "OneOf",
     "OptimConfig",
     "ReloraConfig",
@@ -62,6 +64,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = Field(default_factory=OptimConfig)
     schedule: ScheduleConfig = ScheduleConfig()
     relora: ReloraConfig = ReloraConfig()

@@ -34,6 +34,7 @@ from lowres.config.base import (
 from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
 from lowres.text import Source
+from lowres.text.source import CHATS, PAIRS, TEXT
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -177,7 +178,7 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
 # what determines the documents of a source, besides its name
-SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit"))
+SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit", "form"))
 
 
 class DataConfig(Section):
@@ -213,7 +214,8 @@ class DataConfig(Section):
     """Tokens in a sequence."""
     text_key: Annotated[str, Field(min_length=1)] | None = None
     """Column with the text in tables and JSON; with dots, a path of keys into nested objects. Default: the
-    first of text, content, raw_content, markdown, document, body, article, story, passage, code."""
+    first of text, content, raw_content, markdown, document, body, article, story, passage, code. Of chats:
+    the column with the messages; default messages, conversations, or prompt with completion."""
     separator: str | None = None
     """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
     has some. Empty: a text file is one document."""
@@ -222,6 +224,11 @@ class DataConfig(Section):
     is for the file's name."""
     exclude: Patterns = ()
     """Do not read files that match one of these globs."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """How a chat becomes a text: tulu, or a file with a Jinja template; default: the tokenizer's own."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
+    and count them."""
     damaged: Literal["refuse", "skip"] = "refuse"
     """What to do about a file that cannot be read to its end: stop, or leave out the rest of it, and say
     so."""
@@ -281,6 +288,21 @@ class DataConfig(Section):
         part = self.mixture[number]
         own = {key: value for key in SOURCE_KEYS if (value := getattr(part, key)) is not None}
         return self.model_copy(update={"mixture": (), "source": part.source} | own)
+
+
+class ObjectiveConfig(Section):
+    """What is trained: a language model on text, the answers of chats, or the better of two answers."""
+
+    name: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """pretrain: every token of text. sft: the answers in chats (supervised fine-tuning). dpo: pairs of a
+    chosen and a rejected answer (direct preference optimization)."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """sft, dpo: which tokens of a chat are targets: those of the assistant's turns, or all."""
+
+    @property
+    def form(self) -> str:
+        """What the rows of the data are; see `text.Source`."""
+        return {"pretrain": TEXT, "sft": CHATS, "dpo": PAIRS}[self.name]
 
 
 class GeneralPart(Section):
