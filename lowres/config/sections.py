@@ -202,9 +202,6 @@ class DataConfig(Section):
     source of token ids without data.tokenizer."""
     eos: str | int | None = None
     """Token or id that ends every document, as bos."""
-    chat_template: Annotated[str, Field(min_length=1)] | None = None
-    """How chats become text: tulu, chatml, or the path of a template in Jinja; default: the tokenizer's own.
-    See docs/tuning.md."""
     vocab_size: Size | None = None
     """Vocabulary size of a tokenizer that is trained; default model.vocab_size, or else it depends on the
     size of the text. Of a source of token ids without data.tokenizer: the vocabulary of the ids."""
@@ -225,7 +222,8 @@ class DataConfig(Section):
     exclude: Patterns = ()
     """Do not read files that match one of these globs."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
-    """How a chat becomes a text: tulu, or a file with a Jinja template; default: the tokenizer's own."""
+    """How a chat becomes a text: tulu, chatml, or a file with a Jinja template; default: the tokenizer's own.
+    See docs/tuning.md."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
     and count them."""

@@ -95,7 +95,7 @@ class _Part:
         ids = table[self.after_token, self.text]
         if not self.before:
             return ids, 0
-        # in bytes, as the tokens may be other ones when more follows; one that goes across is not the answer's
+        # in bytes, as more text may change the tokens before it; one that goes across is not the answer's
         edge = tokenizer.sizes[table[self.after_token, self.before]].sum()
         sizes = tokenizer.sizes[ids]
         return ids, int((sizes.cumsum() - sizes < edge).sum())

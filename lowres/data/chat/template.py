@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lowres.data.chat import answers
+from lowres.data.chat import examination
 from lowres.data.chat.pieces import Cutter
 from lowres.data.chat.records import BadRow
 from lowres.data.tokenizer import Tokenizer
@@ -78,9 +78,9 @@ class Template:
             line = getattr(error, "lineno", None)
             where = f" in line {line}" if line else ""
             raise UserError(f"{name}: not a Jinja template ({first_line(error)}{where})") from None
-        self.ends: frozenset[int] = frozenset()
-        found = answers.examine(self)
-        self.ends, self.notes = found.ends, found.notes
+        messages = examination.small_chat(self)
+        self.ends = examination.ends(self, messages)
+        self.notes = examination.notes(self, messages)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, around: str = ""
@@ -98,7 +98,7 @@ class Template:
                 }
             )
         except Exception as error:  # whatever an expression in it may raise
-            raise BadRow(f"{self.name} fails: {first_line(error)}") from None
+            raise BadRow(f"{self.name} fails: {first_line(error).rstrip('.')}") from None
         return text
 
 
