@@ -310,8 +310,8 @@ HEADER = "<|start_header_id|>|%s|<|end_header_id|>|\n|\n"
         (
             "two ends",
             A_CHAT[2:],
-            "[INST]|user|[/INST]|why|<|eot_id|>|<|im_end|>|\\n"
-            "|[INST]|assistant|[/INST]|[a]|[ cat]|[<|eot_id|>]|[<|im_end|>]|\\n|</s>",
+            "[INST]|user|[/INST]|why|<|eot_id|>|<|im_end|>|\n"
+            "|[INST]|assistant|[/INST]|[a]|[ cat]|[<|eot_id|>]|[<|im_end|>]|\n|</s>",
         ),
         (
             "forced",
