@@ -18,10 +18,22 @@ from typing import Any
 import torch
 
 from lowres import __version__, checkpoint, disk, memory, ranks, terminal
-from lowres.config import Config
-from lowres.config_file import data_config, load_config, to_toml
+from lowres.config import Config, DataConfig
+from lowres.config_file import data_config, load_config, source_config, to_toml
 from lowres.conversation import Conversation
-from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, source_of, with_tokenizer
+from lowres.data import (
+    Tokenizer,
+    inspect,
+    open_chat_windows,
+    open_data,
+    open_text,
+    overlap,
+    prepare,
+    refuse_ends,
+    source_as_asked,
+    source_of,
+    with_tokenizer,
+)
 from lowres.data.chat import open_template
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
@@ -187,6 +199,21 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = _command(
+        data,
+        "overlap",
+        _overlap,
+        "Say how many evaluation documents share words in a row with a training text.",
+    )
+    sub.add_argument("train", metavar="TRAIN", help="text, chats or pairs to train on")
+    sub.add_argument("evaluation", metavar="EVAL", help="text, chats or pairs to evaluate on")
+    sub.add_argument("--ngram", type=_positive, default=13, metavar="N", help="words in a row; default 13")
+    _add_data_set(sub, "how to read TRAIN")
+    sub.add_argument(
+        "--eval-set", action="append", default=[], metavar="section.key=value", help="how to read EVAL"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
@@ -200,10 +227,8 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
 
 
-def _add_data_set(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
-    )
+def _add_data_set(sub: argparse.ArgumentParser, text: str = "how to read the source") -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="data.key=value", help=text)
 
 
 def _add_use(commands: Commands) -> None:
@@ -382,7 +407,14 @@ def _bench(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    found = inspect(data_config(parsed.source, parsed.set))
+    found = inspect(source_config(parsed.source, parsed.set))
+    print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
+
+
+def _overlap(parsed: argparse.Namespace) -> None:
+    sources = ((parsed.train, parsed.set), (parsed.evaluation, parsed.eval_set))
+    train, evaluation = (source_as_asked(source_config(*given)) for given in sources)
+    found = overlap(train, evaluation, parsed.ngram, progress=not parsed.json)
     print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
 
 
@@ -466,13 +498,11 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     if parsed.data:
-        source = source_of(data_config(parsed.data, parsed.set))
-        if source.token_dtype is None:
-            source = replace(source, token_dtype=config.data.token_dtype)
-        windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+        windows = _windows_of(data_config(parsed.data, parsed.set), config, tokenizer)
     else:
         data = with_tokenizer(config.data, tokenizer.path)
-        windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
+        opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
+        windows = opened.validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))
@@ -482,6 +512,16 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
             + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
+
+
+def _windows_of(asked: DataConfig, config: Config, tokenizer: Tokenizer) -> torch.Tensor:
+    """The windows of another source than that of a run."""
+    if config.objective.name != "pretrain":
+        return open_chat_windows(asked, config.data, config.objective, tokenizer)
+    source = source_of(asked)
+    if source.token_dtype is None:
+        source = replace(source, token_dtype=config.data.token_dtype)
+    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
 
 
 def _folders(path: Path) -> list[Path]:

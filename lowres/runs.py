@@ -23,6 +23,7 @@ from lowres.config_file import load_resolved, parse_config, with_values
 from lowres.data import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
+from lowres.engine.common import MARKED
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
 from lowres.model import Starts, Units, empty_units, starting_with
@@ -58,6 +59,8 @@ def engine_of(
 
 def starts_of(config: Config, tokenizer: Tokenizer) -> Starts | None:
     """Where documents start that do not see each other, for the engine of a run."""
+    if config.objective.name != "pretrain":
+        return MARKED
     if not config.data.document_mask:
         return None
     if tokenizer.bos_id < 0:

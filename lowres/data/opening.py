@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres.config import DataConfig
+from lowres.config import Config, DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.folder import SHARD_TOKENS, Job
@@ -31,7 +31,7 @@ from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
-from lowres.text import Listing, Source, documents, is_stream, list_files
+from lowres.text import Listing, Source, documents, is_stream, list_files, with_form
 from lowres.text.listing import part_to_evaluate
 from lowres.text.source import TEXT, as_source
 from lowres.text.words import summary
@@ -246,6 +246,13 @@ def source_of(config: DataConfig, name: str | None = None, form: str = TEXT) -> 
         config.token_dtype,
         form=form,
     )
+
+
+def source_as_asked(config: Config) -> Source:
+    """The config's source, in the form of objective.name; or, if that is not set, in the form that its rows
+    have. Raises UserError."""
+    source = source_of(config.data, form=config.objective.form)
+    return source if "name" in config.objective.model_fields_set else with_form(source)
 
 
 def training_job(

@@ -60,11 +60,11 @@ class ChatData(Data):
         self.pairs = manifest.arguments.chats.form == PAIRS
         self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
-        per_document = 2 if self.pairs else 1
-        self._train = _Examples(folder, manifest, manifest.train, per_document)
-        other = manifest if validation_folder is None else read_complete(validation_folder)
-        entries = manifest.val if validation_folder is None else other.train + other.val
-        self._validation = _Examples(validation_folder or folder, other, entries, per_document)
+        self._train = _Examples(folder, manifest, manifest.train)
+        if validation_folder is None:
+            self._validation = _Examples(folder, manifest, manifest.val)
+        else:
+            self._validation = _all_of(validation_folder)
         form = manifest.arguments.chats.form
         if not self._train.documents:
             raise UserError(f"data.source: no {form} are left to train on; give more of them")
@@ -162,9 +162,22 @@ class ChatData(Data):
         pass
 
 
+def validation_windows(folder: Path, seq_len: int) -> Tensor:
+    """All chats or pairs of a prepared folder, as `ChatData.validation`. Raises UserError without any."""
+    examples = _all_of(folder)
+    if not examples.documents:
+        raise UserError(f"{folder}: nothing in it can be evaluated; give other data")
+    return examples.packed(range(examples.documents), seq_len).windows
+
+
 def padding_of(windows: Tensor) -> float:
     """The share of padding in windows of a batch."""
     return (windows[:, :-1] == IGNORED).double().mean().item()
+
+
+def _all_of(folder: Path) -> _Examples:
+    manifest = read_complete(folder)
+    return _Examples(folder, manifest, manifest.train + manifest.val)
 
 
 class _Placed(NamedTuple):
@@ -177,13 +190,14 @@ class _Placed(NamedTuple):
 
 
 class _Examples:
-    """The examples of a prepared folder, and where they begin. Each document has `each` of them."""
+    """The examples of a prepared folder, and where they begin: one of each chat, two of each pair."""
 
-    def __init__(self, folder: Path, manifest: Complete, entries: list[Entry], each: int) -> None:
+    def __init__(self, folder: Path, manifest: Complete, entries: list[Entry]) -> None:
+        assert manifest.arguments.chats is not None
+        self._each = each = 2 if manifest.arguments.chats.form == PAIRS else 1
         self.stored = Stored(folder, encoder.words_of(manifest.vocab_size), lambda: entries)
         self.fingerprint = self.stored.fingerprint()
         self._firsts = list(accumulate(self.stored.lengths(), initial=0))
-        self._each = each
         self.tokens, self.targets = self._firsts[-1], 0
         found = [np.empty(0, np.int64)]
         for shard, first in enumerate(self._firsts[:-1]):

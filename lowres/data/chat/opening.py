@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from torch import Tensor
 
 from lowres.config import DataConfig, ObjectiveConfig
-from lowres.data.chat.chat_data import ChatData
+from lowres.data.chat.chat_data import ChatData, validation_windows
 from lowres.data.chat.encoder import ChatEncoder
-from lowres.data.chat.labels import encode
 from lowres.data.chat.template import open_template
-from lowres.data.manifest import Chats, read_complete
+from lowres.data.manifest import read_complete
 from lowres.data.opening import (
     check_pieces,
     ensure_prepared,
@@ -37,21 +36,31 @@ def open_chats(
     folder = ensure_prepared(config, vocab_size, progress, chats)
     validation = validation_folder(config, tokenizer, progress, chats)
     data = ChatData(folder, config.seq_len, seed, validation)
-    data.notes += validation_notes(config, folder, read_complete(folder).train, validation)
+    data.notes += [*chats.notes, *validation_notes(config, folder, read_complete(folder).train, validation)]
     return data
+
+
+def open_chat_windows(
+    asked: DataConfig, config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer
+) -> Tensor:
+    """The chats or pairs of another source than a run was trained on, as windows in the form of
+    `ChatData.validation`. asked: says which, and how to read it. config: of the run."""
+    own = {key: getattr(config, key) for key in ("seq_len", "cache")}
+    own["chat_template"] = asked.chat_template or config.chat_template
+    asked = asked.model_copy(update=own | {"val_source": asked.source})
+    chats = chat_encoder(asked, objective, tokenizer)
+    folder = validation_folder(asked, tokenizer, False, chats)
+    assert folder is not None
+    return validation_windows(folder, asked.seq_len)
 
 
 def chat_encoder(config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer) -> ChatEncoder:
     """How the chats of a config become tokens."""
-    template = open_template(config.chat_template, tokenizer)
-    label = partial(encode, tokenizer, template, train_on=objective.train_on, max_length=config.seq_len)
     return ChatEncoder(
-        label,
-        Chats(
-            form=objective.form,
-            template=template.fingerprint,
-            train_on=objective.train_on,
-            seq_len=config.seq_len,
-            bad_rows=config.bad_rows,
-        ),
+        tokenizer,
+        open_template(config.chat_template, tokenizer),
+        objective.form,
+        config.seq_len,
+        objective.train_on,
+        config.bad_rows,
     )
