@@ -458,7 +458,9 @@ def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     how = Sampling(parsed.tokens, config.data.seq_len, parsed.temperature, parsed.top_k, parsed.seed)
     if parsed.chat:
-        template = open_template(config.data.chat_template, tokenizer)
+        # what a run was tuned with came along with its tokenizer
+        asked = config.data.chat_template if config.objective.name == "pretrain" else None
+        template = open_template(asked, tokenizer)
         for note in template.notes:
             print(f"note: {note}", file=sys.stderr)
         _talk(Conversation(engine, tokenizer, template, how, parsed.system), parsed.prompt)

@@ -1,6 +1,7 @@
 """Chats become the text and ids that transformers makes of them; what a model writes is what is trained."""
 
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lowres.conversation import Conversation
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.chat import BadRow, Example, Template, encode, encode_batch, open_template, prompt
 from lowres.data.chat import template as template_module
-from lowres.data.tokenizer import train
+from lowres.data.tokenizer import exported, train, with_chat_template
 from lowres.errors import UserError
 from lowres.sample import Sampling
 from tests.helpers import lowres_here, make_config
@@ -445,6 +446,41 @@ def test_a_sentencepiece_model_encodes_each_text_between_its_tokens(tmp_path: Pa
     assert len(runs) == 2
     said = [ours.decode(example.ids[a:b].tolist()) for a, b in edges(example)]
     assert said == [" the cat" if form == "exact" else "the cat", "a mat"]
+
+
+@pytest.mark.parametrize("kind", ["exact", "own", "byte-level"])
+def test_a_template_comes_along_and_is_exported(both: Both, tmp_path: Path, kind: Any) -> None:
+    if kind == "byte-level":
+        ours = both.ours
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+        ours = open_tokenizer(tmp_path, kind)
+    template = open_template("tulu", ours)
+    kept = with_chat_template(ours, template.source)
+    assert kept.fingerprint == ours.fingerprint
+    run, out = tmp_path / "run", tmp_path / "out"
+    for folder, files in ((run, {kept.file_name: kept.content}), (out, exported(kept).files)):
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    again = open_tokenizer(run, None if kind == "byte-level" else "own")
+    assert open_template(None, again).fingerprint == template.fingerprint
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    for messages in CHATS[:4]:
+        ids = encode(again, open_template(None, again), messages, "assistant", ALWAYS).ids.tolist()
+        assert ids == theirs.apply_chat_template(messages, return_dict=False)
+
+
+def test_files_beside_a_tokenizer_name_the_tokens_of_its_template(both: Both, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((both.folder / "tokenizer.json").read_bytes())
+    source = "{{ bos_token }}{{ pad_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    named = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}, "chat_template": source}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "[INST]", "eos_token": "</s>"}')
+    ours = open_tokenizer(tmp_path, bos="<s>")
+    template = open_template(None, ours)
+    assert template.render(chat("Hi", "cat")) == "[INST]Hi<|im_end|>cat<|im_end|>"
+    assert template.ends == {ours.specials["<|im_end|>"].id} and template.notes == []
 
 
 def edges(example: Example) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ training              a new SentencePiece model
 
 from lowres.data.tokenizer.base import Special, Tokenizer
 from lowres.data.tokenizer.exporting import Exported, exported
-from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer
+from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer, with_chat_template
 from lowres.data.tokenizer.training import LEAST_VOCAB, check_enough_pieces, check_vocab_size, train
 from lowres.data.tokenizer.vocabulary import Vocabulary
 
@@ -32,4 +32,5 @@ __all__ = [
     "find_tokenizer",
     "open_tokenizer",
     "train",
+    "with_chat_template",
 ]

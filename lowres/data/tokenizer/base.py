@@ -174,6 +174,10 @@ class Tokenizer(ABC):
             before, after = self.loss
             self.notes.append(f"tokenizer {self.path}: it changes text, e.g. {before!r} -> {after!r}")
 
+    def content_with(self, companions: Companions) -> bytes:
+        """The file of this tokenizer, in which others come along."""
+        return self.content
+
     @abstractmethod
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each part, as if it were all of a text or followed a cut."""

@@ -127,6 +127,9 @@ class JsonTokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._strips else text
 
+    def content_with(self, companions: Companions) -> bytes:
+        return _written(with_companions(parse(self.core), companions))
+
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         found: dict[type[str], Iterator[np.ndarray]] = {}
         for kind in {type(part) for part in parts}:

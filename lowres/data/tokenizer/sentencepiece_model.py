@@ -122,6 +122,9 @@ class SentencePieceTokenizer(Tokenizer):
             return text
         return text.removesuffix(" ") if self.spec.is_suffix else text.removeprefix(" ")
 
+    def content_with(self, companions: Companions) -> bytes:
+        return with_record(self.core, seal(companions.model_dump()))
+
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         found: list[np.ndarray] = self.processor.encode(parts, num_threads=threads(), return_type="numpy")
         return found
