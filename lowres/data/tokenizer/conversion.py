@@ -58,16 +58,13 @@ class _Pieces:
         # SentencePiece does not find those with a space, as it has replaced it
         found = user_defined(tokenizer.content)
         self.user_defined = [i for i in found if " " not in self.names[i]]
-        others = {*self.controls, *found}
+        not_spelt = {*self.controls, *filter(processor.is_byte, every)}
         if tokenizer.form == "exact":
             for i in every:
-                if i not in self.controls and not processor.is_byte(i):
+                if i not in not_spelt:
                     self.names[i] = self.names[i].replace(SPACE, " ")
-        self.normal = {
-            name: i
-            for i, name in enumerate(self.names)
-            if not (i in others or processor.is_byte(i) or processor.is_unused(i))
-        }
+        others = {*not_spelt, *found, *filter(processor.is_unused, every)}
+        self.normal = {name: i for i, name in enumerate(self.names) if i not in others}
 
 
 def _bpe(pieces: _Pieces, merges: bool) -> Node:
