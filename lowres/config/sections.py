@@ -222,7 +222,8 @@ class DataConfig(Section):
     exclude: Patterns = ()
     """Do not read files that match one of these globs."""
     chat_template: Annotated[str, Field(min_length=1)] | None = None
-    """How a chat becomes a text: tulu, or a file with a Jinja template; default: the tokenizer's own."""
+    """How a chat becomes a text: tulu, chatml, or a file with a Jinja template; default: the tokenizer's own.
+    See docs/tuning.md."""
     bad_rows: Literal["refuse", "skip"] = "refuse"
     """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
     and count them."""

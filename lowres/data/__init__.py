@@ -3,6 +3,7 @@
 survey      the first pass: a sample for the tokenizer, and what is left out of the source
 validation  which text is the validation data
 tokenizer/  text <-> ids, whatever kind of tokenizer
+chat/       chats -> ids, and which of them are trained
 prepare     the second pass: documents as bos, tokens, eos, cut into shards
 encoders    documents as the words of shards
 chat/       chats and pairs of answers as examples, and as batches

@@ -95,13 +95,10 @@ class _Part:
         ids = table[self.after_token, self.text]
         if not self.before:
             return ids, 0
-        alone = table[self.after_token, self.before]
-        both = min(len(alone), len(ids))
-        count = int(np.cumprod(alone[:both] == ids[:both]).sum())
-        # a token may go across the edge; it is none of the answer's
-        while count < both and len(tokenizer.decode(ids[:count].tolist())) < len(self.before):
-            count += 1
-        return ids, count
+        # in bytes, as more text may change the tokens before it; one that goes across is not the answer's
+        edge = tokenizer.sizes[table[self.after_token, self.before]].sum()
+        sizes = tokenizer.sizes[ids]
+        return ids, int((sizes.cumsum() - sizes < edge).sum())
 
 
 def _plan(template: Template, messages: Messages) -> list[_Part]:

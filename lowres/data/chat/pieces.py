@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from lowres.data.chat.records import ASSISTANT
 from lowres.data.tokenizer import Special
 
 _BLANK = re.compile(r"\s*")
@@ -50,7 +51,7 @@ class Cutter:
     def marked(self, message: Mapping[str, Any], mark: str) -> dict[str, Any]:
         """The message with a mark in front of everything that could be taken for a special token. An
         assistant may write those that are text, such as <think>, as its model does."""
-        strings = self._control if message.get("role") == "assistant" else self._every
+        strings = self._control if message.get("role") == ASSISTANT else self._every
         return {
             key: value if key == "role" else _each(value, strings, mark) for key, value in message.items()
         }

@@ -17,10 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lowres.data.chat import answers
+from lowres.data.chat import examination
 from lowres.data.chat.pieces import Cutter
 from lowres.data.chat.records import BadRow
 from lowres.data.tokenizer import Tokenizer
+from lowres.data.tokenizer.companions import CONFIG
 from lowres.disk import DiskError, read_whole
 from lowres.errors import UserError, first_line
 
@@ -78,9 +79,9 @@ class Template:
             line = getattr(error, "lineno", None)
             where = f" in line {line}" if line else ""
             raise UserError(f"{name}: not a Jinja template ({first_line(error)}{where})") from None
-        self.ends: frozenset[int] = frozenset()
-        found = answers.examine(self)
-        self.ends, self.notes = found.ends, found.notes
+        messages = examination.small_chat(self)
+        self.ends = examination.ends(self, messages)
+        self.notes = examination.notes(self, messages)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, around: str = ""
@@ -98,7 +99,7 @@ class Template:
                 }
             )
         except Exception as error:  # whatever an expression in it may raise
-            raise BadRow(f"{self.name} fails: {first_line(error)}") from None
+            raise BadRow(f"{self.name} fails: {first_line(error).rstrip('.')}") from None
         return text
 
 
@@ -114,13 +115,12 @@ def open_template(name: str | None, tokenizer: Tokenizer) -> Template:
     if name is not None:
         path = Path(name).expanduser()
         return Template(f"data.chat_template {path}", _read(path), tokenizer)
-    own: str | None = getattr(tokenizer, "chat_template", None)
-    if own is None:
+    if tokenizer.chat_template is None:
         raise UserError(
             f"data.chat_template: the tokenizer {tokenizer.path} has none of its own; set it to "
             f"{', '.join(BUILT_IN)}, or the path of a Jinja template"
         )
-    return Template(f"the chat template of {tokenizer.path}", own, tokenizer)
+    return Template(f"the chat template of {tokenizer.path}", tokenizer.chat_template, tokenizer)
 
 
 def _read(path: Path) -> str:
@@ -138,9 +138,18 @@ def _read(path: Path) -> str:
 
 
 def _variables(tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by their names in templates: those that files beside the tokenizer name, as others read
+    them there, else bos and eos."""
     spelt = {special.id: token for token, special in tokenizer.specials.items()}
-    ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.end_id}
-    return {key: spelt[i] for key, i in ends.items() if i in spelt}
+    beside = tokenizer.companions.content_of("special_tokens_map.json") | tokenizer.companions.content_of(
+        CONFIG
+    )
+    named = {key: value.get("content") if isinstance(value, dict) else value for key, value in beside.items()}
+    found = {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
+    found.setdefault("eos_token", spelt[tokenizer.end_id])
+    if "bos_token" not in named:  # null says that no text begins with one
+        found["bos_token"] = spelt[tokenizer.bos_id]
+    return found
 
 
 def _given(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowres.data.tokenizer.companions import Companions
 from lowres.errors import UserError
 from lowres.text import without_surrogates
 
@@ -72,8 +73,9 @@ class Tokenizer(ABC):
     no other token than bos between documents. `encode` produces neither, and none of `specials`, which are by
     their spelling. `content`: the bytes of the file
     that makes this tokenizer again, `file_name` its name in folders of prepared data, runs and checkpoints,
-    and `fingerprint` its hash. `path`: where it was opened. `notes`: what the user should know. `has_text`:
-    whether ids stand for text.
+    and `core` is what decides the ids: the content without the `companions` that came along. `fingerprint`:
+    the hash of the core. `path`: where it was opened. `notes`: what the user should know. `has_text`: whether
+    ids stand for text.
     """
 
     file_name: str
@@ -81,10 +83,15 @@ class Tokenizer(ABC):
     # cut texts longer than this; None: never
     chunk_chars: int | None = None
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    def __init__(
+        self, path: Path, content: bytes, core: bytes | None = None, companions: Companions | None = None
+    ) -> None:
+        """core: None if it is the content."""
         self.path = path
         self.content = content
-        self.fingerprint = digest(content)
+        self.core = content if core is None else core
+        self.companions = companions or Companions()
+        self.fingerprint = digest(self.core)
         self.notes: list[str] = []
         self.vocab_size: int
         self.bos_id: int
@@ -118,6 +125,11 @@ class Tokenizer(ABC):
         return np.concatenate((np.array([self.bos_id], np.int32), ids, np.array(last, np.int32)))
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja template with which a conversation becomes text; None if none came along."""
+        return self.companions.chat_template
+
+    @property
     def end_id(self) -> int:
         """The token after which a document is over: eos, or bos of the next one."""
         return self.bos_id if self.eos_id is None else self.eos_id
@@ -139,7 +151,12 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> Tensor:
         """int64 [vocab_size]: number of UTF-8 bytes that each token stands for (control tokens: 0)."""
-        return torch.tensor([len(piece) for piece in self._bytes_of])
+        return torch.tensor(self.sizes)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """What `token_bytes` has, as an array."""
+        return np.array([len(piece) for piece in self._bytes_of], np.int64)
 
     @cached_property
     def loss(self) -> tuple[str, str] | None:
@@ -156,6 +173,10 @@ class Tokenizer(ABC):
         if self.loss is not None:
             before, after = self.loss
             self.notes.append(f"tokenizer {self.path}: it changes text, e.g. {before!r} -> {after!r}")
+
+    def content_with(self, companions: Companions) -> bytes:
+        """The file of this tokenizer, in which others come along."""
+        return self.content
 
     @abstractmethod
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
@@ -210,7 +231,7 @@ def check_lost(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 def digest(content: bytes) -> str:
-    """The fingerprint of a tokenizer's file."""
+    """The fingerprint of a tokenizer whose core this is."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
