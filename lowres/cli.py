@@ -10,6 +10,7 @@ import argparse
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,23 @@ from typing import Any
 import torch
 
 from lowres import __version__, checkpoint, disk, harness, memory, ranks, terminal
-from lowres.config import Config
-from lowres.config_file import data_config, load_config, to_toml
-from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, source_of, with_tokenizer
+from lowres.config import Config, DataConfig
+from lowres.config_file import data_config, load_config, source_config, to_toml
+from lowres.conversation import Conversation
+from lowres.data import (
+    Tokenizer,
+    inspect,
+    open_chat_windows,
+    open_data,
+    open_text,
+    overlap,
+    prepare,
+    refuse_ends,
+    source_as_asked,
+    source_of,
+    with_tokenizer,
+)
+from lowres.data.chat import open_template
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
@@ -30,7 +45,7 @@ from lowres.optim.overview import overview, table
 from lowres.probe import probe
 from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
-from lowres.sample import sample
+from lowres.sample import Sampling, sample
 from lowres.speed import bench, with_random_tokens
 from lowres.stopping import Left, loud
 from lowres.sweep import sweep
@@ -68,8 +83,9 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            run = "to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted; {'start it again to go on' if parsed.command is _prepare else run}")
+            again = {_prepare: "; start it again to go on", _sample: ""}
+            run = "; to continue, give a run --resume, or start a sweep again"
+            _complain(f"interrupted{again.get(parsed.command, run)}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -183,6 +199,21 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = _command(
+        data,
+        "overlap",
+        _overlap,
+        "Say how many evaluation documents share words in a row with a training text.",
+    )
+    sub.add_argument("train", metavar="TRAIN", help="text, chats or pairs to train on")
+    sub.add_argument("evaluation", metavar="EVAL", help="text, chats or pairs to evaluate on")
+    sub.add_argument("--ngram", type=_positive, default=13, metavar="N", help="words in a row; default 13")
+    _add_data_set(sub, "how to read TRAIN")
+    sub.add_argument(
+        "--eval-set", action="append", default=[], metavar="section.key=value", help="how to read EVAL"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = _command(data, "prepare", _prepare, "Tokenise a source into a folder of shards.")
     sub.add_argument("source", help="stdlib, a path, or hf:<dataset>[:<config>[:<split>]]")
     sub.add_argument("out", type=Path, help="folder to build")
@@ -196,17 +227,21 @@ def _add_data(commands: Commands) -> None:
     _add_data_set(sub)
 
 
-def _add_data_set(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
-    )
+def _add_data_set(sub: argparse.ArgumentParser, text: str = "how to read the source") -> None:
+    sub.add_argument("--set", action="append", default=[], metavar="data.key=value", help=text)
 
 
 def _add_use(commands: Commands) -> None:
     """Commands that use a run without training it."""
     sub = _command(commands, "sample", _sample, "Print text from a trained model.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--prompt", required=True)
+    sub.add_argument("--prompt", metavar="TEXT", help="what is continued; with --chat, what is asked")
+    sub.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer the prompt, or without one every line of the input, with the chat template",
+    )
+    sub.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
     sub.add_argument(
         "--temperature",
@@ -390,7 +425,14 @@ def _bench(parsed: argparse.Namespace) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> None:
-    found = inspect(data_config(parsed.source, parsed.set))
+    found = inspect(source_config(parsed.source, parsed.set))
+    print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
+
+
+def _overlap(parsed: argparse.Namespace) -> None:
+    sources = ((parsed.train, parsed.set), (parsed.evaluation, parsed.eval_set))
+    train, evaluation = (source_as_asked(source_config(*given)) for given in sources)
+    found = overlap(train, evaluation, parsed.ngram, progress=not parsed.json)
     print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
 
 
@@ -427,21 +469,48 @@ def _prepare(parsed: argparse.Namespace) -> None:
 
 
 def _sample(parsed: argparse.Namespace) -> None:
+    if parsed.prompt is None and not parsed.chat:
+        raise UserError("--prompt: give the text that is continued, or talk to the model with --chat")
+    if parsed.system is not None and not parsed.chat:
+        raise UserError("--system: only chats have it; give it with --chat")
     config, engine, tokenizer = open_run(parsed.run)
+    how = Sampling(parsed.tokens, config.data.seq_len, parsed.temperature, parsed.top_k, parsed.seed)
+    if parsed.chat:
+        # what a run was tuned with came along with its tokenizer
+        asked = config.data.chat_template if config.objective.name == "pretrain" else None
+        template = open_template(asked, tokenizer)
+        for note in template.notes:
+            print(f"note: {note}", file=sys.stderr)
+        _talk(Conversation(engine, tokenizer, template, how, parsed.system), parsed.prompt)
+        return
     if not tokenizer.has_text:
         print(f"note: {parsed.run} has no tokenizer for text; a sample is ids", file=sys.stderr)
-    print(
-        sample(
-            engine,
-            tokenizer,
-            parsed.prompt,
-            tokens=parsed.tokens,
-            seq_len=config.data.seq_len,
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            seed=parsed.seed,
-        )
-    )
+    print(sample(engine, tokenizer, parsed.prompt, how))
+
+
+def _talk(conversation: Conversation, question: str | None) -> None:
+    """Print the answer to a question, or to each line of the input."""
+    noted = False
+    for text in _lines() if question is None else [question]:
+        print(conversation.answer(text), flush=True)
+        if conversation.cut_off and not noted:
+            noted = True
+            note = "this is longer than data.seq_len, so the model no longer sees the beginning"
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of the input that are not blank."""
+    shown = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(shown)
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            raise UserError("the input is not UTF-8; give it as that") from None
+        if line.strip():
+            yield line
 
 
 def _eval(parsed: argparse.Namespace) -> None:
@@ -455,13 +524,11 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     if parsed.data:
-        source = source_of(data_config(parsed.data, parsed.set))
-        if source.token_dtype is None:
-            source = replace(source, token_dtype=config.data.token_dtype)
-        windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+        windows = _windows_of(data_config(parsed.data, parsed.set), config, tokenizer)
     else:
         data = with_tokenizer(config.data, tokenizer.path)
-        windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
+        opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
+        windows = opened.validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:
         print(json.dumps(scores))
@@ -486,6 +553,16 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
             f"last {config.data.seq_len:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())
+
+
+def _windows_of(asked: DataConfig, config: Config, tokenizer: Tokenizer) -> torch.Tensor:
+    """The windows of another source than that of a run."""
+    if config.objective.name != "pretrain":
+        return open_chat_windows(asked, config.data, config.objective, tokenizer)
+    source = source_of(asked)
+    if source.token_dtype is None:
+        source = replace(source, token_dtype=config.data.token_dtype)
+    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
 
 
 def _folders(path: Path) -> list[Path]:

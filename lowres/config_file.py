@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
 
 def data_config(source: str, overrides: list[str]) -> DataConfig:
     """The section [data] for a source, with `data.key=value` overrides. Raises UserError."""
+    return source_config(source, overrides, ("data",)).data
+
+
+def source_config(
+    source: str, overrides: list[str], sections: Sequence[str] = ("data", "objective")
+) -> Config:
+    """A config with this source and `section.key=value` overrides in these sections. Raises UserError."""
     values: dict[str, Any] = {"data": {"source": source}}
     for override in overrides:
-        if not override.strip().startswith("data."):
-            raise UserError(f"--set {override}: only keys of [data] count here")
+        if override.strip().partition(".")[0] not in sections:
+            listed = " and ".join(f"[{section}]" for section in sections)
+            raise UserError(f"--set {override}: only keys of {listed} count here")
         _apply_override(values, override)
-    return parse_config(values, "--set")[0].data
+    return parse_config(values, "--set")[0]
 
 
 def load_resolved(path: Path) -> Config:
@@ -102,12 +110,16 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
     return config.model_copy(update={section: changed})
 
 
+# names that are no paths: of sources, and of chat templates
+BUILT_IN = ("stdlib", "tulu", "chatml")
+
+
 def with_places(config: Config, saved: Config | None) -> Config:
     """The config with absolute paths of what exists, so that the run can be used from any folder. A relative
     path that does not exist here is the one that the run was started with, if that ends so."""
     data, before = config.data, saved.data if saved else None
     changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
-    for key in ("source", "val_source", "tokenizer"):
+    for key in ("source", "val_source", "tokenizer", "chat_template"):
         kept = getattr(before, key) if before else None
         changes[key] = _place(getattr(data, key), [kept] if kept else [])
     if data.mixture:
@@ -121,7 +133,7 @@ def with_places(config: Config, saved: Config | None) -> Config:
 
 def _place(given: str | None, known: list[str]) -> str | None:
     """See `with_places`. known: what the run was started with."""
-    if given is None or given == "stdlib":
+    if given is None or given in BUILT_IN:
         return given
     if is_stream(given):
         folder = hub_name(given).dataset

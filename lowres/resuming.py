@@ -38,6 +38,7 @@ DATA_KEYS = (
     "data.eos",
     "data.vocab_size",
     "data.shuffle_blocks",
+    "data.chat_template",
 )
 
 

@@ -28,6 +28,7 @@ from lowres.config_file import (
 )
 from lowres.data import (
     FILE_NAMES,
+    ChatData,
     Data,
     MixedData,
     cache_bytes,
@@ -159,6 +160,8 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         offset = trained - state.step * config.batch_sequences if state else 0
     if isinstance(data, MixedData):
         notes += _on_the_mixture(config, data, state)
+    elif isinstance(data, ChatData):
+        notes += _on_the_chats(config, data)
     notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     if origin is not None:
@@ -205,6 +208,8 @@ def with_epochs(config: Config, data: Data) -> Config:
 def _meet(config: Config, device: torch.device) -> None:
     """Join the ranks of the run. Refuse what is not possible with several ranks, or without DeepSpeed."""
     engine, streams = config.memory.engine, list(filter(is_stream, config.data.sources))
+    if config.objective.name != "pretrain":
+        streams = []  # chats of the hub are prepared before the run
     if ranks.size() > 1 and engine != "deepspeed":
         raise UserError(
             f"memory.engine: {engine} runs in one process and {ranks.size()} were started; use deepspeed, "
@@ -284,6 +289,8 @@ def _check_room(config: Config, device: torch.device, folder: Path) -> dict[bool
 
 def _on_the_cache(config: Config, opened: Config, data: Data) -> list[str]:
     """A note if the disk may become too small for the tokens of a stream, which are kept."""
+    if isinstance(data, ChatData):  # all of them are there
+        return []
     tokens = config.train.total_steps * config.train.batch_tokens
     most = cache_bytes(opened.data, data.vocab_size, tokens)
     free = checkpoint.free_bytes(Path(config.data.cache))
@@ -315,6 +322,16 @@ def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> lis
     return notes
 
 
+def _on_the_chats(config: Config, data: ChatData) -> list[str]:
+    """A note on how long an epoch is, and how the examples of a step are packed."""
+    batch = config.batch_sequences
+    windows, padding = data.padding(batch)
+    return [
+        f"an epoch is {data.epoch_examples / batch:,.4g} steps of {batch:,} {config.objective.form}, packed "
+        f"into {windows:,.4g} windows of {data.seq_len:,} tokens on average; {padding:.1%} is padding"
+    ]
+
+
 def _with_own_tokenizer(config: Config, *places: Path | None) -> Config:
     """The config with which the data of a run are opened. places: folders that may have its tokenizer."""
     own = next((path for place in places if place and (path := find_tokenizer(place))), None)
@@ -326,7 +343,7 @@ def _open_data(config: Config) -> Data:
     if not ranks.is_first_here():
         ranks.wait()
     progress = config.log.progress and ranks.is_first()
-    data = open_data(config.data, config.model.vocab_size, config.run.seed, progress)
+    data = open_data(config.data, config.model.vocab_size, config.run.seed, progress, config.objective)
     if ranks.is_first_here():
         ranks.wait()
     return data

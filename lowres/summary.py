@@ -12,7 +12,7 @@ from lowres.errors import first_line
 from lowres.report import draw_loss
 from lowres.running import Run
 from lowres.runs import METRICS, SUMMARY
-from lowres.sample import sample
+from lowres.sample import Sampling, sample
 
 
 def finish(run: Run, seconds: float) -> None:
@@ -23,9 +23,7 @@ def finish(run: Run, seconds: float) -> None:
             run.parts.engine,
             run.data.tokenizer,
             asked.sample_prompt if run.data.tokenizer.has_text else "",
-            tokens=asked.sample_tokens,
-            seq_len=run.config.data.seq_len,
-            seed=run.config.run.seed,
+            Sampling(asked.sample_tokens, run.config.data.seq_len, seed=run.config.run.seed),
         )
     if not ranks.is_first():
         return

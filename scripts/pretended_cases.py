@@ -39,7 +39,7 @@ from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
 from lowres.rules import moments  # noqa: E402
 from lowres.runs import CHECKPOINTS, training_engine  # noqa: E402
-from lowres.sample import sample  # noqa: E402
+from lowres.sample import Sampling, sample  # noqa: E402
 
 # real widths, few layers, few tokens: seconds a case
 SHALLOW = (
@@ -184,7 +184,7 @@ def sampling(name: str) -> str:
     needs_bitsandbytes(())
     tokenizer: Any = Letters()
     with trainee(config_of(name, *SHALLOW)) as trained:
-        text = sample(trained.engine, tokenizer, "abc", tokens=2, seq_len=8)
+        text = sample(trained.engine, tokenizer, "abc", Sampling(2, 8))
         if len(text) != 6:
             raise WrongError(f"{len(text) - 4} tokens instead of 2")
         return "2 tokens"

@@ -170,7 +170,7 @@ def test_flipped_bit_is_found(
     if at_once:
         assert name in complaint(TokenData, bad, SEQ, 0)
         return
-    monkeypatch.setattr("lowres.data.batches.VERIFY_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr("lowres.data.stored.VERIFY_AT_ONCE_BYTES", 0)
     opened = TokenData(bad, SEQ, 0)
     assert name in complaint(opened.validation, 0) if "val" in name else complaint(opened.batch, 0, 500)
 

@@ -48,6 +48,7 @@ FLOORS = {
     "memory": 7,
     "evaluate": 7,
     "sample": 7,
+    "conversation": 8,
     "report": 7,
     "probe": 8,
     "runs": 8,

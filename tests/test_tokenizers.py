@@ -28,7 +28,7 @@ from lowres.engine import Choice, make_engine
 from lowres.errors import UserError
 from lowres.evaluate import evaluate
 from lowres.runs import open_run
-from lowres.sample import sample
+from lowres.sample import Sampling, sample
 from lowres.start import HISTORY, decide
 from tests.helpers import ROOMS, lowres_here, make_batch, make_config, make_units
 
@@ -716,8 +716,8 @@ def test_ids_without_text_have_no_bits_per_byte_and_give_samples_of_ids(tmp_path
     assert scores.keys() == {"val_loss", "val_ppl"} and scores["val_loss"] == with_text["val_loss"]
     assert with_text["val_bits_per_byte"] == pytest.approx(with_text["val_loss"] / math.log(2))
     ids = Vocabulary(tmp_path, Vocabulary.content_of(300, 1, None))
-    assert re.fullmatch(r"(<\d+>){2,5}", sample(engine, ids, "<7>", tokens=3, seq_len=8))
-    assert sample(engine, ids, "<7>", tokens=0, seq_len=8) == "<1><7>"
+    assert re.fullmatch(r"(<\d+>){2,5}", sample(engine, ids, "<7>", Sampling(3, 8)))
+    assert sample(engine, ids, "<7>", Sampling(0, 8)) == "<1><7>"
 
 
 def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> None:
@@ -730,7 +730,7 @@ def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> 
             return found
 
     tokenizer, engine = opened(made["gpt2"]), cast(Any, Constant())
-    text = sample(engine, tokenizer, "", tokens=50, seq_len=8, temperature=0)
+    text = sample(engine, tokenizer, "", Sampling(50, 8, temperature=0))
     assert text == tokenizer.decode([40] * 3)
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Run all checks, in this order."""
-    for one in (_batch, _cycle, _stash, _deepspeed):
+    for one in (_batch, _chats, _cycle, _stash, _deepspeed):
         one(config)
 
 
@@ -20,6 +20,23 @@ def _batch(config: Config) -> None:
         near = max(seq, round(batch / seq) * seq)
         raise ValueError(
             f"train.batch_tokens: {batch} is not a multiple of data.seq_len {seq}; {near} would be"
+        )
+
+
+def _chats(config: Config) -> None:
+    name, data = config.objective.name, config.data
+    if name == "pretrain":
+        return
+    if data.mixture:
+        raise ValueError(
+            f'data.mixture: chats cannot be mixed, and objective.name is "{name}"; put them into one folder, '
+            "and set data.source to it"
+        )
+    if not data.document_mask:
+        raise ValueError("data.document_mask: chats never see each other; leave it out")
+    if name == "dpo" and data.text_key is not None:
+        raise ValueError(
+            "data.text_key: pairs have the columns chosen and rejected, and maybe prompt; leave it out"
         )
 
 

@@ -2,6 +2,7 @@
 
 `fill` runs these steps from top to bottom; each step may use the results of the steps before it.
 
+    objective  -> chats do not see each other
     engine     -> number format of the weights, and the optimizer
     optimizer  -> betas, eps, limiter, its own keys, format of the moments
     relora     -> cycles of the schedule
@@ -36,7 +37,7 @@ RATE_DEFAULTS = rates.Defaults(
 
 def fill(values: Values) -> Values:
     """The values with all defaults that follow from other keys. Raises ValueError that names the key."""
-    for step in (engine_defaults, _optimizer, _schedule_of_relora, _rates):
+    for step in (_chats, engine_defaults, _optimizer, _schedule_of_relora, _rates):
         values = step(values)
     return values
 
@@ -45,6 +46,13 @@ def _section(values: Values, name: str) -> Values | None:
     """A section, empty if it is missing; None if the value is not a section."""
     found = values.get(name, {})
     return found if isinstance(found, dict) else None
+
+
+def _chats(values: Values) -> Values:
+    objective, data = _section(values, "objective"), _section(values, "data")
+    if objective is None or data is None or objective.get("name", "pretrain") == "pretrain":
+        return values
+    return values | {"data": {"document_mask": True} | data}
 
 
 def engine_defaults(values: Values) -> Values:

@@ -34,6 +34,7 @@ from lowres.config.base import (
 from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
 from lowres.text import Source
+from lowres.text.source import CHATS, PAIRS, TEXT
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -177,7 +178,7 @@ Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
 # what determines the documents of a source, besides its name
-SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit"))
+SOURCE_KEYS = tuple(field.name for field in fields(Source) if field.name not in ("name", "commit", "form"))
 
 
 class DataConfig(Section):
@@ -210,7 +211,8 @@ class DataConfig(Section):
     """Tokens in a sequence."""
     text_key: Annotated[str, Field(min_length=1)] | None = None
     """Column with the text in tables and JSON; with dots, a path of keys into nested objects. Default: the
-    first of text, content, raw_content, markdown, document, body, article, story, passage, code."""
+    first of text, content, raw_content, markdown, document, body, article, story, passage, code. Of chats:
+    the column with the messages; default messages, conversations, or prompt with completion."""
     separator: str | None = None
     """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
     has some. Empty: a text file is one document."""
@@ -219,6 +221,12 @@ class DataConfig(Section):
     is for the file's name."""
     exclude: Patterns = ()
     """Do not read files that match one of these globs."""
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    """How a chat becomes a text: tulu, chatml, or a file with a Jinja template; default: the tokenizer's own.
+    See docs/tuning.md."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
+    and count them."""
     damaged: Literal["refuse", "skip"] = "refuse"
     """What to do about a file that cannot be read to its end: stop, or leave out the rest of it, and say
     so."""
@@ -336,7 +344,7 @@ class ObjectiveConfig(Section):
     """pretrain: text. sft: chats, supervised tuning. dpo: pairs of a better and a worse answer, preference
     tuning (arXiv 2305.18290)."""
     train_on: Literal["assistant", "all"] = "assistant"
-    """sft: the tokens of which the loss is taken: those of the assistant's turns, or all."""
+    """sft, dpo: which tokens of a chat are targets: those of the assistant's turns, or all."""
     reduction: Literal["tokens", "sequences"] = "tokens"
     """sft: the loss of a step is the mean over all its trained tokens, or the mean over its chats of the mean
     of each."""
@@ -349,6 +357,11 @@ class ObjectiveConfig(Section):
     """dpo: how strongly the model is held to where it began; about 0.1 with sigmoid, which takes sums."""
     gamma: Annotated[float, Field(ge=0)] = 1.0
     """dpo with simpo: the margin that a pair should have."""
+
+    @property
+    def form(self) -> str:
+        """What the rows of the data are; see `text.Source`."""
+        return {"pretrain": TEXT, "sft": CHATS, "dpo": PAIRS}[self.name]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

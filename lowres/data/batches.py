@@ -9,7 +9,7 @@ sequences g = step * sequences + i, plus an offset if the batch size of the run 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from lowres.data.base import Data
-from lowres.data.hashes import read_hashes
-from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
-from lowres.data.shards import Shard
+from lowres.data.manifest import Complete, hash_of, read_complete, recorded_tokenizer
+from lowres.data.stored import Stored
 from lowres.data.stream import BlockStream
 from lowres.errors import UserError
 from lowres.rng import make_key, permutation
@@ -34,8 +33,6 @@ IGNORED = -100  # the default ignore_index of cross entropy in torch
 # flags of a token in a window: it is input only; an example begins with it, and sees nothing before
 ONLY_READ, BEGINS = 1 << 40, 1 << 41
 _IDS = (1 << 40) - 1
-# data larger than this is not checked before the first step, as the user would wait too long
-VERIFY_AT_ONCE_BYTES = 4 << 30
 
 
 class TokenData(Data):
@@ -45,8 +42,8 @@ class TokenData(Data):
     `corpus`: takes the place of a prepared folder. `shuffle_blocks`: of a stream, see the key of [data].
     """
 
-    _train: _Shards | Part
-    _validation: _Shards | Part
+    _train: Stored | Part
+    _validation: Stored | Part
     _order: _GlobalOrder | _BlockOrder
 
     def __init__(
@@ -69,7 +66,7 @@ class TokenData(Data):
         self.tokenizer = recorded_tokenizer(folder, manifest)
         self.vocab_size = self.tokenizer.vocab_size
         self.notes = list(manifest.notes)
-        self._train = _Shards(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
+        self._train = Stored(folder, self.vocab_size, lambda: stream.entries if stream else manifest.train)
         if stream:
             # later blocks are unknown, but the arguments and the commit determine them; and their order
             arguments = manifest.arguments.determining() | {"source": None}
@@ -85,7 +82,7 @@ class TokenData(Data):
             self._order = _GlobalOrder([_windows(n, seq_len) for n in self._train.lengths()], seed)
             self._train.verify_if_small()
         if validation_folder is None:
-            self._validation = _Shards(folder, self.vocab_size, lambda: manifest.val)
+            self._validation = Stored(folder, self.vocab_size, lambda: manifest.val)
         else:
             self._validation = self._all_of(validation_folder)
         self._validation.verify_if_small()
@@ -103,10 +100,10 @@ class TokenData(Data):
         self._check_length(self._train.lengths())
         self._order = _GlobalOrder([_windows(n, self.seq_len) for n in self._train.lengths()], seed)
 
-    def _all_of(self, folder: Path) -> _Shards:
+    def _all_of(self, folder: Path) -> Stored:
         """All tokens of a prepared folder."""
         manifest = read_complete(folder)
-        return _Shards(folder, self.vocab_size, lambda: manifest.train + manifest.val)
+        return Stored(folder, self.vocab_size, lambda: manifest.train + manifest.val)
 
     def _check_length(self, shards: list[int]) -> None:
         longest = max(shards, default=0)
@@ -138,7 +135,7 @@ class TokenData(Data):
     def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
         """uint64 [documents], for each shard so far; see `hashes`. None for token ids."""
         kept = self._validation if validation else self._train
-        return kept.hashes() if isinstance(kept, _Shards) else iter(())  # ids have no text
+        return kept.hashes() if isinstance(kept, Stored) else iter(())  # ids have no text
 
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         batch = np.empty((sequences, self.seq_len + 1), np.int64)
@@ -185,55 +182,6 @@ def _windows(tokens: int, seq_len: int) -> int:
     return max(0, tokens - 1) // seq_len
 
 
-class _Shards:
-    """The shards of one kind, each opened and verified when it is first used.
-
-    `entries`: from the manifest; those of a stream become more.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int, entries: Callable[[], list[Entry]]) -> None:
-        self._folder = folder
-        self._vocab_size = vocab_size
-        self._entries = entries
-        self._open: dict[int, Shard] = {}
-
-    def fingerprint(self) -> str:
-        """Changes with the tokens."""
-        return hash_of([entry.crc32 for entry in self._entries()])
-
-    def hashes(self) -> Iterator[np.ndarray]:
-        return read_hashes(self._folder, self._entries())
-
-    def lengths(self) -> list[int]:
-        return [entry.tokens for entry in self._entries()]
-
-    def tokens(self, i: int) -> int:
-        return self._entries()[i].tokens
-
-    def verify_if_small(self) -> None:
-        if sum(self.lengths()) * 4 < VERIFY_AT_ONCE_BYTES:
-            for i in range(len(self._entries())):
-                self.shard(i)
-
-    def shard(self, i: int) -> Shard:
-        if i not in self._open:
-            entry = self._entries()[i]
-            self._open[i] = Shard(
-                self._folder / entry.file, self._vocab_size, tokens=entry.tokens, crc32=entry.crc32
-            )
-        return self._open[i]
-
-    def head(self, count: int | None) -> np.ndarray:
-        """int64: the first `count` tokens of the shards in order (None: all)."""
-        parts: list[np.ndarray] = [np.empty(0, np.int64)]
-        for i in range(len(self._entries())):
-            left = None if count is None else count - sum(map(len, parts))
-            if left == 0:
-                break
-            parts.append(self.shard(i).read(0, left).astype(np.int64))
-        return np.concatenate(parts)
-
-
 class _GlobalOrder:
     """Finite data: sequence g is window permutation(epoch)[g mod n] of all n, epoch = g div n."""
 
@@ -268,7 +216,7 @@ class _BlockOrder:
     what is left; then all blocks are one finite set of data.
     """
 
-    def __init__(self, stream: BlockStream, blocks: _Shards, seq_len: int, seed: int, spread: int) -> None:
+    def __init__(self, stream: BlockStream, blocks: Stored, seq_len: int, seed: int, spread: int) -> None:
         self._stream = stream
         self._blocks = blocks
         self._seq_len = seq_len

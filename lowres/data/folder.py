@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from lowres.data.chat.encoder import ChatEncoder
+from lowres.data.encoders import Encoder, TextEncoder
 from lowres.data.hashes import write_hashes
 from lowres.data.manifest import (
     DATA,
@@ -26,6 +28,7 @@ from lowres.data.manifest import (
     PROGRESS,
     Arguments,
     Complete,
+    Dropped,
     Entry,
     Manifest,
     Progress,
@@ -41,6 +44,7 @@ from lowres.data.shards import write_shard
 from lowres.data.tokenizer import Tokenizer, check_enough_pieces, check_vocab_size
 from lowres.errors import UserError
 from lowres.text import TRAIN, Source, fingerprint
+from lowres.text.source import PAIRS
 
 # a kill loses at most so many, 10 to 30 seconds of work
 SHARD_TOKENS = 1 << 23
@@ -56,6 +60,7 @@ class Job:
     `exact_vocab`: if true, an impossible vocab_size is an error; if false, it is lowered, with a note.
     `hold_out`: whether there are validation data, from `part` of the source or its own validation split.
     `max_overlap`: only checked; the largest share of that split which may also be in the training text.
+    `chats`: how they are encoded, with `tokenizer`; None for text.
     """
 
     source: Source
@@ -68,6 +73,7 @@ class Job:
     part: str = TRAIN
     drop_duplicates: bool = False
     max_overlap: float = 1.0
+    chats: ChatEncoder | None = None
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.tokenizer is None:
@@ -86,7 +92,12 @@ class Job:
             hold_out=self.hold_out,
             part=self.part,
             drop_duplicates=self.drop_duplicates,
+            chats=self.chats.arguments if self.chats else None,
         )
+
+    def encoder(self, tokenizer: Tokenizer) -> Encoder:
+        """How the documents are encoded. tokenizer: of the folder."""
+        return self.chats or TextEncoder(tokenizer)
 
     def content_hash(self) -> str:
         """8 hex digits that differ whenever the prepared data differ."""
@@ -135,19 +146,25 @@ def _shown(value: Any) -> str:
 
 
 def store_shard(
-    out: Path, name: str, tokens: np.ndarray, hashes: Sequence[int], tokenizer: Tokenizer
+    out: Path,
+    name: str,
+    words: np.ndarray,
+    hashes: Sequence[int],
+    tokenizer: Tokenizer,
+    flag_bits: int = 0,
 ) -> Entry:
     """Write a shard and the content hashes of the documents that begin in it; returns its entry in the
-    manifest."""
+    manifest. flag_bits: see `encoders`."""
     hashes_checksum = write_hashes(out, name, hashes)
-    checksum = write_shard(out / name, tokens, tokenizer.vocab_size)
+    checksum = write_shard(out / name, words, tokenizer.vocab_size << flag_bits)
     # in parts, because bincount makes a copy of eight bytes per token
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    for start in range(0, len(tokens), 1 << 20):
-        counts += np.bincount(tokens[start : start + (1 << 20)], minlength=tokenizer.vocab_size)
+    for start in range(0, len(words), 1 << 20):
+        ids = words[start : start + (1 << 20)] >> flag_bits
+        counts += np.bincount(ids, minlength=tokenizer.vocab_size)
     return Entry(
         file=name,
-        tokens=len(tokens),
+        tokens=len(words),
         documents=len(hashes),
         bytes=int(counts @ tokenizer.token_bytes().numpy()),
         crc32=checksum,
@@ -166,9 +183,27 @@ def finish(out: Path, state: Progress) -> None:
         "exact copies of earlier documents": state.dropped.duplicates,
     }
     found = [f"left out of the training data: {count:,} {what}" for what, count in left_out.items() if count]
-    common["notes"] = state.notes + found
+    common["notes"] = state.notes + found + chat_notes(state.arguments, state.dropped, "training data")
     write(out / DATA, Complete(**common, **totals(state)))
     forget_progress(out)
+
+
+def chat_notes(arguments: Arguments, dropped: Dropped, what: str) -> list[str]:
+    """What of the chats is not in the training or the validation data, and why."""
+    chats, notes = arguments.chats, []
+    if chats is None:
+        return []
+    if dropped.bad:
+        notes.append(f"left out of the {what}: {dropped.bad:,} bad rows; the first is {dropped.first_bad}")
+    if dropped.untrained:
+        nothing = f"without a token to train on in their first {chats.seq_len:,} tokens"
+        notes.append(f"left out of the {what}: {dropped.untrained:,} {chats.form} {nothing}")
+    if dropped.shortened:
+        notes.append(
+            f"cut at data.seq_len = {chats.seq_len:,}: {dropped.shortened:,} "
+            f"{'answers' if chats.form == PAIRS else 'chats'} of the {what}, by {dropped.cut_off:,} tokens"
+        )
+    return notes
 
 
 def forget_progress(out: Path) -> None:

@@ -43,8 +43,19 @@ Number = Annotated[int, Field(ge=0, lt=1 << 62)]
 Positive = Annotated[int, Field(ge=1, lt=1 << 62)]
 
 
+class Chats(Record):
+    """What determines the words of chats; see `chat.encoder`. template: its fingerprint. The rest are keys of
+    the config."""
+
+    form: Text
+    template: Text
+    train_on: Text
+    seq_len: Positive
+    bad_rows: Text
+
+
 class Arguments(Record):
-    """What determines the content of a prepared folder; see `folder.Job`."""
+    """What determines the content of a prepared folder; see `folder.Job`. chats: None for text."""
 
     source: Text
     source_fingerprint: Text
@@ -55,6 +66,7 @@ class Arguments(Record):
     hold_out: bool
     part: Text = TRAIN
     drop_duplicates: bool = False
+    chats: Chats | None = None
 
     def determining(self) -> dict[str, Any]:
         """Without the name of the source, and without what has its default, so that a key which is new
@@ -91,10 +103,22 @@ class HeldOutRecord(Record):
 
 class Dropped(Record):
     """Documents of the source that are not trained on. held_out: validation documents and copies of them.
-    duplicates: copies of earlier training documents."""
+    duplicates: copies of earlier training documents. bad: rows that are no chats or pairs; first_bad: where
+    the first is, and why. untrained: chats without a token to train on. shortened: examples that are cut, by
+    `cut_off` tokens in all."""
 
     held_out: Number = 0
     duplicates: Number = 0
+    bad: Number = 0
+    first_bad: Text = ""
+    untrained: Number = 0
+    shortened: Number = 0
+    cut_off: Number = 0
+
+    def plus(self, other: Dropped) -> Dropped:
+        counts = ("held_out", "duplicates", "bad", "untrained", "shortened", "cut_off")
+        found = {key: getattr(self, key) + getattr(other, key) for key in counts}
+        return Dropped(first_bad=self.first_bad or other.first_bad, **found)
 
 
 class Position(Record):

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lowres.config import DataConfig, MixturePart
+from lowres.config import DataConfig, MixturePart, ObjectiveConfig
 from lowres.data import opening
 from lowres.data.base import Data
+from lowres.data.chat.opening import open_chats
 from lowres.data.hashes import common
 from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
@@ -28,14 +29,23 @@ from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from lowres.data.validation import check_overlap
 from lowres.errors import UserError
 from lowres.text import fingerprint, is_stream
+from lowres.text.source import TEXT
 
 
-def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: bool) -> Data:
-    """The data that the config names, prepared first if needed.
+def open_data(
+    config: DataConfig,
+    vocab_size: int | None,
+    seed: int,
+    progress: bool,
+    objective: ObjectiveConfig | None = None,
+) -> Data:
+    """The data that the config names, prepared first if needed. objective: of the run; default: pretraining.
 
     `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
     most this many pieces; an existing tokenizer with more raises UserError.
     """
+    if objective is not None and objective.form != TEXT:
+        return open_chats(config, objective, vocab_size, seed, progress)
     if not config.mixture:
         return open_source(config, vocab_size, seed, progress)
     given, is_trained = _with_shared_tokenizer(config, vocab_size, progress)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowres.config import DataConfig
+from lowres.config import Config, DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
+from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.folder import SHARD_TOKENS, Job
 from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
@@ -30,9 +31,9 @@ from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
-from lowres.text import Listing, Source, documents, is_stream, list_files
+from lowres.text import Listing, Source, documents, is_stream, list_files, with_form
 from lowres.text.listing import part_to_evaluate
-from lowres.text.source import as_source
+from lowres.text.source import TEXT, as_source
 from lowres.text.words import summary
 
 # how many tokens to read from a val_source that is a stream
@@ -55,32 +56,32 @@ def open_source(
         return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
     refuse_ends(config)
     if given := given_tokenizer(config):
-        _check_pieces(given.vocab_size, vocab_size)
-    elif config.vocab_size and _as_prepared(config.source) is None:
-        _check_pieces(config.vocab_size, vocab_size)
+        check_pieces(given.vocab_size, vocab_size)
+    elif config.vocab_size and as_prepared(config.source) is None:
+        check_pieces(config.vocab_size, vocab_size)
     if not is_stream(config.source):
         folder = ensure_prepared(config, vocab_size, progress)
         manifest = read_complete(folder)
-        _check_pieces(manifest.vocab_size, vocab_size)
-        validation = _validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
+        check_pieces(manifest.vocab_size, vocab_size)
+        validation = validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
         data = TokenData(folder, config.seq_len, seed, validation)
         data.tokenizer = given or data.tokenizer  # the same ids, but more may have come along with it now
-        data.notes += _validation_notes(config, folder, manifest.train, validation)
-        if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
+        data.notes += validation_notes(config, folder, manifest.train, validation)
+        if config.vocab_size not in (None, data.vocab_size) and folder == as_prepared(config.source):
             data.notes.append(
                 f"data.vocab_size is not used: {folder} has a tokenizer with {data.vocab_size} pieces"
             )
         return data
-    job = _training_job(config, vocab_size, BLOCK_TOKENS)
-    stream = BlockStream(job, _cache_folder(config, job), progress)
+    job = training_job(config, vocab_size, BLOCK_TOKENS)
+    stream = BlockStream(job, cache_folder(config, job), progress)
     try:
         tokenizer = recorded_tokenizer(stream.folder, stream.state)
-        validation = _validation_folder(of_validation, tokenizer, progress)
+        validation = validation_folder(of_validation, tokenizer, progress)
         data = TokenData(
             *(stream.folder, config.seq_len, seed, validation, stream), shuffle_blocks=config.shuffle_blocks
         )
         data.tokenizer = given or data.tokenizer
-        data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
+        data.notes += validation_notes(config, stream.folder, stream.entries, validation)
         return data
     except BaseException:
         stream.close()
@@ -123,7 +124,7 @@ def _open_ids(
                 "data.tokenizer to what they were made with"
             )
         if validation is None and tokenizer is not None:
-            folder = _validation_folder(of_validation, tokenizer, progress)
+            folder = validation_folder(of_validation, tokenizer, progress)
     corpus = open_corpus(
         listing,
         tokenizer=tokenizer,
@@ -135,7 +136,7 @@ def _open_ids(
         validation=validation,
         hold_out=folder is None,
     )
-    _check_pieces(corpus.tokenizer.vocab_size, vocab_size)
+    check_pieces(corpus.tokenizer.vocab_size, vocab_size)
     if config.vocab_size not in (None, corpus.tokenizer.vocab_size):
         corpus.notes.append(
             f"data.vocab_size is not used: data.tokenizer has {corpus.tokenizer.vocab_size} pieces"
@@ -150,7 +151,7 @@ def _open_ids(
 
 def own_tokenizer(source: str) -> Tokenizer | None:
     """The tokenizer of a prepared folder; None for another source."""
-    folder = _as_prepared(source)
+    folder = as_prepared(source)
     return recorded_tokenizer(folder, read_complete(folder)) if folder else None
 
 
@@ -159,18 +160,24 @@ def holds_ids(config: DataConfig) -> bool:
     return _token_listing(source_of(config)) is not None
 
 
-def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) -> Path:
+def ensure_prepared(
+    config: DataConfig, vocab_size: int | None, progress: bool, chats: ChatEncoder | None = None
+) -> Path:
     """The prepared folder for the config's source: the source itself if it is a prepared folder, otherwise a
-    folder in config.cache, which is filled if needed. Its name depends on all that determines its content."""
-    folder = _as_prepared(config.source)
+    folder in config.cache, which is filled if needed. Its name depends on all that determines its content.
+    chats: how they are encoded; None for text."""
+    folder = as_prepared(config.source)
     if folder is None:
-        listing = list_files(source_of(config))
-        say(f"data: {summary(listing)}")
-        listing.check()
-        job = _training_job(config, vocab_size, SHARD_TOKENS)
-        folder = _cache_folder(config, job)
+        job = training_job(config, vocab_size, SHARD_TOKENS, chats)
+        if not job.source.on_hub:
+            listing = list_files(job.source)
+            say(f"data: {summary(listing)}")
+            listing.check()
+        folder = cache_folder(config, job)
         run(job, folder, progress)
         return folder
+    if chats:
+        raise UserError(f"data.source: {folder} holds the tokens of text; give {chats.arguments.form}")
     recorded = read_complete(folder).tokenizer
     given = given_tokenizer(config)
     if given and given.fingerprint != recorded:
@@ -188,7 +195,7 @@ def open_text(
     For a prepared folder: its validation tokens, which must come from this tokenizer. Of token ids: all, or
     those for validation."""
     source = as_source(source)
-    folder = _as_prepared(source.name)
+    folder = as_prepared(source.name)
     if folder is not None:
         if read_complete(folder).tokenizer != tokenizer.fingerprint:
             raise UserError(
@@ -212,8 +219,8 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     """
     if not is_stream(config.source):
         return 0
-    job = _training_job(config, vocab_size, BLOCK_TOKENS)
-    folder = _cache_folder(config, job)
+    job = training_job(config, vocab_size, BLOCK_TOKENS)
+    folder = cache_folder(config, job)
     there = 0
     found = found_in(folder)
     if found == DATA:
@@ -226,7 +233,7 @@ def cache_bytes(config: DataConfig, vocab_size: int | None, tokens: int) -> int:
     return max(0, tokens + ahead - there) * token_dtype(pieces).itemsize
 
 
-def source_of(config: DataConfig, name: str | None = None) -> Source:
+def source_of(config: DataConfig, name: str | None = None, form: str = TEXT) -> Source:
     """What the config says of its source, or of another of this name."""
     return Source(
         name or config.source,
@@ -237,12 +244,22 @@ def source_of(config: DataConfig, name: str | None = None) -> Source:
         config.damaged,
         config.max_left_out,
         config.token_dtype,
+        form=form,
     )
 
 
-def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int) -> Job:
+def source_as_asked(config: Config) -> Source:
+    """The config's source, in the form of objective.name; or, if that is not set, in the form that its rows
+    have. Raises UserError."""
+    source = source_of(config.data, form=config.objective.form)
+    return source if "name" in config.objective.model_fields_set else with_form(source)
+
+
+def training_job(
+    config: DataConfig, vocab_size: int | None, shard_tokens: int, chats: ChatEncoder | None = None
+) -> Job:
     return Job(
-        source_of(config),
+        source_of(config, form=chats.arguments.form if chats else TEXT),
         given_tokenizer(config),
         config.vocab_size or vocab_size,
         # the model may have more rows than the tokenizer has pieces
@@ -251,25 +268,31 @@ def _training_job(config: DataConfig, vocab_size: int | None, shard_tokens: int)
         hold_out=config.val_source is None,
         drop_duplicates=config.drop_duplicates,
         max_overlap=config.max_overlap,
+        chats=chats,
     )
 
 
-def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool) -> Path | None:
+def validation_folder(
+    config: DataConfig, tokenizer: Tokenizer, progress: bool, chats: ChatEncoder | None = None
+) -> Path | None:
     """The prepared folder of config.val_source, with the tokenizer of the training data."""
     if config.val_source is None:
         return None
-    folder = _as_prepared(config.val_source)
+    folder = as_prepared(config.val_source)
+    if folder is not None and chats:
+        raise UserError(f"data.val_source: {folder} holds the tokens of text; give {chats.arguments.form}")
     if folder is None:
-        limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) else None
-        source = source_of(config, config.val_source)
-        if _token_listing(source) is not None:
+        # no chat is cut in the middle, so a stream of them is taken as a whole
+        limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) and not chats else None
+        source = source_of(config, config.val_source, chats.arguments.form if chats else TEXT)
+        if not chats and _token_listing(source) is not None:
             raise UserError(
                 f"data.val_source: {config.val_source} holds token ids, and the training data are text; give "
                 "text"
             )
         part = part_to_evaluate(source)
-        job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part)
-        folder = _cache_folder(config, job)
+        job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part, chats=chats)
+        folder = cache_folder(config, job)
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
         raise UserError(
@@ -279,7 +302,7 @@ def _validation_folder(config: DataConfig, tokenizer: Tokenizer, progress: bool)
     return folder
 
 
-def _validation_notes(
+def validation_notes(
     config: DataConfig, training: Path, entries: list[Entry], validation: Path | None
 ) -> list[str]:
     """How large the text of config.val_source is, and how much of it is in the training text, where that is
@@ -299,14 +322,18 @@ def _validation_notes(
     return notes + check_overlap(found, len(np.unique(hashes)), config.max_overlap, "data.val_source")
 
 
-def _as_prepared(source: str) -> Path | None:
-    """The source as a prepared folder; None if it is text that is not prepared yet."""
+def as_prepared(source: str) -> Path | None:
+    """The source as a prepared folder of text; None if it is not prepared yet."""
     folder = Path(source).expanduser()
     if source == "stdlib" or is_stream(source):
         return None
     found = found_in(folder)
     if found is None:
         return None
+    if found == DATA and (chats := read_complete(folder).arguments.chats):
+        raise UserError(
+            f"{folder}: holds prepared {chats.form}, for one template and length; give their source"
+        )
     if found == DATA:
         return folder
     raise UserError(
@@ -316,19 +343,19 @@ def _as_prepared(source: str) -> Path | None:
 
 def _token_listing(source: Source) -> Listing | None:
     """The files of a source that holds token ids; None if it is anything else."""
-    if is_stream(source) or source.name == "stdlib" or _as_prepared(source.name) is not None:
+    if is_stream(source) or source.name == "stdlib" or as_prepared(source.name) is not None:
         return None
     listing = list_files(source)
     return listing if listing.tokens else None
 
 
-def _cache_folder(config: DataConfig, job: Job) -> Path:
+def cache_folder(config: DataConfig, job: Job) -> Path:
     name = job.source.name.removeprefix("hf:") if is_stream(job.source) else Path(job.source.name).name
     readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:40] or "data"
     return Path(config.cache).expanduser() / f"{readable}-{job.content_hash()}"
 
 
-def _check_pieces(pieces: int, vocab_size: int | None) -> None:
+def check_pieces(pieces: int, vocab_size: int | None) -> None:
     if vocab_size is not None and pieces > vocab_size:
         raise UserError(
             f"model.vocab_size: {vocab_size} is less than the {pieces} pieces of the tokenizer; "

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from lowres.data.ahead import read_ahead
+from lowres.data.chat.encoder import targets
+from lowres.data.encoders import Encoder
 from lowres.data.folder import (
     LOCK,
     SHARD_TOKENS,
     Job,
+    chat_notes,
     find_manifest,
     finish,
     forget_progress,
@@ -50,12 +54,12 @@ from lowres.data.survey import Survey, quiet_bar, survey
 from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
 from lowres.data.tokenizer.base import check_lost
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
-from lowres.data.validation import HeldOut, check_overlap, size_notes
+from lowres.data.validation import HeldOut, Validation, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
 from lowres.ranks import say
 from lowres.text import Marks, Source, list_files, numbered_documents, pinned
-from lowres.text.documents import Skipped
+from lowres.text.documents import Skipped, places
 from lowres.text.source import as_source
 
 LARGEST_DEFAULT_VOCAB = 32000
@@ -161,7 +165,8 @@ class _Plan:
 def _plan(job: Job, progress: bool) -> _Plan:
     fixed = pinned(job.source)
     commit = fixed.source.commit
-    seen = survey(fixed.source, job.hold_out, progress, job.part, job.max_tokens)
+    accepts = job.chats.accepts if job.chats else None
+    seen = survey(fixed.source, job.hold_out, progress, job.part, job.max_tokens, accepts)
     notes = [*fixed.notes, *seen.notes]
     if fixed.validation and job.hold_out:
         notes.append(
@@ -197,12 +202,10 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     name, content = plan.tokenizer
     write_file(out / name, content)
     tokenizer = open_tokenizer(out / name, form="own")
-    val, notes, validation = [], plan.notes, plan.survey.validation
+    val, notes, validation = list[Entry](), plan.notes, plan.survey.validation
     if validation:
-        ids = tokenizer.encode_batch(validation.texts)
-        tokens = np.concatenate([tokenizer.with_ends(of_document) for of_document in ids])
-        val = [store_shard(out, shard_name("val", 0), tokens, validation.hashes, tokenizer)]
-        notes = notes + size_notes(len(tokens), validation.what)
+        val, found = _validation_shard(job, out, tokenizer, validation)
+        notes = notes + found
     held_out = validation.held_out if validation else HeldOut()
     state = Progress(
         format=FORMAT,
@@ -226,14 +229,37 @@ def _write_plan(job: Job, out: Path, plan: _Plan) -> Progress:
     return state
 
 
+def _validation_shard(
+    job: Job, out: Path, tokenizer: Tokenizer, validation: Validation
+) -> tuple[list[Entry], list[str]]:
+    """Write the validation data, if there are any; notes on them."""
+    encoder = job.encoder(tokenizer)
+    made = list(encoder.encode_batch(list(validation.texts), validation.places.__getitem__))
+    dropped = reduce(Dropped.plus, (each.dropped for each in made), Dropped())
+    notes = chat_notes(job.arguments, dropped, "validation data")
+    documents = [
+        (each.words, hash) for each, hash in zip(made, validation.hashes, strict=True) if len(each.words)
+    ]
+    if not documents:
+        return [], notes
+    words = np.concatenate([of_document for of_document, _ in documents])
+    hashes = [hash for _, hash in documents]
+    entry = store_shard(out, shard_name("val", 0), words, hashes, tokenizer, encoder.flag_bits)
+    if job.chats:
+        size = size_notes(int(targets(words).sum()), validation.what, "tokens of answers")
+    else:
+        size = size_notes(len(words), validation.what)
+    return [entry], notes + size
+
+
 # ---------------------------------------------------------------------------- second pass
 
 
 class _Document(NamedTuple):
-    """ids: [tokens] with bos and eos, none at the end of the source. dropped: before this row."""
+    """words: of a document, none if it is dropped or at the end of the source. dropped: before this row."""
 
     row: int
-    ids: np.ndarray
+    words: np.ndarray
     hash: int
     dropped: Dropped
 
@@ -242,7 +268,7 @@ class _Part(NamedTuple):
     """Training data for a shard. hashes: of the documents that begin in it. following: the position after
     it."""
 
-    tokens: np.ndarray
+    words: np.ndarray
     hashes: list[int]
     following: Position
     dropped: Dropped
@@ -264,12 +290,15 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
         # what damaged files hold is compared with the first pass, so all of them are read again
         whole = job.source.damaged == "skip" and state.characters is not None
         marks = Marks() if whole else Marks(state.next.file_row, state.next.file)
-        documents = _encoded(job, out, tokenizer, state, bar, marks)
-        for tokens, hashes, following, dropped in _cut(documents, state, size, left, tokenizer.vocab_size):
+        encoder = job.encoder(tokenizer)
+        documents = _encoded(job, out, encoder, state, bar, marks)
+        dtype = token_dtype(tokenizer.vocab_size << encoder.flag_bits)
+        for words, hashes, following, dropped in _cut(documents, state, size, left, dtype):
             state = state.model_copy(update={"dropped": dropped})
-            if not len(tokens):
+            if not len(words):
                 break  # the end of the source
-            shard = store_shard(out, shard_name("train", len(state.train)), tokens, hashes, tokenizer)
+            name = shard_name("train", len(state.train))
+            shard = store_shard(out, name, words, hashes, tokenizer, encoder.flag_bits)
             first, file = marks.before(following.row)
             place = following.model_copy(update={"file": file, "file_row": first})
             state = state.model_copy(update={"train": [*state.train, shard], "next": place})
@@ -279,7 +308,7 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
 
 
 def _encoded(
-    job: Job, out: Path, tokenizer: Tokenizer, state: Progress, bar: tqdm, marks: Marks
+    job: Job, out: Path, encoder: Encoder, state: Progress, bar: tqdm, marks: Marks
 ) -> Iterator[_Document]:
     """The training documents from row `state.next.row` on, and at last the end of the source."""
     record, following = state.held_out, state.next
@@ -289,14 +318,15 @@ def _encoded(
     held_out = HeldOut(frozenset(int(hash[:16], 16) for hash in record.hashes), ends)
     seen = _seen(out, state) if job.drop_duplicates else None
     skipped: Skipped = {}
-    left_out, duplicates = state.dropped.held_out, state.dropped.duplicates
-    row = following.row
+    dropped, row = state.dropped, following.row
     source = replace(job.source, commit=state.commit)
     rows = numbered_documents(source, following.row, job.part, skipped, marks)
+    place = places(source, job.part, marks)
     # a stream or a slow disk is waited for while a batch is tokenised
     for batch in read_ahead(_batches(rows), _characters, _AHEAD_CHARS):
         kept: list[tuple[int, int, Dropped]] = []
         parts: list[str] = []
+        left_out = duplicates = 0  # since the last document that was kept
         while batch:
             row, text = batch.popleft()
             bar.update(len(text))
@@ -305,19 +335,31 @@ def _encoded(
             del text  # it may be large
             if not part:
                 left_out += 1
-            elif seen and not seen.add(hash) and not (row == following.row and following.offset):
+            elif seen and hash in seen and not (row == following.row and following.offset):
                 duplicates += 1
             else:
                 kept.append((row, hash, Dropped(held_out=left_out, duplicates=duplicates)))
                 parts.append(part)
+                left_out = duplicates = 0
             del part
         _check_skipped(job.source, state, dict(skipped))  # the thread may add to it
-        ids = deque(tokenizer.encode_batch(parts))
-        del parts
-        for row, hash, dropped in kept:
-            yield _Document(row, tokenizer.with_ends(ids.popleft()), hash, dropped)
+        made = encoder.encode_batch(parts, partial(_nth, place, [row for row, _, _ in kept]))
+        for (row, hash, before), (words, more) in zip(kept, made, strict=True):
+            dropped = dropped.plus(before)
+            # what is not stored is not known when this goes on after an interruption
+            again = row == following.row and following.offset
+            if seen and len(words) and not seen.add(hash) and not again:
+                dropped = dropped.plus(Dropped(duplicates=1))
+                continue
+            yield _Document(row, words, hash, dropped)
+            dropped = dropped.plus(more)
+        dropped = dropped.plus(Dropped(held_out=left_out, duplicates=duplicates))
     _check_skipped(job.source, state, skipped, at_end=True)
-    yield _Document(row, np.empty(0, np.int32), 0, Dropped(held_out=left_out, duplicates=duplicates))
+    yield _Document(row, np.empty(0, np.int32), 0, dropped)
+
+
+def _nth(place: Callable[[int], str], rows: list[int], number: int) -> str:
+    return place(rows[number])
 
 
 def _batches(rows: Iterator[tuple[int, str]]) -> Iterator[deque[tuple[int, str]]]:
@@ -361,32 +403,33 @@ def _check_skipped(source: Source, state: Progress, skipped: Skipped, at_end: bo
 
 
 def _cut(
-    documents: Iterator[_Document], state: Progress, size: int, left: int, vocab_size: int
+    documents: Iterator[_Document], state: Progress, size: int, left: int, dtype: np.dtype
 ) -> Iterator[_Part]:
-    """At most `left` tokens of the documents, beginning at `state.next`, in parts of `size` tokens. The last
+    """At most `left` words of the documents, beginning at `state.next`, in parts of `size` words. The last
     ones may be shorter, and at the end of the source is one without any. A part is valid until the next one
     is requested."""
     if not left:
         return
-    buffer = np.empty(min(size, left), token_dtype(vocab_size))
+    buffer = np.empty(min(size, left), dtype)
     filled, hashes = 0, list[int]()
-    following, dropped = state.next, state.dropped
-    for row, ids, hash, dropped in documents:
+    following, before, dropped = state.next, state.dropped, state.dropped
+    for row, words, hash, dropped in documents:
         start = state.next.offset if row == state.next.row else 0
-        if not start and len(ids):
+        if not start and len(words):
             hashes.append(hash)
-        while start < len(ids):
-            take = min(len(ids) - start, min(size, left) - filled)
-            buffer[filled : filled + take] = ids[start : start + take]
+        while start < len(words):
+            take = min(len(words) - start, min(size, left) - filled)
+            buffer[filled : filled + take] = words[start : start + take]
             filled += take
             start += take
-            following = Position(row=row, offset=start)
+            following, before = Position(row=row, offset=start), dropped
             if filled == min(size, left):
-                yield _Part(buffer[:filled], hashes, following, dropped)
+                yield _Part(buffer[:filled], hashes, following, before)
                 left -= filled
                 filled, hashes = 0, []
                 if not left:
                     return
     if filled:
-        yield _Part(buffer[:filled], hashes, following, dropped)
+        # what is dropped after the last document is counted again if it is read again
+        yield _Part(buffer[:filled], hashes, following, before)
     yield _Part(buffer[:0], [], following, dropped)

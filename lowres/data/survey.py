@@ -7,14 +7,15 @@ takes. Memory is bounded for any amount of text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from lowres.data.hashes import content_hash
-from lowres.data.validation import Choice, Validation, own_split
-from lowres.text import Source, is_stream, list_files, numbered_documents
-from lowres.text.documents import Skipped
+from lowres.data.validation import Accepts, Choice, Validation, own_split
+from lowres.text import Marks, Source, is_stream, list_files, numbered_documents
+from lowres.text.documents import Skipped, places
 from lowres.text.source import TRAIN, VALIDATION
 
 LOOKAHEAD_CHARS = 20_000_000
@@ -83,25 +84,33 @@ def sample(source: Source, limit: int, lookahead: int, progress: bool) -> tuple[
 
 
 def survey(
-    source: Source, hold_out: bool, progress: bool, part: str = TRAIN, max_tokens: int | None = None
+    source: Source,
+    hold_out: bool,
+    progress: bool,
+    part: str = TRAIN,
+    max_tokens: int | None = None,
+    accepts: Accepts | None = None,
 ) -> Survey:
     """Read a part of the source. With `hold_out` False, all text is for training. max_tokens: how many will
-    be trained on; then not much more is read."""
+    be trained on; then not much more is read. accepts: of chats, whether a row is one."""
     stream = is_stream(source)
     limit = LOOKAHEAD_CHARS if stream else None
     if max_tokens is not None and not stream:
         limit = max(LOOKAHEAD_CHARS, _MOST_CHARS_PER_TOKEN * max_tokens)
     skipped, of_split = Skipped(), Skipped()
-    own = own_split(source, of_split) if hold_out and not stream else None
+    own = own_split(source, of_split, accepts) if hold_out and not stream else None
     theirs = own.held_out.hashes if own else frozenset()
-    choice = Choice(stream) if hold_out and not own else None
-    sample, met = EvenSample(SAMPLE_CHARS), set[int]()
+    choice = Choice(stream, source.form) if hold_out and not own else None
+    sample, met, marks = EvenSample(SAMPLE_CHARS), set[int](), Marks()
+    place = places(source, part, marks)
     characters, complete = 0, True
     with tqdm(desc="reading", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
-        for row, text in numbered_documents(source, 0, part, skipped):
-            sample.add(text)
+        for row, text in numbered_documents(source, 0, part, skipped, marks):
             characters += len(text)
             bar.update(len(text))
+            if accepts and not accepts(text, partial(place, row)):
+                continue
+            sample.add(text)
             hash = content_hash(text) if hold_out else 0
             if hash in theirs:
                 met.add(hash)
@@ -111,7 +120,7 @@ def survey(
             if limit is not None and characters >= limit:
                 complete = False
                 break
-    validation = choice.made(characters) if choice else own
+    validation = choice.made(characters, place) if choice else own
     listed = None if stream else list_files(source)
     notes = listed.warnings() if listed else []
     if listed and listed.part(VALIDATION) and part == TRAIN and not hold_out:

@@ -7,20 +7,27 @@
    documents are added, moved or prepared again. From a stream these are the first documents.
 3. If too few documents are small enough for that, the ends of the largest ones.
 
+A chat is whole or not there: then it is 2., with at least one where there are two.
+
 Every document is here by its content hash, so copies of it are known.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from lowres.data.hashes import content_hash
 from lowres.errors import UserError
 from lowres.text import VALIDATION, Source, without_surrogates
 from lowres.text.documents import Skipped, files_of, rows_of
+from lowres.text.source import TEXT
 
+# whether a document is what it should be; its place, for messages
+Accepts = Callable[[str, Callable[[], str]], bool]
 VAL_CHARS = 4_000_000
 VAL_PART = 0.05
 OWN_CHARS = 16_000_000
@@ -54,49 +61,67 @@ class HeldOut:
 @dataclass(frozen=True)
 class Validation:
     """texts: the validation data. hashes: of the document that each is, or is a part of. ends: see `HeldOut`.
-    what: for the user. own_split: whether they are from the source's own validation split."""
+    what: for the user. own_split: whether they are from the source's own validation split. places: where the
+    texts are, for messages."""
 
     texts: list[str]
     hashes: list[int]
     ends: dict[int, int]
     what: str
     own_split: bool = False
+    places: list[str] = field(default_factory=list)
 
     @property
     def held_out(self) -> HeldOut:
         return HeldOut(frozenset(self.hashes), self.ends)
 
 
-class Choice:
-    """Chooses 2. or 3. while the documents go by."""
+class _Document(NamedTuple):
+    """place: for messages."""
 
-    def __init__(self, stream: bool) -> None:
-        self._stream = stream
-        self._heap: list[tuple[int, int, str]] = []  # (-key, hash, text): the highest key on top
+    hash: int
+    text: str
+    place: str
+
+
+class Choice:
+    """Chooses 2. or 3. while the documents go by. form: see `Source`."""
+
+    def __init__(self, stream: bool, form: str = TEXT) -> None:
+        self._stream, self._form, self._whole = stream, form, form != TEXT
+        # (-key, hash, text, row): the highest key on top
+        self._heap: list[tuple[int, int, str, int]] = []
         self._hashes: set[int] = set()
         self._size = 0
         self._ends = _Ends()
 
     def add(self, row: int, hash: int, text: str) -> None:
-        self._ends.add(row, hash, text)
+        if not self._whole:
+            self._ends.add(row, hash, text)
         if len(text) > VAL_CHARS or hash in self._hashes:
             return
-        heapq.heappush(self._heap, (-(row if self._stream else hash), hash, text))
+        heapq.heappush(self._heap, (-(row if self._stream else hash), hash, text, row))
         self._hashes.add(hash)
         self._size += len(text)
         while self._size > _CANDIDATE_CHARS:
-            _, hash, text = heapq.heappop(self._heap)
+            _, hash, text, _ = heapq.heappop(self._heap)
             self._hashes.remove(hash)
             self._size -= len(text)
 
-    def made(self, characters: int) -> Validation:
-        """characters: of all documents."""
+    def made(self, characters: int, place: Callable[[int], str]) -> Validation:
+        """characters: of all documents. place: of a row, for messages."""
         left = room = min(VAL_CHARS, int(VAL_PART * characters))
         chosen: dict[int, str] = {}
-        for _, hash, text in sorted(self._heap, reverse=True):
-            if len(text) <= left:
+        places: list[str] = []
+        for _, hash, text, row in sorted(self._heap, reverse=True):
+            if len(text) <= left or (self._whole and not chosen and len(self._heap) > 1):
                 chosen[hash] = text
                 left -= len(text)
+                if self._whole:
+                    places.append(place(row))
+        if self._whole:
+            what = f"{len(chosen):,} {self._form} held out"
+            return Validation([*chosen.values()], [*chosen], {}, what, places=places)
         if len(chosen) >= _LEAST_DOCUMENTS and room - left >= _LEAST_FILLED * room:
             return Validation([*chosen.values()], [*chosen], {}, f"{len(chosen):,} documents held out")
         return self._ends.made()
@@ -149,46 +174,52 @@ class _Ends:
         return Validation(texts, [end.hash for end in kept], ends, what)
 
 
-def own_split(source: Source, skipped: Skipped) -> Validation | None:
-    """The documents of the source's own validation split; None if there is none with text."""
+def own_split(source: Source, skipped: Skipped, accepts: Accepts | None = None) -> Validation | None:
+    """The documents of the source's own validation split; None if there is none with text. accepts: of chats,
+    which are taken whole."""
     files = files_of(source, VALIDATION)
-    kept: list[list[tuple[int, str]]] = []
+    kept: list[list[_Document]] = []
     sizes: list[int] = []
-    cut = False
+    cut, bad = False, 0
     for i, file in enumerate(files):
         kept.append([])
         sizes.append(0)
-        for text in _texts(rows_of(file, source, skipped)):
-            kept[i].append((content_hash(text), text))
+        for number, row in enumerate(rows_of(file, source, skipped), 1):
+            if not row or row.isspace():
+                continue
+            text, place = without_surrogates(row), f"{file.path} row {number:,}"
+            if accepts and not accepts(text, partial(str, place)):
+                bad += 1
+                continue
+            kept[i].append(_Document(content_hash(text), text, place))
             sizes[i] += len(text)
             while sum(sizes) > OWN_CHARS:
                 cut = True
                 largest = max(range(i + 1), key=lambda j: (sizes[j], j))
-                sizes[largest] -= _shorten(kept[largest], sum(sizes) - OWN_CHARS)
+                excess = sum(sizes) - OWN_CHARS
+                sizes[largest] -= _shorten(kept[largest], excess, whole=accepts is not None)
             if cut and sizes[i] >= max(sizes):
                 break  # what follows would be taken away again
     documents = [document for of_file in kept for document in of_file]
     if not documents:
         return None
     where = f"{len(files):,} file{'s' if len(files) > 1 else ''}"
-    what = f"{len(documents):,} documents of the source's own validation split ({where})"
+    what = f"{len(documents):,} {'documents' if source.form == TEXT else source.form} of the source's own "
+    what += f"validation split ({where})" + (f" without {bad:,} bad rows" if bad else "")
     if cut:
         what += f", which is longer: the first {sum(sizes):,} characters are taken, spread over its files"
-    texts, hashes = [text for _, text in documents], [hash for hash, _ in documents]
-    return Validation(texts, hashes, {}, what, own_split=True)
+    hashes, texts, places = (list(column) for column in zip(*documents, strict=True))
+    return Validation(texts, hashes, {}, what, own_split=True, places=places)
 
 
-def _texts(rows: Iterator[str]) -> Iterator[str]:
-    return (without_surrogates(text) for text in rows if text and not text.isspace())
-
-
-def _shorten(documents: list[tuple[int, str]], excess: int) -> int:
-    """Take away the last document, or the end of the only one; returns how many characters."""
-    hash, text = documents.pop()
-    if documents:
-        return len(text)
-    documents.append((hash, text[: max(1, len(text) - excess)]))
-    return len(text) - len(documents[0][1])
+def _shorten(documents: list[_Document], excess: int, whole: bool) -> int:
+    """Take away the last document, or the end of the only one unless it is whole; returns how many
+    characters."""
+    last = documents.pop()
+    if documents or whole:
+        return len(last.text)
+    documents.append(last._replace(text=last.text[: max(1, len(last.text) - excess)]))
+    return len(last.text) - len(documents[0].text)
 
 
 def check_overlap(found: int, documents: int, allowed: float, what: str) -> list[str]:
@@ -205,9 +236,9 @@ def check_overlap(found: int, documents: int, allowed: float, what: str) -> list
     return [line]
 
 
-def size_notes(tokens: int, what: str) -> list[str]:
+def size_notes(tokens: int, what: str, kind: str = "tokens") -> list[str]:
     """How large the validation data are, and whether that is little."""
-    line = f"validation: {tokens:,} tokens, {what}"
+    line = f"validation: {tokens:,} {kind}, {what}"
     if tokens >= FEW_TOKENS:
         return [line]
     noise = 3 / max(1, tokens) ** 0.5

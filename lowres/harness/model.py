@@ -21,7 +21,7 @@ from lowres.data import Tokenizer
 from lowres.data.batches import IGNORED
 from lowres.engine import Engine
 from lowres.errors import UserError
-from lowres.sample import continuation
+from lowres.sample import Sampling, continued
 
 # lengths of batches are multiples of this: an engine makes its boundaries again if the length changes
 LENGTHS = 32
@@ -134,16 +134,9 @@ class RunModel(TemplateLM):
         context = context[most - self._length :]
         temperature = 0.0 if greedy else options.get("temperature", 1.0)
         ids: list[int] = []
-        for token in continuation(
-            self._engine,
-            self._tokenizer,
-            context,
-            most,
-            self._length,
-            temperature,
-            options.get("top_k", 50),
-            seed,
-        ):
+        how = Sampling(most, self._length, temperature, options.get("top_k", 50), seed)
+        tokenizer, stops = self._tokenizer, {self._tokenizer.end_id}
+        for token in continued(self._engine, context, tokenizer.vocab_size, stops, how):
             ids.append(token)
             answer = self._tokenizer.decode(ids)
             ends = [answer.index(end) for end in options["until"] if end and end in answer]

@@ -19,6 +19,7 @@ connection   lost connections: how long they are waited for
 remote       the bytes of a remote file, over lost connections
 hub          data sets on the Hugging Face hub
 documents    the documents of a source, by row
+forms        whether they are text, chats or pairs
 """
 
 from lowres.text.documents import (
@@ -29,6 +30,7 @@ from lowres.text.documents import (
     pinned,
     without_surrogates,
 )
+from lowres.text.forms import with_form
 from lowres.text.listing import Listing, list_files
 from lowres.text.source import TEST, TRAIN, VALIDATION, Source, hub_name, is_stream
 
@@ -46,5 +48,6 @@ __all__ = [
     "list_files",
     "numbered_documents",
     "pinned",
+    "with_form",
     "without_surrogates",
 ]

@@ -16,8 +16,9 @@ import json
 import platform
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 from lowres.errors import UserError
@@ -84,8 +85,12 @@ class Marks:
         """File number `file` begins at a row."""
         self._places.append((row, file))
 
+    def of(self, row: int) -> tuple[int, int]:
+        """(first row, number) of the file that a row is in."""
+        return self._places[max(0, bisect_right(self._places, row, key=lambda place: place[0]) - 1)]
+
     def before(self, row: int) -> tuple[int, int]:
-        """(first row, number) of the file that a row is in. Forgets the files before."""
+        """The same. Forgets the files before."""
         place = bisect_right(self._places, row, key=lambda place: place[0])
         del self._places[: max(0, place - 1)]  # in place, as a thread may add to it
         return self._places[0]
@@ -115,8 +120,22 @@ def numbered_documents(
         raise UserError(no_text(source))
 
 
+def places(source: Source, part: str, marks: Marks) -> Callable[[int], str]:
+    """Where a row is, for messages: its file and its number there, from 1. marks: of its reader."""
+    files: list[File] = []
+
+    def place(row: int) -> str:
+        if source.on_hub:
+            return f"{source.name} row {row + 1:,}"
+        files[:] = files or files_of(source, part)
+        first, number = marks.of(row)
+        return f"{files[number].path} row {row - first + 1:,}"
+
+    return place
+
+
 def no_text(source: Source) -> str:
-    return f"{source.name}: contains no text; set data.source to files with text"
+    return f"{source.name}: contains no {source.form}; set data.source to files with {source.form}"
 
 
 def fingerprint(source: Source | str) -> str:
@@ -252,10 +271,12 @@ def _rows_from(file: File, source: Source, start: int, skipped: Skipped | None) 
 
 
 def _typed_rows(source: Source, rows: Iterator[dict[str, Any]]) -> Iterator[str | None]:
-    column: str | None = None
+    file: File | None = None
     for row in rows:
-        if column is None:
-            column = columns.choose(columns.kinds_of(row), source.text_key)
-            if column is None:
-                raise UserError(f"{source.name}: {columns.no_column(row, source.text_key)}")
-        yield columns.text_of(row, column, source.name)
+        if file is None:
+            every = File("", Path(source.name), 0, "", column=source.text_key, form=source.form)
+            file = columns.chosen(every, columns.kinds_of(row))
+            if file is None:
+                reason = columns.no_column(row, source.text_key, source.form)
+                raise UserError(f"{source.name}: {reason}")
+        yield columns.document_of(row, file, source.name)

@@ -13,7 +13,7 @@ from lowres.text.globs import matches
 from lowres.text.kinds import Kind, NotData, Rank, json_lines, kind_of_name, plain
 from lowres.text.left_out import LeftOut
 from lowres.text.opening import opened
-from lowres.text.source import BadFileError, File, Source
+from lowres.text.source import CHATS, PAIRS, TEXT, BadFileError, File, Source
 from lowres.text.walk import Found
 
 _HEAD = 1 << 20
@@ -45,8 +45,8 @@ def is_asked(found: Found, source: Source) -> bool:
 def recognised(found: Found, source: Source) -> File | LeftOut:
     """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
     try:
-        separated = source.separator is not None
-        return _sniffed(found, source.text_key, source.token_dtype, separated, is_asked(found, source))
+        separated, asked = source.separator is not None, is_asked(found, source)
+        return _sniffed(found, source.text_key, source.token_dtype, separated, asked, source.form)
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -55,7 +55,7 @@ def recognised(found: Found, source: Source) -> File | LeftOut:
 
 @lru_cache(maxsize=1 << 16)
 def _sniffed(
-    found: Found, text_key: str | None, token_dtype: str | None, separated: bool, asked: bool
+    found: Found, text_key: str | None, token_dtype: str | None, separated: bool, asked: bool, form: str
 ) -> File | LeftOut:
     """What a file is. The same file is looked at once. separated: data.separator is set. asked: the file is
     in data.include."""
@@ -66,32 +66,44 @@ def _sniffed(
         archive=found.archive,
         at=found.at,
         remote=found.remote,
+        form=form,
     )
     if nothing := _no_content(file, kind, asked):
         return nothing
     if not kind or kind.rank == Rank.TEXT:
         file, reason = _by_content(file, kind, text_key, separated)
-        return LeftOut(found.name, found.size, reason, data=True) if reason else file
+        if reason:
+            return LeftOut(found.name, found.size, reason, data=not isinstance(reason, NotData))
+        return file
     if kind.rank == Rank.TOKENS and found.archive:
         return LeftOut(found.name, found.size, "token ids in an archive; unpack it", data=True)
     reason = kind.refused(file) if kind.refused else None
-    if kind.look:
+    if form != TEXT and not kind.columns:
+        reason = _no_rows(file, kind)
+    elif kind.look:
         seen = kind.look(replace(file, token_dtype=token_dtype))
         file, reason = (seen, None) if isinstance(seen, File) else (file, seen)
     elif not reason and kind.columns:
         # a table without a row has no columns
-        there = kind.columns(file) or {text_key or columns.COLUMNS[0]: columns.STRING}
-        if kind.ids and (ids := columns.ids(there, text_key)):
+        there = kind.columns(file) or columns.assumed(form, text_key)
+        if form == TEXT and kind.ids and (ids := columns.ids(there, text_key)):
             file = replace(file, kind=kind.ids, column=ids)
             packed = "a compressed file; decompress it" if compression else "an archive; unpack it"
             reason = f"token ids in {packed}" if compression or found.archive else None
         else:
-            file = replace(file, column=columns.choose(there, text_key))
-            reason = None if file.column else columns.no_column(there, text_key)
+            chosen = columns.chosen(file, there)
+            file, reason = chosen or file, None if chosen else columns.no_column(there, text_key, form)
     if reason:
         no_data = isinstance(reason, NotData) or describes(found.name)
         return LeftOut(found.name, found.size, reason, data=not no_data)
     return file
+
+
+def _no_rows(file: File, kind: Kind | None) -> str:
+    """Why a file that is no table holds no chats or pairs."""
+    what = f"{kind.name if kind else plain.OTHER}, which holds no {file.form}"
+    aside = kind is None or kind.rank == Rank.PROSE or describes(file.name)
+    return NotData(what) if aside else what
 
 
 def _by_content(
@@ -103,8 +115,14 @@ def _by_content(
         return file, UNKNOWN
     if reason := plain.dump(head):
         return file, reason
-    if not separated and (column := json_lines.column_in(head, text_key)):
-        return replace(file, kind=json_lines.NAME, column=column), None
+    if not separated and (there := json_lines.columns_in(head)):
+        of_lines = replace(file, kind=json_lines.NAME, column=text_key)
+        if chosen := columns.chosen(of_lines, there):
+            return chosen, None
+        if any(columns.fields(there, None, form) for form in (CHATS, PAIRS)):
+            return file, columns.no_column(there, text_key, file.form)
+    if file.form != TEXT:
+        return file, _no_rows(file, kind)
     return (replace(file, separator=plain.marker_in(head)) if kind else file), None
 
 

@@ -10,6 +10,8 @@ from lowres.errors import UserError
 from lowres.text.remote import RemoteFile
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+# what a row is
+TEXT, CHATS, PAIRS = "text", "chats", "pairs"
 
 
 class BadFileError(UserError):
@@ -20,7 +22,8 @@ class BadFileError(UserError):
 @dataclass(frozen=True)
 class Source:
     """name: stdlib, a path, a glob, or hf:<dataset>[:<config>[:<split>]]. commit: of a data set on the hub;
-    None: its newest. The rest are the keys of [data] of the same names."""
+    None: its newest. form: what its rows are: text, chats, or pairs of a chosen and a rejected answer. The
+    rest are the keys of [data] of the same names."""
 
     name: str
     text_key: str | None = None
@@ -31,6 +34,7 @@ class Source:
     max_left_out: float = 0.1
     token_dtype: str | None = None
     commit: str | None = None
+    form: str = TEXT
 
     def settings(self) -> dict[str, Any]:
         """What determines the documents, besides the name: all that is not its default."""
@@ -73,8 +77,9 @@ class File:
     """A file that is read. name: relative to the source, for sorting and messages. kind: see `kinds`.
     compression: suffix or "". part: TRAIN, VALIDATION or TEST. column: of the text, or the ids, in a table;
     data.text_key until it is chosen. separator: between the documents of a text. token_dtype: of ids without
-    a header. archive, at: the archive that it is in, and where. remote: where its bytes are. With one of
-    these, `path` is for messages only."""
+    a header. archive, at: the archive that it is in, and where. remote: where its bytes are; with one of
+    these, `path` is for messages only. form: see `Source`. fields: the columns of a chat or a pair, which
+    are chosen instead of `column`."""
 
     name: str
     path: Path
@@ -88,6 +93,8 @@ class File:
     archive: Path | None = None
     at: int = 0
     remote: RemoteFile | None = None
+    form: str = TEXT
+    fields: tuple[str, ...] = ()
 
     @property
     def on_disk(self) -> Path:

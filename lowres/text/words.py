@@ -12,13 +12,14 @@ from lowres.text.source import TEST, TRAIN, File
 
 @dataclass(frozen=True)
 class Group:
-    """Files of one kind, part and column."""
+    """Files of one kind, part and column, or columns of a chat."""
 
     kind: str
     part: str
     column: str | None
     separator: str | None
     files: tuple[File, ...]
+    fields: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -29,6 +30,8 @@ class Group:
         """How the text is found in the files."""
         if KINDS[self.kind].rank == Rank.TOKENS:
             return "token ids" + (f" in column {self.column}" if self.column else "")
+        if self.fields:
+            return f"{self.files[0].form} in {', '.join(self.fields)}"
         if self.column is not None:
             return f"column {self.column}"
         return f"between {self.separator!r}" if self.separator else "a document per file"
@@ -36,13 +39,14 @@ class Group:
 
 def groups(listed: Listing) -> list[Group]:
     """The files that are read, or are a test split; those for training first."""
-    found: dict[tuple[str, str, str | None, str | None], list[File]] = {}
+    found: dict[tuple[str, str, str | None, str | None, tuple[str, ...]], list[File]] = {}
     for file in listed.files:
         asked = listed.source.separator
         separator = file.separator if asked is None else asked or None
         column = file.column
-        found.setdefault((file.kind, file.part, column, None if column else separator), []).append(file)
-    made = [Group(*key, tuple(files)) for key, files in found.items()]
+        cut = None if column or file.fields else separator
+        found.setdefault((file.kind, file.part, column, cut, file.fields), []).append(file)
+    made = [Group(*key[:4], tuple(files), key[4]) for key, files in found.items()]
     return sorted(made, key=lambda group: (group.part != TRAIN, group.part == TEST, -group.size))
 
 

@@ -13,9 +13,9 @@ opening               which kind a file is, and where the tokenizer of a folder 
 training              a new SentencePiece model
 """
 
-from lowres.data.tokenizer.base import Tokenizer
+from lowres.data.tokenizer.base import Special, Tokenizer
 from lowres.data.tokenizer.exporting import Exported, exported
-from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer
+from lowres.data.tokenizer.opening import FILE_NAMES, find_tokenizer, open_tokenizer, with_chat_template
 from lowres.data.tokenizer.training import LEAST_VOCAB, check_enough_pieces, check_vocab_size, train
 from lowres.data.tokenizer.vocabulary import Vocabulary
 
@@ -23,6 +23,7 @@ __all__ = [
     "FILE_NAMES",
     "LEAST_VOCAB",
     "Exported",
+    "Special",
     "Tokenizer",
     "Vocabulary",
     "check_enough_pieces",
@@ -31,4 +32,5 @@ __all__ = [
     "find_tokenizer",
     "open_tokenizer",
     "train",
+    "with_chat_template",
 ]

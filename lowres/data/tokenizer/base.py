@@ -10,6 +10,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -52,11 +53,25 @@ PROBES = (
 )
 
 
+@dataclass(frozen=True)
+class Special:
+    """A token that no text gives, not even its spelling. `is_text`: it stands for its spelling all the same;
+    otherwise it is a control token, and stands for nothing. In a chat template, which may write it: it takes
+    the white space on its left or right along, or is none as a part of a word."""
+
+    id: int
+    is_text: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
 class Tokenizer(ABC):
     """A way to write text as ids.
 
     `vocab_size`: the largest id + 1. `bos_id` begins every document; `eos_id` ends it, or is None if there is
-    no other token than bos between documents. `encode` produces neither. `content`: the bytes of the file
+    no other token than bos between documents. `encode` produces neither, and none of `specials`, which are by
+    their spelling. `content`: the bytes of the file
     that makes this tokenizer again, `file_name` its name in folders of prepared data, runs and checkpoints,
     and `core` is what decides the ids: the content without the `companions` that came along. `fingerprint`:
     the hash of the core. `path`: where it was opened. `notes`: what the user should know. `has_text`: whether
@@ -81,6 +96,7 @@ class Tokenizer(ABC):
         self.vocab_size: int
         self.bos_id: int
         self.eos_id: int | None
+        self.specials: dict[str, Special] = {}
         self._bytes_of: list[bytes]  # of each id
 
     def encode(self, text: str) -> list[int]:
@@ -89,10 +105,12 @@ class Tokenizer(ABC):
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """int32 [tokens] for each text, computed by one thread per core. Raises as `encode`."""
+    def encode_batch(self, texts: list[str], after_token: bool = False) -> list[np.ndarray]:
+        """int32 [tokens] for each text, computed by one thread per core. after_token: they stand behind a
+        special token, so what some tokenizers put in front of the first text is not there. Raises as
+        `encode`."""
         found: list[list[np.ndarray]] = [[] for _ in texts]
-        for group in _groups(self._numbered_parts(texts)):
+        for group in _groups(self._numbered_parts(texts, after_token)):
             encoded = iter(self._encode([part for _, part in group if isinstance(part, str)]))
             parts: dict[int, list[np.ndarray]] = {}
             for i, part in group:
@@ -133,7 +151,12 @@ class Tokenizer(ABC):
 
     def token_bytes(self) -> Tensor:
         """int64 [vocab_size]: number of UTF-8 bytes that each token stands for (control tokens: 0)."""
-        return torch.tensor([len(piece) for piece in self._bytes_of])
+        return torch.tensor(self.sizes)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """What `token_bytes` has, as an array."""
+        return np.array([len(piece) for piece in self._bytes_of], np.int64)
 
     @cached_property
     def loss(self) -> tuple[str, str] | None:
@@ -151,12 +174,16 @@ class Tokenizer(ABC):
             before, after = self.loss
             self.notes.append(f"tokenizer {self.path}: it changes text, e.g. {before!r} -> {after!r}")
 
+    def content_with(self, companions: Companions) -> bytes:
+        """The file of this tokenizer, in which others come along."""
+        return self.content
+
     @abstractmethod
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         """int32 [tokens] for each part, as if it were all of a text or followed a cut."""
 
-    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
-        """What a text consists of: parts to encode, or ids. At least one."""
+    def _parts(self, text: str, after_token: bool) -> Iterator[str | np.ndarray]:
+        """What a text consists of: parts to encode, or ids. At least one. after_token: see `encode_batch`."""
         return self._chunks(text)
 
     def _cut(self, text: str, start: int) -> int | None:
@@ -175,9 +202,9 @@ class Tokenizer(ABC):
             start = cut
         yield text[start:]
 
-    def _numbered_parts(self, texts: list[str]) -> Iterator[tuple[int, str | np.ndarray]]:
+    def _numbered_parts(self, texts: list[str], after_token: bool) -> Iterator[tuple[int, str | np.ndarray]]:
         for i, text in enumerate(texts):
-            for part in self._parts(without_surrogates(text)):
+            for part in self._parts(without_surrogates(text), after_token):
                 yield i, part
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.base import SPACE, Special, Tokenizer, threads
 from lowres.data.tokenizer.companions import Companions, read_beside
 from lowres.data.tokenizer.ends import find_ends, template
 from lowres.errors import UserError, first_line
@@ -37,6 +37,8 @@ _CONTEXT = 128
 _TRIES = 16
 _LARGEST_VOCAB = 1 << 24
 _KEY = "lowres"
+# keys of an added token about the text beside it
+_BESIDE = ("lstrip", "rstrip", "single_word")
 
 
 class JsonTokenizer(Tokenizer):
@@ -85,6 +87,11 @@ class JsonTokenizer(Tokenizer):
             ends_too = {tokens[i] for i in (ends.bos, ends.eos) if i is not None}
             hidden = {token["content"]: token["special"] for token in added if not _is_text(token)}
             hidden |= dict.fromkeys(ends_too, True)
+            how = {token["content"]: {key: token[key] for key in _BESIDE} for token in added}
+            self.specials = {
+                token: Special(ids[token], not special, **how.get(token, {}))
+                for token, special in hidden.items()
+            }
             self._plain = _plain(description, {token: ids[token] for token in hidden})
             self._library = self._opened(self._plain)
             for token, plain in zip(added, self._plain["added_tokens"], strict=True):
@@ -120,18 +127,26 @@ class JsonTokenizer(Tokenizer):
         text = super().decode(ids)
         return text.removeprefix(" ") if self._strips else text
 
-    def _encode(self, parts: list[str]) -> list[np.ndarray]:
-        found: dict[bool, Iterator[np.ndarray]] = {}
-        for follows in (False, True):
-            of_kind = [str(part) for part in parts if isinstance(part, _Following) is follows]
-            if of_kind:
-                library = self._following if follows else self._library
-                found[follows] = iter(_encoded(library, of_kind))
-        return [next(found[isinstance(part, _Following)]) for part in parts]
+    def content_with(self, companions: Companions) -> bytes:
+        return _written(with_companions(parse(self.core), companions))
 
-    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
-        for number, chunk in enumerate(self._chunks(text)):
-            yield _Following(chunk) if number else chunk
+    def _encode(self, parts: list[str]) -> list[np.ndarray]:
+        found: dict[type[str], Iterator[np.ndarray]] = {}
+        for kind in {type(part) for part in parts}:
+            of_kind = [str(part) for part in parts if type(part) is kind]
+            found[kind] = iter(_encoded(self._library_for(kind), of_kind))
+        return [next(found[type(part)]) for part in parts]
+
+    def _parts(self, text: str, after_token: bool) -> Iterator[str | np.ndarray]:
+        kind: type[str] = _AfterToken if after_token else str
+        for chunk in self._chunks(text):
+            yield kind(chunk)
+            kind = _Following
+
+    def _library_for(self, kind: type[str]) -> Any:
+        if kind is _Following:
+            return self._following
+        return self._after_token if kind is _AfterToken else self._library
 
     def _cut(self, text: str, start: int) -> int | None:
         assert self.chunk_chars
@@ -153,6 +168,13 @@ class JsonTokenizer(Tokenizer):
     def _following(self) -> Any:
         """The library's tokenizer for what follows a cut: without what is added in front of a text."""
         plain = _without_prefix(self._plain)
+        return self._library if plain == self._plain else self._opened(plain)
+
+    @cached_property
+    def _after_token(self) -> Any:
+        """The library's tokenizer for what follows a special token: without what is added in front of the
+        first part of a text only."""
+        plain = _without_prefix(self._plain, of_all=False)
         return self._library if plain == self._plain else self._opened(plain)
 
     def library_of(self, description: Node) -> Any:
@@ -253,6 +275,12 @@ class _Following(str):
     __slots__ = ()
 
 
+class _AfterToken(str):
+    """A part of a text that follows a special token."""
+
+    __slots__ = ()
+
+
 def _written(description: Node) -> bytes:
     return json.dumps(description).encode()
 
@@ -316,16 +344,18 @@ def _nodes(node: Node | None) -> Iterator[Node]:
     yield node
 
 
-def _without_prefix(description: Node) -> Node:
-    """The description without what puts a space in front of a text."""
+def _without_prefix(description: Node, of_all: bool = True) -> Node:
+    """The description without what puts a space in front of a text. of_all: also of a text between special
+    tokens."""
     changed = {key: copy.deepcopy(description.get(key)) for key in ("normalizer", "pre_tokenizer")}
     found = description | changed
     for node in (*_nodes(found["normalizer"]), *_nodes(found["pre_tokenizer"])):
-        if node.get("type") == "Prepend":
+        scheme = node.get("prepend_scheme", "always") if node.get("type") == "Metaspace" else "never"
+        if of_all and node.get("type") == "Prepend":
             node["prepend"] = ""
-        elif node.get("type") == "ByteLevel":
+        elif of_all and node.get("type") == "ByteLevel":
             node["add_prefix_space"] = False
-        elif node.get("type") == "Metaspace" and node.get("prepend_scheme", "always") != "never":
+        elif scheme == "first" or (of_all and scheme != "never"):
             node["prepend_scheme"] = "never"
             node.pop("add_prefix_space", None)
     return found

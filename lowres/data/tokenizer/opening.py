@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowres.data.tokenizer import huggingface, sentencepiece_file
 from lowres.data.tokenizer.base import Tokenizer, digest
+from lowres.data.tokenizer.companions import TEMPLATE
 from lowres.data.tokenizer.huggingface import JsonTokenizer
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.data.tokenizer.vocabulary import Vocabulary
@@ -60,6 +61,13 @@ def open_tokenizer(
     if also is not None:
         found.notes.append(f"tokenizer {path}: {also.name} in the same folder is not used")
     return found
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
+    """The same tokenizer, which brings this template along wherever it goes."""
+    came = tokenizer.companions
+    content = tokenizer.content_with(came.model_copy(update={"files": came.files | {TEMPLATE: template}}))
+    return _opened(tokenizer.path, content, "own", None, None, None)
 
 
 def find_tokenizer(folder: Path) -> Path | None:

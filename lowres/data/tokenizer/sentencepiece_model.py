@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import sentencepiece
 
-from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.base import SPACE, Special, Tokenizer, threads
 from lowres.data.tokenizer.companions import CONFIG, TEMPLATE, Companions, read_beside
 from lowres.data.tokenizer.sentencepiece_file import (
     BPE,
@@ -72,6 +72,11 @@ class SentencePieceTokenizer(Tokenizer):
             self.vocab_size = self.processor.get_piece_size()
             bos, eos = self.processor.bos_id(), self.processor.eos_id()
             self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
+            self.specials = {
+                self.processor.id_to_piece(i): Special(i)
+                for i in range(self.vocab_size)
+                if self._is_special(i)
+            }
             if not record:
                 self._note_missing(beside)
         except (RuntimeError, ValueError, IndexError, TypeError, OSError):
@@ -117,11 +122,14 @@ class SentencePieceTokenizer(Tokenizer):
             return text
         return text.removesuffix(" ") if self.spec.is_suffix else text.removeprefix(" ")
 
+    def content_with(self, companions: Companions) -> bytes:
+        return with_record(self.core, seal(companions.model_dump()))
+
     def _encode(self, parts: list[str]) -> list[np.ndarray]:
         found: list[np.ndarray] = self.processor.encode(parts, num_threads=threads(), return_type="numpy")
         return found
 
-    def _parts(self, text: str) -> Iterator[str | np.ndarray]:
+    def _parts(self, text: str, after_token: bool) -> Iterator[str | np.ndarray]:
         if self.form == "own":
             prefix = " " if text and self.spec.adds_prefix and self._splits else ""
             for chunk in self._chunks(text):
@@ -148,11 +156,14 @@ class SentencePieceTokenizer(Tokenizer):
         pairs = set()
         for i in range(self.vocab_size):
             processor = self.processor
-            if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i)):
+            if not (self._is_special(i) or processor.is_byte(i)):
                 piece = processor.id_to_piece(i)
                 pairs |= {piece[j : j + 2] for j in range(len(piece) - 1)}
         # in its own form a model may read U+2581 in a text as a space
         return frozenset(pairs | {pair.replace(SPACE, " ") for pair in pairs} | set(_mixed(pairs)))
+
+    def _is_special(self, i: int) -> bool:
+        return bool(self.processor.is_control(i) or self.processor.is_unknown(i))
 
     def _note_missing(self, beside: Companions) -> None:
         """Note the tokens that others have added to the vocabulary of the model."""
@@ -169,7 +180,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _piece_bytes(self, i: int) -> bytes:
         processor = self.processor
-        if processor.is_control(i) or processor.is_unknown(i):
+        if self._is_special(i):
             return b""
         piece: str = processor.id_to_piece(i)
         if processor.is_byte(i):

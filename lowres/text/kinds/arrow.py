@@ -13,7 +13,7 @@ from typing import Any
 from lowres.errors import UserError, first_line
 from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, NotData, Rank, register
-from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tables import texts, to_read
 from lowres.text.kinds.tokens import ARROW
 from lowres.text.opening import opened, opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
@@ -24,13 +24,12 @@ _MESSAGE, _END = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read(file: File, source: Source) -> Iterator[str]:
-    assert file.column is not None
-    with _batches(file, file.column) as (_, batches):
-        yield from texts(batches, file.column, file.path)
+    with _batches(file, whole=False) as (_, batches):
+        yield from texts(batches, file)
 
 
 def columns(file: File) -> dict[str, str] | None:
-    with _batches(file, None) as (schema, _):
+    with _batches(file, whole=True) as (schema, _):
         return of_arrow(schema)
 
 
@@ -70,9 +69,9 @@ def _state(path: Path, mtime_ns: int) -> tuple[frozenset[str], bool]:
 
 
 @contextmanager
-def _batches(file: File, column: str | None) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """(schema, record batches), memory-mapped where the file is neither compressed nor in an archive. Of a
-    file's batches only the column is read."""
+def _batches(file: File, whole: bool) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """(schema, record batches), memory-mapped where the file is neither compressed nor in an archive. whole:
+    otherwise only the columns of the documents are read of a file's batches."""
     try:
         import pyarrow
         from pyarrow import ipc
@@ -87,7 +86,7 @@ def _batches(file: File, column: str | None) -> Iterator[tuple[Any, Iterator[Any
             source = pyarrow.BufferReader(pyarrow.py_buffer(data))
             if data[: len(_FILE)] == _FILE:
                 schema = ipc.open_file(source).schema
-                wanted = [schema.names.index(outermost(column, schema.names))] if column else []
+                wanted = [] if whole else [schema.names.index(name) for name in to_read(file, schema.names)]
                 reader = ipc.open_file(source, options=ipc.IpcReadOptions(included_fields=wanted))
                 yield schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
             else:

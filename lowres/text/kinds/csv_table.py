@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from lowres.errors import first_line
-from lowres.text.columns import by_name_only, choose
+from lowres.text.columns import by_name_only, chosen, document_of, taken
 from lowres.text.kinds.plain import decoded, utf_8
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
@@ -24,19 +24,19 @@ _LONGEST = 1 << 28
 
 
 def read(file: File, source: Source) -> Iterator[str]:
-    assert file.column is not None
     with opened(file) as stream:
         names, divider = _names(file)
-        taken = [i for i, name in enumerate(names) if name == file.column]
-        if len(taken) > 1:
-            raise BadFileError(f'{file.path}: has {len(taken)} columns "{file.column}"; rename all but one')
+        for column in taken(file):
+            if (count := names.count(column)) > 1:
+                raise BadFileError(f'{file.path}: has {count} columns "{column}"; rename all but one')
+        at = [(column, names.index(column)) for column in taken(file) if column in names]
         rows = _rows(stream, divider, file.path)
         for _, row in rows:
             if row:
                 break
         for line, row in rows:
             if len(row) == len(names):
-                yield row[taken[0]]
+                yield document_of({column: row[i] for column, i in at}, file, f"{file.path}:{line}")
             elif not row:
                 yield ""
             else:
@@ -51,13 +51,13 @@ def columns(file: File) -> dict[str, str] | None:
 
 
 def _names(file: File) -> tuple[list[str], str]:
-    """(names of the columns, what divides them). file.column: what to look for, if that is known."""
+    """(names of the columns, what divides them). file: says what to look for."""
     found = list[tuple[list[str], str]]()
     for divider in _DIVIDERS[file.kind]:
         with opened(file) as stream:
             row = next((row for _, row in _rows(stream, divider, file.path) if row), [])
         names = [name.strip() for name in row]
-        if choose(by_name_only(names, file.column), file.column):
+        if chosen(file, by_name_only(names, file.column)):
             return names, divider
         found.append((names, divider))
     return found[0]

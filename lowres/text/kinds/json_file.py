@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowres.errors import first_line
-from lowres.text.columns import COLUMNS, STRING, by_name_only, choose, no_column, text_of
+from lowres.text.columns import COLUMNS, STRING, by_name_only, chosen, document_of, no_column
 from lowres.text.globs import matches
 from lowres.text.kinds.json_lines import DECODER
 from lowres.text.kinds.registry import Kind, NotData, Rank, register
@@ -48,22 +48,22 @@ _NO_ROWS = NotData("one JSON object without rows: settings?")
 
 
 def read(file: File, source: Source) -> Iterator[str]:
-    assert file.column is not None
     with opened(file) as stream:
-        for place, row in _rows(_Text(stream, file.path), file.column):
-            if isinstance(row, str):
+        for place, row in _rows(_Text(stream, file.path), file):
+            if isinstance(row, str) and not file.fields:
                 yield row
             elif isinstance(row, dict):
-                yield text_of(row, file.column, place)
+                yield document_of(row, file, place)
             elif row is None:
                 yield ""
             else:
-                raise BadFileError(f"{place}: a row must be a JSON object or a string; correct it")
+                or_string = "" if file.fields else " or a string"
+                raise BadFileError(f"{place}: a row must be a JSON object{or_string}; correct it")
 
 
 def columns(file: File) -> dict[str, str] | None:
     with opened(file) as stream:
-        for _, row in _rows(_Text(stream, file.path), file.column):
+        for _, row in _rows(_Text(stream, file.path), file):
             if isinstance(row, str):
                 return {COLUMNS[0]: STRING}
             if isinstance(row, dict):
@@ -78,9 +78,9 @@ def refused(file: File) -> str | None:
         text = _Text(stream, file.path)
         if text.next() not in ("{", "["):
             return NotData("JSON without rows") if text.next() else None
-        form = _form(text, file.column)
+        form = _form(text, file)
     if isinstance(form, _Single):
-        return None if _has_text(form.row, file.column) else _without_text(form.row, file.column)
+        return None if _has_document(form.row, file) else _without_document(form.row, file)
     return form if isinstance(form, str) else None
 
 
@@ -101,7 +101,7 @@ class _Array:
     at: int
 
 
-def _form(text: _Text, text_key: str | None) -> _Single | _Array | str | None:
+def _form(text: _Text, file: File) -> _Single | _Array | str | None:
     """Which form a text has that begins with a bracket; a string for why it has no rows; None for objects
     one after the other. Nothing of the text is consumed."""
     head = text.head(_HEAD)
@@ -112,25 +112,25 @@ def _form(text: _Text, text_key: str | None) -> _Single | _Array | str | None:
     except (ValueError, RecursionError) as error:
         if text.ended and isinstance(error, JSONDecodeError) and _SETTINGS.match(head, error.pos):
             return NotData("JSON with comments: settings")
-        return _unfinished_array(head, text_key)
+        return _unfinished_array(head, file)
     while not text.ended and _SPACE.fullmatch(head, end):
         head = text.head(len(head) + 1)
     if not _SPACE.fullmatch(head, end):
         return None
     arrays = [key for key, value in first.items() if _is_rows(value)]
-    if not arrays or _has_text(first, text_key):
+    if not arrays or _has_document(first, file):
         return _Single(first)
     place = next(at for name, at, _ in _members(head) if name == arrays[0])
     return _Array(place) if len(arrays) == 1 else _several(arrays)
 
 
-def _has_text(names: Iterable[str], text_key: str | None) -> bool:
-    return choose(by_name_only(names, text_key), text_key) is not None
+def _has_document(names: Iterable[str], file: File) -> bool:
+    return chosen(file, by_name_only(names, file.column)) is not None
 
 
-def _without_text(row: dict[str, Any], text_key: str | None) -> str:
+def _without_document(row: dict[str, Any], file: File) -> str:
     if any(isinstance(value, str) and len(value) >= _LONG for value in row.values()):
-        return no_column(row, text_key)
+        return no_column(row, file.column, file.form)
     return _NO_ROWS
 
 
@@ -159,12 +159,12 @@ def _members(head: str) -> Iterator[tuple[str, int, Any]]:
         at += 1
 
 
-def _unfinished_array(head: str, text_key: str | None) -> _Array | str | None:
+def _unfinished_array(head: str, file: File) -> _Array | str | None:
     """The array in a large object that does not end in the head; None if that does not end in an array."""
     found = list(_members(head))
     if not found or found[-1][2] is not None or not _ROWS.match(head, found[-1][1]):
         return None
-    if _has_text([key for key, _, _ in found], text_key):
+    if _has_document([key for key, _, _ in found], file):
         return None
     arrays = [key for key, _, value in found if _is_rows(value)]
     return _several([*arrays, found[-1][0]]) if arrays else _Array(found[-1][1])
@@ -173,11 +173,11 @@ def _unfinished_array(head: str, text_key: str | None) -> _Array | str | None:
 # ---------------------------------------------------------------------------- rows
 
 
-def _rows(text: _Text, text_key: str | None) -> Iterator[tuple[str, Any]]:
+def _rows(text: _Text, file: File) -> Iterator[tuple[str, Any]]:
     """(file, line and row; value)"""
     if not text.next():
         return
-    form = _form(text, text_key)
+    form = _form(text, file)
     if isinstance(form, str):
         raise BadFileError(f"{text.path}: {form}")
     if isinstance(form, _Array):
@@ -185,7 +185,7 @@ def _rows(text: _Text, text_key: str | None) -> Iterator[tuple[str, Any]]:
         text.at = form.at + 1
         yield from _elements(text)
         if in_object:
-            _rest_of_object(text, text_key)
+            _rest_of_object(text, file)
         if text.next():
             raise text.invalid("something follows the end of the JSON")
         return
@@ -208,7 +208,7 @@ def _elements(text: _Text) -> Iterator[tuple[str, Any]]:
             return
 
 
-def _rest_of_object(text: _Text, text_key: str | None) -> None:
+def _rest_of_object(text: _Text, file: File) -> None:
     """What follows the array inside its object: nothing that would be lost."""
     while text.next() == ",":
         text.at += 1
@@ -218,7 +218,7 @@ def _rest_of_object(text: _Text, text_key: str | None) -> None:
         if text.next() != ":":
             raise text.invalid("no colon after a key")
         text.at += 1
-        if _is_rows(text.value()[1]) or _has_text([key], text_key):
+        if _is_rows(text.value()[1]) or _has_document([key], file):
             raise text.invalid(f'"{key}" beside an array of rows')
     if text.next() != "}":
         raise text.invalid("the object has no end")

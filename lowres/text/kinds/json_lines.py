@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from lowres.errors import first_line
-from lowres.text.columns import Repeated, choose, kinds_of, text_of
+from lowres.text.columns import Repeated, document_of, kinds_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import BadFileError, File, Source
@@ -42,9 +42,8 @@ def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
 
 def _texts(file: File, start: int, nothing: str | None) -> Iterator[str | None]:
     """nothing: for a blank line and those before `start`."""
-    assert file.column is not None
     for place, row in _rows(file, start):
-        text = [nothing if row is None else text_of(row, file.column, place)]
+        text = [nothing if row is None else document_of(row, file, place)]
         del row  # it has the text too
         yield text.pop()
 
@@ -62,9 +61,9 @@ def _remedy(line: bytes) -> str:
     return "correct that line, or leave the file out with data.exclude"
 
 
-def column_in(head: bytes, text_key: str | None) -> str | None:
-    """The column of the text if the beginning of a file without a telling name is JSON lines: the first two
-    lines are objects, or the only one with more than one key, and the first has such a column."""
+def columns_in(head: bytes) -> dict[str, str] | None:
+    """The columns of the first row if the beginning of a file without a telling name is JSON lines: the first
+    two lines are objects, or the only one with more than one key."""
     lines = [line for line in head.removeprefix(codecs.BOM_UTF8).split(b"\n", _LOOKED_AT) if line.strip()]
     if not lines or not lines[0].startswith(b"{"):
         return None
@@ -74,7 +73,7 @@ def column_in(head: bytes, text_key: str | None) -> str | None:
         return None
     if not all(isinstance(row, dict) for row in rows):
         return None
-    return choose(kinds_of(rows[0]), text_key) if len(rows) > 1 or len(rows[0]) > 1 else None
+    return kinds_of(rows[0]) if len(rows) > 1 or len(rows[0]) > 1 else None
 
 
 def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | None]]:

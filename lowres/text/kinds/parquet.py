@@ -10,7 +10,7 @@ from typing import Any
 from lowres.errors import UserError, first_line
 from lowres.text.columns import of_arrow
 from lowres.text.kinds.registry import Kind, Rank, register
-from lowres.text.kinds.tables import outermost, texts
+from lowres.text.kinds.tables import texts, to_read
 from lowres.text.kinds.tokens import PARQUET
 from lowres.text.opening import opened_for_seeking
 from lowres.text.source import BadFileError, File, Source
@@ -21,32 +21,30 @@ _IN_PIECES = {"buffer_size": 1 << 20, "pre_buffer": False}
 
 
 def read(file: File, source: Source) -> Iterator[str]:
-    assert file.column is not None
     with _table(file) as table:
-        yield from _texts(file, file.column, table, 0)
+        yield from _texts(file, table, 0)
 
 
 def read_from(file: File, source: Source, start: int) -> Iterator[str | None]:
     """Groups of rows before `start` are not decoded."""
-    assert file.column is not None
     with _table(file) as table:
         passed, first = 0, 0
         while first < table.num_row_groups and passed + _rows_of(table, first) <= start:
             passed += _rows_of(table, first)
             first += 1
         yield from repeat(None, passed)
-        yield from _texts(file, file.column, table, first, passed)
+        yield from _texts(file, table, first, passed)
 
 
 def _rows_of(table: Any, group: int) -> int:
     return int(table.metadata.row_group(group).num_rows)
 
 
-def _texts(file: File, column: str, table: Any, first: int, passed: int = 0) -> Iterator[str]:
+def _texts(file: File, table: Any, first: int, passed: int = 0) -> Iterator[str]:
     """From row group `first` on, before which `passed` rows are."""
-    outer, groups = outermost(column, table.schema_arrow.names), list(range(first, table.num_row_groups))
-    batches = table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=[outer])
-    yield from texts(batches, column, file.path, passed)
+    wanted, groups = to_read(file, table.schema_arrow.names), list(range(first, table.num_row_groups))
+    batches = table.iter_batches(batch_size=_ROWS, row_groups=groups, columns=wanted)
+    yield from texts(batches, file, passed)
 
 
 def columns(file: File) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""The texts of a column of Arrow data."""
+"""The documents of Arrow data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowres.text.columns import text_of
-from lowres.text.source import BadFileError
+from lowres.text.columns import document_of, taken
+from lowres.text.source import BadFileError, File
 
 _ROWS = 256
 
@@ -17,18 +17,25 @@ def outermost(column: str, names: list[str]) -> str:
     return column if column in names else column.split(".", maxsplit=1)[0]
 
 
-def texts(batches: Iterable[Any], column: str, path: Path, row: int = 0) -> Iterator[str]:
-    """batches: record batches that hold at least the column. row: of the first, for messages."""
+def to_read(file: File, names: list[str]) -> list[str]:
+    """Those of the columns `names` that have the documents of a file, by their outermost names."""
+    return [outermost(column, names) for column in taken(file)]
+
+
+def texts(batches: Iterable[Any], file: File, row: int = 0) -> Iterator[str]:
+    """batches: record batches that hold at least the columns. row: of the first, for messages."""
     for batch in batches:
-        outer = outermost(column, batch.schema.names)
-        values = batch.column(batch.schema.get_field_index(outer))
+        wanted = to_read(file, batch.schema.names)
+        whole = batch.select(wanted)
+        values = whole.to_struct_array() if file.fields else whole.column(0)
         for start in range(0, len(values), _ROWS):
-            for value in _decoded(values.slice(start, _ROWS), path, row):
+            for value in _decoded(values.slice(start, _ROWS), file.path, row):
                 row += 1
                 if isinstance(value, str):
                     yield value
                 else:
-                    yield text_of({outer: value}, column, f"{path}:{row}")
+                    found = value if file.fields else {wanted[0]: value}
+                    yield document_of(found, file, f"{file.path}:{row}")
 
 
 def _decoded(values: Any, path: Path, row: int) -> Iterator[Any]:
