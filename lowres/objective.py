@@ -60,6 +60,12 @@ def make_objective(config: ObjectiveConfig) -> Objective | None:
     return MeanOfExamples() if config.name == "sft" and config.reduction == "sequences" else None
 
 
+def has_reference(config: ObjectiveConfig) -> bool:
+    """Whether the loss compares with the model before tuning."""
+    objective = make_objective(config)
+    return isinstance(objective, Preference) and objective.has_reference
+
+
 class MeanOfExamples:
     """The mean over examples of the mean loss of their tokens."""
 

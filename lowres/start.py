@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lowres import checkpoint, disk, memory, ranks
+from lowres import baseline, checkpoint, disk, memory, ranks
+from lowres.baseline import BASELINE
 from lowres.checkpoint import Kept, State
 from lowres.config import Config
 from lowres.config_file import (
@@ -45,7 +46,7 @@ from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, filled, initialize_from, open_model, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
-from lowres.objective import Pairs
+from lowres.objective import Pairs, has_reference
 from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.resuming import continued, find_checkpoint, sequences_before
@@ -61,7 +62,7 @@ from lowres.runs import (
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -433,18 +434,45 @@ def _build(start: Start, log: Events) -> Run:
         ),
     )
     run.build(start.device, config.relora.stored_at(start.step))
-    engine = run.parts.engine
+    lacks_baseline = False
+    if isinstance(data, ChatData) and has_reference(config.objective):
+        run.baseline = baseline.read(start.folder / BASELINE, data)
+        lacks_baseline = run.baseline is None
+    if start.found is None or lacks_baseline:
+        _begin_weights(run, start)
+    if lacks_baseline:
+        run.baseline = _make_baseline(run)
     if start.found is not None:
         run.load(start.found)
         say(f"continuing {start.folder} at step {start.step}")
-    else:
-        initialize(engine.units(write=True), config.run.seed, start.device)
-        if start.origin is not None:
-            initialize_from(engine.units(write=True), start.origin)
-            say(f"weights from {start.origin.path}")
     if ranks.is_first():
         run.hold()
     return run
+
+
+def _begin_weights(run: Run, start: Start) -> None:
+    """Give the engine the weights with which the run begins, or began."""
+    config, engine, origin = run.config, run.parts.engine, start.origin
+    initialize(engine.units(write=True), config.run.seed, start.device)
+    if origin is None and config.run.init_from is not None:
+        origin = open_model(config.run.init_from)
+    if origin is not None:
+        initialize_from(engine.units(write=True), origin)
+        say(f"weights from {origin.path}")
+
+
+def _make_baseline(run: Run) -> baseline.Baseline:
+    """The baseline of the present weights: from data.cache, or computed."""
+    config, data, engine = run.config, run.data, run.parts.engine
+    assert isinstance(data, ChatData)
+    cached = baseline.in_cache(Path(config.data.cache).expanduser(), engine.units(), data)
+    found = baseline.read(cached, data)
+    if found is None:
+        found = baseline.compute(engine, data, config.batch_sequences, config.log.progress)
+    if ranks.is_first():
+        for path in (cached, run.folder / BASELINE):
+            baseline.write(path, found, data)
+    return found
 
 
 def _announce(run: Run) -> None:

@@ -47,6 +47,7 @@ FLOORS = {
     "relora": 6,
     "memory": 7,
     "evaluate": 7,
+    "baseline": 8,
     "sample": 7,
     "conversation": 8,
     "report": 7,
