@@ -620,7 +620,9 @@ def test_a_message_has_other_keys(both: Both, tmp_path: Path) -> None:
         {"role": "assistant", "content": "a", "reasoning": "b"},
     ]
     template = open_template(str(tmp_path / "keys.jinja"), both.ours)
-    assert template.render(messages) == both.text(messages, source) == "Hi</s>ab</s>"
+    assert template.render(messages) == "Hi</s>ab</s>"
+    if not transformers.__version__.startswith("4."):  # which writes None, and nothing of reasoning
+        assert both.text(messages, source) == "Hi</s>ab</s>"
 
 
 def test_the_day_is_always_the_same(both: Both, tmp_path: Path) -> None:
