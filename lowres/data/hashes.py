@@ -37,12 +37,15 @@ class Seen:
         self._sorted = np.empty(0, np.uint64)
         self._recent: set[int] = set()
 
+    def __contains__(self, hash: int) -> bool:
+        if hash in self._recent:
+            return True
+        at = int(self._sorted.searchsorted(np.uint64(hash)))
+        return at < len(self._sorted) and int(self._sorted[at]) == hash
+
     def add(self, hash: int) -> bool:
         """Whether it was not there yet."""
-        if hash in self._recent:
-            return False
-        at = int(self._sorted.searchsorted(np.uint64(hash)))
-        if at < len(self._sorted) and int(self._sorted[at]) == hash:
+        if hash in self:
             return False
         self._recent.add(hash)
         if len(self._recent) >= _RECENT:

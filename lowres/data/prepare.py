@@ -335,7 +335,7 @@ def _encoded(
             del text  # it may be large
             if not part:
                 left_out += 1
-            elif seen and not seen.add(hash) and not (row == following.row and following.offset):
+            elif seen and hash in seen and not (row == following.row and following.offset):
                 duplicates += 1
             else:
                 kept.append((row, hash, Dropped(held_out=left_out, duplicates=duplicates)))
@@ -346,6 +346,11 @@ def _encoded(
         made = encoder.encode_batch(parts, partial(_nth, place, [row for row, _, _ in kept]))
         for (row, hash, before), (words, more) in zip(kept, made, strict=True):
             dropped = dropped.plus(before)
+            # what is not stored is not known when this goes on after an interruption
+            again = row == following.row and following.offset
+            if seen and len(words) and not seen.add(hash) and not again:
+                dropped = dropped.plus(Dropped(duplicates=1))
+                continue
             yield _Document(row, words, hash, dropped)
             dropped = dropped.plus(more)
         dropped = dropped.plus(Dropped(held_out=left_out, duplicates=duplicates))

@@ -13,7 +13,7 @@ from lowres.text.globs import matches
 from lowres.text.kinds import Kind, NotData, Rank, json_lines, kind_of_name, plain
 from lowres.text.left_out import LeftOut
 from lowres.text.opening import opened
-from lowres.text.source import TEXT, BadFileError, File, Source
+from lowres.text.source import CHATS, PAIRS, TEXT, BadFileError, File, Source
 from lowres.text.walk import Found
 
 _HEAD = 1 << 20
@@ -119,6 +119,8 @@ def _by_content(
         of_lines = replace(file, kind=json_lines.NAME, column=text_key)
         if chosen := columns.chosen(of_lines, there):
             return chosen, None
+        if any(columns.fields(there, None, form) for form in (CHATS, PAIRS)):
+            return file, columns.no_column(there, text_key, file.form)
     if file.form != TEXT:
         return file, _no_rows(file, kind)
     return (replace(file, separator=plain.marker_in(head)) if kind else file), None

@@ -46,10 +46,9 @@ def open_chat_windows(
     asked: DataConfig, config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer
 ) -> Tensor:
     """The chats or pairs of another source than a run was trained on, as windows in the form of
-    `ChatData.validation`. asked: says which, and how to read it. config: of the run."""
-    own = {key: getattr(config, key) for key in ("seq_len", "cache")}
-    own["chat_template"] = asked.chat_template or config.chat_template
-    asked = asked.model_copy(update=own | {"val_source": asked.source})
+    `ChatData.validation`. asked: says which, and how to read it. config, tokenizer: of the run."""
+    own = {"seq_len": config.seq_len, "cache": config.cache, "val_source": asked.source}
+    asked = asked.model_copy(update=own)
     chats = chat_encoder(asked, objective, tokenizer, open_template(asked.chat_template, tokenizer))
     folder = validation_folder(asked, tokenizer, False, chats)
     assert folder is not None
