@@ -155,6 +155,8 @@ def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config
     return config, _notes(config, values)
 
 
+# keys of [train] that set the length of a run, one at a time
+LENGTHS = ("steps", "tokens", "epochs")
 # keys of [memory] that a run chooses when it starts, if they are "auto"
 CHOSEN = ("compute", "activations", "kernels")
 
@@ -224,8 +226,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if (section, name) == ("model", "preset"):
         for shape_key in SHAPE_KEYS:
             target.pop(shape_key, None)
-    if section == "train" and name in ("steps", "tokens"):
-        target.pop("tokens" if name == "steps" else "steps", None)
+    if section == "train" and name in LENGTHS:
+        for other in LENGTHS:
+            target.pop(other, None)
+    if section == "schedule" and name.startswith("warmup_"):
+        target.pop("warmup_steps" if name == "warmup_ratio" else "warmup_ratio", None)
     target[name] = value
 
 

@@ -34,7 +34,7 @@ class Conversation:
         except BadRow as error:
             raise UserError(str(error)) from None
         ends = self._template.ends | {self._tokenizer.end_id}
-        found = continued(self._engine, ids, self._tokenizer.vocab_size, ends, self._how, self._drawn)
+        found = list(continued(self._engine, ids, self._tokenizer.vocab_size, ends, self._how, self._drawn))
         self._drawn += len(found) + 1
         self.cut_off |= len(ids) + len(found) > self._how.seq_len
         said = self._tokenizer.decode(found)

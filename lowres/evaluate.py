@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.data.chat.chat_data import Packed
 from lowres.engine import Engine
+from lowres.engine.common import Grouping
+from lowres.objective import Examples, Preference
 
 
 def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
@@ -39,3 +43,25 @@ def evaluate_parts(
     if size:
         scores["val_bits_per_byte"] = total / math.log(2) / size
     return scores | (losses if len(losses) > 1 else {})
+
+
+def evaluate_pairs(
+    engine: Engine, packed: Packed, objective: Preference, reference: Tensor | None, sequences: int
+) -> dict[str, float]:
+    """val_loss of the objective over pairs, and its readings, val_accuracy and so on. reference: fp64
+    [examples], if the objective has one; see `Examples`."""
+    sums = sums_of_examples(engine, packed.windows, sequences)
+    counts = Grouping.of(packed.windows, None).counts
+    loss, readings = objective(Examples(sums, counts, reference, packed.order))
+    return {"val_loss": float(loss)} | {
+        f"val_{name}": float(value) for name, value in zip(objective.names, readings, strict=True)
+    }
+
+
+def sums_of_examples(engine: Engine, windows: Tensor, sequences: int) -> Tensor:
+    """fp64 [examples]: the log-probability of the targets of each example of windows, nats. sequences:
+    windows computed at one time."""
+    parts = [engine.log_probabilities(part)[0] for part in windows.split(sequences)]
+    grouping = Grouping.of(windows, None)
+    sums = torch.zeros(len(grouping.counts), dtype=torch.float64)
+    return sums.index_add_(0, grouping.owner.flatten(), torch.cat(parts).flatten().double())

@@ -14,22 +14,25 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowres import checkpoint, disk, memory, ranks
+from lowres.baseline import Baseline
 from lowres.checkpoint import Best, Kept, Mixture, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
 from lowres.config_file import to_toml, to_values
-from lowres.data import Data, MixedData
+from lowres.data import ChatData, Data, MixedData
 from lowres.engine import Engine
 from lowres.errors import CheckFailed
+from lowres.evaluate import evaluate_pairs, evaluate_parts
 from lowres.events import Events
 from lowres.health import Watch
 from lowres.meter import Meter
 from lowres.metrics import MetricsLog
+from lowres.objective import Pairs, Preference, make_objective
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
@@ -41,6 +44,13 @@ SPARE = 2 << 30
 WORTH_SAYING = 1.0
 # the limiter's state: it may be switched on or off when a run is resumed
 LIMITER = f".{UPDATE_NORM}"
+
+
+class Batch(NamedTuple):
+    """windows: int64 [sequences, seq_len + 1]. pairs: what is what in them, if they are pairs."""
+
+    windows: Tensor
+    pairs: Pairs | None = None
 
 
 @dataclass
@@ -74,6 +84,7 @@ class Run:
     events: Events
     identity: str  # see State
     kept: Kept
+    baseline: Baseline | None = None  # of pairs, if the objective has a reference
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
@@ -89,10 +100,31 @@ class Run:
     def tokens_at(self, step: int) -> int:
         return self.sequences_at(step) * self.config.data.seq_len
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> Batch:
         """The batch of the update after `step` completed ones."""
-        passed = checkpoint.passed_before(step, self.passed)
-        return self.data.batch(step, self.config.batch_sequences, self.offset + passed)
+        offset = self.offset + checkpoint.passed_before(step, self.passed)
+        if not self.is_of_pairs:
+            return Batch(self.data.batch(step, self.config.batch_sequences, offset))
+        assert isinstance(self.data, ChatData)
+        packed = self.data.packed(step, self.config.batch_sequences, offset)
+        reference = None if self.baseline is None else self.baseline.training[packed.examples]
+        return Batch(packed.windows, Pairs(packed.order, reference))
+
+    @property
+    def is_of_pairs(self) -> bool:
+        return self.config.objective.name == "dpo"
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores of the validation data."""
+        engine, config = self.parts.engine, self.config
+        if not self.is_of_pairs:
+            return evaluate_parts(engine, self.validation, self.token_bytes, config.batch_sequences)
+        assert isinstance(self.data, ChatData)
+        packed = self.data.of_validation(self.data.validation_documents(config.train.eval_tokens))
+        objective = make_objective(config.objective)
+        assert isinstance(objective, Preference)
+        reference = None if self.baseline is None else self.baseline.validation[packed.examples]
+        return evaluate_pairs(engine, packed, objective, reference, config.most_windows)
 
     def used_at(self, step: int) -> int:
         """Sequences of the data that were used in the first `step` steps, or passed over by rollbacks."""
@@ -113,7 +145,7 @@ class Run:
         config, plan, rooms = self.config, self.plans[adapted], Rooms(device)
         starts = starts_of(config, self.data.tokenizer)
         engine, relora = training_engine(config, plan, rooms, adapted, starts)
-        engine.reserve(config.batch_sequences, config.data.seq_len, training=True)
+        engine.reserve(config.most_windows, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
 
     def load(self, folder: Path) -> None:

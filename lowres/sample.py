@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +28,23 @@ class Sampling:
 def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, how: Sampling) -> str:
     """The prompt continued, to the end of a document at most."""
     ids = tokenizer.prompt(prompt)
-    return tokenizer.decode(ids + continued(engine, ids, tokenizer.vocab_size, {tokenizer.end_id}, how))
+    following = continued(engine, ids, tokenizer.vocab_size, {tokenizer.end_id}, how)
+    return tokenizer.decode([*ids, *following])
 
 
 def continued(
     engine: Engine, ids: list[int], vocab_size: int, ends: Collection[int], how: Sampling, drawn: int = 0
-) -> list[int]:
+) -> Iterator[int]:
     """The tokens that follow, up to one of `ends`, which is not among them. vocab_size: the model may have
     more. drawn: how many were chosen with this seed before."""
-    found: list[int] = []
-    while len(found) < how.tokens:
-        context = [*ids, *found][-how.seq_len :]
-        logits = engine.logits(torch.tensor([context]))[0].cpu()[:vocab_size]
-        choice = _choose(logits, how, rng.make_key(how.seed, "sample", step=drawn + len(found)))
+    ids = list(ids)
+    for i in range(how.tokens):
+        logits = engine.logits(torch.tensor([ids[-how.seq_len :]]))[0].cpu()[:vocab_size]
+        choice = _choose(logits, how, rng.make_key(how.seed, "sample", step=drawn + i))
         if choice in ends:
-            break
-        found.append(choice)
-    return found
+            return
+        ids.append(choice)
+        yield choice
 
 
 def _choose(logits: torch.Tensor, how: Sampling, key: rng.Key) -> int:

@@ -8,6 +8,7 @@ adapters, so resuming after the warm start of ReLoRA is not a special case.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lowres import checkpoint, disk, memory, ranks
+from lowres import baseline, checkpoint, disk, memory, ranks
+from lowres.baseline import BASELINE
 from lowres.checkpoint import Kept, State
 from lowres.config import Config
 from lowres.config_file import (
@@ -36,6 +38,7 @@ from lowres.data import (
     open_tokenizer,
     with_tokenizer,
 )
+from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
@@ -43,6 +46,7 @@ from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, filled, initialize_from, open_model, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
+from lowres.objective import Pairs, has_reference
 from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.resuming import continued, find_checkpoint, sequences_before
@@ -58,7 +62,7 @@ from lowres.runs import (
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -145,7 +149,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
     opened = _with_own_tokenizer(config, found, folder if state else None)
     data = _open_data(opened)
-    config = config.with_vocab(config.model.vocab_size or data.vocab_size)
+    config = with_epochs(config.with_vocab(config.model.vocab_size or data.vocab_size), data)
 
     if saved is None:
         started_with, offset = rates_of(config), 0
@@ -187,6 +191,19 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         origin=origin,
         lines=lines,
     )
+
+
+def with_epochs(config: Config, data: Data) -> Config:
+    """The config with train.epochs in tokens. Raises UserError if the length of the data is not known."""
+    if config.train.epochs is None:
+        return config
+    sequences = data.epoch(0)
+    if sequences is None:
+        raise UserError(
+            "train.epochs: the length of a stream or a mixture is not known; set train.steps or train.tokens"
+        )
+    tokens = math.ceil(config.train.epochs * sequences) * config.data.seq_len
+    return with_values(config, "train", epochs=None, tokens=tokens)
 
 
 def _meet(config: Config, device: torch.device) -> None:
@@ -417,18 +434,45 @@ def _build(start: Start, log: Events) -> Run:
         ),
     )
     run.build(start.device, config.relora.stored_at(start.step))
-    engine = run.parts.engine
+    lacks_baseline = False
+    if isinstance(data, ChatData) and has_reference(config.objective):
+        run.baseline = baseline.read(start.folder / BASELINE, data)
+        lacks_baseline = run.baseline is None
+    if start.found is None or lacks_baseline:
+        _begin_weights(run, start)
+    if lacks_baseline:
+        run.baseline = _make_baseline(run)
     if start.found is not None:
         run.load(start.found)
         say(f"continuing {start.folder} at step {start.step}")
-    else:
-        initialize(engine.units(write=True), config.run.seed, start.device)
-        if start.origin is not None:
-            initialize_from(engine.units(write=True), start.origin)
-            say(f"weights from {start.origin.path}")
     if ranks.is_first():
         run.hold()
     return run
+
+
+def _begin_weights(run: Run, start: Start) -> None:
+    """Give the engine the weights with which the run begins, or began."""
+    config, engine, origin = run.config, run.parts.engine, start.origin
+    initialize(engine.units(write=True), config.run.seed, start.device)
+    if origin is None and config.run.init_from is not None:
+        origin = open_model(config.run.init_from)
+    if origin is not None:
+        initialize_from(engine.units(write=True), origin)
+        say(f"weights from {origin.path}")
+
+
+def _make_baseline(run: Run) -> baseline.Baseline:
+    """The baseline of the present weights: from data.cache, or computed."""
+    config, data, engine = run.config, run.data, run.parts.engine
+    assert isinstance(data, ChatData)
+    cached = baseline.in_cache(Path(config.data.cache).expanduser(), engine.units(), data)
+    found = baseline.read(cached, data)
+    if found is None:
+        found = baseline.compute(engine, data, config.batch_sequences, config.log.progress)
+    if ranks.is_first():
+        for path in (cached, run.folder / BASELINE):
+            baseline.write(path, found, data)
+    return found
 
 
 def _announce(run: Run) -> None:
@@ -454,14 +498,18 @@ def _rehearse(run: Run) -> None:
     so weights and state do not change.
     """
     config, parts = run.config, run.parts
-    sequences = min(config.batch_sequences, 2 * parts.plan.micro_batch * ranks.size())
+    sequences = min(config.most_windows, 2 * parts.plan.micro_batch * ranks.size())
     shape = (sequences, config.data.seq_len + 1)
     # not the token with which documents start, because long ones need the most memory
     batch = torch.full(shape, int(run.data.tokenizer.bos_id == 0), dtype=torch.int64)
+    pairs = None
+    if config.objective.name != "pretrain":  # an example for each sequence
+        batch[:, 0] |= BEGINS
+        pairs = Pairs(torch.arange(sequences // 2 * 2), torch.zeros(sequences))
     parts.relora.optimizer.rehearsing = True
     try:
         with parts.meter.watch("step"):
-            parts.engine.step(batch, 0, 0.0, rehearsal=True)
+            parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
         run.rehearse_save()

@@ -16,22 +16,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from lowres import checkpoint, disk, lock, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
 from lowres.data.ahead import ReadAhead
+from lowres.data.batches import IGNORED, inputs_and_targets
+from lowres.data.chat.chat_data import padding_of
 from lowres.engine import StepReport
 from lowres.errors import CheckFailed, DoesNotFit, UserError
-from lowres.evaluate import evaluate_parts
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
-from lowres.running import Run
+from lowres.running import Batch, Run
 from lowres.runs import CHECKPOINTS
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
@@ -132,7 +132,7 @@ class _Loop:
             self.step += 1
 
             # ---- log
-            record = _record(run, self.step, schedule, report, seconds)
+            record = _record(run, self.step, schedule, report, seconds, batch)
             run.log.write(record)
             run.require_folder()
             self.bar.update()
@@ -151,11 +151,12 @@ class _Loop:
     def _ahead(self) -> ReadAhead:
         return ReadAhead(self.run.batch, self.total)
 
-    def take_step(self, batch: Tensor, schedule: float) -> StepReport:
+    def take_step(self, batch: Batch, schedule: float) -> StepReport:
         limits = self.run.watch.limits()
+        more: dict[str, Any] = {} if batch.pairs is None else {"pairs": batch.pairs}
         with self.enough_memory("a step"):
             return self.run.parts.engine.step(
-                batch, self.step, schedule, norm_limit=limits.norm, loss_limit=limits.loss
+                batch.windows, self.step, schedule, norm_limit=limits.norm, loss_limit=limits.loss, **more
             )
 
     @contextmanager
@@ -183,9 +184,7 @@ class _Loop:
     def evaluate(self) -> dict[str, float]:
         run = self.run
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
-            scores = evaluate_parts(
-                run.parts.engine, run.validation, run.token_bytes, run.config.batch_sequences
-            )
+            scores = run.evaluate()
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
         run.log.write({"step": self.step, **scores, **mixed})
@@ -353,10 +352,18 @@ def _due(step: int, every: int, total: int) -> bool:
     return bool(every) and (step % every == 0 or step == total)
 
 
-def _record(run: Run, step: int, schedule: float, report: StepReport, seconds: float) -> dict[str, Any]:
+def _record(
+    run: Run, step: int, schedule: float, report: StepReport, seconds: float, batch: Batch
+) -> dict[str, Any]:
     """The metrics of the step that has just been done; `step` counts it."""
     config = run.config
     lr = (config.optim.lr or 0) * schedule
+    tokens, packing = config.train.batch_tokens, dict[str, float]()
+    if config.objective.name != "pretrain":
+        inputs, targets = inputs_and_targets(batch.windows)
+        trained, padding = int((targets != IGNORED).sum()), padding_of(batch.windows)
+        tokens = round(inputs.numel() * (1 - padding))
+        packing = {"targets": trained, "padding": padding}
     return {
         "step": step,
         "tokens": run.tokens_at(step),
@@ -364,9 +371,11 @@ def _record(run: Run, step: int, schedule: float, report: StepReport, seconds: f
         "lr": lr,
         "lr_over_batch": lr / config.batch_sequences,
         "grad_norm": report.grad_norm,
-        "tokens_per_s": config.train.batch_tokens / seconds,
+        "tokens_per_s": tokens / seconds,
         **run.parts.meter.readings(),
         "skipped": report.skipped,
+        **packing,
+        **report.readings,
         **(run.parts.relora.readings(step) if config.relora.enabled else {}),
     }
 

@@ -189,8 +189,8 @@ def rows_of(modules: dict[str, ModuleType], n: int, dtype: torch.dtype) -> None:
 def others(modules: dict[str, ModuleType], dtype: torch.dtype) -> None:
     modules["rotary"].rotate(empty(2, 4, 32, 128, dtype=dtype), empty(4, 128), empty(4, 128), -1.0)
     targets, losses = empty(4, dtype=torch.int64), empty(4, dtype=torch.float64)
-    for weight in None, 0.5:
-        modules["loss"].cross_entropy(empty(4, 32003, dtype=dtype), targets, losses, weight)
+    for weights in None, empty(4):
+        modules["loss"].cross_entropy(empty(4, 32003, dtype=dtype), targets, losses, weights)
     stored = codes(64, GROUP), empty(64, 1, dtype=torch.bfloat16)
     modules["groups"].encode(empty(64, GROUP, dtype=dtype), *stored)
     modules["groups"].decode(*stored, empty(64, GROUP, dtype=dtype))

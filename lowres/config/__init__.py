@@ -12,6 +12,7 @@ file and `--set` is in `lowres.config_file`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -89,8 +90,21 @@ class Config(Section):
         return self.train.batch_tokens // self.data.seq_len
 
     @property
+    def most_windows(self) -> int:
+        """Sequences of data.seq_len tokens that a step has at most: of tuning there are fewer, as examples
+        are packed."""
+        return self.batch_sequences * (2 if self.objective.name == "dpo" else 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a sequence may hold several documents that do not see each other."""
+        return self.data.document_mask or self.objective.name != "pretrain"
+
+    @property
     def warmup_steps(self) -> int:
         tenth = self.train.total_steps // 10
+        if self.schedule.warmup_ratio is not None:
+            return math.ceil(self.train.total_steps * self.schedule.warmup_ratio)
         asked = self.schedule.warmup_steps
         return tenth if asked is None else min(asked, tenth)
 

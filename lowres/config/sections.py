@@ -288,21 +288,6 @@ class DataConfig(Section):
         return self.model_copy(update={"mixture": (), "source": part.source} | own)
 
 
-class ObjectiveConfig(Section):
-    """What is trained: a language model on text, the answers of chats, or the better of two answers."""
-
-    name: Literal["pretrain", "sft", "dpo"] = "pretrain"
-    """pretrain: every token of text. sft: the answers in chats (supervised fine-tuning). dpo: pairs of a
-    chosen and a rejected answer (direct preference optimization)."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """sft, dpo: which tokens of a chat are targets: those of the assistant's turns, or all."""
-
-    @property
-    def form(self) -> str:
-        """What the rows of the data are; see `text.Source`."""
-        return {"pretrain": TEXT, "sft": CHATS, "dpo": PAIRS}[self.name]
-
-
 class GeneralPart(Section):
     """A part of a mixture. The keys that say how a source is read have the values of [data] by default."""
 
@@ -350,6 +335,33 @@ else:
         },
     )
     DataConfig.model_rebuild()
+
+
+class ObjectiveConfig(Section):
+    """What is trained, and on what."""
+
+    name: Literal["pretrain", "sft", "dpo"] = "pretrain"
+    """pretrain: text. sft: chats, supervised tuning. dpo: pairs of a better and a worse answer, preference
+    tuning (arXiv 2305.18290)."""
+    train_on: Literal["assistant", "all"] = "assistant"
+    """sft, dpo: which tokens of a chat are targets: those of the assistant's turns, or all."""
+    reduction: Literal["tokens", "sequences"] = "tokens"
+    """sft: the loss of a step is the mean over all its trained tokens, or the mean over its chats of the mean
+    of each."""
+    loss: Literal["sigmoid_norm", "sigmoid", "ipo", "simpo"] = "sigmoid_norm"
+    """dpo: sigmoid_norm: -log sigmoid of beta times the difference between the two answers in how much the
+    mean log-probability of their tokens has grown (Tulu 3, SmolTulu). sigmoid: of the sum, as in the paper
+    on DPO. ipo: the square of this difference of means less 1 / (2 beta) (arXiv 2310.12036). simpo: the mean
+    log-probability itself, without a reference, less gamma (arXiv 2405.14734)."""
+    beta: Rate = 5.0
+    """dpo: how strongly the model is held to where it began; about 0.1 with sigmoid, which takes sums."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """dpo with simpo: the margin that a pair should have."""
+
+    @property
+    def form(self) -> str:
+        """What the rows of the data are; see `text.Source`."""
+        return {"pretrain": TEXT, "sft": CHATS, "dpo": PAIRS}[self.name]
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -460,11 +472,13 @@ SCHEDULE_KEYS = {
 class ScheduleConfig(Section):
     """The learning rate during the run, as a factor on the peak rates."""
 
-    name: Literal["cosine", "sawtooth", "wsd", "constant"] = "cosine"
-    """cosine: decays to min_ratio. sawtooth: the same, but every cycle starts with a new warm-up. wsd:
-    constant, then a linear cooldown."""
+    name: Literal["cosine", "linear", "sawtooth", "wsd", "constant"] = "cosine"
+    """cosine, linear: decays to min_ratio. sawtooth: as cosine, but every cycle starts with a new warm-up.
+    wsd: constant, then a linear cooldown."""
     warmup_steps: Count | None = None
     """Steps of linear learning-rate warm-up; at most a tenth of the run, which is the default."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a fraction of the run, without a limit."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Lowest learning rate of the decay, as a fraction of the peak."""
     cycle_steps: Positive = 1000
@@ -552,6 +566,9 @@ class TrainConfig(Section):
     """Optimizer steps of the run; default 1000 (give steps or tokens, not both)."""
     tokens: Positive | None = resumable(None)
     """Length of the run in tokens instead of steps; rounded up to whole steps."""
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = resumable(None)
+    """Length of the run in passes over the data instead of steps; rounded up to whole steps. Not for streams
+    and mixtures."""
     batch_tokens: Batch = resumable(8192)
     """Tokens per optimizer step; a multiple of data.seq_len. When it changes, optim.batch_policy decides how
     the learning rate changes."""
@@ -580,8 +597,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
-        if self.steps is not None and self.tokens is not None:
-            raise ValueError("tokens: steps and tokens both set the length of the run; give one of them")
+        given = [key for key in ("epochs", "tokens", "steps") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{given[0]}: {given[1]} and {given[0]} both set the length of the run; give one of them"
+            )
         return self
 
     @property

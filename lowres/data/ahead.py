@@ -8,11 +8,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from typing import TypeVar
-
-from torch import Tensor
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+B = TypeVar("B")  # a batch
 
 
 def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Generator[T]:
@@ -67,24 +66,24 @@ def read_ahead(items: Iterable[T], weight: Callable[[T], int], limit: int) -> Ge
             changed.notify_all()
 
 
-class ReadAhead:
+class ReadAhead(Generic[B]):
     """`read(step)` for consecutive steps, one ahead, in a thread. An error is raised at the step whose batch
     cannot be read. The thread does not keep the process alive."""
 
-    def __init__(self, read: Callable[[int], Tensor], end: int) -> None:
+    def __init__(self, read: Callable[[int], B], end: int) -> None:
         """end: no step from this one on is read."""
         self._read, self._end = read, end
-        self._coming: tuple[int, Future[Tensor]] | None = None
+        self._coming: tuple[int, Future[B]] | None = None
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int) -> B:
         """The batch of a step; the next one starts to be read."""
         found = self._coming[1] if self._coming and self._coming[0] == step else self._start(step)
         batch = found.result()
         self._coming = (step + 1, self._start(step + 1)) if step + 1 < self._end else None
         return batch
 
-    def _start(self, step: int) -> Future[Tensor]:
-        future: Future[Tensor] = Future()
+    def _start(self, step: int) -> Future[B]:
+        future: Future[B] = Future()
 
         def work() -> None:
             try:

@@ -30,6 +30,11 @@ class Data(ABC):
     @abstractmethod
     def train_tokens(self) -> int | None: ...
 
+    def epoch(self, reached: int) -> int | None:
+        """Sequences in an epoch; None if that is not known. reached: of a stream, whose end may be waited
+        for, see `TokenData`."""
+        return None
+
     @abstractmethod
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].

@@ -17,6 +17,7 @@ from lowres.engine.autograd import AutogradEngine
 from lowres.engine.common import Choice, EngineSettings, StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Starts, Units, is_adapted
+from lowres.objective import Pairs
 from lowres.rooms import Rooms
 from lowres.storage import Unit
 
@@ -49,11 +50,13 @@ class Engine(Protocol):
         rehearsal: bool = False,
         norm_limit: float | None = None,
         loss_limit: float | None = None,
+        pairs: Pairs | None = None,
     ) -> StepReport:
-        """One optimizer step on batch int64 [sequences, seq_len + 1].
+        """One optimizer step on batch int64 [sequences, seq_len + 1], words of `data.batches`.
 
         step: completed steps before this one. schedule: factor on the peak learning rates. rehearsal: do
-        everything, but refuse the update, so that weights and state do not change.
+        everything, but refuse the update, so that weights and state do not change. pairs: of the batch, if
+        the objective is about pairs.
 
         loss_limit: the largest accepted loss. Above it, as with a loss that is not finite, the whole step is
         refused. norm_limit: the largest accepted norm of the gradient. The layer-major engine adds the norm
@@ -65,6 +68,11 @@ class Engine(Protocol):
 
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         """Sum of the loss (nats) over the targets of batch, and their number."""
+
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """For every target of batch int64 [S, T + 1], on the host: its log-probability (nats), fp32 [S, T],
+        and whether no token is likelier, bool [S, T] (of equally likely ones, the first). 0 and False where
+        the target does not count."""
 
     def logits(self, tokens: Tensor) -> Tensor:
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
@@ -84,8 +92,8 @@ def make_engine(
 ) -> Engine:
     """The engine of a run, with adapters if the units have some. Without an optimizer it can only evaluate;
     the layerwise engine then also serves a deepspeed run. choice: see the plan. starts: see
-    `EngineSettings`; given if data.document_mask asks for it."""
-    assert (starts is not None) == config.data.document_mask
+    `EngineSettings`; given if data.document_mask or an objective asks for it."""
+    assert (starts is not None) == config.packed
     settings = EngineSettings.of(config, choice, rooms.device, is_adapted(units), starts)
     engine = AutogradEngine if config.memory.engine == "autograd" else LayerwiseEngine
     return engine(config.model, units, optimizer, rooms, settings)

@@ -7,6 +7,7 @@ whole model in compute precision and a gradient for every parameter, so it needs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from lowres.engine.common import (
     documents_of,
     split,
     square,
+    weighed_batch,
 )
 from lowres.model import Dropout, Llama, Units
+from lowres.objective import Pairs
 from lowres.rooms import Rooms
 from lowres.storage import Unit
 
@@ -74,10 +77,12 @@ class AutogradEngine:
         rehearsal: bool = False,
         norm_limit: float | None = None,
         loss_limit: float | None = None,
+        pairs: Pairs | None = None,
     ) -> StepReport:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
         inputs, targets, count, documents = self._micro_batches(batch)
+        weighed = weighed_batch(self, batch, pairs, self.settings.objective, self.settings.compute)
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
             for name, p in self.model.named_parameters()
@@ -86,9 +91,14 @@ class AutogradEngine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.dropout.step, self.dropout.first = step, 0
         self.rooms.phase = "forward and backward"
+        first, divisor = 0, count if weighed is None else 1
         for tokens, wanted, lengths in zip(inputs, targets, documents, strict=True):
-            loss = self.model(self._here(tokens), self._here(wanted), self.settings.loss_chunk, lengths)
-            (loss / count).backward()
+            part, first = slice(first, first + len(tokens)), first + len(tokens)
+            weights = None if weighed is None else self._here(weighed.weights[part])
+            loss = self.model(
+                *(self._here(tokens), self._here(wanted), self.settings.loss_chunk, lengths), weights=weights
+            )
+            (loss / divisor).backward()
             total += loss.detach()
             for name, grad in grads.items():
                 parameter = self.model.get_parameter(name)
@@ -100,9 +110,10 @@ class AutogradEngine:
         self.rooms.phase = "update"
         with torch.no_grad():
             allowed = Limits.of(norm_limit, loss_limit)
-            report = self._update(grads, total / count, step, schedule, rehearsal, allowed)
+            mean = total / divisor if weighed is None or weighed.loss is None else weighed.loss
+            report = self._update(grads, mean, step, schedule, rehearsal, allowed)
         self.rooms.phase = ""
-        return report
+        return report if weighed is None else replace(report, readings=weighed.readings)
 
     def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
         return split(batch, self.settings.micro_batch, self.rooms, self.settings.starts)
@@ -149,6 +160,17 @@ class AutogradEngine:
             for i, t, lengths in zip(inputs, targets, documents, strict=True)
         ]
         return float(torch.stack(losses).sum()), count
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        self._load()
+        inputs, targets, _, documents = self._micro_batches(batch)
+        found = [
+            self.model(self._here(i), self._here(t), self.settings.loss_chunk, lengths, each=True)
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
+        ]
+        each, likeliest = torch.cat(found, 1).cpu()
+        return each, likeliest.bool()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

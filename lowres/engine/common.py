@@ -14,6 +14,7 @@ from lowres.config import Config, ReloraConfig
 from lowres.data.batches import BEGINS, IGNORED, inputs_and_targets
 from lowres.kernels import forms
 from lowres.model import Lengths, Starts, lengths_of
+from lowres.objective import Examples, Objective, Pairs, make_objective
 from lowres.rooms import HOST, Homes, Rooms
 from lowres.storage import FORMATS, Unit, compute_dtype
 from lowres.target import CUDA, kind_of
@@ -53,7 +54,8 @@ class EngineSettings:
     cores want rows of a multiple of 16 bytes. int8: multiply the codes of INT8 weights; wide_gradients:
     except in the products for their gradients. transposes: INT8 products need both operands contiguous along
     the sum, so the backward pass transposes codes. fused: see `lowres.engine.fused`. starts: where documents
-    start that do not see each other; None if all tokens before are context.
+    start that do not see each other; None if all tokens before are context. objective: what a step
+    minimises; None for the mean over its targets.
     """
 
     micro_batch: int
@@ -72,6 +74,7 @@ class EngineSettings:
     transposes: bool = False
     fused: bool = False
     starts: Starts | None = None
+    objective: Objective | None = None
 
     @classmethod
     def of(
@@ -105,6 +108,7 @@ class EngineSettings:
             int8 and on_gpu,
             int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu and forms.possible(CUDA)),
             starts,
+            make_objective(config.objective),
         )
 
     @property
@@ -120,7 +124,8 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What happened in a step. loss: mean over the targets, nats. grad_norm: global, before limiting.
+    """What happened in a step. loss: of the objective; otherwise the mean over the targets, nats. grad_norm:
+    global, before limiting. readings: of the objective.
 
     skipped: units (embedding, blocks, head) that were not updated because the loss, or the gradient of this
     unit or of a later one in the forward pass, was not finite or above its limit. 0 in a normal step. norms:
@@ -131,6 +136,7 @@ class StepReport:
     grad_norm: float
     skipped: int
     norms: Mapping[str, float] = field(default_factory=dict)
+    readings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,83 @@ def split(
 def _locked(tokens: Tensor, rooms: Rooms) -> Tensor:
     """Page-locked for CUDA, so that the host does not wait for the copy to the device."""
     return tokens.contiguous().pin_memory() if rooms.device.type == "cuda" else tokens
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which example each target of a batch belongs to. owner: int64 [S, T]. counts: int64 [E], of targets.
+    pairs: see `objective`."""
+
+    owner: Tensor
+    counts: Tensor
+    pairs: Pairs | None
+
+    @classmethod
+    def of(cls, batch: Tensor, pairs: Pairs | None) -> Grouping:
+        """batch: int64 [S, T + 1], words. Every sequence begins with an example."""
+        begins = MARKED.where(batch[:, :-1])
+        owner = begins.flatten().long().cumsum(0).sub_(1).view_as(begins)
+        counted = inputs_and_targets(batch)[1] != IGNORED
+        return cls(owner, torch.bincount(owner[counted], minlength=int(begins.sum())), pairs)
+
+    def to(self, device: torch.device) -> Grouping:
+        reference = self.pairs and self.pairs.reference
+        reference = None if reference is None else reference.to(device)
+        pairs = self.pairs and Pairs(self.pairs.order.to(device), reference)
+        return Grouping(self.owner.to(device), self.counts.to(device), pairs)
+
+
+def one_example_each(batch: Tensor) -> Grouping:
+    """The grouping of a batch [S, T] whose sequences are one example each; every two of them are a pair."""
+    owner = torch.arange(len(batch)).unsqueeze(1).expand(batch.shape)
+    pairs = Pairs(torch.arange(len(batch) // 2 * 2), torch.zeros(len(batch)))
+    return Grouping(owner, torch.ones(len(batch), dtype=torch.int64), pairs)
+
+
+def weigh(
+    objective: Objective, grouping: Grouping, each: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """The loss of a step, fp64 scalar; the weight of each target, [S, T] in dtype, with which the gradient of
+    the weighted sum of all losses is that of the step; and the readings of the objective.
+
+    each: the log-probability of every target [S, T], 0 where it does not count; None if the objective is
+    linear, and then there is no loss either.
+    """
+    owner, counts = grouping.owner, grouping.counts
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=owner.device)
+    if each is not None:
+        sums.index_add_(0, owner.flatten(), each.flatten().double())
+    order, reference = grouping.pairs or (None, None)
+    with torch.enable_grad():
+        loss, readings = objective(Examples(sums.requires_grad_(), counts, reference, order))
+        (slope,) = torch.autograd.grad(loss, sums)
+    return (None if each is None else loss.detach()), -slope.to(dtype)[owner], list(readings)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """What an objective makes of a batch before any gradient, see `weigh`. weights: on the host."""
+
+    loss: Tensor | None
+    weights: Tensor
+    readings: Mapping[str, float]
+
+
+class Scorer(Protocol):
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def weighed_batch(
+    engine: Scorer, batch: Tensor, pairs: Pairs | None, objective: Objective | None, compute: torch.dtype
+) -> Weighed | None:
+    """For engines that differentiate a whole micro-batch at once: an objective that is not linear costs them
+    one more forward pass. None without an objective."""
+    if objective is None:
+        return None
+    each = None if objective.linear else engine.log_probabilities(batch)[0]
+    dtype = torch.promote_types(compute, torch.float32)
+    loss, weights, readings = weigh(objective, Grouping.of(batch, pairs), each, dtype)
+    return Weighed(loss, weights, dict(zip(objective.names, map(float, readings), strict=True)))
 
 
 def documents_of(tokens: Tensor, starts: Starts | None) -> Documents:

@@ -36,12 +36,14 @@ from lowres.engine.boundaries import Boundaries, Boundary
 from lowres.engine.common import (
     Documents,
     EngineSettings,
+    Grouping,
     Limits,
     StepReport,
     Updater,
     documents_of,
     split,
     sum_of_squares,
+    weigh,
 )
 from lowres.engine.fused import FusedWeights, norm_backward
 from lowres.engine.layout import Layout, UnitBytes, aligned_elements, gradient_dtype
@@ -59,6 +61,7 @@ from lowres.engine.working import (
 )
 from lowres.kernels import loss as loss_kernels
 from lowres.kernels import norm as norm_kernels
+from lowres.kernels.loss import Weight
 from lowres.model import (
     EMBEDDING_NAME,
     Dropout,
@@ -69,12 +72,14 @@ from lowres.model import (
     rms_norm,
     rope_tables,
 )
-from lowres.rooms import Mover, Rooms
+from lowres.objective import Pairs
+from lowres.rooms import HOST, Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 from lowres.target import chunks, kind_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Score = Callable[[slice, Tensor, Tensor], None]  # see `LayerwiseEngine._score`
 
 
 def _settled(
@@ -131,7 +136,10 @@ class LayerwiseEngine:
         self._grads = self._gradient_buffers() if optimizer is not None else {}
         self._boundaries: Boundaries | None = None
         self._whole: Positions  # in sequences of the reserved length
-        self._documents: Documents = None  # of the batch at work
+        # of the batch at work
+        self._documents: Documents = None
+        self._grouping: Grouping | None = None
+        self._readings: list[Tensor] = []
 
     def _forward_visits(self) -> list[Visit]:
         return [Visit(("embed",)), *(Visit(band) for band in self.bands)]
@@ -258,43 +266,97 @@ class LayerwiseEngine:
         return WorkingMatrix(table, None if grad is None else Gradient(grad, self._additions))
 
     @_settled
-    def _loss(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> Tensor:
-        """Sum of the loss, fp64 scalar, after a forward pass."""
+    def _score(self, inputs: Tensor, targets: Tensor, kept: Boundaries, score: Score) -> None:
+        """A forward pass without a stash. score: called for each chunk of tokens with its place in the
+        flattened batch, its logits [tokens, V], which it may overwrite, and its targets [tokens]."""
         visits = [*self._forward_visits(), Visit(("head",))]
         self._forward(inputs, kept, visits, training=False)
         self.rooms.phase = "loss"
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._residence.visit() as units:
             (w,) = self._working(units)
-            head = self._head_matrix(w, None)
-            for part in self._micro_batches(targets):
-                x, wanted = kept.output.get(part).flatten(0, 1), targets[part].flatten()
+            self._score_output(w["norm"], self._head_matrix(w, None), targets, kept, score)
 
-                def add(some: slice, x: Tensor = x, wanted: Tensor = wanted) -> None:
-                    total.add_(self._loss_of(x[some], wanted[some], w["norm"], head, None)[0])
+    def _score_output(
+        self, norm: Tensor, head: WorkingMatrix, targets: Tensor, kept: Boundaries, score: Score
+    ) -> None:
+        """`_score` after the forward pass."""
+        for part in self._micro_batches(targets):
+            x, wanted = kept.output.get(part).flatten(0, 1), targets[part].flatten()
+            first = part.start * targets.shape[1]
 
-                self._tokens.each(len(x), add)
+            def of_chunk(some: slice, x: Tensor = x, wanted: Tensor = wanted, first: int = first) -> None:
+                place = slice(first + some.start, first + some.stop)
+                score(place, self._logits_of(x[some], norm, head)[0], wanted[some])
+
+            self._tokens.each(len(x), of_chunk)
+
+    def _loss(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> Tensor:
+        """Sum of the loss, fp64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def add(place: slice, logits: Tensor, wanted: Tensor) -> None:
+            total.add_(self._cross_entropy(logits, wanted, None).sum())
+
+        self._score(inputs, targets, kept, add)
         return total
 
+    def _each_target(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> tuple[Tensor, Tensor]:
+        """What `log_probabilities` returns, on the device and flattened."""
+        found = torch.zeros(targets.numel(), dtype=torch.float32, device=self.device)
+        likeliest = torch.zeros(targets.numel(), dtype=torch.bool, device=self.device)
+
+        def put(place: slice, logits: Tensor, wanted: Tensor) -> None:
+            likeliest[place] = logits.argmax(1) == wanted
+            found[place] = -self._cross_entropy(logits, wanted, None)
+
+        self._score(inputs, targets, kept, put)
+        return found, likeliest
+
     def _loss_and_backward(self, w: dict[str, Any], kept: Boundaries, targets: Tensor, count: int) -> Tensor:
-        """Mean loss. Its gradient goes into the carry, the gradients of norm and head into their buffers."""
+        """The loss of the step. Its gradient goes into the carry, the gradients of norm and head into their
+        buffers."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         tied = self._grads["embed"][EMBEDDING_NAME].zero_() if self.config.tie_embeddings else None
         head = self._head_matrix(w, tied)
+        loss, weights = self._weights_of_targets(w["norm"], head, targets, kept)
         for part in self._micro_batches(targets):
             x, dx = kept.output.get(part), kept.carry.blank(part)
+            weight = 1 / count if weights is None else weights[part].flatten()
             flat = x.flatten(0, 1), dx.flatten(0, 1), targets[part].flatten()
             first = part.start * targets.shape[1]
-            self._tokens.each(len(flat[0]), partial(self._add_loss, w, head, total, count, first, *flat))
+            self._tokens.each(len(flat[0]), partial(self._add_loss, w, head, total, weight, first, *flat))
             kept.carry.put(part, dx)
-        return total / count
+        if loss is not None:
+            return loss
+        return total / count if weights is None else total
+
+    def _weights_of_targets(
+        self, norm: Tensor, head: WorkingMatrix, targets: Tensor, kept: Boundaries
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The weights that the objective gives to the targets [S, T], and the loss, if it needs all
+        log-probabilities first; these cost one more pass of the head."""
+        objective = self.settings.objective
+        if objective is None:
+            return None, None
+        assert self._grouping is not None, "the batch of an objective has no examples"
+        each = None
+        if not objective.linear:
+            each = torch.zeros(targets.numel(), dtype=torch.float64, device=self.device)
+
+            def put(place: slice, logits: Tensor, wanted: Tensor) -> None:
+                each[place] = -self._cross_entropy(logits, wanted, None)
+
+            self._score_output(norm, head, targets, kept, put)
+        dtype = torch.promote_types(self.compute, torch.float32)
+        loss, weights, self._readings = weigh(objective, self._grouping, each, dtype)
+        return loss, weights
 
     def _add_loss(
         self,
         w: dict[str, Any],
         head: WorkingMatrix,
         total: Tensor,
-        count: int,
+        weight: float | Tensor,
         first: int,
         x: Tensor,
         dx: Tensor,
@@ -302,10 +364,15 @@ class LayerwiseEngine:
         some: slice,
     ) -> None:
         """Loss and gradients of some tokens of a micro-batch x [tokens, D], whose gradient dx may be the same
-        memory. first: the micro-batch's first token in the batch."""
+        memory. first: the micro-batch's first token in the batch. weight: of the losses; of each, [tokens],
+        `total` gets the weighted sum."""
         self._additions.end = first + some.stop
         h = x[some]
-        loss, logits, normed = self._loss_of(h, targets[some], w["norm"], head, 1 / count)
+        logits, normed = self._logits_of(h, w["norm"], head)
+        of_each = isinstance(weight, Tensor)
+        own = weight[some] if isinstance(weight, Tensor) else weight
+        losses = self._cross_entropy(logits, targets[some], own)
+        loss = (losses * own if of_each else losses).sum()
         d_logits = logits.to(self.compute)
         del logits  # in bf16 both are large
         d_normed = head.backward(d_logits, normed)
@@ -315,20 +382,20 @@ class LayerwiseEngine:
         dx[some] = dh
         total += loss
 
-    def _loss_of(
-        self, h: Tensor, targets: Tensor, norm: Tensor, head: WorkingMatrix, weight: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a chunk of tokens h [tokens, D]: the sum of the loss; the gradient of `weight` times that sum by
-        the logits; and the normalised h."""
+    def _logits_of(self, h: Tensor, norm: Tensor, head: WorkingMatrix) -> tuple[Tensor, Tensor]:
+        """Of a chunk of tokens h [tokens, D]: the logits [tokens, V], and the normalised h."""
         if not self.settings.fused:
             normed = rms_norm(h, norm, self.config.norm_eps)
-            logits = matmul_wide(normed, head.value.T)
-            return cross_entropy(logits, targets, weight), logits, normed
+            return matmul_wide(normed, head.value.T), normed
         normed = norm_kernels.rms_norm(h, norm, self.config.norm_eps)
         # a CPU has no product of bf16 numbers with an fp32 result
         on_cpu = kind_of(self.device) == "cpu"
-        logits = normed @ head.value.T if on_cpu else matmul_wide(normed, head.value.T)
-        return loss_kernels.cross_entropy(logits, targets, weight), logits, normed
+        return normed @ head.value.T if on_cpu else matmul_wide(normed, head.value.T), normed
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, weight: Weight) -> Tensor:
+        """The loss of each target, fp64 [tokens]. The logits may be overwritten; with a weight, they become
+        the gradient of weight times the sum of the losses."""
+        return (loss_kernels.cross_entropy if self.settings.fused else cross_entropy)(logits, targets, weight)
 
     def _norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x [tokens, D] under the final norm; that of the weight is added to its buffer."""
@@ -382,14 +449,23 @@ class LayerwiseEngine:
         rehearsal: bool = False,
         norm_limit: float | None = None,
         loss_limit: float | None = None,
+        pairs: Pairs | None = None,
     ) -> StepReport:
         inputs, targets, count, documents = self._on_device(batch)
-        allowed = Limits.of(norm_limit, loss_limit)
-        results = self.enqueue(inputs, targets, count, step, schedule, rehearsal, allowed, documents)
+        objective, allowed = self.settings.objective, Limits.of(norm_limit, loss_limit)
+        with self.rooms.allocate_in(HOST):
+            grouping = Grouping.of(batch, pairs) if objective else None
+        results = self.enqueue(
+            *(inputs, targets, count, step, schedule, rehearsal, allowed, documents),
+            grouping and grouping.to(self.device),
+        )
         numbers = torch.stack(results).tolist()  # the only wait for the device
-        loss, norm, updated, *norms = numbers
-        by_unit = dict(zip(self._units, norms, strict=True))
-        return StepReport(loss, norm, len(self._units) - int(updated), by_unit)
+        loss, norm, updated, *rest = numbers
+        norms, readings = rest[: len(self._units)], rest[len(self._units) :]
+        return StepReport(
+            *(loss, norm, len(self._units) - int(updated), dict(zip(self._units, norms, strict=True))),
+            dict(zip(objective.names, readings, strict=True)) if objective else {},
+        )
 
     def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int, Documents]:
         """Inputs and targets, the number of targets that count, and the documents: 16 bytes a token, copied
@@ -410,16 +486,17 @@ class LayerwiseEngine:
         rehearsal: bool,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         documents: Documents = None,
+        grouping: Grouping | None = None,
     ) -> list[Tensor]:
         """Enqueue all work of a step and wait for none of it. inputs, targets [sequences, T], on the device;
-        count, documents: see `split`.
+        count, documents: see `split`. grouping: on the device, if there is an objective.
 
-        Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated, and
-        the norm of the gradient of every unit. Once the host has read them, all copies are done and host
-        slabs are complete.
+        Returns fp64 scalars on the device: loss, norm of the gradient, number of units that were updated, the
+        norm of the gradient of every unit, and the readings of the objective. Once the host has read them,
+        all copies are done and host slabs are complete.
         """
         assert self.optimizer is not None, "this engine was made without an optimizer"
-        self._documents = documents
+        self._documents, self._grouping, self._readings = documents, grouping, []
         kept = self.reserve(len(inputs), inputs.shape[1], training=True)
         backward, clip = self._backward_visits(), self.settings.grad_clip
         norm_only = [Visit(visit.units) for visit in backward] if clip else []
@@ -453,7 +530,7 @@ class LayerwiseEngine:
         self.dropout.step = None
         self._join()
         norms = (squares[name].sqrt() for name in self._units)
-        return [loss, total.sqrt(), updated.double(), *norms]
+        return [loss, total.sqrt(), updated.double(), *norms, *self._readings]
 
     def _join(self) -> None:
         """Let what is enqueued next wait for all copies. So host slabs are complete as soon as its result is
@@ -498,13 +575,28 @@ class LayerwiseEngine:
     @_settled
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        inputs, targets, count, self._documents = self._on_device(batch)
-        kept = self.reserve(len(inputs), inputs.shape[1], training=False)
-        loss = self._sequences.again(len(inputs), partial(self._loss, inputs, targets, kept))
-        self._join()
+        loss, count = self._scored(batch, self._loss)
         total = float(loss)
         self.rooms.phase = ""
         return total, count
+
+    @_settled
+    @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        (found, likeliest), _ = self._scored(batch, self._each_target)
+        shape = len(batch), batch.shape[1] - 1
+        with self.rooms.allocate_in(HOST):
+            on_host = found.view(shape).cpu(), likeliest.view(shape).cpu()
+        self.rooms.phase = ""
+        return on_host
+
+    def _scored(self, batch: Tensor, work: Callable[[Tensor, Tensor, Boundaries], R]) -> tuple[R, int]:
+        """What work makes of inputs and targets, enqueued, and the number of targets that count."""
+        inputs, targets, count, self._documents = self._on_device(batch)
+        kept = self.reserve(len(inputs), inputs.shape[1], training=False)
+        found = self._sequences.again(len(inputs), partial(work, inputs, targets, kept))
+        self._join()
+        return found, count
 
     @_settled
     @torch.no_grad()

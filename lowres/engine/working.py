@@ -17,6 +17,7 @@ from lowres.data.batches import IGNORED
 from lowres.engine.common import EngineSettings
 from lowres.engine.layout import aligned_elements
 from lowres.engine.pieces import Additions
+from lowres.kernels.loss import Weight, of_tokens
 from lowres.model import PLAIN, Dropout, lora
 from lowres.storage import Storage, TensorSpec
 from lowres.target import kind_of
@@ -209,12 +210,13 @@ class _Last(torch.autograd.Function):
     backward = _Multiply.backward
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are overwritten.
+def cross_entropy(logits: Tensor, targets: Tensor, weight: Weight) -> Tensor:
+    """The loss of each target, fp64 [tokens], from logits [tokens, V], which are overwritten; 0 for IGNORED.
 
-    With a weight, they become the gradient of weight times that sum. All of it is done in place, so that
-    the logits of a chunk are in memory only once.
+    With weights, the logits become the gradient of the weighted sum of the losses. All of it is done in
+    place, so that the logits of a chunk are in memory only once.
     """
+    weights = of_tokens(weight, logits)
     counts = targets != IGNORED
     index = targets.clamp_min(0).unsqueeze(1)
     top = logits.amax(1, keepdim=True)
@@ -223,8 +225,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tens
     logits.exp_()
     total = logits.sum(1, keepdim=True)
     losses = (total.log() - picked).squeeze(1)
-    if weight is not None:
+    if weights is not None:
         logits.div_(total)
         logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
-        logits.mul_(weight).masked_fill_(~counts.unsqueeze(1), 0.0)
-    return losses.double().masked_fill(~counts, 0.0).sum()
+        logits.mul_(weights.unsqueeze(1)).masked_fill_(~counts.unsqueeze(1), 0.0)
+    return losses.double().masked_fill(~counts, 0.0)

@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
-from lowres.engine.common import Documents, Limits, StepReport, documents_of, split
+from lowres.engine.common import Documents, Limits, StepReport, documents_of, split, weighed_batch
 from lowres.errors import UserError
 from lowres.model import Llama, Starts, storage_kinds, unit_specs
+from lowres.objective import Pairs, make_objective
 from lowres.optim import Optimizer
 from lowres.rooms import Rooms
 from lowres.storage import (
@@ -186,7 +187,7 @@ def settings(config: Config, micro_batch: int, device: torch.device) -> dict[str
     """The DeepSpeed configuration of a run; `own_keys` override values that only this function chooses."""
     asked, kept, cuda = config.deepspeed, config.memory, device.type == "cuda"
     lean = kept.weights == "bf16"
-    share = config.batch_sequences // ranks.size()
+    share = -(-config.most_windows // ranks.size())
     pinned = cuda if asked.pin_memory == "auto" else asked.pin_memory
     place = {"pin_memory": pinned} | ({"nvme_path": asked.nvme_path} if asked.nvme_path else {})
     bf16: dict[str, Any] = {"enabled": lean or compute_dtype(kept.activations_in, device) == torch.bfloat16}
@@ -248,9 +249,10 @@ class ZeroEngine:
     ) -> None:
         """optimizer: gives the learning rates and weight decays; DeepSpeed does the updates. starts: see
         `EngineSettings`."""
-        assert (starts is not None) == config.data.document_mask
+        assert (starts is not None) == config.packed
+        self.objective = make_objective(config.objective)
         self.config, self.rooms, self.device, self.starts = config, rooms, rooms.device, starts
-        self.micro_batch = min(micro_batch, config.batch_sequences // ranks.size())
+        self.micro_batch = min(micro_batch, -(-config.most_windows // ranks.size()))
         self.loss_chunk = config.memory.loss_chunk
         self.specs = unit_specs(config.model)
         self._rule = optimizer
@@ -304,22 +306,32 @@ class ZeroEngine:
         rehearsal: bool = False,
         norm_limit: float | None = None,
         loss_limit: float | None = None,
+        pairs: Pairs | None = None,
     ) -> StepReport:
         _, _, count, _ = self._micro_batches(batch)
+        weighed = weighed_batch(self, batch, pairs, self.objective, torch.float32)
+        weights: Sequence[Tensor | None] = [None] * len(batch)
+        if weighed is not None:
+            count, weights = 1, ranks.share(weighed.weights, 0).split(self.micro_batch)
         inputs, targets, _, documents = self._micro_batches(ranks.share(batch, IGNORED))
         for group, kept in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = kept.lr * schedule
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         self._engine.train()
         for i, (tokens, wanted, lengths) in enumerate(zip(inputs, targets, documents, strict=True)):
-            last = i == len(inputs) - 1
+            last, own = i == len(inputs) - 1, weights[i]
             self._engine.set_gradient_accumulation_boundary(last)
-            loss = self._engine(tokens.to(self.device), wanted.to(self.device), self.loss_chunk, lengths)
+            loss = self._engine(
+                *(tokens.to(self.device), wanted.to(self.device), self.loss_chunk, lengths),
+                weights=None if own is None else own.to(self.device),
+            )
             total += loss.detach()
             # DeepSpeed takes the mean over the ranks
             weight = ranks.size() / count
             if last:
                 (mean,) = ranks.total(float(total) / count)
+                if weighed is not None and weighed.loss is not None:
+                    mean = float(weighed.loss)
                 allowed = Limits.of(None, loss_limit).allow_loss(torch.tensor(mean, dtype=torch.float64))
                 refused = rehearsal or not allowed
                 # DeepSpeed skips a step, on all ranks, if gradients are not finite
@@ -327,7 +339,8 @@ class ZeroEngine:
             self._engine.backward(loss * weight, scale_wrt_gas=False)
         self._engine.step()
         skipped = len(self.specs) if self._zero.overflow else 0
-        return StepReport(mean, float(self._engine.get_global_grad_norm()), skipped)
+        readings = weighed.readings if weighed is not None else {}
+        return StepReport(mean, float(self._engine.get_global_grad_norm()), skipped, readings=readings)
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
@@ -339,6 +352,20 @@ class ZeroEngine:
             for i, t, lengths in zip(inputs, targets, documents, strict=True)
         ]
         return ranks.total(float(torch.stack(losses).double().sum()))[0], count
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        own = ranks.share(batch, IGNORED)
+        inputs, targets, _, documents = self._micro_batches(own)
+        self._engine.eval()
+        found = [
+            self._engine(i.to(self.device), t.to(self.device), self.loss_chunk, lengths, each=True).cpu()
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
+        ]
+        whole = torch.zeros(2, len(own) * ranks.size(), batch.shape[1] - 1)
+        whole[:, ranks.rank() :: ranks.size()] = torch.cat(found, 1)
+        each, likeliest = ranks.add(whole)[:, : len(batch)]
+        return each, likeliest.bool()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def components(config: Config, device: torch.device, ranks: int, micro_batch: in
         unit=max(sum(s.numel for s in unit.tensors) for unit in units),
         width=2 if keys["bf16"]["enabled"] else 4,
         kept=2 if config.memory.weights == "bf16" else 4,
-        accumulates=-(-config.batch_sequences // ranks) > micro_batch,
+        accumulates=-(-config.most_windows // ranks) > micro_batch,
         chunks=-(-micro_batch * config.data.seq_len // config.memory.loss_chunk),
     )
     offloaded = asked.offload_optimizer != "none"

@@ -8,28 +8,40 @@ from torch import Tensor
 from lowres.kernels import native
 from lowres.kernels.forms import NATIVE, PLAIN, TRITON, form_of
 
+Weight = float | Tensor | None  # of every loss in a sum: one for all, or fp32 [tokens]
 
-def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the losses, fp64 scalar, of logits [tokens, V] in fp32 or bf16, which may be overwritten.
 
-    targets: int64 [tokens]; a negative one does not count. With a weight, the logits become the gradient of
-    weight times that sum.
+def cross_entropy(logits: Tensor, targets: Tensor, weight: Weight) -> Tensor:
+    """The loss of each target, fp64 [tokens], from logits [tokens, V] in fp32 or bf16, which may be
+    overwritten.
+
+    targets: int64 [tokens]; a negative one does not count, its loss is 0. With weights, the logits become the
+    gradient of the weighted sum of the losses.
     """
+    weights = of_tokens(weight, logits)
     form = form_of(logits)
     losses = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     if form == NATIVE:
         name = f"cross_entropy_{native.suffix(logits.dtype)}"
-        how = int(weight is not None), float(weight or 0)
+        how = int(weights is not None), weights
         native.call(name, logits, targets.contiguous(), losses, *how, *logits.shape)
     elif form == TRITON:
         from lowres.kernels.gpu import loss
 
-        loss.cross_entropy(logits, targets, losses, weight)
+        loss.cross_entropy(logits, targets, losses, weights)
     elif form == PLAIN:
         counts, index = (targets >= 0).unsqueeze(1), targets.clamp_min(0).unsqueeze(1)
         logs = logits.float().log_softmax(1)
-        losses = (-logs.gather(1, index)).masked_fill(~counts, 0.0).double()
-        if weight is not None:
+        losses = (-logs.gather(1, index)).masked_fill(~counts, 0.0).double().squeeze(1)
+        if weights is not None:
             gradient = logs.exp().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-            logits.copy_(gradient.mul_(weight).masked_fill_(~counts, 0.0))
-    return losses.sum()
+            logits.copy_(gradient.mul_(weights.unsqueeze(1)).masked_fill_(~counts, 0.0))
+    return losses
+
+
+def of_tokens(weight: Weight, logits: Tensor) -> Tensor | None:
+    """The weight of each of the tokens whose logits these are, in fp32 or better."""
+    if weight is None or isinstance(weight, Tensor):
+        return weight if weight is None else weight.contiguous()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.full((len(logits),), weight, dtype=dtype, device=logits.device)

@@ -151,7 +151,7 @@ class _Planner:
         crew: Crew,
     ) -> None:
         self.config, self.device, self.budgets, self.crew = config, device, budgets, crew
-        self.sequences = -(-config.batch_sequences // crew.ranks)  # per rank and step
+        self.sequences = -(-config.most_windows // crew.ranks)  # per rank and step
         self.footprint = Footprint(config, device, adapters, crew.ranks)
 
     def bands(self) -> tuple[int, ...]:
@@ -232,7 +232,7 @@ class _Planner:
         """What may move, sorted by the traffic in a step per byte that it frees on the GPU. So the carry
         comes last, and state before weights. State also costs less than the stash, unless its slots take as
         much as it frees: so it is if the embedding has state and the blocks have little."""
-        sequences, length = self.config.batch_sequences, self.config.data.seq_len
+        sequences, length = self.config.most_windows, self.config.data.seq_len
 
         def measured(moved: _Moved) -> tuple[int, int]:
             homes = moved.homes()

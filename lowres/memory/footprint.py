@@ -113,7 +113,7 @@ class Footprint:
         """Bytes on the GPU of everything that may live there or on the host, and of the slots to move it.
         All of it is always alive, so the peaks of two choices that differ only in homes differ by this."""
         slabs = layout.movable(
-            hosted, self.config.batch_sequences, self.config.data.seq_len, stash_on_host, carry_on_host
+            hosted, self.config.most_windows, self.config.data.seq_len, stash_on_host, carry_on_host
         )
         return self.at_rest - hosted.total + sum(slab.total for slab in slabs if slab.room == GPU)
 
@@ -128,7 +128,7 @@ class Footprint:
 
     def _layerwise(self, choice: Choice) -> list[Component]:
         """What the layer-major engine adds to weights and state."""
-        homes, sequences, length = choice.homes, self.config.batch_sequences, self.config.data.seq_len
+        homes, sequences, length = choice.homes, self.config.most_windows, self.config.data.seq_len
         layout = self.layout(choice.micro_batch, choice.band)
         hosted = layout.hosted(homes)
         movable = layout.movable(hosted, sequences, length, homes.stash, homes.carry)

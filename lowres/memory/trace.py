@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.device import wants_kernels
 from lowres.engine import Choice, EngineSettings, LayerwiseEngine
-from lowres.engine.common import Documents, Updater
+from lowres.engine.common import Documents, Updater, one_example_each
 from lowres.errors import UserError
 from lowres.kernels import forms
 from lowres.meter import LiveTensors
@@ -145,7 +145,7 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
-    key = (*parts, config.data.seq_len, config.data.document_mask, kind, adapters is not None, compiled)
+    key = (*parts, config.data.seq_len, config.packed, config.objective, kind, adapters is not None, compiled)
     if key not in tracers:
         tracers[key] = Tracer(config, kind, adapters, compiled)
     return tracers[key]
@@ -220,11 +220,15 @@ class Tracer:
             batch = torch.zeros(count * shape[0], shape[1], dtype=torch.int64)
         engine.reserve(len(batch), shape[1], training=True)
         documents = self._documents(*batch.shape)
-        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=documents)
+        grouping = None
+        if engine.settings.objective is not None:
+            with engine.rooms.allocate_in(HOST):
+                grouping = one_example_each(batch)
+        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=documents, grouping=grouping)
 
     def _documents(self, sequences: int, length: int) -> Documents:
         """One in each sequence: where they end does not matter to the memory."""
-        return [(length,)] * sequences if self._config.data.document_mask else None
+        return [(length,)] * sequences if self._config.packed else None
 
     @staticmethod
     def _cut(config: Config, layers: int) -> Config:

@@ -5,6 +5,7 @@ It calls the functions of `lowres.model.block` with its submodules as weights.""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -127,18 +128,39 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         chunk: int = 1024,
         documents: Sequence[Lengths] | None = None,
+        each: bool = False,
+        weights: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; with targets [B, T], the sum of the cross-entropy (nats) over
-        those other than -100, computed in chunks of tokens. documents: of each sequence, if it is not one."""
+        those other than -100, computed in chunks of tokens. documents: of each sequence, if it is not one.
+        weights: [B, T], of the targets in that sum.
+        each: instead of the sum, fp32 [2, B, T]: the log-probability of each target, and 1 where no token is
+        likelier; 0 and 0 where it is -100. It has no gradient."""
         x, head = self.hidden(tokens, documents), self.get_submodule(self._head)
         if targets is None:
             return head(x)
         pieces = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
-        losses = [checkpoint(_chunk_loss, h, head, t, use_reentrant=False) for h, t in pieces]
+        if each:
+            return torch.cat([_each_target(h, head, t) for h, t in pieces], 1).view(2, *targets.shape)
+        of_chunks = itertools.repeat(None) if weights is None else weights.flatten().split(chunk)
+        losses = [
+            checkpoint(_chunk_loss, h, head, t, w, use_reentrant=False)
+            for (h, t), w in zip(pieces, of_chunks, strict=False)
+        ]
         return torch.stack(losses).sum()
 
 
-def _chunk_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+def _chunk_loss(x: Tensor, head: nn.Module, targets: Tensor, weights: Tensor | None) -> Tensor:
     logits = head(x)
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(wide, targets, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(wide, targets, reduction="sum")
+    return (F.cross_entropy(wide, targets, reduction="none") * weights).sum()
+
+
+@torch.no_grad()
+def _each_target(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    logits = head(x)
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    found = -F.cross_entropy(wide, targets, reduction="none")
+    return torch.stack((found.float(), (logits.argmax(1) == targets).float()))

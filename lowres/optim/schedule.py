@@ -23,6 +23,8 @@ def factor(config: Config, step: int) -> float:
         return step / warmup
     if schedule.name == "cosine":
         return cosine(step, total, warmup, schedule.min_ratio)
+    if schedule.name == "linear":
+        return linear(step, total, warmup, schedule.min_ratio)
     if schedule.name == "wsd":
         cooldown = total // 5 if schedule.cooldown_steps is None else min(schedule.cooldown_steps, total)
         return wsd(step, total, cooldown, schedule.min_ratio)
@@ -33,6 +35,12 @@ def cosine(step: int, total: int, warmup: int, floor: float) -> float:
     """Half a cosine from 1 at the end of the warm-up to `floor` at `total` (Loshchilov and Hutter, 2016)."""
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * done))
+
+
+def linear(step: int, total: int, warmup: int, floor: float) -> float:
+    """A line from 1 at the end of the warm-up to `floor` at `total`."""
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1 - (1 - floor) * done
 
 
 def wsd(step: int, total: int, cooldown: int, floor: float) -> float:

@@ -81,7 +81,7 @@ def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, i
         state = sum(field_bytes(state_fields(optimizer.unit_fields(unit))).values())
         units[unit.name] = UnitBytes.of(unit, kinds, state, settings)
     layout = Layout(model, units, settings)
-    return layout.traffic(choice.homes, config.batch_sequences, config.data.seq_len)
+    return layout.traffic(choice.homes, config.most_windows, config.data.seq_len)
 
 
 def dequantised_elements(config: Config, compute: torch.dtype) -> int:

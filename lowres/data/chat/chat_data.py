@@ -95,6 +95,9 @@ class ChatData(Data):
         """Sequences in an epoch: chats, or pairs."""
         return self._train.documents
 
+    def epoch(self, reached: int) -> int:
+        return self.epoch_examples
+
     @property
     def validation_examples(self) -> int:
         """The same of the validation data."""

@@ -39,8 +39,8 @@ API void epilogue_bf16(const int32_t *acc, const float *row_scale, const float *
 // The loss of each row of logits [rows, n]; if differentiated, the logits become its gradient times weight.
 // A negative target does not count.
 template <class T>
-static void cross_entropy(T *logits, const int64_t *targets, double *losses, bool differentiated, float weight,
-                          int64_t rows, int64_t n) {
+static void cross_entropy(T *logits, const int64_t *targets, double *losses, bool differentiated,
+                          const float *weights, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         T *row = logits + i * n;
@@ -57,7 +57,7 @@ static void cross_entropy(T *logits, const int64_t *targets, double *losses, boo
             memset(row, 0, n * sizeof(T));
             continue;
         }
-        const float factor = weight / sum, picked = wide(row[target]);
+        const float weight = weights[i], factor = weight / sum, picked = wide(row[target]);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) put(row[j], exponential(wide(row[j]) - top) * factor);
         put(row[target], exponential(picked - top) * factor - weight);
@@ -65,13 +65,13 @@ static void cross_entropy(T *logits, const int64_t *targets, double *losses, boo
 }
 
 API void cross_entropy_fp32(float *logits, const int64_t *targets, double *losses, int64_t differentiated,
-                            double weight, int64_t rows, int64_t n) {
-    cross_entropy(logits, targets, losses, differentiated, (float)weight, rows, n);
+                            const float *weights, int64_t rows, int64_t n) {
+    cross_entropy(logits, targets, losses, differentiated, weights, rows, n);
 }
 
 API void cross_entropy_bf16(bf16 *logits, const int64_t *targets, double *losses, int64_t differentiated,
-                            double weight, int64_t rows, int64_t n) {
-    cross_entropy(logits, targets, losses, differentiated, (float)weight, rows, n);
+                            const float *weights, int64_t rows, int64_t n) {
+    cross_entropy(logits, targets, losses, differentiated, weights, rows, n);
 }
 
 // The INT8 stash: groups of 32 numbers with a bf16 scale.

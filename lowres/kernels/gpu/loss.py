@@ -9,20 +9,20 @@ from torch import Tensor
 from lowres.kernels.gpu.common import block_of, launch, warps_of
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, weight: float | None) -> None:
-    """losses: fp64 [tokens], one for each row."""
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, weights: Tensor | None) -> None:
+    """losses: fp64 [tokens], weights: fp32 [tokens]: one for each row."""
     assert logits.is_contiguous()
     rows, n = logits.shape
     block = block_of(n, 4096)
     launch(
-        *(_cross_entropy, (rows,), logits, targets.contiguous(), losses, float(weight or 0.0), n),
-        *(weight is not None, block),
+        *(_cross_entropy, (rows,), logits, targets.contiguous(), losses),
+        *(losses if weights is None else weights, n, weights is not None, block),
         warps=warps_of(block),
     )
 
 
 @triton.jit
-def _cross_entropy(logits, targets, losses, weight, n, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(logits, targets, losses, weights, n, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * n
     target = tl.load(targets + row)
@@ -44,6 +44,7 @@ def _cross_entropy(logits, targets, losses, weight, n, GRADIENT: tl.constexpr, B
     loss = tl.where(counts, tl.log(total) - (picked - highest), 0.0)
     tl.store(losses + row, loss.to(tl.float64))
     if GRADIENT:
+        weight = tl.load(weights + row)
         factor = weight / total
         own = target.to(tl.int32)
         for start in range(0, n, BLOCK):
