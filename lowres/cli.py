@@ -23,6 +23,7 @@ from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, sou
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
+from lowres.exchange import open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -269,7 +270,10 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         help="begin again at step 0; what the run's folder holds is moved into a folder old-1 in it",
     )
     sub.add_argument(
-        "--init-from", metavar="RUN", help="take the first weights from a run (also run.init_from)"
+        "--init-from",
+        metavar="MODEL",
+        help="take the first weights, the model and the tokenizer from a run, a checkpoint or a Hugging Face "
+        "folder (also run.init_from)",
     )
 
 
@@ -309,6 +313,12 @@ def _load(parsed: argparse.Namespace) -> Config:
     return config
 
 
+def _load_with_model(parsed: argparse.Namespace) -> Config:
+    """The config with the model of `run.init_from`, which a run reads when it starts."""
+    config = _load(parsed)
+    return with_model_of(config, open_model(config.run.init_from)) if config.run.init_from else config
+
+
 def _train(parsed: argparse.Namespace) -> None:
     if parsed.init_from:
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
@@ -337,7 +347,7 @@ def _sweep(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    config = _load(parsed)
+    config = _load_with_model(parsed)
     if parsed.probe and config.memory.engine == "deepspeed":
         raise UserError(
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
@@ -375,7 +385,7 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _bench(parsed: argparse.Namespace) -> None:
-    found = bench(_load(parsed), parsed.steps)
+    found = bench(_load_with_model(parsed), parsed.steps)
     print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
 
 
@@ -472,8 +482,8 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot)
     if found.shortened:
         ranks.say(
-            f"note: {found.shortened:,} requests are longer than a sequence of the run; the model saw their "
-            f"last {config.data.seq_len:,} tokens"
+            f"note: {found.shortened:,} requests are longer than the context of the model, which saw their "
+            f"last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())
 

@@ -293,7 +293,7 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
 
 def _notes_on_relora(config: Config) -> list[str]:
     relora, steps, notes = config.relora, config.train.total_steps, []
-    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_dim, config.model.ffn_dim)
+    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_width, config.model.ffn_dim)
     if relora.start_step >= steps:
         return [
             f"relora.start_step {relora.start_step} is not before the end of the run; "

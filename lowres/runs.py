@@ -14,27 +14,23 @@ old-1/           what was there before --restart
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from lowres import checkpoint, events, memory
 from lowres.checkpoint import State
-from lowres.config import Config, ReloraConfig
+from lowres.config import Config
 from lowres.config_file import load_resolved, parse_config, with_values
 from lowres.data import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
-from lowres.model import Starts, Units, empty_units, starting_with, storage_kinds, unit_specs
+from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
-from lowres.relora import MERGE_ROWS, Relora, adapters_of
+from lowres.relora import Relora
 from lowres.rooms import Rooms
-from lowres.storage import TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+from lowres.sealed import Damaged
 
 CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 
@@ -93,7 +89,7 @@ def open_run(
     a sequence may hold several documents, which data.document_mask then keeps apart."""
     prepare_cuda()
     folder = Path(folder)
-    config, found, state = _newest(folder)
+    config, found, state = newest(folder)
     if device:
         config = with_values(config, "run", device=device)
     config = _for_use(config)
@@ -106,7 +102,7 @@ def open_run(
     units = make_units(config, plan, rooms, adapted)
     for name, unit in units.items():
         checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
-    tokenizer = _tokenizer_of(folder, found)
+    tokenizer = open_tokenizer(tokenizer_of(folder, found), form="own")
     starts = starts_of(config, tokenizer)
     return config, engine_of(config, units, None, plan, rooms, starts), tokenizer
 
@@ -119,66 +115,20 @@ def _for_use(config: Config) -> Config:
     return with_values(config, "memory", **changes)
 
 
-def require_same_shape(config: Config, folder: Path) -> None:
-    """Raise UserError if the weights of the run in a folder do not fit the model of this config."""
-    source, *_ = _newest(folder)
-    ours, theirs = (
-        m.model_dump(exclude={"preset"}) | {"n_kv_heads": m.kv_heads} for m in (config.model, source.model)
-    )
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"model.{key}: {value} here, but the run in {folder} (--init-from) has {theirs[key]}; "
-                "use that value, or leave out --init-from"
-            )
-
-
-def initialize_from(units: Iterable[Unit], folder: Path) -> None:
-    """Take the weights from the newest valid checkpoint of another run of the same shape; the number formats
-    may differ. Adapters of that run are merged; adapters of `units` do not change."""
-    source, found, state = _newest(folder)
-    relora = source.relora if source.relora.stored_at(state.step) else None
-    for spec, ours in zip(unit_specs(source.model, relora), units, strict=True):
-        theirs = _load(source, found, spec)
-        for tensor in spec.tensors:
-            if tensor.role not in spec.adapters:
-                _take(ours, theirs, tensor, relora)
-
-
-def _load(source: Config, found: Path, spec: UnitSpec) -> Unit:
-    """The weights of one unit of a checkpoint, in host memory."""
-    kinds = storage_kinds([spec], source.memory.weights, source.memory.embeddings_kept_in)
-    size = sum(field_bytes(weight_fields(spec, kinds)).values())
-    unit = Unit(spec, kinds, torch.zeros(size, dtype=torch.uint8))
-    checkpoint.load_unit(found, spec.name, unit.weight_tensors(), all_used=False)
-    return unit
-
-
-def _take(ours: Unit, theirs: Unit, spec: TensorSpec, relora: ReloraConfig | None) -> None:
-    name = spec.name
-    if spec.frozen or ours.kinds[name] != theirs.kinds[name] or ours.has_master(name):
-        ours.fill(name, _rows(theirs, spec, relora, ours.weights_slab.device))
-        return
-    kept = theirs.weights[name].tensors()  # copied as stored: rounding again would lose precision
-    for suffix, tensor in ours.weights[name].tensors().items():
-        tensor.copy_(kept[suffix])
-
-
-def _rows(
-    unit: Unit, spec: TensorSpec, relora: ReloraConfig | None, device: torch.device
-) -> Iterator[tuple[int, Tensor]]:
-    """(first row, fp32 rows) of a weight, with its adapter merged."""
-    weight = unit.weights[spec.name].dense(torch.float32)
-    a, b = adapters_of(unit, spec) if spec.frozen else (None, None)
-    for start in range(0, spec.shape[0], MERGE_ROWS):
-        rows = weight[start : start + MERGE_ROWS]
-        if a is not None and b is not None and relora is not None:
-            rows = torch.addmm(rows, b[start : start + MERGE_ROWS], a, alpha=relora.scaling)
-        yield start, rows.to(device)
-
-
-def _newest(folder: Path) -> tuple[Config, Path, State]:
-    """The config of a run, its newest valid checkpoint, and its state."""
+def newest(folder: Path, only: Path | None = None) -> tuple[Config, Path, State]:
+    """The config of a run, its newest valid checkpoint, and its state. only: the checkpoint to use. Raises
+    UserError."""
+    if only is not None:
+        try:
+            state = checkpoint.load(only)
+        except Damaged as error:
+            known = [f"{checkpoint.step_of(path)}" for path in checkpoint.find(only.parent)]
+            if not only.exists() and known:
+                raise UserError(
+                    f"--checkpoint: {folder} has none of this step, but {', '.join(known)}"
+                ) from None
+            raise UserError(f"checkpoint {only}: is damaged ({error}); use another one") from None
+        return config_of(folder, state), only, state
     found, damaged = checkpoint.newest_state(folder / CHECKPOINTS, identities(folder))
     if found is not None:
         for path, problem in damaged:
@@ -207,9 +157,9 @@ def config_of(folder: Path, state: State | None) -> Config:
     return parse_config(given, f"{folder}: the config in its checkpoint")[0]
 
 
-def _tokenizer_of(folder: Path, found: Path) -> Tokenizer:
-    """The tokenizer of a run: that of its checkpoint, if it has one."""
+def tokenizer_of(folder: Path, found: Path) -> Path:
+    """The tokenizer of a run: that of its checkpoint, if it has one. Raises UserError."""
     path = find_tokenizer(found) or find_tokenizer(folder)
     if path is None:
         raise UserError(f"{folder} has no tokenizer; put it back")
-    return open_tokenizer(path, form="own")
+    return path

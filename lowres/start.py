@@ -23,6 +23,7 @@ from lowres.config_file import (
     rates_of,
     to_toml,
     with_places,
+    with_values,
 )
 from lowres.data import (
     FILE_NAMES,
@@ -38,6 +39,7 @@ from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
+from lowres.exchange import StoredModel, filled, initialize_from, open_model, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
 from lowres.probe.fastest import choose
@@ -51,8 +53,6 @@ from lowres.runs import (
     METRICS,
     SUMMARY,
     config_of,
-    initialize_from,
-    require_same_shape,
 )
 from lowres.text import is_stream
 
@@ -79,7 +79,7 @@ class Start:
     changed: dict[str, tuple[Any, Any]]  # settings that change the mathematics from here on: before, after
     restart: bool  # whether to move aside what is there
     identity: str  # of the run, see checkpoint.State
-    origin: Path | None  # the run that provides the first weights
+    origin: StoredModel | None  # what provides the first weights
     lines: list[str]  # messages to print
 
     @property
@@ -133,7 +133,13 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
     saved = config_of(folder, state) if resume and not restart else None
-    config = with_places(_with_origin(config, saved), saved)
+    config, origin = _with_origin(config, saved, begun=state is not None)
+    if origin is not None and restart and origin.path.resolve() == folder.resolve():
+        raise UserError(
+            f"--init-from: {origin.path} is the run that --restart moves aside; copy it, or give another "
+            "--run DIR"
+        )
+    config = with_places(config, saved)
     # refuse what cannot fit before anything is read or written
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
     opened = _with_own_tokenizer(config, found, folder if state else None)
@@ -152,13 +158,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         notes += _on_the_mixture(config, data, state)
     notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
-    origin = Path(config.run.init_from) if config.run.init_from and found is None else None
-    if origin is not None and restart and origin.resolve() == folder.resolve():
-        raise UserError(
-            f"--init-from: {origin} is the run that --restart moves aside; copy it, or give another --run DIR"
-        )
     if origin is not None:
-        require_same_shape(config, origin)
         notes += _on_the_origin(origin, data)
     asides = [
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
@@ -217,28 +217,34 @@ def require_folder(folder: Path) -> None:
         raise UserError(f"--run: {there} may not be written to; make it writable, or give another")
 
 
-def _with_origin(config: Config, saved: Config | None) -> Config:
-    """The config with the tokenizer of the run that provides the weights; a resumed run keeps its own."""
-    origin = config.run.init_from or (saved or config).run.init_from
-    if origin is None:
-        return config
-    tokenizer = find_tokenizer(Path(origin))
-    if tokenizer is None:
-        raise UserError(f"run.init_from: {origin} is not a run: it has no tokenizer")
-    run = config.run.model_copy(update={"init_from": origin})
-    data = config.data
+def _with_origin(config: Config, saved: Config | None, begun: bool) -> tuple[Config, StoredModel | None]:
+    """The config with model and tokenizer of what provides the first weights, and that; None if the run has
+    begun, or begins with new weights. saved: the config of a resumed run, which keeps its own."""
+    path = config.run.init_from or (saved.run.init_from if saved else None)
+    if path is None:
+        return config, None
+    config = with_values(config, "run", init_from=path)
+    if begun and saved is not None:
+        return config.model_copy(update={"model": filled(config.model, saved.model)}), None
+    origin = open_model(path)
+    config, data = with_model_of(config, origin), config.data
+    if origin.tokenizer is None and data.tokenizer is None:
+        raise UserError(f"run.init_from: {path} has no tokenizer; give one with data.tokenizer")
     # weights want the ids that they were trained with
-    given = {"tokenizer": data.tokenizer or str(tokenizer), "tokenizer_form": data.tokenizer_form or "own"}
-    return config.model_copy(update={"run": run, "data": data.model_copy(update=given)})
+    given = {
+        "tokenizer": data.tokenizer or str(origin.tokenizer),
+        "tokenizer_form": data.tokenizer_form or "own",
+    }
+    return with_values(config, "data", **given), origin
 
 
-def _on_the_origin(origin: Path, data: Data) -> list[str]:
+def _on_the_origin(origin: StoredModel, data: Data) -> list[str]:
     """A note if the weights were trained on other ids than they will be."""
-    path = find_tokenizer(origin)
+    path = origin.tokenizer
     if path is None or open_tokenizer(path, form="own").fingerprint == data.tokenizer.fingerprint:
         return []
     return [
-        f"run.init_from: {origin} was trained with another tokenizer, so its weights know other ids; "
+        f"run.init_from: {origin.path} was trained with another tokenizer, so its weights know other ids; "
         "leave data.tokenizer out to keep its own"
     ]
 
@@ -402,7 +408,7 @@ def _build(start: Start, log: Events) -> Run:
         initialize(engine.units(write=True), config.run.seed, start.device)
         if start.origin is not None:
             initialize_from(engine.units(write=True), start.origin)
-            say(f"weights from {start.origin}")
+            say(f"weights from {start.origin.path}")
     if ranks.is_first():
         run.hold()
     return run

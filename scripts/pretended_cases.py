@@ -31,13 +31,14 @@ from lowres.config_file import load_config, to_values  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
 from lowres.engine import common, layerwise, working  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
+from lowres.exchange import initialize_from, open_model  # noqa: E402
 from lowres.kernels import forms  # noqa: E402
 from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize, starting_with  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
 from lowres.rules import moments  # noqa: E402
-from lowres.runs import CHECKPOINTS, initialize_from, training_engine  # noqa: E402
+from lowres.runs import CHECKPOINTS, training_engine  # noqa: E402
 from lowres.sample import sample  # noqa: E402
 
 # real widths, few layers, few tokens: seconds a case
@@ -229,7 +230,7 @@ def warm_start() -> str:
         with trainee(config_of("llama_7b_12gb", *NARROW, "memory.weights=bf16")) as other:
             save(other, Path(folder), 1)
         with trainee(config_of("llama_7b_12gb", *NARROW)) as trained:
-            initialize_from(trained.engine.units(write=True), Path(folder))
+            initialize_from(trained.engine.units(write=True), open_model(folder))
             return trained.step(0)
 
 

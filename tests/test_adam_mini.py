@@ -122,7 +122,7 @@ def test_equals_the_authors_package(model: str) -> None:
 def test_blocks_are_those_of_the_paper() -> None:
     config = config_of({"n_kv_heads": 2})
     specs = {spec.role: spec for unit in unit_specs(config.model) for spec in unit.tensors}
-    head_dim = config.model.head_dim
+    head_dim = config.model.head_width
     assert {role: partition(spec, head_dim) for role, spec in specs.items()} == {
         "embedding": (300, 1),
         "attn_norm": (1, 64),

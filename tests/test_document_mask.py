@@ -317,7 +317,7 @@ def test_the_plan_knows_it(memory: dict[str, object]) -> None:
         live.reset()
         engine.step(packed(0, 8, 128), 0, 1.0)
     without = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})})
-    rows = 2 * 4 * 4 * 128 * config.model.head_dim
+    rows = 2 * 4 * 4 * 128 * config.model.head_width
     assert plan.peak(GPU) >= make_plan(without, CPU).peak(GPU) + rows
     assert live.peak[GPU] == pytest.approx(plan.peak(GPU), rel=0.02)
     if config.memory.engine == "layerwise":

@@ -176,7 +176,7 @@ def test_scores_are_those_of_the_exported_folder(
     for name in names:
         near(found[name], wanted["results"][name])
     assert 0 < found["choice"]["acc,none"] < 1
-    assert "note: " in done.stderr and f"the model saw their last {LENGTH} tokens" in done.stderr
+    assert "note: " in done.stderr and f"which saw their last {LENGTH} tokens" in done.stderr
     fewer = json.loads(lowres_here(*arguments, "--tasks", "choice", "--limit", 4, "--num-fewshot", 2).stdout)
     wanted = evaluator.simple_evaluate(theirs, tasks=["choice"], task_manager=manager, limit=4, num_fewshot=2)
     assert wanted is not None
@@ -281,7 +281,10 @@ def test_what_a_run_cannot_answer(made: Made, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             model.generate_until([Asked(("a", kwargs))])
-    with pytest.raises(UserError, match=f"longer than the sequences of the run .data.seq_len = {LENGTH}"):
+    assert model.loglikelihood([Asked(("a", ""))]) == [(0.0, True)]
+    with pytest.raises(
+        UserError, match=f"an answer of [0-9]+ tokens, but the context of the model is {LENGTH} "
+    ):
         model.loglikelihood([Asked(("a", LONG))])
     # with one seed, one text; another for each request
     sampled = [Asked(("The cat", {"max_gen_toks": 20, "temperature": 1.5}))] * 2

@@ -44,7 +44,7 @@ def reference(config: ModelConfig) -> PreTrainedModel:
     if config.qkv_bias:
         make, make_config = Qwen2ForCausalLM, Qwen2Config
     if config.qk_norm:
-        make, make_config, more = Qwen3ForCausalLM, Qwen3Config, {"head_dim": config.head_dim}
+        make, make_config, more = Qwen3ForCausalLM, Qwen3Config, {"head_dim": config.head_width}
     return make(
         make_config(
             **more,

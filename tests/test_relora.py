@@ -13,8 +13,9 @@ from lowres import memory
 from lowres.cli import main
 from lowres.config_file import load_config
 from lowres.engine import Choice, make_engine
+from lowres.exchange import initialize_from, open_model
 from lowres.model import empty_units
-from lowres.runs import initialize_from, open_run
+from lowres.runs import open_run
 from tests.helpers import ROOMS, lowres_here, make_batch, make_config, train_and_kill
 
 
@@ -90,7 +91,7 @@ def test_a_run_resumes_in_every_part(tmp_path: Path) -> None:
     # sampling and evaluation use the adapters: the result equals that of a copy with merged adapters
     config, engine, _ = open_run(run)
     merged = empty_units(config.model, "fp32", "fp32", ROOMS)
-    initialize_from(merged.values(), run)
+    initialize_from(merged.values(), open_model(run))
     plain = make_engine(make_config(model=config.model.model_dump()), merged, None, ROOMS, Choice(4))
     tokens = make_batch(3, 16)[:, :-1]
     torch.testing.assert_close(engine.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from lowres.checkpoint.folder import (
     Start,
     State,
     Windows,
+    clear,
     load,
     load_state,
     load_unit,
@@ -27,7 +28,7 @@ from lowres.checkpoint.folder import (
 )
 from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
-from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite
+from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, read_header
 
 __all__ = [
     "DAMAGED",
@@ -40,11 +41,13 @@ __all__ = [
     "Mixture",
     "NotFinite",
     "Passed",
+    "Place",
     "Saved",
     "Saver",
     "Start",
     "State",
     "Windows",
+    "clear",
     "find",
     "free_bytes",
     "load",
@@ -53,6 +56,7 @@ __all__ = [
     "newest_state",
     "newest_valid",
     "passed_before",
+    "read_header",
     "require_disk",
     "step_folder",
     "step_of",

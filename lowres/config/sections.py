@@ -49,7 +49,16 @@ PRESETS: dict[str, tuple[int, int, int, int]] = {
 }
 PRESET_VOCAB = 32000
 # keys of the file that `--set model.preset=...` removes
-SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings")
+SHAPE_KEYS = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "ffn_dim",
+    "vocab_size",
+    "tie_embeddings",
+)
 
 
 class RunConfig(Section):
@@ -63,7 +72,8 @@ class RunConfig(Section):
     """Folder for the checkpoint of a run that can no longer be saved in its own folder; auto: the system's
     folder for temporary files; empty: nowhere."""
     init_from: str | None = resumable(None)
-    """Run whose newest checkpoint gives the initial weights and the tokenizer (`--init-from RUN`)."""
+    """A run, a checkpoint or a Hugging Face folder that gives the initial weights, the tokenizer, and the
+    keys of [model] that are not set (`--init-from MODEL`)."""
     device: Literal["auto", "cpu", "cuda"] = resumable("auto")
     """Where to compute; auto uses CUDA if available."""
 
@@ -78,15 +88,33 @@ class ModelConfig(Section):
     n_layers: Layers = 4
     """Number of transformer blocks."""
     n_heads: Size = 4
-    """Number of query heads; must divide dim, and dim / n_heads must be even (RoPE)."""
+    """Number of query heads; must divide dim unless head_dim is given."""
     n_kv_heads: Size | None = None
     """Number of key and value heads (grouped-query attention); must divide n_heads, which is the default."""
+    head_dim: Size | None = None
+    """Width of a head, an even number (RoPE); default dim / n_heads."""
     ffn_dim: Size = 352
     """Hidden width of the SwiGLU feed-forward layer."""
     vocab_size: Annotated[Size, Field(ge=2)] | None = None
     """Rows of the embedding; default: as many as the tokenizer of the data has pieces."""
     rope_theta: Rate = 10000.0
     """Base of the rotary position embedding."""
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    """How a model is prepared for longer texts. linear: all positions are divided by rope_factor. llama3: the
+    rotations of a wave length above rope_original_length / rope_low_freq_factor are, those below
+    rope_original_length / rope_high_freq_factor are not, and between the two it changes gradually, as in
+    LLaMA 3.1."""
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0
+    """Factor of rope_scaling."""
+    rope_low_freq_factor: Rate = 1.0
+    """See rope_scaling = "llama3"."""
+    rope_high_freq_factor: Rate = 4.0
+    """See rope_scaling = "llama3"; above rope_low_freq_factor."""
+    rope_original_length: Size = 8192
+    """Tokens in the sequences that the model was first trained on; for rope_scaling = "llama3"."""
+    max_positions: Size | None = resumable(None)
+    """Longest sequence for which the model is meant, told to other programs at export; default
+    data.seq_len."""
     norm_eps: Rate = 1e-5
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = False
@@ -109,23 +137,31 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check_heads(self) -> ModelConfig:
-        if self.dim % self.n_heads:
+        if self.head_dim is None and self.dim % self.n_heads:
             raise ValueError(
-                f"n_heads: {self.n_heads} heads do not divide dim {self.dim}; change one of them"
+                f"n_heads: {self.n_heads} heads do not divide dim {self.dim}; change one of them, or give "
+                "head_dim"
             )
-        if self.head_dim % 2:
+        if self.head_width % 2:
+            key, given = ("n_heads", "dim / n_heads") if self.head_dim is None else ("head_dim", "it")
             raise ValueError(
-                f"n_heads: dim / n_heads is {self.head_dim}, but rotary embedding needs an even number"
+                f"{key}: {given} is {self.head_width}, but rotary embedding needs an even number"
             )
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"n_kv_heads: {self.kv_heads} does not divide n_heads {self.n_heads}; change one of them"
             )
+        if self.rope_scaling == "llama3" and self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(
+                f"rope_high_freq_factor: {self.rope_high_freq_factor} is not above rope_low_freq_factor "
+                f"{self.rope_low_freq_factor}; raise it"
+            )
         return self
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def head_width(self) -> int:
+        """Numbers in a query, key or value of one head."""
+        return self.head_dim or self.dim // self.n_heads
 
     @property
     def kv_heads(self) -> int:

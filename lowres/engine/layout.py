@@ -143,7 +143,7 @@ class Layout:
 
     def rotary(self, length: int) -> Slab:
         """cos and sin."""
-        return Slab("rotary tables", GPU, 2 * 4 * length * self.model.head_dim)
+        return Slab("rotary tables", GPU, 2 * 4 * length * self.model.head_width)
 
     def fixed(self, length: int) -> tuple[Slab, ...]:
         """Slabs that do not depend on homes."""

@@ -34,14 +34,14 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class RunModel(TemplateLM):
-    """asked: whether a request has come. shortened: of how many requests the beginning was left out, because
-    they are longer than `length` tokens."""
+    """asked: whether a request has come. shortened: see `Scores`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, length: int, batch_tokens: int) -> None:
-        """length: tokens that the model was trained on at one time. batch_tokens: processed together."""
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, context: int, batch_tokens: int) -> None:
+        """context: tokens that the model may see. batch_tokens: that are processed together, at most, but one
+        sequence at least."""
         super().__init__()
         self._engine, self._tokenizer = engine, tokenizer
-        self._length, self._batch_tokens = length, batch_tokens
+        self._context, self._batch_tokens = context, batch_tokens
         self.asked, self.shortened = False, 0
 
     @property
@@ -73,7 +73,7 @@ class RunModel(TemplateLM):
     def _windows(self, text: str) -> Iterator[Request]:
         """The text cut so that every token is in one answer, with as much context as there is room for."""
         tokens = self.tok_encode(text)
-        for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self._length, 1):
+        for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self._context, 1):
             yield None, *make_disjoint_window(pair)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
@@ -83,12 +83,11 @@ class RunModel(TemplateLM):
         found = [(0.0, True)] * len(rows)
         with tqdm(total=len(rows), desc="scoring", unit=" answers", disable=None) as bar:
             while order:
-                length = min(self._length, -(-(len(rows[order[0]]) - 1) // LENGTHS) * LENGTHS)
+                length = min(self._context, -(-len(rows[order[0]]) // LENGTHS) * LENGTHS)
                 size = max(1, self._batch_tokens // length)
                 batch, order = order[:size], order[size:]
-                each, likeliest = self._engine.log_probabilities(
-                    _padded([rows[i] for i in batch], length + 1)
-                )
+                windows = _padded([rows[i] for i in batch], length + 1)
+                each, likeliest = self._engine.log_probabilities(windows)
                 for row, i in enumerate(batch):
                     end = len(rows[i]) - 1
                     answer = slice(end - len(requests[i][2]), end)
@@ -98,14 +97,14 @@ class RunModel(TemplateLM):
 
     def _row(self, context: list[int], answer: list[int]) -> list[int]:
         """The tokens of a request: its last ones, if there are too many."""
-        if len(answer) > self._length:
+        if len(answer) > self._context:
             raise UserError(
-                f"--tasks: an answer of {len(answer)} tokens is longer than the sequences of the run "
-                f"(data.seq_len = {self._length}); leave this task out"
+                f"--tasks: a task has an answer of {len(answer)} tokens, but the context of the model is "
+                f"{self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
         whole = context + answer
-        self.shortened += len(whole) > self._length + 1
-        return whole[-(self._length + 1) :]
+        self.shortened += len(whole) > self._context + 1
+        return whole[-(self._context + 1) :]
 
     # continuations
 
@@ -124,14 +123,14 @@ class RunModel(TemplateLM):
                     "supported; leave it out"
                 )
         most = options["max_gen_toks"]
-        if most >= self._length:
+        if most >= self._context:
             raise UserError(
-                f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks) and leaves no room "
-                f"for a question in a sequence of the run (data.seq_len = {self._length}); leave it out"
+                f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks), but the context "
+                f"of the model is {self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
         context = self.tok_encode(text)
-        self.shortened += len(context) > self._length - most
-        context = context[most - self._length :]
+        self.shortened += len(context) > self._context - most
+        context = context[most - self._context :]
         temperature = 0.0 if greedy else options.get("temperature", 1.0)
         ids: list[int] = []
         for token in continuation(
@@ -139,7 +138,7 @@ class RunModel(TemplateLM):
             self._tokenizer,
             context,
             most,
-            self._length,
+            self._context,
             temperature,
             options.get("top_k", 50),
             seed,

@@ -10,11 +10,12 @@ key and value: Qwen2 (arXiv 2407.10671). Normalised query and key: Qwen3 (arXiv 
 same names as in Hugging Face checkpoints of these models, so weights are imported and exported without
 renaming.
 
-Shape letters: B sequences, T positions, D dim, H query heads, K key/value heads, E head_dim, F ffn_dim.
+Shape letters: B sequences, T positions, D dim, H query heads, K key/value heads, E head width, F ffn_dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,15 +49,15 @@ def _width(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _head(config: ModelConfig) -> tuple[int, ...]:
-    return (config.head_dim,)
+    return (config.head_width,)
 
 
 def _queries(config: ModelConfig) -> int:
-    return config.n_heads * config.head_dim
+    return config.n_heads * config.head_width
 
 
 def _keys(config: ModelConfig) -> int:
-    return config.kv_heads * config.head_dim
+    return config.kv_heads * config.head_width
 
 
 TABLE = (
@@ -152,11 +153,26 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Angle per position of each rotation, fp32 [head_width / 2]. Source of "llama3": the code of LLaMA 3.1
+    (Grattafiori et al., arXiv 2407.21783), of "linear": Chen et al. (arXiv 2306.15595)."""
+    even = torch.arange(0, config.head_width, 2, device=device, dtype=torch.float32)
+    plain = 1.0 / config.rope_theta ** (even / config.head_width)
+    if config.rope_scaling == "none":
+        return plain
+    scaled = plain / config.rope_factor
+    if config.rope_scaling == "linear":
+        return scaled
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length * plain / (2 * math.pi)  # in the original length
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # of the frequency that stays
+    return scaled.lerp(plain, share)
+
+
 def rope_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary embedding, fp32 [length, head_dim]. Not part of a checkpoint."""
-    even = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    frequency = 1.0 / config.rope_theta ** (even / config.head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    """cos and sin of the rotary embedding, fp32 [length, head_width]. Not part of a checkpoint."""
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angle = torch.outer(positions, rope_frequencies(config, device))
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 
@@ -173,7 +189,7 @@ def heads(y: Tensor, w: Weights, role: str, config: ModelConfig) -> Tensor:
     y = biased(y, w, role)
     if f"{role}_norm" not in w:
         return y
-    return norm(y.unflatten(-1, (-1, config.head_dim)), w[f"{role}_norm"], config).flatten(-2)
+    return norm(y.unflatten(-1, (-1, config.head_width)), w[f"{role}_norm"], config).flatten(-2)
 
 
 def split_heads(x: Tensor, width: int) -> Tensor:
@@ -216,7 +232,7 @@ def attention(
     q, k, v = ops.products(x, w, "attn_norm", ("q", "k", "v"), config)
     q = ops.rotate(heads(q, w, "q", config), positions)  # [B, H, T, E]
     k = ops.rotate(heads(k, w, "k", config), positions)  # [B, K, T, E]
-    v = split_heads(heads(v, w, "v", config), config.head_dim)
+    v = split_heads(heads(v, w, "v", config), config.head_width)
     return ops.product(attend(q, k, v, positions.lengths), w["o"])
 
 

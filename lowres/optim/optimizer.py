@@ -66,7 +66,7 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     assert config.betas is not None and config.eps is not None and config.limiter is not None
     keys = {key: getattr(config, key) for key in KEYS}
     settings = Settings(
-        config.betas, config.eps, moments, seed, config.limiter, model.dim, model.head_dim, keys
+        config.betas, config.eps, moments, seed, config.limiter, model.dim, model.head_width, keys
     )
     return RULES[config.name].make(settings)
 
@@ -75,7 +75,7 @@ def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> 
     """The AdamW for the tensors that the rule of the matrices does not update."""
     assert config.adamw_betas is not None and config.adamw_eps is not None
     settings = Settings(
-        config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_dim, {}
+        config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_width, {}
     )
     return RULES["adamw"].make(settings)
 

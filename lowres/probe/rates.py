@@ -212,7 +212,7 @@ def _beside_products(
     operations = FusedOperations() if settings.fused else PLAIN
     streams = {
         width: _random((sequences, length, width), compute, device)
-        for width in (model.dim, model.kv_heads * model.head_dim, model.ffn_dim)
+        for width in {size for spec in _block(model) if len(spec.shape) == 2 for size in spec.shape}
     }
     weights: dict[str, Any] = {}
     for spec in _block(model):
@@ -246,13 +246,14 @@ def _slice(model: ModelConfig, length: int, device: torch.device) -> ModelConfig
     group = model.n_heads // model.kv_heads
     heads = model.n_heads
     if device.type == "cpu":
-        heads = min(heads, max(group, CPU_ELEMENTS // (length * model.head_dim) // group * group))
+        heads = min(heads, max(group, CPU_ELEMENTS // (length * model.head_width) // group * group))
     return model.model_copy(
         update={
             "n_layers": 1,
             "vocab_size": 2,
-            "dim": heads * model.head_dim,
+            "dim": max(1, model.dim * heads // model.n_heads),
             "n_heads": heads,
+            "head_dim": model.head_width,
             "n_kv_heads": heads // group,
             "ffn_dim": max(1, model.ffn_dim * heads // model.n_heads),
         }

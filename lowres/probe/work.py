@@ -40,7 +40,9 @@ def flops_per_token(
     layers, head = model.n_layers, model.vocab * model.dim
     left_out = sum(math.prod(shapes[role]) for role in not_recomputed(model))
     skipped = -(-layers // band) * left_out if engine == "layerwise" else 0
-    attention = 2 * seq_len * model.dim  # scores and values, 2 operations each, half of the positions
+    attention = (
+        2 * seq_len * model.n_heads * model.head_width
+    )  # scores and values, 2 operations each, half of the positions
     return {
         "forward": 2 * layers * matrices,
         "recomputation": passes * 2 * (layers * matrices - skipped),
@@ -56,7 +58,7 @@ def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     again, so it is the same for every trainer of a model."""
     matrices = sum(s[0] * s[1] for s in block_shapes(model).values() if len(s) == 2)
     products = model.n_layers * matrices + model.vocab * model.dim
-    return 6 * products + 3 * model.n_layers * 2 * seq_len * model.dim
+    return 6 * products + 3 * model.n_layers * 2 * seq_len * model.n_heads * model.head_width
 
 
 def step_bytes(config: Config, plan: Plan, compute: torch.dtype) -> tuple[int, int]:

@@ -1,0 +1,144 @@
+"""The weights of a Hugging Face folder: safetensors files, read a piece of a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowres import disk
+from lowres.checkpoint import DTYPES, PIECE_BYTES, Place, read_header
+from lowres.errors import UserError
+from lowres.sealed import Damaged, parse
+
+ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+KINDS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class WeightsFolder:
+    """The tensors of a folder by name. Raises UserError if a file is missing or damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, Path] = {}
+        self._places: dict[str, Place] = {}
+        for file, names in self._listed().items():
+            found = self._header(file)
+            for name in found if names is None else names:
+                if name not in found:
+                    raise UserError(
+                        f"{path / INDEX}: says that {name} is in {file.name}, which does not have it; get "
+                        "both files again"
+                    )
+                self._files[name], self._places[name] = file, found[name]
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> None:
+        """Raise UserError unless the folder has exactly these tensors, in these shapes and a floating-point
+        format. unused: endings of the names of others that it may have."""
+        for name, shape in shapes.items():
+            place = self._places.get(name)
+            if place is None:
+                raise UserError(f"{self.path}: the tensor {name} is missing; get the folder again")
+            if tuple(place.shape) != shape:
+                raise UserError(
+                    f"{self.path}: {name} has the shape {place.shape}, but config.json means {list(shape)}; "
+                    "get the folder again"
+                )
+            if place.dtype not in KINDS:
+                raise UserError(
+                    f"{self.path}: {name} is stored as {place.dtype}, which is not supported; give weights "
+                    "in bf16, fp16 or fp32"
+                )
+        for name in self._places:
+            if name not in shapes and not name.endswith(tuple(unused)):
+                raise UserError(
+                    f"{self.path}: has a tensor {name}, which a model of this config.json does not have; "
+                    "such models are not supported"
+                )
+
+    def weight(self, name: str) -> FolderWeight:
+        return FolderWeight(self._files[name], self._places[name])
+
+    def _listed(self) -> dict[Path, list[str] | None]:
+        """The files, and the tensors that each should have; None: all that are in it."""
+        if (self.path / INDEX).exists():
+            return self._of_index()
+        if (self.path / ONE).exists():
+            return {self.path / ONE: None}
+        pickles = sorted(self.path.glob("*.bin")) + sorted(self.path.glob("*.pth"))
+        if pickles:
+            raise UserError(
+                f"{pickles[0]}: a pickle can run any program, so it is not read; get the safetensors files "
+                "of this model, or load it with transformers where you trust it and use save_pretrained"
+            )
+        raise UserError(f"{self.path}: has neither {ONE} nor {INDEX}; get the folder again")
+
+    def _of_index(self) -> dict[Path, list[str] | None]:
+        path = self.path / INDEX
+        found: dict[Path, list[str]] = {}
+        try:
+            with disk.named(path, "read"):
+                names = parse(disk.read_whole(path)).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise Damaged("has no weight_map")
+            for name, file in names.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise Damaged(f"names {json.dumps(file)}, which is no file of its folder")
+                found.setdefault(self.path / file, []).append(name)
+        except Damaged as error:
+            raise UserError(f"{path}: {error}; get the file again") from None
+        return dict(found)
+
+    def _header(self, file: Path) -> dict[str, Place]:
+        try:
+            with disk.named(file, "read"), disk.open_regular(file) as opened:
+                return read_header(opened)
+        except disk.DiskError as error:
+            if not file.exists():
+                raise UserError(f"{file}: is missing, but {INDEX} names it; get the file again") from None
+            raise error
+        except Damaged as error:
+            raise UserError(f"{file}: {error}; get the file again") from None
+
+
+@dataclass(frozen=True)
+class FolderWeight:
+    """A tensor in a file; see `stored.StoredWeight`."""
+
+    file: Path
+    place: Place
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.place.dtype]
+
+    def rows(self) -> Iterator[tuple[int, Tensor]]:
+        for first, rows in self._pieces():
+            yield first, rows.float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        whole = torch.empty(self.place.shape, dtype=_DTYPES[self.place.dtype])
+        for first, rows in self._pieces():
+            whole[first : first + len(rows)] = rows
+        return {"": whole}
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows as stored)."""
+        count, *rest = self.place.shape
+        dtype = _DTYPES[self.place.dtype]
+        size = math.prod(rest) * dtype.itemsize
+        step = max(1, PIECE_BYTES // size)
+        with disk.named(self.file, "read"), disk.open_regular(self.file) as file:
+            file.seek(self.place.start)
+            for first in range(0, count, step):
+                rows = torch.empty((min(step, count - first), *rest), dtype=dtype)
+                wanted = rows.view(-1).view(torch.uint8).numpy().data
+                if file.readinto(wanted) != len(wanted):  # type: ignore[attr-defined]
+                    raise UserError(f"{self.file}: ends too early; get the file again")
+                yield first, rows

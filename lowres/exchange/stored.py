@@ -1,0 +1,204 @@
+"""A model on the disk, whoever wrote it: its shape, its tokenizer, and its weights one by one.
+
+Everything that takes weights from the disk without the state of training goes through this: `--init-from`,
+`lowres import` and `lowres export`. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowres import checkpoint
+from lowres.checkpoint import State
+from lowres.config import Config, ModelConfig, ReloraConfig
+from lowres.config.checks import check
+from lowres.data import find_tokenizer
+from lowres.errors import UserError
+from lowres.exchange.families import CONFIG_JSON, describe
+from lowres.exchange.folder import WeightsFolder
+from lowres.model import storage_kinds, unit_specs
+from lowres.relora import MERGE_ROWS, adapters_of
+from lowres.runs import CHECKPOINTS, newest
+from lowres.storage import FORMATS, TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+
+Rows = Iterator[tuple[int, Tensor]]
+
+
+class StoredWeight(Protocol):
+    """One weight."""
+
+    @property
+    def kind(self) -> str:
+        """The number format in which it is stored: a name of `storage.FORMATS`, or fp16."""
+
+    def rows(self) -> Rows:
+        """(first row, fp32 rows) pieces in host memory, in order; a 1-D tensor has elements for rows."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that store it, by suffix to its name; only of a kind in FORMATS."""
+
+
+class StoredModel(Protocol):
+    """path: as the user gave it. model: without a preset. tokenizer: its file, or None."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: Path | None
+
+    def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, StoredWeight]]:
+        """The tensors of a unit without adapters, in its order; each is valid until the next one. Raises
+        UserError, which names the file, if it cannot be read."""
+
+
+def open_model(path: str | Path, step: int | None = None) -> StoredModel:
+    """The model in a folder: a run, one of its checkpoints, or a Hugging Face folder. step: of the
+    checkpoint; None is the newest valid one. Raises UserError."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run, a checkpoint, or a Hugging Face folder")
+    if (path / CONFIG_JSON).exists():
+        if step is not None:
+            raise UserError(f"--checkpoint: {path} is no run; leave it out")
+        return FolderModel(path)
+    return TrainedModel(path, step)
+
+
+class TrainedModel:
+    """The model of a run at a checkpoint, with its adapters merged in fp32. state: of the checkpoint."""
+
+    def __init__(self, path: Path, step: int | None = None) -> None:
+        self.path = path
+        self.config, self.checkpoint, self.state = _checkpoint(path, step)
+        self.model = self.config.model.model_copy(update={"preset": None})
+        self.tokenizer = find_tokenizer(self.checkpoint) or find_tokenizer(path)
+        self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
+        self._units = {unit.name: unit for unit in unit_specs(self.model, self._relora)}
+
+    def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, StoredWeight]]:
+        stored = self._units[unit.name]
+        adapters = stored.adapters
+        for plain, spec in zip(
+            unit.tensors, (s for s in stored.tensors if s.role not in adapters), strict=True
+        ):
+            own = [s for role, s in adapters.items() if spec.frozen and role.startswith(f"{spec.role}.")]
+            yield plain, _OfCheckpoint(self._load(UnitSpec(unit.name, (spec, *own))), spec, self._relora)
+
+    def _load(self, spec: UnitSpec) -> Unit:
+        """Some tensors of a unit, in host memory."""
+        kept = self.config.memory
+        kinds = storage_kinds([spec], kept.weights, kept.embeddings_kept_in)
+        size = sum(field_bytes(weight_fields(spec, kinds)).values())
+        unit = Unit(spec, kinds, torch.zeros(size, dtype=torch.uint8))
+        checkpoint.load_unit(self.checkpoint, spec.name, unit.weight_tensors(), all_used=False)
+        return unit
+
+
+@dataclass
+class _OfCheckpoint:
+    """A weight and its adapters, if it has some. relora: their settings."""
+
+    unit: Unit
+    spec: TensorSpec
+    relora: ReloraConfig | None
+
+    @property
+    def kind(self) -> str:
+        return "fp32" if self.spec.frozen else self.unit.kinds[self.spec.name]
+
+    def rows(self) -> Rows:
+        weight = self.unit.weights[self.spec.name]
+        a, b = adapters_of(self.unit, self.spec) if self.spec.frozen else (None, None)
+        for start in range(0, self.spec.shape[0], MERGE_ROWS):
+            index = torch.arange(start, min(start + MERGE_ROWS, self.spec.shape[0]))
+            rows = weight.rows(index, torch.float32)
+            if a is not None and b is not None and self.relora is not None:
+                rows = torch.addmm(rows, b[index], a, alpha=self.relora.scaling)
+            yield start, rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.spec.frozen:
+            return {"": torch.cat([rows for _, rows in self.rows()])}
+        return self.unit.weights[self.spec.name].tensors()
+
+
+class FolderModel:
+    """A Hugging Face folder. described: what its config.json says."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.described = describe(path)
+        self.model = self.described.model
+        self.tokenizer = find_tokenizer(path)
+        self._folder = WeightsFolder(path)
+        self._folder.require(
+            {spec.name: spec.shape for unit in unit_specs(self.model) for spec in unit.tensors},
+            unused=self.described.unused,
+        )
+
+    def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, StoredWeight]]:
+        for spec in unit.tensors:
+            yield spec, self._folder.weight(spec.name)
+
+
+def _checkpoint(path: Path, step: int | None) -> tuple[Config, Path, State]:
+    """The config, the checkpoint and the state that a run, or one of its checkpoints, means."""
+    if (path / checkpoint.MANIFEST).exists():
+        if step not in (None, checkpoint.step_of(path)):
+            raise UserError(f"--checkpoint: {path} is a checkpoint itself; leave it out")
+        return newest(path.parent.parent, only=path)
+    if step is None:
+        return newest(path)
+    return newest(path, only=checkpoint.step_folder(path / CHECKPOINTS, step))
+
+
+def with_model_of(config: Config, origin: StoredModel) -> Config:
+    """The config with the model of `origin`. Raises UserError if it gives a key of [model] another value."""
+    ours, theirs = config.model, origin.model
+    for key in sorted(ours.model_fields_set - {"preset", "max_positions"}):
+        # what follows from other keys if it is not given
+        values = [
+            {"n_kv_heads": m.kv_heads, "head_dim": m.head_width}.get(key, getattr(m, key))
+            for m in (ours, theirs)
+        ]
+        if getattr(ours, key) is not None and values[0] != values[1]:
+            raise UserError(
+                f"model.{key}: {values[0]} here, but the model in {origin.path} (--init-from) has "
+                f"{values[1]}; use that value, or leave the key out"
+            )
+    config = config.model_copy(update={"model": filled(ours, theirs)})
+    try:
+        check(config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return config
+
+
+def filled(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """The model `theirs` with the keys that `ours` gives."""
+    given = {key: getattr(ours, key) for key in ours.model_fields_set}
+    return theirs.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def initialize_from(units: Iterable[Unit], origin: StoredModel) -> None:
+    """Take the weights of another model of the same shape; the number formats may differ. Adapters of
+    `units` do not change."""
+    for spec, ours in zip(unit_specs(origin.model), units, strict=True):
+        for tensor, theirs in origin.weights(spec):
+            take(ours, tensor.name, theirs)
+
+
+def take(ours: Unit, name: str, theirs: StoredWeight) -> None:
+    """Give a weight of a unit the value of a stored one."""
+    if theirs.kind not in FORMATS or ours.kinds[name] != theirs.kind or ours.has_master(name):
+        device = ours.weights_slab.device
+        ours.fill(name, ((first, rows.to(device)) for first, rows in theirs.rows()))
+        return
+    kept = theirs.tensors()  # copied as stored: rounding again would lose precision
+    for suffix, tensor in ours.weights[name].tensors().items():
+        tensor.copy_(kept[suffix])
