@@ -1,8 +1,8 @@
 """A model of `lm_eval` that is an engine and a tokenizer.
 
-The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with a
-tokenizer that puts bos in front of a text, as an exported one does; so both give the same scores. This
-includes that a text whose whole log-likelihood is wanted has two: its first token is bos, predicted from bos.
+The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with the
+exported tokenizer, so both give the same scores. If that puts bos in front of a text, a text whose whole
+log-likelihood is wanted has two: its first token is bos, predicted from bos.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class RunModel(TemplateLM):
         return self._tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is False:
-            return self._tokenizer.encode(string)
-        return self._tokenizer.prompt(string)
+        ids = self._tokenizer.encode(string)
+        puts_bos = add_special_tokens is not False and self._tokenizer.bos_id in self._tokenizer.around
+        return [self._tokenizer.bos_id, *ids] if puts_bos else ids
 
     # log-likelihoods of answers and of texts
 
@@ -102,7 +102,8 @@ class RunModel(TemplateLM):
                 f"--tasks: a task has an answer of {len(answer)} tokens, but the context of the model is "
                 f"{self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
-        whole = context + answer
+        # a token is predicted from one at least
+        whole = (context or [self.prefix_token_id]) + answer
         self.shortened += len(whole) > self._context + 1
         return whole[-(self._context + 1) :]
 
@@ -128,7 +129,7 @@ class RunModel(TemplateLM):
                 f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks), but the context "
                 f"of the model is {self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
-        context = self.tok_encode(text)
+        context = self.tok_encode(text) or [self.prefix_token_id]
         self.shortened += len(context) > self._context - most
         context = context[most - self._context :]
         temperature = 0.0 if greedy else options.get("temperature", 1.0)
