@@ -101,6 +101,11 @@ TEMPLATES = {
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|><think>\\n' }}{% endif %}"
     ),
+    # an answer that calls something has no end, unless it is the last
+    "calls": (
+        "{% for m in messages %}{{ m.content }}"
+        "{{ eos_token if loop.last else '<|im_end|>' if not m.calls else '' }}{% endfor %}"
+    ),
     # a token and what always follows it; at the end of the chat another one on a line of its own
     "two ends": (
         "{% for m in messages %}{{ '[INST]' + m.role + '[/INST]' + m.content + '<|eot_id|><|im_end|>\\n' }}"
@@ -592,6 +597,11 @@ def test_what_is_odd_in_a_template_is_noted(both: Both, tmp_path: Path, source: 
         ),
         ("llama2", [*chat("Hi"), *chat("Hi", "a")], "roles must alternate"),
         ("mistral", [{"role": "user", "content": "a"}, {"role": "assistant"}], "fails: "),
+        (
+            "calls",
+            [*chat("Hi"), {"role": "assistant", "content": "a", "calls": 1}, *A_CHAT],
+            "no token after",
+        ),
     ],
 )
 def test_a_row_that_a_template_refuses(both: Both, name: str, messages: Chat, reason: str) -> None:
@@ -600,6 +610,19 @@ def test_a_row_that_a_template_refuses(both: Both, name: str, messages: Chat, re
         encode(both.ours, template, messages, "assistant", ALWAYS)
     good, bad = encode_batch(both.ours, template, [A_CHAT, messages], "assistant", ALWAYS)
     assert isinstance(good, Example) and isinstance(bad, BadRow)
+
+
+def test_a_message_has_other_keys(both: Both, tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{{ m.name }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "keys.jinja").write_text(source)
+    messages: Chat = [
+        {"role": "user", "content": "Hi", "name": None},
+        {"role": "assistant", "content": "a", "reasoning": "b"},
+    ]
+    template = open_template(str(tmp_path / "keys.jinja"), both.ours)
+    assert template.render(messages) == "Hi</s>ab</s>"
+    if not transformers.__version__.startswith("4."):  # which writes None, and nothing of reasoning
+        assert both.text(messages, source) == "Hi</s>ab</s>"
 
 
 def test_the_day_is_always_the_same(both: Both, tmp_path: Path) -> None:
@@ -650,6 +673,19 @@ def test_a_conversation_is_what_the_template_makes_of_all_that_was_said(both: Bo
             assert talk.cut_off and len(engine.read[0]) == how.seq_len
         else:
             assert engine.read[0] == ids and not talk.cut_off
+
+
+def test_every_answer_is_drawn_anew(both: Both) -> None:
+    class Flat(Scripted):
+        def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(1, self._vocab_size)
+
+    def answers() -> list[str]:
+        engine = cast(Any, Flat(both.ours.vocab_size))
+        talk = Conversation(engine, both.ours, both.template("tulu"), Sampling(9, 64, top_k=0, seed=3))
+        return [talk.answer("Hi") for _ in range(3)]
+
+    assert answers() == answers() and len(set(answers())) == 3
 
 
 def test_the_command_talks(
