@@ -549,8 +549,8 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot)
     if found.shortened:
         ranks.say(
-            f"note: {found.shortened:,} requests are longer than a sequence of the run; the model saw their "
-            f"last {config.data.seq_len:,} tokens"
+            f"note: {found.shortened:,} requests are longer than the context of the model, which saw their "
+            f"last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())
 

@@ -1,8 +1,8 @@
 """A model of `lm_eval` that is an engine and a tokenizer.
 
-The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with a
-tokenizer that puts bos in front of a text, as an exported one does; so both give the same scores. This
-includes that a text whose whole log-likelihood is wanted has two: its first token is bos, predicted from bos.
+The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with the
+exported tokenizer, so both give the same scores. If that puts bos in front of a text, a text whose whole
+log-likelihood is wanted has two: its first token is bos, predicted from bos.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class RunModel(TemplateLM):
-    """asked: whether a request has come. shortened: of how many requests the beginning was left out, because
-    they are longer than `length` tokens."""
+    """asked: whether a request has come. shortened: see `Scores`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, length: int, batch_tokens: int) -> None:
-        """length: tokens that the model was trained on at one time. batch_tokens: processed together."""
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, context: int, batch_tokens: int) -> None:
+        """context: tokens that the model may see. batch_tokens: that are processed together, at most, but one
+        sequence at least."""
         super().__init__()
         self._engine, self._tokenizer = engine, tokenizer
-        self._length, self._batch_tokens = length, batch_tokens
+        self._context, self._batch_tokens = context, batch_tokens
         self.asked, self.shortened = False, 0
 
     @property
@@ -53,9 +53,9 @@ class RunModel(TemplateLM):
         return self._tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is False:
-            return self._tokenizer.encode(string)
-        return self._tokenizer.prompt(string)
+        ids = self._tokenizer.encode(string)
+        puts_bos = add_special_tokens is not False and self._tokenizer.bos_id in self._tokenizer.around
+        return [self._tokenizer.bos_id, *ids] if puts_bos else ids
 
     # log-likelihoods of answers and of texts
 
@@ -73,7 +73,7 @@ class RunModel(TemplateLM):
     def _windows(self, text: str) -> Iterator[Request]:
         """The text cut so that every token is in one answer, with as much context as there is room for."""
         tokens = self.tok_encode(text)
-        for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self._length, 1):
+        for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self._context, 1):
             yield None, *make_disjoint_window(pair)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
@@ -83,12 +83,11 @@ class RunModel(TemplateLM):
         found = [(0.0, True)] * len(rows)
         with tqdm(total=len(rows), desc="scoring", unit=" answers", disable=None) as bar:
             while order:
-                length = min(self._length, -(-(len(rows[order[0]]) - 1) // LENGTHS) * LENGTHS)
+                length = min(self._context, -(-len(rows[order[0]]) // LENGTHS) * LENGTHS)
                 size = max(1, self._batch_tokens // length)
                 batch, order = order[:size], order[size:]
-                each, likeliest = self._engine.log_probabilities(
-                    _padded([rows[i] for i in batch], length + 1)
-                )
+                windows = _padded([rows[i] for i in batch], length + 1)
+                each, likeliest = self._engine.log_probabilities(windows)
                 for row, i in enumerate(batch):
                     end = len(rows[i]) - 1
                     answer = slice(end - len(requests[i][2]), end)
@@ -98,14 +97,15 @@ class RunModel(TemplateLM):
 
     def _row(self, context: list[int], answer: list[int]) -> list[int]:
         """The tokens of a request: its last ones, if there are too many."""
-        if len(answer) > self._length:
+        if len(answer) > self._context:
             raise UserError(
-                f"--tasks: an answer of {len(answer)} tokens is longer than the sequences of the run "
-                f"(data.seq_len = {self._length}); leave this task out"
+                f"--tasks: a task has an answer of {len(answer)} tokens, but the context of the model is "
+                f"{self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
-        whole = context + answer
-        self.shortened += len(whole) > self._length + 1
-        return whole[-(self._length + 1) :]
+        # a token is predicted from one at least
+        whole = (context or [self.prefix_token_id]) + answer
+        self.shortened += len(whole) > self._context + 1
+        return whole[-(self._context + 1) :]
 
     # continuations
 
@@ -124,17 +124,17 @@ class RunModel(TemplateLM):
                     "supported; leave it out"
                 )
         most = options["max_gen_toks"]
-        if most >= self._length:
+        if most >= self._context:
             raise UserError(
-                f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks) and leaves no room "
-                f"for a question in a sequence of the run (data.seq_len = {self._length}); leave it out"
+                f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks), but the context "
+                f"of the model is {self._context} (model.max_positions, or else data.seq_len); leave it out"
             )
-        context = self.tok_encode(text)
-        self.shortened += len(context) > self._length - most
-        context = context[most - self._length :]
+        context = self.tok_encode(text) or [self.prefix_token_id]
+        self.shortened += len(context) > self._context - most
+        context = context[most - self._context :]
         temperature = 0.0 if greedy else options.get("temperature", 1.0)
         ids: list[int] = []
-        how = Sampling(most, self._length, temperature, options.get("top_k", 50), seed)
+        how = Sampling(most, self._context, temperature, options.get("top_k", 50), seed)
         tokenizer, stops = self._tokenizer, {self._tokenizer.end_id}
         for token in continued(self._engine, context, tokenizer.vocab_size, stops, how):
             ids.append(token)

@@ -29,10 +29,12 @@ Tasks = dict[str, Any]  # what `lm_eval` makes of names, with their data
 
 @dataclass(frozen=True)
 class Scores:
-    """found: what `lm_eval` found. shortened: see `RunModel`."""
+    """found: what `lm_eval` found. shortened: number of requests whose beginning was left out, because they
+    are longer than `context` tokens."""
 
     found: dict[str, Any]
     shortened: int
+    context: int
 
     def as_dict(self) -> dict[str, Any]:
         """The parts of lm_eval's own results, under its names."""
@@ -102,8 +104,8 @@ def score(
     from lowres.harness.model import RunModel
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no fork of this process
-    length = config.data.seq_len
-    model = RunModel(engine, tokenizer, length, config.batch_sequences * length)
+    context = config.model.max_positions or config.data.seq_len
+    model = RunModel(engine, tokenizer, context, config.batch_sequences * config.data.seq_len)
     with _to_stderr():
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")
@@ -122,7 +124,7 @@ def score(
             if model.asked and not isinstance(error, ImportError):
                 raise  # not of a task
             raise _fault(error) from None
-    return Scores(found, model.shortened)
+    return Scores(found, model.shortened, context)
 
 
 def _fault(error: Exception) -> UserError:
