@@ -28,7 +28,7 @@ from lowres.checkpoint.folder import (
 )
 from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
-from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, read_header
+from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, layout, pieces_of, read_header
 
 __all__ = [
     "DAMAGED",
@@ -50,12 +50,14 @@ __all__ = [
     "clear",
     "find",
     "free_bytes",
+    "layout",
     "load",
     "load_state",
     "load_unit",
     "newest_state",
     "newest_valid",
     "passed_before",
+    "pieces_of",
     "read_header",
     "require_disk",
     "step_folder",

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face models: which of them is a model of ours, and what it says.
+"""config.json of Hugging Face models: which of them is a model of ours, what it says, and one of our models.
 
 A family is a kind of model that `transformers` knows (`model_type`), with the values that a config.json
 leaves out. What changes the arithmetic and is not supported is refused by its name: reading on would give
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lowres import disk
 from lowres.config import ModelConfig
 from lowres.errors import UserError
+from lowres.model import INIT_STD
 from lowres.sealed import Damaged, parse
 
 CONFIG_JSON = "config.json"
@@ -34,6 +35,18 @@ NAMES = {
     "max_positions": "max_position_embeddings",
 }
 _REQUIRED = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size")
+# families whose `attention_bias` gives a bias to the output of attention too
+_ALL_BIASED = ("llama", "qwen3")
+# kinds of rope_scaling: what a config.json says of them, and our names
+_SCALING = {
+    "linear": {"factor": "rope_factor"},
+    "llama3": {
+        "factor": "rope_factor",
+        "low_freq_factor": "rope_low_freq_factor",
+        "high_freq_factor": "rope_high_freq_factor",
+        "original_max_position_embeddings": "rope_original_length",
+    },
+}
 # tensors of old files that are computed here, and the head of a model whose embeddings are tied
 _COMPUTED = ("rotary_emb.inv_freq",)
 _TIED = ("lm_head.weight",)
@@ -63,12 +76,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says. unused: endings of the names of tensors that the model does not need. values:
-    all of it."""
+    """What a config.json says. unused: endings of the names of tensors that the model does not need.
+    has_zero_biases: whether there are `zero_biases`. values: all of it."""
 
     model: ModelConfig
     unused: tuple[str, ...]
     values: Mapping[str, Any]
+    has_zero_biases: bool
 
 
 def describe(folder: Path) -> Described:
@@ -96,7 +110,8 @@ def describe(folder: Path) -> Described:
         key = ".".join(str(NAMES.get(str(part), part)) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{reason}; get the file again") from None
-    return Described(model, _COMPUTED + _TIED * model.tie_embeddings, values)
+    unused = _COMPUTED + _TIED * model.tie_embeddings
+    return Described(model, unused, values, _all_biased(values))
 
 
 def _ours(path: Path, family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +120,8 @@ def _ours(path: Path, family: Family, values: Mapping[str, Any]) -> dict[str, An
         if values.get(NAMES[key]) is None:
             raise UserError(f"{path}: has no {NAMES[key]}; get the file again")
     found = {key: values[name] for key, name in NAMES.items() if values.get(name) is not None}
+    if _all_biased(values):
+        found["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
     return {"norm_eps": 1e-6, **found, **family.ours, **_rope(path, values)}
 
 
@@ -121,16 +138,11 @@ def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: partial_rotary_factor is not supported")
     if kind == "default":
         return {key: float(value) for key, value in found.items()}
-    keys = {"linear": {"factor": "rope_factor"}}
-    keys["llama3"] = keys["linear"] | {
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_length",
-    }
-    if kind not in keys:
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {', '.join(keys)}")
+    if kind not in _SCALING:
+        known = ", ".join(_SCALING)
+        raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {known}")
     default = {"original_max_position_embeddings": values.get("max_position_embeddings")}
-    for theirs, ours in keys[kind].items():
+    for theirs, ours in _SCALING[kind].items():
         value = given.get(theirs, default.get(theirs))
         if value is None:
             raise UserError(f"{path}: {name} has no {theirs}; get the file again")
@@ -145,6 +157,11 @@ def _slides(values: Mapping[str, Any]) -> bool:
     return bool(used and values.get("sliding_window"))
 
 
+def _all_biased(values: Mapping[str, Any]) -> bool:
+    """Whether query, key, value and output have biases."""
+    return bool(values.get("attention_bias")) and values.get("model_type") in _ALL_BIASED
+
+
 # what changes the arithmetic, and whether a config.json asks for it
 _UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "quantization_config": lambda v: bool(v.get("quantization_config")),
@@ -152,6 +169,67 @@ _UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "hidden_act": lambda v: v.get("hidden_act", "silu") not in ("silu", "swish"),
     "sliding_window": _slides,
     "layer_types": lambda v: set(v.get("layer_types") or ()) - {"full_attention"} != set(),
-    "attention_bias": lambda v: bool(v.get("attention_bias")),
+    "attention_bias": lambda v: bool(v.get("attention_bias")) and not _all_biased(v),
     "mlp_bias": lambda v: bool(v.get("mlp_bias")),
 }
+
+
+# ---- the way back
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family that can be this model."""
+    if model.qk_norm:
+        return FAMILIES["qwen3"]
+    return FAMILIES["qwen2" if model.qkv_bias else "llama"]
+
+
+def zero_biases(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases that families with `attention_bias` have besides those of query, key and value."""
+    return {f"model.layers.{i}.self_attn.o_proj.bias": (model.dim,) for i in range(model.n_layers)}
+
+
+def config_of(model: ModelConfig, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model, for transformers 4 and 5. more: what the model does not say."""
+    family = family_of(model)
+    found = {name: getattr(model, key) for key, name in NAMES.items()}
+    if model.max_positions is None:
+        del found[NAMES["max_positions"]]
+    found |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_width, "vocab_size": model.vocab}
+    found |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": INIT_STD,
+        "use_cache": True,
+    }
+    if family.model_type != "qwen2":
+        found["attention_bias"] = needs_zero_biases(model)
+    if family.model_type == "llama":
+        found["mlp_bias"] = False
+    else:
+        found |= {
+            "layer_types": ["full_attention"] * model.n_layers,
+            "max_window_layers": model.n_layers,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        }
+    return dict(sorted((found | _rope_of(model) | dict(more)).items()))
+
+
+def needs_zero_biases(model: ModelConfig) -> bool:
+    """Whether the family of a model has `zero_biases`, which the model has not."""
+    return model.qkv_bias and model.qk_norm
+
+
+def _rope_of(model: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding in both forms, see `_rope`."""
+    scaling: dict[str, Any] | None = None
+    if model.rope_scaling != "none":
+        scaling = {"rope_type": model.rope_scaling}
+        scaling |= {theirs: getattr(model, ours) for theirs, ours in _SCALING[model.rope_scaling].items()}
+    parameters = {"rope_theta": model.rope_theta, "rope_type": "default"} | (scaling or {})
+    if model.rope_scaling == "linear" and scaling is not None:
+        scaling["type"] = scaling.pop("rope_type")  # as in the first versions, which want no more than these
+    return {"rope_theta": model.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
