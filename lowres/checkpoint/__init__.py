@@ -28,7 +28,16 @@ from lowres.checkpoint.folder import (
 )
 from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
-from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, layout, pieces_of, read_header
+from lowres.checkpoint.tensors import (
+    DTYPES,
+    PIECE_BYTES,
+    NotFinite,
+    Place,
+    host_memory,
+    layout,
+    pieces_of,
+    read_header,
+)
 
 __all__ = [
     "DAMAGED",
@@ -50,6 +59,7 @@ __all__ = [
     "clear",
     "find",
     "free_bytes",
+    "host_memory",
     "layout",
     "load",
     "load_state",

@@ -104,7 +104,7 @@ class TrainedModel:
         kept = self.config.memory
         kinds = storage_kinds([spec], kept.weights, kept.embeddings_kept_in)
         size = sum(field_bytes(weight_fields(spec, kinds)).values())
-        unit = Unit(spec, kinds, torch.zeros(size, dtype=torch.uint8))
+        unit = Unit(spec, kinds, checkpoint.host_memory(size))
         checkpoint.load_unit(self.checkpoint, spec.name, unit.weight_tensors(), all_used=False)
         return unit
 
