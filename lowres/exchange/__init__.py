@@ -1,7 +1,8 @@
 """Models in and out: weights of a run, and folders and files that other programs read and write.
 
 stored      a model on the disk, whoever wrote it: its shape, its tokenizer, and its weights one by one
-families    config.json of Hugging Face models, read and written: which of them is a model of ours
+families    config.json of Hugging Face models: which of them is a model of ours, and what it says
+describing  and one of a model of ours
 folder      a folder of safetensors files
 own         what an exported folder has for this program alone
 scales      and the scales of INT8 weights in it

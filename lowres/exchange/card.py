@@ -19,7 +19,7 @@ from lowres import __version__, disk, events, metrics
 from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
 from lowres.errors import UserError
-from lowres.exchange.families import family_of
+from lowres.exchange.describing import family_of
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
 from lowres.runs import CONFIG, METRICS

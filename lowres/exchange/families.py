@@ -1,4 +1,4 @@
-"""config.json of Hugging Face models: which of them is a model of ours, what it says, and one of our models.
+"""config.json of Hugging Face models: which of them is a model of ours, and what it says.
 
 A family is a kind of model that `transformers` knows (`model_type`), with the values that a config.json
 leaves out. What changes the arithmetic and is not supported is refused by its name: reading on would give
@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from lowres import disk
 from lowres.config import ModelConfig
 from lowres.errors import UserError
-from lowres.model import INIT_STD
 from lowres.sealed import Damaged, parse
 
 CONFIG_JSON = "config.json"
@@ -37,14 +36,15 @@ NAMES = {
 _REQUIRED = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size")
 # families whose `attention_bias` gives a bias to the output of attention too
 _ALL_BIASED = ("llama", "qwen3")
-# kinds of rope_scaling: what a config.json says of them, and our names
-_SCALING = {
-    "linear": {"factor": "rope_factor"},
-    "llama3": {
-        "factor": "rope_factor",
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_length",
+# keys of ModelConfig and their names in `rope_parameters` or `rope_scaling`, by the type of scaling
+_FACTOR = {"rope_factor": "factor"}
+ROPE_NAMES = {
+    "linear": _FACTOR,
+    "llama3": _FACTOR
+    | {
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_length": "original_max_position_embeddings",
     },
 }
 # tensors of old files that are computed here, and the head of a model whose embeddings are tied
@@ -138,11 +138,11 @@ def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: partial_rotary_factor is not supported")
     if kind == "default":
         return {key: float(value) for key, value in found.items()}
-    if kind not in _SCALING:
-        known = ", ".join(_SCALING)
+    if kind not in ROPE_NAMES:
+        known = ", ".join(ROPE_NAMES)
         raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {known}")
     default = {"original_max_position_embeddings": values.get("max_position_embeddings")}
-    for theirs, ours in _SCALING[kind].items():
+    for ours, theirs in ROPE_NAMES[kind].items():
         value = given.get(theirs, default.get(theirs))
         if value is None:
             raise UserError(f"{path}: {name} has no {theirs}; get the file again")
@@ -174,62 +174,6 @@ _UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 }
 
 
-# ---- the way back
-
-
-def family_of(model: ModelConfig) -> Family:
-    """The family that can be this model."""
-    if model.qk_norm:
-        return FAMILIES["qwen3"]
-    return FAMILIES["qwen2" if model.qkv_bias else "llama"]
-
-
 def zero_biases(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the biases that families with `attention_bias` have besides those of query, key and value."""
     return {f"model.layers.{i}.self_attn.o_proj.bias": (model.dim,) for i in range(model.n_layers)}
-
-
-def config_of(model: ModelConfig, more: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model, for transformers 4 and 5. more: what the model does not say."""
-    family = family_of(model)
-    found = {name: getattr(model, key) for key, name in NAMES.items()}
-    if model.max_positions is None:
-        del found[NAMES["max_positions"]]
-    found |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_width, "vocab_size": model.vocab}
-    found |= {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "initializer_range": INIT_STD,
-        "use_cache": True,
-    }
-    if family.model_type != "qwen2":
-        found["attention_bias"] = needs_zero_biases(model)
-    if family.model_type == "llama":
-        found["mlp_bias"] = False
-    else:
-        found |= {
-            "layer_types": ["full_attention"] * model.n_layers,
-            "max_window_layers": model.n_layers,
-            "sliding_window": None,
-            "use_sliding_window": False,
-        }
-    return dict(sorted((found | _rope_of(model) | dict(more)).items()))
-
-
-def needs_zero_biases(model: ModelConfig) -> bool:
-    """Whether the family of a model has `zero_biases`, which the model has not."""
-    return model.qkv_bias and model.qk_norm
-
-
-def _rope_of(model: ModelConfig) -> dict[str, Any]:
-    """The rotary embedding in both forms, see `_rope`."""
-    scaling: dict[str, Any] | None = None
-    if model.rope_scaling != "none":
-        scaling = {"rope_type": model.rope_scaling}
-        scaling |= {theirs: getattr(model, ours) for theirs, ours in _SCALING[model.rope_scaling].items()}
-    parameters = {"rope_theta": model.rope_theta, "rope_type": "default"} | (scaling or {})
-    if model.rope_scaling == "linear" and scaling is not None:
-        scaling["type"] = scaling.pop("rope_type")  # as in the first versions, which want no more than these
-    return {"rope_theta": model.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}

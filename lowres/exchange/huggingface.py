@@ -24,7 +24,8 @@ from lowres.config_file import to_toml
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.exchange import card, shards
 from lowres.exchange.casts import DTYPES, Cast
-from lowres.exchange.families import CONFIG_JSON, config_of, needs_zero_biases, zero_biases
+from lowres.exchange.describing import config_json, needs_zero_biases
+from lowres.exchange.families import CONFIG_JSON, zero_biases
 from lowres.exchange.own import OWN, write_tokenizer
 from lowres.exchange.scales import write_scales
 from lowres.exchange.stored import FolderModel, StoredModel, StoredWeight, TrainedModel
@@ -114,7 +115,7 @@ def _described(model: StoredModel, tokenizer: Tokenizer | None, dtype: str) -> d
         ids = dict.fromkeys(_IDS) | {key: i for key, i in zip(_IDS, ends, strict=False) if i >= 0}
     if shape.max_positions is None and isinstance(model, TrainedModel):
         shape = shape.model_copy(update={"max_positions": model.config.data.seq_len})
-    return config_of(shape, ids | {"dtype": _NAMES[dtype], "torch_dtype": _NAMES[dtype]})
+    return config_json(shape, ids | {"dtype": _NAMES[dtype], "torch_dtype": _NAMES[dtype]})
 
 
 def _generation(model: StoredModel, described: dict[str, Any]) -> bytes:
