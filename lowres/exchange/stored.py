@@ -24,9 +24,10 @@ from lowres.exchange.families import CONFIG_JSON, describe, zero_biases
 from lowres.exchange.folder import WeightsFolder
 from lowres.exchange.own import own_tokenizer
 from lowres.model import storage_kinds, unit_specs
-from lowres.relora import MERGE_ROWS, adapters_of
+from lowres.relora import adapters_of
 from lowres.runs import CHECKPOINTS, newest
 from lowres.storage import FORMATS, MATRIX, TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+from lowres.target import row_chunks
 
 Rows = Iterator[tuple[int, Tensor]]
 
@@ -123,13 +124,13 @@ class _OfCheckpoint:
 
     def rows(self) -> Rows:
         weight, adapter = self.unit.weights[self.spec.name], self._adapter
-        for start in range(0, self.spec.shape[0], MERGE_ROWS):
-            index = torch.arange(start, min(start + MERGE_ROWS, self.spec.shape[0]))
-            rows = weight.rows(index, torch.float32)
+        # small pieces: among large ones, what is kept of each would hold the memory of malloc
+        for piece in row_chunks(self.spec.shape, self.unit.weights_slab.device):
+            rows = weight.rows(torch.arange(piece.start, piece.stop), torch.float32)
             if adapter is not None:
                 a, b, scaling = adapter
-                rows = torch.addmm(rows, b[index], a, alpha=scaling)
-            yield start, rows
+                rows = torch.addmm(rows, b[piece], a, alpha=scaling)
+            yield piece.start, rows
 
     def tensors(self) -> dict[str, Tensor]:
         if self.spec.frozen:
