@@ -16,7 +16,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowres.config import ModelConfig
 from lowres.config_file import load_config
@@ -290,7 +290,10 @@ def test_a_run_is_taken_along(trained: Path, tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in said.stderr and "rounding" not in said.stderr
     _, engine, tokenizer = open_run(trained)
     theirs = AutoModelForCausalLM.from_pretrained(out)
-    tokens = torch.tensor([tokenizer.prompt("def main(arguments):\n    return 1")])
+    text = "  def main(arguments):\n\n    return 1 <s>"
+    tokens = torch.tensor([tokenizer.prompt(text)])
+    encoded = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")
+    assert torch.equal(encoded.input_ids, tokens)
     with torch.no_grad():
         difference = (theirs(tokens).logits[:, -1] - engine.logits(tokens)).abs().max()
     assert float(difference) < 1e-6
@@ -299,7 +302,7 @@ def test_a_run_is_taken_along(trained: Path, tmp_path: Path) -> None:
     # the tokenizer of a run that begins here is this one to the byte, unless the folder has got another
     again = open_model(out).tokenizer
     assert again is not None and open_tokenizer(again, form="own").fingerprint == tokenizer.fingerprint
-    seen = out / next(iter(json.loads((out / "lowres" / "tokenizer_files.json").read_text())["files"]))
+    seen = out / "tokenizer.json"
     seen.write_bytes(seen.read_bytes() + b"\n")
     assert open_model(out).tokenizer == seen
 

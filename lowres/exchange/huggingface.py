@@ -22,6 +22,7 @@ from lowres import disk
 from lowres.config import ModelConfig
 from lowres.config_file import to_toml
 from lowres.data import Tokenizer, open_tokenizer
+from lowres.data.tokenizer import exported
 from lowres.exchange import card, shards
 from lowres.exchange.casts import DTYPES, Cast
 from lowres.exchange.describing import config_json, needs_zero_biases
@@ -133,7 +134,8 @@ def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> tuple[d
         return {}, [f"note: {model.path} has no tokenizer, so the export has none"]
     if not tokenizer.has_text:
         return {}, [f"note: {model.path} knows token ids without text, so the export has no tokenizer"]
-    return {tokenizer.file_name: tokenizer.content}, []
+    found = exported(tokenizer)
+    return found.files, [f"note: {note}" for note in found.notes]
 
 
 def _json(content: dict[str, Any]) -> bytes:
