@@ -105,27 +105,41 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_computes_the_same(variant: str, tmp_path: Path) -> None:
-    run, units = run_of(tmp_path / "run", VARIANTS[variant])
-    export(run, tmp_path / "out", shard_size="100KB")
+def written(folder: Path, variant: str) -> dict[str, Tensor]:
+    """A run and its export in shards, and the logits that the model has; returns its weights."""
+    run, units = run_of(folder / "run", VARIANTS[variant])
+    export(run, folder / "out", shard_size="100KB")
     ours, values = Llama(open_model(run).model), dense(units)
     ours.load_state_dict(values)
-    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    with torch.no_grad():
+        save_file({"logits": ours(TOKENS)}, folder / "logits")
+    return values
+
+
+def check_in_transformers(folder: Path, variant: str) -> None:
+    """The version of transformers that is installed reads what was written, and computes the same."""
+    theirs, loading = AutoModelForCausalLM.from_pretrained(folder / "out", output_loading_info=True)
     assert not any(loading.values()) and theirs.dtype == torch.float32
     with torch.no_grad():
-        difference = (theirs(TOKENS).logits - ours(TOKENS)).abs().max()
+        difference = (theirs(TOKENS).logits - load_file(folder / "logits")["logits"]).abs().max()
     assert float(difference) < 1e-6
     assert theirs.config.max_position_embeddings == VARIANTS[variant].get("max_positions", 32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_same(variant: str, tmp_path: Path) -> None:
+    values = written(tmp_path, variant)
+    check_in_transformers(tmp_path, variant)
     # and so do we: the shape is that of the run, and another export of what was exported is the same
     again = open_model(tmp_path / "out").model
-    assert again == ModelConfig(**{**open_model(run).model.model_dump(), **given(again)})
+    before = open_model(tmp_path / "run").model
+    assert again == ModelConfig(**{**before.model_dump(), **given(again)})
     found = read_again(tmp_path / "out")
     assert found.keys() == values.keys() and all(torch.equal(found[name], values[name]) for name in values)
     export(tmp_path / "out", tmp_path / "again", shard_size="100KB")
-    before, after = everything(tmp_path / "out"), everything(tmp_path / "again")
-    assert after.keys() == before.keys() - {"lowres/config.toml"}
-    assert {name for name, content in after.items() if content != before[name]} == {"README.md"}
+    first, second = everything(tmp_path / "out"), everything(tmp_path / "again")
+    assert second.keys() == first.keys() - {"lowres/config.toml"}
+    assert {name for name, content in second.items() if content != first[name]} == {"README.md"}
 
 
 def given(model: ModelConfig) -> dict[str, Any]:
@@ -135,6 +149,19 @@ def given(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.head_width,
         "max_positions": model.max_positions,
     }
+
+
+@pytest.mark.slow
+def test_version_4_of_transformers_computes_the_same(tmp_path: Path, transformers_4: dict[str, str]) -> None:
+    for variant in VARIANTS:
+        written(tmp_path / variant, variant)
+    program = (
+        "import sys, transformers; from pathlib import Path; assert transformers.__version__ == '4.57.6'; "
+        "from tests.test_export import check_in_transformers as check; "
+        "[check(Path(sys.argv[1]) / variant, variant) for variant in sys.argv[2:]]"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), *VARIANTS]
+    subprocess.run(command, check=True, env=transformers_4, timeout=300)
 
 
 def test_the_files_are_those_of_the_libraries(tmp_path: Path) -> None:
