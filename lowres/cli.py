@@ -511,8 +511,7 @@ def _export(parsed: argparse.Namespace) -> None:
     found = export(
         *(parsed.run, parsed.out, parsed.format, parsed.dtype, parsed.checkpoint, parsed.shard_size)
     )
-    for line in found:
-        ranks.say(line)
+    print("\n".join(found))
 
 
 def _folders(path: Path) -> list[Path]:

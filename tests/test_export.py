@@ -314,7 +314,7 @@ progress = false
 def test_a_run_is_taken_along(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = lowres_here("export", trained, out, "--dtype", "fp32")
-    assert "LlamaForCausalLM" in said.stderr and "rounding" not in said.stderr
+    assert "LlamaForCausalLM" in said.stdout and "rounding" not in said.stdout
     _, engine, tokenizer = open_run(trained)
     theirs = AutoModelForCausalLM.from_pretrained(out)
     text = "  def main(arguments):\n\n    return 1 <s>"
@@ -350,11 +350,13 @@ def test_the_card_says_what_the_model_is(trained: Path, tmp_path: Path) -> None:
         assert str(tmp_path.parent).encode() not in content, name
 
 
-def test_a_run_on_token_ids_has_no_tokenizer_to_export(tmp_path: Path) -> None:
+def test_a_run_on_token_ids_has_no_tokenizer_to_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, _ = run_of(tmp_path / "run", {"n_layers": 1})
     (run / Vocabulary.file_name).write_bytes(Vocabulary.content_of(300, None, None))
-    lines = export(run, tmp_path / "out")
-    assert "knows token ids without text" in lines[0]
+    export(run, tmp_path / "out")
+    assert "knows token ids without text" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").glob("*token*")] == []
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id is None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id is None
@@ -373,6 +375,10 @@ def test_what_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
         return said
 
+    (there / "empty").mkdir()
+    monkeypatch.chdir(there / "empty")
+    assert "exists already" in refused(trained, ".")
+    assert "a file is in the place of a folder" in refused(trained, there / "file" / "out")
     assert "exists already" in refused(trained, there) and (there / "file").read_text() == "kept"
     assert "no such folder" in refused(tmp_path / "nothing", out)
     assert "has none of this step, but 6, 12" in refused(trained, out, "--checkpoint", 7)

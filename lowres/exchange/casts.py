@@ -69,7 +69,7 @@ class Cast:
         ]
         if self.merged and total.errors > _HIDES**2 * self.merged:
             found.append(
-                f"note: the change by the adapters is {(self.merged / total.values) ** 0.5:.2g} of it; "
+                f"the change by the adapters is {(self.merged / total.values) ** 0.5:.2g} of it; "
                 "--dtype fp32 keeps all of it"
             )
         return found

@@ -22,7 +22,7 @@ from lowres import disk
 from lowres.config import ModelConfig
 from lowres.config_file import to_toml
 from lowres.data import Tokenizer, open_tokenizer
-from lowres.data.tokenizer import exported
+from lowres.data.tokenizer import Exported, exported
 from lowres.exchange import card, shards
 from lowres.exchange.casts import DTYPES, Cast
 from lowres.exchange.describing import config_json, needs_zero_biases
@@ -32,6 +32,7 @@ from lowres.exchange.scales import write_scales
 from lowres.exchange.stored import FolderModel, StoredModel, StoredWeight, TrainedModel
 from lowres.exchange.target import whole
 from lowres.model import unit_specs
+from lowres.ranks import say
 from lowres.runs import CONFIG
 from lowres.storage import Fields, UnitSpec
 
@@ -49,7 +50,7 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
     """Write a model as a new folder; returns lines for the user. dtype: a name of `casts.DTYPES`. Raises
     UserError, DoesNotFit."""
     tokenizer = open_tokenizer(model.tokenizer, form="own") if model.tokenizer else None
-    files, lines = _tokenizer_files(model, tokenizer)
+    files = _tokenizer_files(model, tokenizer)
     described = _described(model, tokenizer, dtype)
     texts = {CONFIG_JSON: _json(described), GENERATION: _generation(model, described), **files}
     texts |= card.files(model, dtype)
@@ -70,7 +71,7 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
         disk.sync_folder(folder)
     numbers = sum(torch.Size(shape).numel() for _, shape in fields.values())
     size = f"{numbers:,} numbers in {dtype}, {count} {'files' if count > 1 else 'file'} of weights"
-    return [*lines, f"{out}: {described['architectures'][0]}, {size}", *cast.lines()]
+    return [f"{out}: {described['architectures'][0]}, {size}", *cast.lines()]
 
 
 def _fields(model: ModelConfig, dtype: torch.dtype) -> Fields:
@@ -128,14 +129,16 @@ def _generation(model: StoredModel, described: dict[str, Any]) -> bytes:
     return _json({key: described[key] for key in _IDS if described[key] is not None})
 
 
-def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> tuple[dict[str, bytes], list[str]]:
-    """What other programs read of a tokenizer, by name, and notes."""
-    if tokenizer is None:
-        return {}, [f"note: {model.path} has no tokenizer, so the export has none"]
-    if not tokenizer.has_text:
-        return {}, [f"note: {model.path} knows token ids without text, so the export has no tokenizer"]
-    found = exported(tokenizer)
-    return found.files, [f"note: {note}" for note in found.notes]
+def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """What other programs read of a tokenizer, by name."""
+    found = exported(tokenizer) if tokenizer else Exported()
+    notes = list(found.notes)
+    if tokenizer is None or not tokenizer.has_text:
+        what = "has no tokenizer" if tokenizer is None else "knows token ids without text"
+        notes.append(f"{model.path} {what}, so the export has no tokenizer")
+    for note in notes:
+        say(f"note: {note}")
+    return found.files
 
 
 def _json(content: dict[str, Any]) -> bytes:
