@@ -76,7 +76,8 @@ class TrainedModel:
         self.path = path
         self.config, self.checkpoint, self.state = _checkpoint(path, step)
         self.model = self.config.model.model_copy(update={"preset": None})
-        self.tokenizer = find_tokenizer(self.checkpoint) or find_tokenizer(path)
+        # a checkpoint may be deleted while the config of another run names its file
+        self.tokenizer = find_tokenizer(path) or find_tokenizer(self.checkpoint)
         self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
         self._units = {unit.name: unit for unit in unit_specs(self.model, self._relora)}
 

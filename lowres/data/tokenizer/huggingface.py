@@ -5,6 +5,9 @@ token. It can be told not to, but not for all kinds: added tokens that are not m
 vocabulary that is matched by string, still give them. So the file is opened with those tokens under names
 that no text has; their ids stay. What else would change documents is off: truncation, padding, dropout, and
 the post-processor, as bos and eos are added here. White space that was added as a token is text and stays.
+
+A copy has a post-processor of ours (`ends`). In it comes along the original one, with the files beside it,
+for the day on which the model is taken elsewhere.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ from typing import Any
 import numpy as np
 
 from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.companions import Companions, read_beside
 from lowres.data.tokenizer.ends import find_ends, template
 from lowres.errors import UserError, first_line
+from lowres.sealed import Damaged, parse, seal, unseal
 
 Node = dict[str, Any]
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -31,6 +36,7 @@ _WORD_BOUNDARY = re.compile(r"\b")
 _CONTEXT = 128
 _TRIES = 16
 _LARGEST_VOCAB = 1 << 24
+_KEY = "lowres"
 
 
 class JsonTokenizer(Tokenizer):
@@ -59,16 +65,19 @@ class JsonTokenizer(Tokenizer):
         self._open: Callable[[str], Any] = tokenizers.Tokenizer.from_str
         try:
             description = json.loads(content)
-            ids = _ids(description)
+            companions, notes, is_new = _companions(path, description)
+            ids = ids_of(description)
             added = description.get("added_tokens") or []
             names = {token["content"] for token in added} or ids.keys()
-            ends = find_ends(path, description, ids, names, bos, eos)
+            ends = find_ends(path, description, companions, ids, names, bos, eos)
             tokens = {i: token for token, i in ids.items()}
             processor = template(ends, tokens)
-            if description.get("post_processor") != processor:
+            core = content
+            if not is_new or companions.files or description.get("post_processor") != processor:
                 description["post_processor"] = processor
-                content = json.dumps(description).encode()
-            super().__init__(path, content)
+                content, core = _written(with_companions(description, companions)), _written(description)
+            super().__init__(path, content, core, companions)
+            self.notes += notes
             self.bos_id, self.eos_id = ends.bos, ends.eos
             self.vocab_size = max(ids.values()) + 1
             if self.vocab_size > _LARGEST_VOCAB:
@@ -146,8 +155,12 @@ class JsonTokenizer(Tokenizer):
         plain = _without_prefix(self._plain)
         return self._library if plain == self._plain else self._opened(plain)
 
+    def library_of(self, description: Node) -> Any:
+        """The library's own tokenizer for a description."""
+        return self._open(json.dumps(description))
+
     def _opened(self, description: Node) -> Any:
-        library = self._open(json.dumps(description))
+        library = self.library_of(description)
         library.encode_special_tokens = True  # the file cannot say it
         return library
 
@@ -178,11 +191,60 @@ class JsonTokenizer(Tokenizer):
                 return (token.removeprefix(prefix) if token.startswith(prefix) else " " + token).encode()
             return token.encode()
 
-        self._by_table = by_byte or spaces
+        self._by_table = by_byte or spaces or "ByteFallback" in kinds
         self._strips = spaces and any(_strips(node) for node in _nodes(description.get("decoder")))
         self._bytes_of = [b""] * self.vocab_size
         for i, token in tokens.items():
             self._bytes_of[i] = bytes_of(i, token)
+
+
+def core_of(content: bytes) -> bytes:
+    """The content of a tokenizer.json without what came along."""
+    description, companions = _parsed(content)
+    return content if companions is None else _written(description)
+
+
+def made_of(content: bytes) -> str | None:
+    """The fingerprint of the SentencePiece model that a tokenizer.json was made of, if it says so."""
+    companions = _parsed(content)[1]
+    return companions.made_of if companions else None
+
+
+def _parsed(content: bytes) -> tuple[Node, Companions | None]:
+    """The description and what comes along; neither if nothing does, or if it is damaged."""
+    if _KEY.encode() not in content:
+        return {}, None
+    try:
+        description = parse(content)
+        return description, take_companions(description)
+    except Damaged:
+        return {}, None
+
+
+def _companions(path: Path, description: Node) -> tuple[Companions, list[str], bool]:
+    """What comes along with a file, notes, and whether it is not in the file yet. It is taken out of the
+    description."""
+    taken = take_companions(description)
+    if taken and not taken.made_of:
+        return taken, [], False
+    beside, notes = read_beside(path)
+    original = {"post_processor": description.get("post_processor")}
+    return beside.model_copy(update=original), notes, True
+
+
+def take_companions(description: Node) -> Companions | None:
+    """Take what came along out of the description; None if nothing did. Raises Damaged."""
+    processor = description.get("post_processor")
+    if not isinstance(processor, dict) or _KEY not in processor:
+        return None
+    return unseal(json.dumps(processor.pop(_KEY)).encode(), Companions)
+
+
+def with_companions(description: Node, companions: Companions) -> Node:
+    """The description, and what comes along: in the post-processor, as the library reads no file with a key
+    that it does not know at the first level."""
+    record = json.loads(seal(companions.model_dump()))
+    return description | {"post_processor": {**description["post_processor"], _KEY: record}}
 
 
 class _Following(str):
@@ -191,12 +253,16 @@ class _Following(str):
     __slots__ = ()
 
 
+def _written(description: Node) -> bytes:
+    return json.dumps(description).encode()
+
+
 def _encoded(library: Any, parts: list[str]) -> list[np.ndarray]:
     encodings = library.encode_batch_fast(parts, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def _ids(description: Node) -> dict[str, int]:
+def ids_of(description: Node) -> dict[str, int]:
     """The id of every token, added ones too."""
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, list):  # of a unigram model
