@@ -29,11 +29,12 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.tokenizer import Vocabulary, train
+from lowres.data.tokenizer import exported as exported_tokenizer
 from lowres.data.tokenizer.base import PROBES, SPACE
+from lowres.data.tokenizer.sentencepiece_file import Type
 from lowres.errors import DoesNotFit, UserError
-from lowres.exchange import target
+from lowres.exchange import gguf_file, target
 from lowres.exchange.gguf_file import export_gguf
-from lowres.exchange.gguf_tokenizer import Type
 from lowres.model import Llama, rope_tables, rotate
 from lowres.storage import TensorSpec, Unit, UnitSpec
 from tests.helpers import make_units
@@ -442,6 +443,12 @@ def test_a_tokenizer_of_ours(tmp_path: Path) -> None:
     for text in PROBES:
         if SPACE not in text:  # which has no spelling there
             assert encode_by_scores(about, text) == tokenizer.encode(text), text
+    # and as it is exported for Hugging Face's libraries, alone in another folder
+    again = tmp_path / "again"
+    again.mkdir()
+    _, same, _ = with_tokenizer(exported_tokenizer(tokenizer).files["tokenizer.json"], again)
+    assert same["tokenizer.ggml.tokens"] == pieces and same["tokenizer.ggml.token_type"] == kinds
+    assert encode_by_scores(same, TEXT[:500]) == encode_by_scores(about, TEXT[:500])
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "prepend", "metaspace", "none"])
@@ -566,6 +573,17 @@ def test_text_that_llama_cpp_takes_for_a_token_is_said(tmp_path: Path) -> None:
     model["merges"] = [*model["merges"], ["s", ">"]]
     _, _, notes = with_tokenizer(pieces_json(normalizer=REPLACE, model=model), tmp_path)
     assert notes == ["llama.cpp may take the text '<s>' in a document for the token of this name"]
+
+
+def test_what_came_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat template; and where a model is only converted, whether its tokenizer puts bos in front."""
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
+    assert about["tokenizer.chat_template"] == "{{ messages }}" and about["tokenizer.ggml.add_bos_token"]
+    (tmp_path / "model.gguf").unlink()
+    monkeypatch.setattr(gguf_file, "FolderModel", Model)
+    _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
+    assert not about["tokenizer.ggml.add_bos_token"]
 
 
 def test_ids_only(tmp_path: Path) -> None:

@@ -15,26 +15,17 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.tokenizer.base import SPACE
-from lowres.data.tokenizer.huggingface import _BYTE, JsonTokenizer, _byte_level_alphabet, _is_text, _nodes
-from lowres.data.tokenizer.sentencepiece_model import _BPE as BPE
-from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer, _fields, _Spec
+from lowres.data.tokenizer.huggingface import BYTE, JsonTokenizer, byte_level_alphabet, is_text, nodes
+from lowres.data.tokenizer.sentencepiece_file import BPE, Type, types_of
+from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from lowres.errors import UserError
 
 Node = dict[str, Any]
-
-
-class Type(IntEnum):
-    """What a token is; the numbers of SentencePiece, which GGUF has too."""
-
-    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclass
@@ -51,6 +42,7 @@ class Vocabulary:
     bos: int | None = None
     eos: int | None = None
     unknown: int | None = None
+    adds_bos: bool = True
     adds_prefix: bool = False
     chat_template: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -73,7 +65,7 @@ class Vocabulary:
         ):
             if value is not None:
                 add(value)
-        writer.add_add_bos_token(True)  # as in training, where it begins every document
+        writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
         writer.add_add_space_prefix(self.adds_prefix)
         writer.add_remove_extra_whitespaces(False)
@@ -89,9 +81,10 @@ class Vocabulary:
             self.scores += [0.0] * missing
 
 
-def vocabulary_of(path: Path | None, size: int) -> Vocabulary:
-    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. Raises UserError if
-    llama.cpp has no such tokenizer."""
+def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
+    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. trained: with this program,
+    where bos begins every document; otherwise bos is put in front of a text if the tokenizer, as it came,
+    does so. Raises UserError if llama.cpp has no such tokenizer."""
     if path is None:
         return Vocabulary(notes=["the model has no tokenizer: the file takes and gives ids only"])
     tokenizer = open_tokenizer(path, form="own")
@@ -107,9 +100,10 @@ def vocabulary_of(path: Path | None, size: int) -> Vocabulary:
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         found = _of_json(tokenizer)
+        found.adds_bos = trained or tokenizer.around()[:1] == [tokenizer.bos_id]
     found.bos = tokenizer.bos_id
     found.eos = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    found.chat_template = getattr(tokenizer, "chat_template", None)
+    found.chat_template = tokenizer.chat_template
     found.pad(size)
     return found
 
@@ -122,15 +116,14 @@ def _refused(tokenizer: Tokenizer, what: str) -> UserError:
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
-    spec = _Spec(tokenizer.content)
+    spec, pieces = tokenizer.spec, tokenizer.processor
     if spec.model_type != BPE:
         raise _refused(tokenizer, "it is a SentencePiece model of another type than BPE with byte pieces")
     if spec.normalises and not spec.only_adds_prefix:
         raise _refused(tokenizer, "it has a normaliser")
-    types = list(map(Type, _piece_types(tokenizer.content)))
+    types = types_of(tokenizer.content)
     if Type.UNUSED in types:
         raise _refused(tokenizer, "it has unused pieces")
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.content)
     texts = [pieces.id_to_piece(i) for i in range(len(types))]
     found = Vocabulary(
         kind="llama",
@@ -150,14 +143,6 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
         )
     found.notes += _mistaken(found)
     return found
-
-
-def _piece_types(model: bytes) -> list[int]:
-    """The type of each piece."""
-    pieces = [
-        dict(_fields(value)) for number, value in _fields(model) if number == 1 and not isinstance(value, int)
-    ]
-    return [int(piece.get(3, Type.NORMAL)) for piece in pieces]
 
 
 def _mistaken(found: Vocabulary) -> Iterator[str]:
@@ -195,10 +180,10 @@ def _of_json(tokenizer: JsonTokenizer) -> Vocabulary:
         i: Type.CONTROL if token["special"] or i in ends else Type.USER_DEFINED for i, token in added.items()
     } | {i: Type.CONTROL for i in ends if i is not None}
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-    by_byte = any(node.get("type") == "ByteLevel" for node in _nodes(description.get("pre_tokenizer")))
+    by_byte = any(node.get("type") == "ByteLevel" for node in nodes(description.get("pre_tokenizer")))
     of_kind = _of_bytes if by_byte else _of_pieces
     found = of_kind(tokenizer, description, ids, types, merges)
-    spelt = [t["content"] for i, t in added.items() if types[i] is Type.USER_DEFINED and not _is_text(t)]
+    spelt = [t["content"] for i, t in added.items() if types[i] is Type.USER_DEFINED and not is_text(t)]
     if spelt:
         found.notes.append(
             f"llama.cpp finds {len(spelt)} added tokens, such as {spelt[0]!r}, in text, where they were "
@@ -266,7 +251,7 @@ def _of_bytes(
     if normalisers - {"NFC"}:
         raise _refused(tokenizer, f"it has the normalizer {min(normalisers)}")
     texts = set(description["model"]["vocab"])
-    if not _byte_level_alphabet().keys() <= texts:
+    if not byte_level_alphabet().keys() <= texts:
         raise _refused(tokenizer, "it has no token for some bytes")
     hidden = {ids[i] for i, kind in types.items() if kind is Type.CONTROL}
     found = _filled(ids, types)
@@ -313,12 +298,17 @@ def _of_pieces(
 ) -> Vocabulary:
     model = description["model"]
     prefix = _prefix(description)
+    if not (description.get("normalizer") or description.get("pre_tokenizer")):
+        # made of a SentencePiece model, for the exact form: pieces are written with spaces
+        prefix = None if any(SPACE in text for text in ids.values()) else False
+        ids = {i: text if i in types else text.replace(" ", SPACE) for i, text in ids.items()}
+        merges = [[part.replace(" ", SPACE) for part in pair] for pair in merges]
     if prefix is None or not (model.get("byte_fallback") and model.get("fuse_unk")):
         raise _refused(tokenizer, "it is neither a BPE on bytes nor like one of SentencePiece")
     scores = _scores(merges, {text for i, text in ids.items() if i not in types})
     if scores is None:
         raise _refused(tokenizer, "its merges do not follow from scores of its pieces")
-    of_byte = {i: Type.BYTE for i, text in ids.items() if _BYTE.fullmatch(text)}
+    of_byte = {i: Type.BYTE for i, text in ids.items() if BYTE.fullmatch(text)}
     if len(of_byte) < 256:
         raise _refused(tokenizer, "it has no token for some bytes")
     unknown = model["vocab"].get(model.get("unk_token"))
@@ -359,6 +349,6 @@ def _scores(merges: list[list[str]], texts: Set[str]) -> dict[str, float] | None
         scores.setdefault(text, -float(rank))
         last = text
     for text in texts:
-        if any(pair not in pairs for pair in _splits(text, texts)) and not _BYTE.fullmatch(text):
+        if any(pair not in pairs for pair in _splits(text, texts)) and not BYTE.fullmatch(text):
             return None
     return scores
