@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.errors import UserError
-from lowres.exchange.gguf_tokenizer import Vocabulary, vocabulary_of
+from lowres.exchange.gguf_tokenizer import vocabulary_of
 from lowres.exchange.gguf_weights import (
     BLOCK,
     CODES,
@@ -60,7 +60,7 @@ _NAMES = {
 _ROPE = "rope_freqs.weight"
 # about: the header without the tokenizer; a token with its score, type and merge
 _HEADER_BYTES, _TOKEN_BYTES = 1 << 16, 64
-# llama.cpp treats the control tokens of models with such names in ways of their own, and opens no others
+# llama.cpp knows models with such names, and opens no file of that name without their control tokens
 _NO_NAMES = ("phi3", "phi-3", "modern-bert")
 # of a folder that does not say it, as in transformers
 _POSITIONS = 2048
@@ -83,15 +83,16 @@ def export_gguf(model: StoredModel, out: Path, dtype: str) -> list[str]:
         chosen = _chosen(model, dtype)
         writer = gguf.GGUFWriter(path, architecture)
         try:
-            if not any(name in out.stem.lower() for name in _NO_NAMES):
-                writer.add_name(out.stem)
-            _describe(writer, model, dtype, vocabulary)
+            _describe(writer, model, out.stem, dtype)
+            vocabulary.write(writer)
             cost = _write(writer, model, chosen)
             writer.flush()
             os.fsync(writer.fout[0].fileno())
         finally:
             writer.close()
-    return [*vocabulary.notes, *_cost_lines(dtype, specs, chosen, cost)]
+    numbers = f"{sum(spec.numel for spec in specs):,} numbers in {dtype}"
+    about = f"{out}: {architecture}, {numbers}, {out.stat().st_size / 2**30:.2f} GiB"
+    return [about, *_cost_lines(dtype, specs, chosen, cost), *(f"note: {note}" for note in vocabulary.notes)]
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -119,10 +120,12 @@ def _chosen(model: StoredModel, dtype: str) -> dict[str, Form]:
     return found
 
 
-def _describe(writer: Any, model: StoredModel, dtype: str, vocabulary: Vocabulary) -> None:
-    """Add all keys."""
+def _describe(writer: Any, model: StoredModel, name: str, dtype: str) -> None:
+    """Add the keys of the model."""
     gguf, config = library(), model.model
     writer.add_type("model")
+    if not any(known in name.lower() for known in _NO_NAMES):
+        writer.add_name(name)
     kind = f"{'ALL' if dtype == 'fp32' else 'MOSTLY'}_{_TYPES[dtype]}"
     writer.add_file_type(int(gguf.LlamaFileType[kind]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -141,7 +144,6 @@ def _describe(writer: Any, model: StoredModel, dtype: str, vocabulary: Vocabular
     if config.rope_scaling == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope_factor)
-    vocabulary.write(writer)
 
 
 def _positions(model: StoredModel) -> int:
@@ -223,4 +225,4 @@ def _cost_lines(
                 why = f"their rows are no multiple of {BLOCK}"
             others.setdefault((found, why), []).append(spec.name)
     for (found, why), names in others.items():
-        yield f"{len(names)} matrices, such as {names[0]}, are stored as {found}: {why}"
+        yield f"note: {len(names)} matrices, such as {names[0]}, are stored as {found}: {why}"
