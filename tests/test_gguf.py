@@ -245,11 +245,11 @@ def test_int8_codes_are_kept(tmp_path: Path) -> None:
             assert torch.equal(found[their_name(name)], wanted), name
     errors = {}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):  # not INT8: gguf's own quantiser
-        stored = model.value(name)
-        anew = gguf.quantize(stored.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        before = model.value(name)
+        anew = gguf.quantize(before.numpy(), gguf.GGMLQuantizationType.Q8_0)
         kept = torch.from_numpy(gguf.dequantize(anew, gguf.GGMLQuantizationType.Q8_0))
         assert torch.equal(found[their_name(name)], kept)
-        errors[float((kept - stored).norm() / stored.norm())] = name
+        errors[float((kept - before).norm() / before.norm())] = name
     worst = max(errors)
     assert lines[1].endswith(f" of their norm, at most {worst:.2g} ({errors[worst]})")
     assert lines[2] == "14 of 16 matrices keep their INT8 codes, with scales rounded to fp16"

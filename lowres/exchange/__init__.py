@@ -3,6 +3,9 @@
 stored      a model on the disk, whoever wrote it: its shape, its tokenizer, and its weights one by one
 families    config.json of Hugging Face models: which of them is a model of ours, and what it says
 folder      a folder of safetensors files
+gguf_file   a GGUF file, for llama.cpp
+gguf_weights    its number formats, and what they cost
+gguf_tokenizer  its tokenizer
 target      what is exported appears whole or not at all
 """
 
