@@ -506,6 +506,7 @@ def bytes_json(pre: Any, ignore_merges: bool = False) -> bytes:
         ),
     )
     library.add_tokens([tokenizers.AddedToken("<tool>", normalized=False), "    "])
+    library.add_special_tokens(["he"])  # a piece that merges make, but no text may
     found: str = library.to_str()
     return found.encode()
 
@@ -529,6 +530,7 @@ def test_bpe_on_bytes(name: str, tmp_path: Path) -> None:
     assert notes == [
         "llama.cpp finds 1 added tokens, such as '<tool>', in text, where they were spelt out in training"
     ]
+    assert of["he"] == Type.CONTROL
     merges = [tuple(pair.split(" ")) for pair in about["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(pieces) if kinds[i] == Type.NORMAL}
     again = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
