@@ -90,8 +90,7 @@ def export_gguf(model: StoredModel, out: Path, dtype: str) -> list[str]:
             os.fsync(writer.fout[0].fileno())
         finally:
             writer.close()
-    numbers = f"{sum(spec.numel for spec in specs):,} numbers in {dtype}"
-    about = f"{out}: {architecture}, {numbers}, {out.stat().st_size / 2**30:.2f} GiB"
+    about = f"{out}: {architecture}, {sum(spec.numel for spec in specs):,} numbers in {dtype}"
     return [about, *_cost_lines(dtype, specs, chosen, cost), *(f"note: {note}" for note in vocabulary.notes)]
 
 
