@@ -168,7 +168,7 @@ def _write(writer: Any, model: StoredModel, chosen: dict[str, Form]) -> dict[str
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if config.rope_scaling == "llama3":
-        writer.write_tensor_data(factors.numpy())
+        _append(writer, factors.numpy())
     cost = {}
     for unit in unit_specs(config):
         for spec, weight in model.weights(unit):
@@ -176,8 +176,17 @@ def _write(writer: Any, model: StoredModel, chosen: dict[str, Form]) -> dict[str
             data = np.empty((spec.shape[0], _nbytes(spec, form) // spec.shape[0]), np.uint8)
             cost[spec.name] = sums(spec.name, form.encode(weight), into=data)
             order = _order(config, spec)
-            writer.write_tensor_data(data if order is None else data[order.numpy()])
+            _append(writer, data if order is None else data[order.numpy()])
     return cost
+
+
+def _append(writer: Any, data: np.ndarray) -> None:
+    """Write the next tensor. The writer's own function leaves it to numpy, whose errors do not say why a disk
+    takes no more."""
+    file = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    file.write(data.data)
+    writer.write_padding(file, data.nbytes)
 
 
 def _name(spec: TensorSpec) -> str:
