@@ -100,7 +100,7 @@ def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         found = _of_json(tokenizer)
-        found.adds_bos = trained or tokenizer.around()[:1] == [tokenizer.bos_id]
+    found.adds_bos = trained or tokenizer.bos_id in tokenizer.around
     found.bos = tokenizer.bos_id
     found.eos = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     found.chat_template = tokenizer.chat_template

@@ -111,6 +111,11 @@ class Tokenizer(ABC):
         """The Jinja template with which a conversation becomes text; None if none came along."""
         return self.companions.chat_template
 
+    @cached_property
+    def around(self) -> list[int]:
+        """The ids that other programs put around a text, where they have this tokenizer."""
+        return [self.bos_id]
+
     @property
     def end_id(self) -> int:
         """The token after which a document is over: eos, or bos of the next one."""

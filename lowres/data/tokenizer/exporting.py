@@ -49,13 +49,13 @@ def exported(tokenizer: Tokenizer) -> Exported:
 
 
 def _as_it_came(tokenizer: JsonTokenizer) -> Exported:
-    description = tokenizer.original()
+    description = tokenizer.as_it_came()
     files = {JsonTokenizer.file_name: _json(description)}
     files |= {name: text.encode() for name, text in tokenizer.companions.files.items()}
     tokens = {i: token for token, i in ids_of(description).items()}
     if CONFIG not in files:
         files[CONFIG] = _config(tokenizer, tokens, description["model"].get("unk_token"))
-    around = [tokens[i] for i in tokenizer.around()]
+    around = [tokens[i] for i in tokenizer.around]
     bos = tokens[tokenizer.bos_id]
     if around == [bos]:
         return Exported(files)

@@ -155,24 +155,20 @@ class JsonTokenizer(Tokenizer):
         plain = _without_prefix(self._plain)
         return self._library if plain == self._plain else self._opened(plain)
 
-    def original(self) -> Node:
-        """The content as it came, with its own post-processor."""
+    def as_it_came(self) -> Node:
+        """The description with the post-processor that it had before ours took its place."""
         description: Node = json.loads(self.core)
         if self.content != self.core:
             description["post_processor"] = self.companions.post_processor
         return description
 
+    @cached_property
     def around(self) -> list[int]:
-        """The ids that it puts around a text, as it came."""
-        found: list[int] = self._library_of(self.original()).encode("").ids
-        return found
-
-    def _library_of(self, description: Node) -> Any:
-        """The library's own tokenizer for a description."""
-        return self._open(json.dumps(description))
+        ids: list[int] = self._open(json.dumps(self.as_it_came())).encode("").ids
+        return ids
 
     def _opened(self, description: Node) -> Any:
-        library = self._library_of(description)
+        library = self._open(json.dumps(description))
         library.encode_special_tokens = True  # the file cannot say it
         return library
 
