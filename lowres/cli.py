@@ -23,7 +23,7 @@ from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, sou
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
-from lowres.exchange import open_model, with_model_of
+from lowres.exchange import FORMATS, export, open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -68,8 +68,11 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            run = "to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted; {'start it again to go on' if parsed.command is _prepare else run}")
+            remedy = {
+                _prepare: "start it again to go on",
+                _export: "nothing was written; start it again",
+            }.get(parsed.command, "to continue, give a run --resume, or start a sweep again")
+            _complain(f"interrupted; {remedy}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -236,6 +239,22 @@ def _add_use(commands: Commands) -> None:
         "--num-fewshot", type=_not_negative, metavar="K", help="show K examples before each question"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = _command(
+        commands, "export", _export, "Write a model for other programs: a Hugging Face folder or a GGUF file."
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder or file to write, which must not exist")
+    sub.add_argument("--format", choices=FORMATS, help="default: gguf if OUT ends in .gguf, otherwise hf")
+    sub.add_argument(
+        "--dtype",
+        choices=sorted({dtype for dtypes in FORMATS.values() for dtype in dtypes}),
+        help="number format of the weights (q8_0: gguf only); default: as they are stored, bf16 for int8",
+    )
+    sub.add_argument(
+        "--checkpoint", type=_not_negative, metavar="STEP", help="of this step (default: the newest)"
+    )
+    sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
 
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"
@@ -486,6 +505,14 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
             f"last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    found = export(
+        *(parsed.run, parsed.out, parsed.format, parsed.dtype, parsed.checkpoint, parsed.shard_size)
+    )
+    for line in found:
+        ranks.say(line)
 
 
 def _folders(path: Path) -> list[Path]:

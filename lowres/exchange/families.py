@@ -34,6 +34,19 @@ NAMES = {
     "max_positions": "max_position_embeddings",
 }
 _REQUIRED = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size")
+# families whose `attention_bias` gives a bias to the output of attention too
+_ALL_BIASED = ("llama", "qwen3")
+# keys of ModelConfig and their names in `rope_parameters` or `rope_scaling`, by the type of scaling
+_FACTOR = {"rope_factor": "factor"}
+ROPE_NAMES = {
+    "linear": _FACTOR,
+    "llama3": _FACTOR
+    | {
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_length": "original_max_position_embeddings",
+    },
+}
 # tensors of old files that are computed here, and the head of a model whose embeddings are tied
 _COMPUTED = ("rotary_emb.inv_freq",)
 _TIED = ("lm_head.weight",)
@@ -63,12 +76,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says. unused: endings of the names of tensors that the model does not need. values:
-    all of it."""
+    """What a config.json says. unused: endings of the names of tensors that the model does not need.
+    has_zero_biases: whether there are `zero_biases`. values: all of it."""
 
     model: ModelConfig
     unused: tuple[str, ...]
     values: Mapping[str, Any]
+    has_zero_biases: bool
 
 
 def describe(folder: Path) -> Described:
@@ -96,7 +110,8 @@ def describe(folder: Path) -> Described:
         key = ".".join(str(NAMES.get(str(part), part)) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {f'{key}: ' if key else ''}{reason}; get the file again") from None
-    return Described(model, _COMPUTED + _TIED * model.tie_embeddings, values)
+    unused = _COMPUTED + _TIED * model.tie_embeddings
+    return Described(model, unused, values, _all_biased(values))
 
 
 def _ours(path: Path, family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +120,8 @@ def _ours(path: Path, family: Family, values: Mapping[str, Any]) -> dict[str, An
         if values.get(NAMES[key]) is None:
             raise UserError(f"{path}: has no {NAMES[key]}; get the file again")
     found = {key: values[name] for key, name in NAMES.items() if values.get(name) is not None}
+    if _all_biased(values):
+        found["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
     return {"norm_eps": 1e-6, **found, **family.ours, **_rope(path, values)}
 
 
@@ -121,16 +138,11 @@ def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: partial_rotary_factor is not supported")
     if kind == "default":
         return {key: float(value) for key, value in found.items()}
-    keys = {"linear": {"factor": "rope_factor"}}
-    keys["llama3"] = keys["linear"] | {
-        "low_freq_factor": "rope_low_freq_factor",
-        "high_freq_factor": "rope_high_freq_factor",
-        "original_max_position_embeddings": "rope_original_length",
-    }
-    if kind not in keys:
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {', '.join(keys)}")
+    if kind not in ROPE_NAMES:
+        known = ", ".join(ROPE_NAMES)
+        raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {known}")
     default = {"original_max_position_embeddings": values.get("max_position_embeddings")}
-    for theirs, ours in keys[kind].items():
+    for ours, theirs in ROPE_NAMES[kind].items():
         value = given.get(theirs, default.get(theirs))
         if value is None:
             raise UserError(f"{path}: {name} has no {theirs}; get the file again")
@@ -145,6 +157,11 @@ def _slides(values: Mapping[str, Any]) -> bool:
     return bool(used and values.get("sliding_window"))
 
 
+def _all_biased(values: Mapping[str, Any]) -> bool:
+    """Whether query, key, value and output have biases."""
+    return bool(values.get("attention_bias")) and values.get("model_type") in _ALL_BIASED
+
+
 # what changes the arithmetic, and whether a config.json asks for it
 _UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "quantization_config": lambda v: bool(v.get("quantization_config")),
@@ -152,6 +169,11 @@ _UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "hidden_act": lambda v: v.get("hidden_act", "silu") not in ("silu", "swish"),
     "sliding_window": _slides,
     "layer_types": lambda v: set(v.get("layer_types") or ()) - {"full_attention"} != set(),
-    "attention_bias": lambda v: bool(v.get("attention_bias")),
+    "attention_bias": lambda v: bool(v.get("attention_bias")) and not _all_biased(v),
     "mlp_bias": lambda v: bool(v.get("mlp_bias")),
 }
+
+
+def zero_biases(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases that families with `attention_bias` have besides those of query, key and value."""
+    return {f"model.layers.{i}.self_attn.o_proj.bias": (model.dim,) for i in range(model.n_layers)}

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from lowres import disk
 from lowres.checkpoint import DTYPES, PIECE_BYTES, Place, read_header
 from lowres.errors import UserError
+from lowres.exchange.own import OWN
+from lowres.exchange.scales import FILE, codes_of, read_scales
+from lowres.ranks import say
 from lowres.sealed import Damaged, parse
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,10 +41,29 @@ class WeightsFolder:
                         "both files again"
                     )
                 self._files[name], self._places[name] = file, found[name]
+        self._scales = self._recorded()
 
-    def require(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> None:
+    def require(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        unused: Collection[str],
+        zeros: Mapping[str, tuple[int, ...]],
+    ) -> None:
         """Raise UserError unless the folder has exactly these tensors, in these shapes and a floating-point
-        format. unused: endings of the names of others that it may have."""
+        format. unused: endings of the names of others that it may have. zeros: others that it must have, all
+        zero."""
+        self._require_described({**shapes, **zeros})
+        for name in self._places:
+            if name not in shapes and name not in zeros and not name.endswith(tuple(unused)):
+                raise UserError(
+                    f"{self.path}: has a tensor {name}, which a model of this config.json does not have; "
+                    "such models are not supported"
+                )
+        for name in zeros:
+            if any(bool(rows.any()) for _, rows in self.weight(name).rows()):
+                raise UserError(f"{self.path}: {name} is not zero; such biases are not supported")
+
+    def _require_described(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             place = self._places.get(name)
             if place is None:
@@ -55,15 +78,21 @@ class WeightsFolder:
                     f"{self.path}: {name} is stored as {place.dtype}, which is not supported; give weights "
                     "in bf16, fp16 or fp32"
                 )
-        for name in self._places:
-            if name not in shapes and not name.endswith(tuple(unused)):
-                raise UserError(
-                    f"{self.path}: has a tensor {name}, which a model of this config.json does not have; "
-                    "such models are not supported"
-                )
 
     def weight(self, name: str) -> FolderWeight:
-        return FolderWeight(self._files[name], self._places[name])
+        return FolderWeight(self._files[name], self._places[name], self._scales.get(name))
+
+    def kind_of(self, name: str) -> str:
+        """The number format of a tensor in its file."""
+        return KINDS[self._places[name].dtype]
+
+    def _recorded(self) -> dict[str, Tensor]:
+        """The scales of weights that were exported from INT8."""
+        try:
+            return read_scales(self.path / OWN)
+        except (OSError, Damaged) as error:
+            say(f"note: {self.path / OWN / FILE}: {error}; INT8 codes will be rounded anew")
+            return {}
 
     def _listed(self) -> dict[Path, list[str] | None]:
         """The files, and the tensors that each should have; None: all that are in it."""
@@ -109,24 +138,39 @@ class WeightsFolder:
 
 @dataclass(frozen=True)
 class FolderWeight:
-    """A tensor in a file; see `stored.StoredWeight`."""
+    """A tensor in a file; see `stored.StoredWeight`. scales: with which it was exported from INT8. Where they
+    explain it, it counts as INT8."""
 
     file: Path
     place: Place
+    scales: Tensor | None = None
 
     @property
     def kind(self) -> str:
-        return KINDS[self.place.dtype]
+        return KINDS[self.place.dtype] if self._codes is None else "int8"
+
+    @property
+    def merged(self) -> float:
+        return 0.0
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         for first, rows in self._pieces():
             yield first, rows.float()
 
     def tensors(self) -> dict[str, Tensor]:
+        if self._codes is not None and self.scales is not None:
+            return {"": self._codes, ".scales": self.scales}
         whole = torch.empty(self.place.shape, dtype=_DTYPES[self.place.dtype])
         for first, rows in self._pieces():
             whole[first : first + len(rows)] = rows
         return {"": whole}
+
+    @cached_property
+    def _codes(self) -> Tensor | None:
+        shape = tuple(self.place.shape)
+        if self.scales is None or self.scales.shape != (*shape[:1], 1) or len(shape) != 2:
+            return None
+        return codes_of(self._pieces(), shape, self.scales)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows as stored)."""
