@@ -11,6 +11,9 @@ huggingface a folder for Hugging Face's libraries
 shards      its safetensors files, written a piece of a tensor at a time
 casts       weights in another number format, and what that costs
 card        its model card
+gguf_file   a GGUF file, for llama.cpp
+gguf_weights    its number formats, and what they cost
+gguf_tokenizer  its tokenizer
 target      what is exported appears whole or not at all
 """
 

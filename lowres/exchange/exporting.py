@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowres.errors import UserError
 from lowres.exchange.casts import DTYPES
+from lowres.exchange.gguf_file import export_gguf
 from lowres.exchange.huggingface import SHARD_BYTES, export_folder
 from lowres.exchange.stored import open_model
 
@@ -36,11 +37,11 @@ def export(
         raise UserError(f"--dtype {dtype}: {file_format} does not have it; use one of {known}")
     if shard_size is not None and file_format != HF:
         raise UserError(f"--shard-size: a {file_format} file is one file; leave it out")
-    if file_format == GGUF:
-        raise UserError(f"--format {GGUF}: is not there yet; use {HF}")
     limit = bytes_of(shard_size) if shard_size is not None else SHARD_BYTES
     model = open_model(path, step)
     dtype = dtype or ("bf16" if model.kind == "int8" else model.kind)
+    if file_format == GGUF:
+        return export_gguf(model, out, dtype)
     return export_folder(model, out, dtype, limit)
 
 
