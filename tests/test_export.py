@@ -199,8 +199,7 @@ def test_a_cast_is_that_of_torch_and_its_cost_is_said(dtype: str, tmp_path: Path
     of_each = {name: float(lost[name].norm() / value.norm()) for name, value in matrices.items()}
     worst = max(of_each, key=lambda name: of_each[name])
     assert lines[-1] == (
-        f"rounding to {dtype} changes the matrices by {of_all:.2g} of their norm, at most "
-        f"{of_each[worst]:.2g} ({worst})"
+        f"{dtype} changes the matrices by {of_all:.2g} of their norm, at most {of_each[worst]:.2g} ({worst})"
     )
 
 
@@ -314,7 +313,7 @@ progress = false
 def test_a_run_is_taken_along(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     said = lowres_here("export", trained, out, "--dtype", "fp32")
-    assert "LlamaForCausalLM" in said.stdout and "rounding" not in said.stdout
+    assert "LlamaForCausalLM" in said.stdout and "changes" not in said.stdout
     _, engine, tokenizer = open_run(trained)
     theirs = AutoModelForCausalLM.from_pretrained(out)
     text = "  def main(arguments):\n\n    return 1 <s>"
@@ -421,7 +420,7 @@ sys.exit(code)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_7b_is_exported_in_little_memory(tmp_path: Path) -> None:
-    """Codes of 7B on the disk, 20 GB in all. Measured: see docs/models.md."""
+    """From INT8 codes on the disk to bf16, 20 GB in all."""
     config = load_config("configs/llama_7b_12gb.toml", ["model.vocab_size=32000"])[0]
     kept, made = config.memory, dict[tuple[torch.dtype, tuple[int, ...]], Tensor]()
 
@@ -443,7 +442,7 @@ def test_7b_is_exported_in_little_memory(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         before, peak = (int(number) / 2**20 for number in done.stdout.split())
         print(f"{before:.2f} GiB before, {peak:.2f} GiB at most")
-        assert peak < 2 and peak - before < 1.2
+        assert peak < 2 and peak - before < 0.6
         index = json.loads((tmp_path / "out" / shards.INDEX).read_text())
         assert index["metadata"] == {"total_parameters": 6_738_415_616, "total_size": 2 * 6_738_415_616}
         for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.31.mlp.down_proj.weight"):

@@ -11,7 +11,7 @@ from lowres.errors import UserError
 from lowres.storage import all_finite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# of the squared change that adapters made: a cast that costs more than this hides a good part of it
+# a cast that costs more than this part of the change by adapters hides a good deal of it
 _HIDES = 0.1
 
 
@@ -64,7 +64,7 @@ class Cast:
             return []
         worst = max(self._matrices, key=lambda name: self._matrices[name].relative)
         found = [
-            f"rounding to {self.dtype} changes the matrices by {total.relative:.2g} of their norm, at most "
+            f"{self.dtype} changes the matrices by {total.relative:.2g} of their norm, at most "
             f"{self._matrices[worst].relative:.2g} ({worst})"
         ]
         if self.merged and total.errors > _HIDES**2 * self.merged:

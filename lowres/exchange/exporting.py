@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 from lowres.errors import UserError
+from lowres.exchange import gguf_file
 from lowres.exchange.casts import DTYPES
-from lowres.exchange.gguf_file import export_gguf
 from lowres.exchange.huggingface import SHARD_BYTES, export_folder
 from lowres.exchange.stored import open_model
 
 HF, GGUF = "hf", "gguf"
 # formats and the number formats that they have
-FORMATS = {HF: tuple(DTYPES), GGUF: (*DTYPES, "q8_0")}
+FORMATS = {HF: tuple(DTYPES), GGUF: tuple(gguf_file.DTYPES)}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -41,7 +41,7 @@ def export(
     model = open_model(path, step)
     dtype = dtype or ("bf16" if model.kind == "int8" else model.kind)
     if file_format == GGUF:
-        return export_gguf(model, out, dtype)
+        return gguf_file.export_gguf(model, out, dtype)
     return export_folder(model, out, dtype, limit)
 
 
