@@ -33,6 +33,7 @@ from tests.helpers import (
     ROOMS,
     lowres_here,
     make_config,
+    make_units,
     save_run,
     weights_by_unit,
     with_adapters,
@@ -347,6 +348,26 @@ def test_the_card_says_what_the_model_is(trained: Path, tmp_path: Path) -> None:
     # nobody's folders are given away
     for name, content in everything(tmp_path / "out").items():
         assert str(tmp_path.parent).encode() not in content, name
+
+
+def test_the_card_names_what_is_on_the_hub(tmp_path: Path) -> None:
+    cached = tmp_path / "models--org--small" / "snapshots" / ("0" * 40)
+    parts = [{"source": "hf:org/books:en", "weight": 3.0}, {"source": str(tmp_path / "mine"), "weight": 1.0}]
+    begun = tmp_path / "begun"
+    for folder, before in ((begun, cached), (tmp_path / "run", begun)):
+        config = make_config(
+            model=SHAPE,
+            data={"mixture": parts},
+            run={"init_from": str(before), "name": folder.name},
+            memory={"weights": "fp32"},
+        )
+        save_run(folder, config, weights_by_unit(make_units(config.model)))
+    export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["datasets"] == ["org/books"] and front["base_model"] == "org/small"
+    assert "75.0% `hf:org/books:en`, 25.0% `mine`" in card
+    assert all(str(tmp_path).encode() not in content for content in everything(tmp_path / "out").values())
 
 
 def test_a_run_on_token_ids_has_no_tokenizer_to_export(

@@ -54,8 +54,9 @@ class Base(NamedTuple):
 
 def files(model: StoredModel, dtype: str) -> dict[str, bytes]:
     """The model card, and the picture of its loss if there is one, by name."""
-    if not isinstance(model, TrainedModel):
-        origin = base_of(str(model.path))
+    if not isinstance(model, TrainedModel) or not model.state.tokens:
+        imported = model.config.run.init_from if isinstance(model, TrainedModel) else None
+        origin = base_of(imported or str(model.path))
         about = f"Converted to {dtype} from {_code(origin.name)}; see there for data, training and licence."
         return {README: _card(model, origin.name, origin, [], [about]).encode()}
     records = metrics.read(model.run / METRICS)

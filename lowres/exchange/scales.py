@@ -7,6 +7,7 @@ is used only if it explains every value of it, so weights that were changed sinc
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lowres.kernels.quantise import TOP_CODE
 from lowres.sealed import Damaged
 
 FILE = "int8_scales.safetensors"
+_MOST_BYTES = 1 << 28  # 6 million for a 7B model
 
 
 def write_scales(folder: Path, scales: Mapping[str, Tensor]) -> None:
@@ -33,6 +35,8 @@ def read_scales(folder: Path) -> dict[str, Tensor]:
         return {}
     found = {}
     with disk.open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise Damaged(f"has more than {_MOST_BYTES:,} bytes")
         for name, place in read_header(file).items():
             if place.dtype != "F32" or len(place.shape) != 2 or place.shape[1] != 1:
                 raise Damaged(f"has no scales for {name}")
@@ -47,6 +51,8 @@ def read_scales(folder: Path) -> dict[str, Tensor]:
 def codes_of(pieces: Iterable[tuple[int, Tensor]], shape: tuple[int, ...], scales: Tensor) -> Tensor | None:
     """int8 codes of this shape that give exactly these values with these scales; None if there are none.
     pieces: (first row, rows in the format in which they are stored)."""
+    if not bool((scales > 0).all()):
+        return None
     codes = torch.empty(shape, dtype=torch.int8)
     for first, rows in pieces:
         own = scales[first : first + len(rows)]
