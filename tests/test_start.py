@@ -48,7 +48,7 @@ def test_decisions_write_nothing(config: Path, tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     other = decide(load_config(config, [f"run.init_from={json.dumps(str(run))}"])[0], tmp_path / "b", False)
-    assert other.origin == run and other.found is None and other.step == 0
+    assert other.origin is not None and other.origin.path == run and other.found is None and other.step == 0
     assert other.config.data.tokenizer == str(run / "tokenizer.model")
 
 
