@@ -6,6 +6,7 @@ Everything that takes weights from the disk without the state of training goes t
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ class TrainedModel:
         self.path = path
         self.config, self.checkpoint, self.state = _checkpoint(path, step)
         self.model = self.config.model.model_copy(update={"preset": None})
-        self.tokenizer = find_tokenizer(self.checkpoint) or find_tokenizer(path)
+        self.tokenizer = _tokenizer(path, self.checkpoint)
         self.about = f"step {self.state.step} of a run, {self.config.memory.weights}"
         self.notes: list[str] = []
         self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
@@ -175,6 +176,14 @@ def _checkpoint(path: Path, step: int | None) -> tuple[Config, Path, State]:
     if step is None:
         return newest(path)
     return newest(path, only=checkpoint.step_folder(path / CHECKPOINTS, step))
+
+
+def _tokenizer(path: Path, place: Path) -> Path | None:
+    """The tokenizer of a run: that in its own folder, which stays when the checkpoint at `place` goes, if it
+    is still the same."""
+    stored, beside = find_tokenizer(place), find_tokenizer(path)
+    same = stored is None or (beside and beside.is_file() and filecmp.cmp(stored, beside, shallow=False))
+    return beside if same else stored
 
 
 def with_model_of(config: Config, origin: StoredModel) -> Config:
