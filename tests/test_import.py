@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -764,3 +766,71 @@ def test_points_of_a_sweep_start_from_a_folder(
     names = [path.name for path in sorted((tmp_path / "sweep").iterdir()) if path.is_dir()]
     before = [tensors_of(tmp_path / "sweep" / name, 1) for name in names]
     assert len(before) == 2 and not torch.equal(*(tensors[NORM] for tensors in before))
+
+
+# ---- size
+
+
+def random_folder(folder: Path, keys: dict[str, Any]) -> int:
+    """A LLaMA in bf16, written by pieces into shards of 4 units; returns its bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **keys}))
+    tokenizer().save(str(folder / "tokenizer.json"))
+    block = torch.randn(1 << 22).mul_(0.02).bfloat16()
+    weight_map: dict[str, str] = {}
+    units = unit_specs(describe(folder).model)
+    for first in range(0, len(units), 4):
+        name = f"model-{first:05d}.safetensors"
+        specs = [spec for unit in units[first : first + 4] for spec in unit.tensors]
+        header, end = {}, 0
+        for spec in specs:
+            offsets = [end, end := end + 2 * spec.numel]
+            header[spec.name] = {"dtype": "BF16", "shape": list(spec.shape), "data_offsets": offsets}
+            weight_map[spec.name] = name
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            while end:
+                piece = block.view(torch.uint8)[: min(end, 2 * len(block))].numpy()
+                end -= file.write(piece.data)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return sum(file.stat().st_size for file in shards(folder))
+
+
+MEASURED = """
+import resource, sys
+from lowres.cli import main
+code = main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def peak_of_import(folder: Path, run: Path, weights: str) -> int:
+    """The largest resident memory of the command, in bytes."""
+    command = [sys.executable, "-c", MEASURED, "import", str(folder), str(run)]
+    command += options(f"memory.weights={weights}")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_take_the_memory_of_one_layer(tmp_path: Path) -> None:
+    """It needs 21 GB of disk."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+    random_folder(small, {**SIZES, "vocab_size": 320})
+    assert random_folder(large, {**shape, "num_hidden_layers": 32}) > 13.4e9
+    try:
+        found = peak_of_import(large, tmp_path / "run", "int8")
+        base = peak_of_import(small, tmp_path / "base", "int8")
+        layer = open_model(tmp_path / "run").model.dim * 32000 * 2  # the head in bf16 is the largest unit
+        print(
+            f"{found / 2**20:.0f} MiB, {(found - base) / 2**20:.0f} MiB for a unit of {layer / 2**20:.0f} MiB"
+        )
+        assert found - base < layer + (256 << 20)
+        written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*.safetensors"))
+        assert 6.9e9 < written < 7.1e9
+    finally:
+        shutil.rmtree(large)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
