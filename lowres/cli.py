@@ -38,7 +38,7 @@ from lowres.data.chat import open_template
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
-from lowres.exchange import open_model, with_model_of
+from lowres.exchange import FORMATS, export, import_model, open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -83,9 +83,13 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            again = {_prepare: "; start it again to go on", _sample: ""}
-            run = "; to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted{again.get(parsed.command, run)}")
+            remedy = {
+                _prepare: "; start it again to go on",
+                _sample: "",
+                _export: "; nothing was written; start it again",
+                _import: "; nothing is left of it; start it again",
+            }.get(parsed.command, "; to continue, give a run --resume, or start a sweep again")
+            _complain(f"interrupted{remedy}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -105,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_exchange(commands)
     _add_use(commands)
     sub = _command(
         commands,
@@ -169,6 +174,7 @@ def _add_plan(commands: Commands) -> None:
         commands, "plan", _plan, "Print the memory that a run needs, before anything is allocated."
     )
     _add_config(sub)
+    _add_init_from(sub)
     sub.add_argument(
         "--gpus", type=_positive, metavar="N", help="plan for one of N ranks on a machine (deepspeed)"
     )
@@ -186,6 +192,7 @@ def _add_plan(commands: Commands) -> None:
         "Measure how fast a config trains, on random tokens; nothing is read or written.",
     )
     _add_config(sub)
+    _add_init_from(sub)
     sub.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps; default 5")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -231,6 +238,21 @@ def _add_data_set(sub: argparse.ArgumentParser, text: str = "how to read the sou
     sub.add_argument("--set", action="append", default=[], metavar="data.key=value", help=text)
 
 
+def _add_exchange(commands: Commands) -> None:
+    """Commands that take models from other programs, or give them some."""
+    sub = _command(
+        commands,
+        "import",
+        _import,
+        "Make a run at step 0 of a model that exists, such as a Hugging Face folder; see docs/models.md.",
+    )
+    sub.add_argument(
+        "model", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors files"
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run, which must not exist")
+    _add_set(sub)
+
+
 def _add_use(commands: Commands) -> None:
     """Commands that use a run without training it."""
     sub = _command(commands, "sample", _sample, "Print text from a trained model.")
@@ -272,6 +294,22 @@ def _add_use(commands: Commands) -> None:
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = _command(
+        commands, "export", _export, "Write a model for other programs: a Hugging Face folder or a GGUF file."
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder or file to write, which must not exist")
+    sub.add_argument("--format", choices=FORMATS, help="default: gguf if OUT ends in .gguf, otherwise hf")
+    sub.add_argument(
+        "--dtype",
+        choices=sorted({dtype for dtypes in FORMATS.values() for dtype in dtypes}),
+        help="number format of the weights (q8_0: gguf only); default: as they are stored, bf16 for int8",
+    )
+    sub.add_argument(
+        "--checkpoint", type=_not_negative, metavar="STEP", help="of this step (default: the newest)"
+    )
+    sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
+
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -285,6 +323,10 @@ def _add_use(commands: Commands) -> None:
 
 def _add_config(sub: argparse.ArgumentParser, optional: bool = False) -> None:
     sub.add_argument("config", type=Path, metavar="CONFIG", **({"nargs": "?"} if optional else {}))  # type: ignore[arg-type]
+    _add_set(sub)
+
+
+def _add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set",
         action="append",
@@ -304,6 +346,10 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="begin again at step 0; what the run's folder holds is moved into a folder old-1 in it",
     )
+    _add_init_from(sub)
+
+
+def _add_init_from(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--init-from",
         metavar="MODEL",
@@ -342,6 +388,8 @@ def _not_negative_float(text: str) -> float:
 
 
 def _load(parsed: argparse.Namespace) -> Config:
+    if getattr(parsed, "init_from", None):
+        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config, notes = load_config(parsed.config, parsed.overrides)
     for note in notes:
         ranks.say(f"note: {note}")
@@ -355,8 +403,6 @@ def _load_with_model(parsed: argparse.Namespace) -> Config:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    if parsed.init_from:
-        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
     train(config, folder, parsed.resume, parsed.profile, parsed.restart)
@@ -468,6 +514,10 @@ def _prepare(parsed: argparse.Namespace) -> None:
     )
 
 
+def _import(parsed: argparse.Namespace) -> None:
+    print("\n".join(import_model(parsed.model, parsed.run, parsed.overrides).lines()))
+
+
 def _sample(parsed: argparse.Namespace) -> None:
     if parsed.prompt is None and not parsed.chat:
         raise UserError("--prompt: give the text that is continued, or talk to the model with --chat")
@@ -526,7 +576,7 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.data:
         windows = _windows_of(data_config(parsed.data, parsed.set), config, tokenizer)
     else:
-        data = with_tokenizer(config.data, tokenizer.path)
+        data = with_tokenizer(config.data, tokenizer.path, instead=True)
         opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
         windows = opened.validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
@@ -563,6 +613,13 @@ def _windows_of(asked: DataConfig, config: Config, tokenizer: Tokenizer) -> torc
     if source.token_dtype is None:
         source = replace(source, token_dtype=config.data.token_dtype)
     return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    found = export(
+        *(parsed.run, parsed.out, parsed.format, parsed.dtype, parsed.checkpoint, parsed.shard_size)
+    )
+    print("\n".join(found))
 
 
 def _folders(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ MODEL = {"dim": 48, "n_layers": 2, "n_heads": 2, "ffn_dim": 96}
 
 
 def toml(path: Path, **sections: Any) -> Path:
-    common = {
+    common: dict[str, Any] = {
         "run": {"device": "cpu"},
         "memory": {"weights": "fp32", "compute": "fp32"},
         "optim": {"name": "adamw", "lr": 0.01},

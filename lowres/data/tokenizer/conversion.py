@@ -20,7 +20,7 @@ from typing import Any
 
 from lowres.data.tokenizer.base import SPACE
 from lowres.data.tokenizer.ends import in_front
-from lowres.data.tokenizer.sentencepiece_file import BPE, UNIGRAM, user_defined
+from lowres.data.tokenizer.sentencepiece_file import BPE, UNIGRAM, Type, types_of
 from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 
 Node = dict[str, Any]
@@ -56,7 +56,8 @@ class _Pieces:
         self.unknown: int = processor.unk_id()
         self.controls = [i for i in every if processor.is_control(i) or processor.is_unknown(i)]
         # SentencePiece does not find those with a space, as it has replaced it
-        found = user_defined(tokenizer.content)
+        types = types_of(tokenizer.content)
+        found = [i for i in every if types[i] is Type.USER_DEFINED]
         self.user_defined = [i for i in found if " " not in self.names[i]]
         not_spelt = {*self.controls, *filter(processor.is_byte, every)}
         if tokenizer.form == "exact":

@@ -30,7 +30,7 @@ from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse, seal, unseal
 
 Node = dict[str, Any]
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_BOUNDARY = re.compile(r"\b")
 # characters on either side of a cut in which it must make no difference, and places to try
 _CONTEXT = 128
@@ -85,7 +85,7 @@ class JsonTokenizer(Tokenizer):
             if self.vocab_size > _LARGEST_VOCAB:
                 raise ValueError(f"its largest id is {self.vocab_size - 1}")
             ends_too = {tokens[i] for i in (ends.bos, ends.eos) if i is not None}
-            hidden = {token["content"]: token["special"] for token in added if not _is_text(token)}
+            hidden = {token["content"]: token["special"] for token in added if not is_text(token)}
             hidden |= dict.fromkeys(ends_too, True)
             how = {token["content"]: {key: token[key] for key in _BESIDE} for token in added}
             self.specials = {
@@ -196,23 +196,21 @@ class JsonTokenizer(Tokenizer):
 
     def _read_table(self, description: Node, tokens: dict[int, str], controls: set[int]) -> None:
         """Set how ids become text."""
-        nodes = [
-            n for key in ("normalizer", "pre_tokenizer", "decoder") for n in _nodes(description.get(key))
-        ]
-        kinds = {node.get("type") for node in nodes}
+        steps = [n for key in ("normalizer", "pre_tokenizer", "decoder") for n in nodes(description.get(key))]
+        kinds = {step.get("type") for step in steps}
         model = description["model"]
         by_byte = "ByteLevel" in kinds
-        spaces = "Metaspace" in kinds or any(node.get("content") == SPACE for node in nodes)
+        spaces = "Metaspace" in kinds or any(step.get("content") == SPACE for step in steps)
         fallback = model.get("byte_fallback") or "ByteFallback" in kinds
         added = {token["id"] for token in description.get("added_tokens") or []}
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
 
         def bytes_of(i: int, token: str) -> bytes:
             if i in controls:
                 return b""
             if by_byte and i not in added and all(letter in alphabet for letter in token):
                 return bytes(alphabet[letter] for letter in token)
-            if fallback and (byte := _BYTE.fullmatch(token)):
+            if fallback and (byte := BYTE.fullmatch(token)):
                 return bytes([int(byte[1], 16)])
             if spaces:
                 return token.replace(SPACE, " ").encode()
@@ -222,7 +220,7 @@ class JsonTokenizer(Tokenizer):
             return token.encode()
 
         self._by_table = by_byte or spaces or "ByteFallback" in kinds
-        self._strips = spaces and any(_strips(node) for node in _nodes(description.get("decoder")))
+        self._strips = spaces and any(_strips(node) for node in nodes(description.get("decoder")))
         self._bytes_of = [b""] * self.vocab_size
         for i, token in tokens.items():
             self._bytes_of[i] = bytes_of(i, token)
@@ -306,7 +304,7 @@ def ids_of(description: Node) -> dict[str, int]:
     return vocabulary | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
 
 
-def _is_text(token: Node) -> bool:
+def is_text(token: Node) -> bool:
     """Whether an added token is a piece of text: a run of white space that takes nothing beside it."""
     blank = not token["content"].replace(SPACE, " ").strip()
     return blank and not (token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"])
@@ -342,13 +340,13 @@ def _plain(description: Node, hidden: dict[str, int]) -> Node:
     return description | changes | {"model": model, "added_tokens": added}
 
 
-def _nodes(node: Node | None) -> Iterator[Node]:
+def nodes(node: Node | None) -> Iterator[Node]:
     """A part of the description and all parts of its sequences."""
     if not node:
         return
     for key in ("normalizers", "pretokenizers", "decoders"):
         for part in node.get(key) or []:
-            yield from _nodes(part)
+            yield from nodes(part)
     yield node
 
 
@@ -357,7 +355,7 @@ def _without_prefix(description: Node, of_all: bool = True) -> Node:
     tokens."""
     changed = {key: copy.deepcopy(description.get(key)) for key in ("normalizer", "pre_tokenizer")}
     found = description | changed
-    for node in (*_nodes(found["normalizer"]), *_nodes(found["pre_tokenizer"])):
+    for node in (*nodes(found["normalizer"]), *nodes(found["pre_tokenizer"])):
         scheme = node.get("prepend_scheme", "always") if node.get("type") == "Metaspace" else "never"
         if of_all and node.get("type") == "Prepend":
             node["prepend"] = ""
@@ -377,7 +375,7 @@ def _strips(node: Node) -> bool:
     return node.get("type") == "Metaspace" and bool(prefix)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The byte of each letter in which GPT-2 writes bytes: printable ones of Latin-1 as they are, the others
     from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

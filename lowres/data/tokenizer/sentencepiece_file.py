@@ -8,13 +8,13 @@ SentencePiece.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import IntEnum
 from typing import Any
 
 UNIGRAM, BPE = 1, 2
 # a `normalizer_spec` without character map, dummy prefix and removal of spaces, but with escaping of spaces
 NO_NORMALISATION = bytes([0x1A, 8, 0x12, 0, 0x18, 0, 0x20, 0, 0x28, 1])
 _PIECES, _TRAINER, _NORMALISER = 1, 2, 3
-_USER_DEFINED = 4  # type of a piece
 # of a field of ours, in the range that the format leaves to others
 _RECORD = 20_000
 
@@ -42,11 +42,19 @@ class Spec:
         self.only_adds_prefix = not others and not self.is_suffix  # LLaMA's form
 
 
-def user_defined(model: bytes) -> list[int]:
-    """The ids of the pieces that are found in a text before any other."""
+class Type(IntEnum):
+    """What a piece is. A user-defined one is found in a text before any other."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+def types_of(model: bytes) -> list[Type]:
+    """The type of each piece."""
     pieces = [value for field, value, _ in _fields(model) if field == _PIECES and isinstance(value, bytes)]
-    types = [next((value for field, value, _ in _fields(piece) if field == 3), 1) for piece in pieces]
-    return [i for i, kind in enumerate(types) if kind == _USER_DEFINED]
+    return [
+        Type(next((int(value) for field, value, _ in _fields(piece) if field == 3), Type.NORMAL))
+        for piece in pieces
+    ]
 
 
 def with_record(model: bytes, record: bytes) -> bytes:
