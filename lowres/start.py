@@ -42,7 +42,7 @@ from lowres.data import (
 )
 from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
-from lowres.engine import zero
+from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
@@ -447,7 +447,7 @@ def _build(start: Start, log: Events) -> Run:
         run.baseline = baseline.read(start.folder / BASELINE, data)
         lacks_baseline = run.baseline is None
     if start.found is None or lacks_baseline:
-        _begin_weights(run, start)
+        begin_weights(run.parts.engine, config, start.device, start.origin)
     if lacks_baseline:
         run.baseline = _make_baseline(run)
     if start.found is not None:
@@ -458,10 +458,12 @@ def _build(start: Start, log: Events) -> Run:
     return run
 
 
-def _begin_weights(run: Run, start: Start) -> None:
-    """Give the engine the weights with which the run begins, or began."""
-    config, engine, origin = run.config, run.parts.engine, start.origin
-    initialize(engine.units(write=True), config.run.seed, start.device)
+def begin_weights(
+    engine: Engine, config: Config, device: torch.device, origin: StoredModel | None = None
+) -> None:
+    """Give the engine the weights with which a run begins, or began. origin: config.run.init_from, if it is
+    open. Raises UserError."""
+    initialize(engine.units(write=True), config.run.seed, device)
     if origin is None and config.run.init_from is not None:
         origin = open_model(config.run.init_from)
     if origin is not None:

@@ -165,12 +165,12 @@ class ChatData(Data):
         pass
 
 
-def validation_windows(folder: Path, seq_len: int) -> Tensor:
-    """All chats or pairs of a prepared folder, as `ChatData.validation`. Raises UserError without any."""
+def all_packed(folder: Path, seq_len: int) -> Packed:
+    """All chats or pairs of a prepared folder. Raises UserError without any."""
     examples = _all_of(folder)
     if not examples.documents:
         raise UserError(f"{folder}: nothing in it can be evaluated; give other data")
-    return examples.packed(range(examples.documents), seq_len).windows
+    return examples.packed(range(examples.documents), seq_len)
 
 
 def padding_of(windows: Tensor) -> float:
