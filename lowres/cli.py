@@ -155,9 +155,18 @@ def _add_training(commands: Commands) -> None:
         metavar="section.key=value,value",
         help="an axis of the grid; give several for all combinations",
     )
-    sub.add_argument(
-        "--tokens", type=_positive, required=True, metavar="N", help="train each run on N tokens"
+    length = sub.add_mutually_exclusive_group(required=True)
+    length.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="train each run on N tokens; a chat or pair counts as data.seq_len of them",
     )
+    length.add_argument(
+        "--epochs", type=_positive_float, metavar="X", help="... or on X times the data, which are no stream"
+    )
+    _add_tasks(sub, "also score each run on tasks of lm-evaluation-harness (needs lm_eval)")
+    _add_init_from(sub)
     sub.add_argument(
         "--run", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweep-<run.name>)"
     )
@@ -271,22 +280,11 @@ def _add_use(commands: Commands) -> None:
     )
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
 
-    sub = _command(
-        commands, "eval", _eval, "Loss, perplexity and bits per byte; of pairs accuracy and margin."
-    )
+    sub = _command(commands, "eval", _eval, "Loss, perplexity, bits per byte; of pairs also accuracy.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument(
-        "--data", metavar="SOURCE", help="text, chats or pairs to evaluate on (default: the validation data)"
-    )
+    sub.add_argument("--data", metavar="SOURCE", help="what to evaluate on (default: the validation data)")
     _add_data_set(sub)
-    sub.add_argument(
-        "--tasks",
-        type=_names,
-        metavar="NAME,NAME",
-        help="tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)",
-    )
-    sub.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more tasks, in YAML")
-    sub.add_argument("--limit", type=_positive, metavar="N", help="N questions of each task, at most")
+    _add_tasks(sub, "tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)")
     sub.add_argument(
         "--num-fewshot", type=_not_negative, metavar="K", help="show K examples before each question"
     )
@@ -347,6 +345,12 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     _add_init_from(sub)
 
 
+def _add_tasks(sub: argparse.ArgumentParser, about: str) -> None:
+    sub.add_argument("--tasks", type=_names, metavar="NAME,NAME", help=about)
+    sub.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more tasks, in YAML")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="N questions of each task, at most")
+
+
 def _add_init_from(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--init-from",
@@ -373,6 +377,16 @@ def _not_negative(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _not_negative_float(text: str) -> float:
@@ -422,7 +436,26 @@ def _launch(parsed: argparse.Namespace) -> int:
 
 
 def _sweep(parsed: argparse.Namespace) -> None:
-    sweep(parsed.config, parsed.grid, parsed.tokens, parsed.run, parsed.overrides)
+    if parsed.init_from:
+        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
+    length = {"tokens": parsed.tokens} if parsed.tokens else {"epochs": parsed.epochs}
+    sweep(parsed.config, parsed.grid, length, parsed.run, parsed.overrides, _scoring(parsed))
+
+
+def _scoring(parsed: argparse.Namespace) -> list[str]:
+    """The arguments of `lowres eval` for the tasks of a sweep."""
+    if not parsed.tasks:
+        _refuse_without_tasks(parsed, "include_path", "limit")
+        return []
+    found = ["--tasks", ",".join(parsed.tasks)]
+    found += ["--include-path", str(parsed.include_path)] if parsed.include_path else []
+    return found + (["--limit", str(parsed.limit)] if parsed.limit else [])
+
+
+def _refuse_without_tasks(parsed: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        if getattr(parsed, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: says how to use tasks; give it with --tasks")
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -565,9 +598,7 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.tasks:
         _eval_tasks(parsed)
         return
-    for option in ("include_path", "limit", "num_fewshot"):
-        if getattr(parsed, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')}: says how to use tasks; give it with --tasks")
+    _refuse_without_tasks(parsed, "include_path", "limit", "num_fewshot")
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     asked = data_config(parsed.data, parsed.set) if parsed.data else None

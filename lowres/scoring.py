@@ -23,6 +23,7 @@ from lowres.data import (
 from lowres.data.chat.chat_data import Packed
 from lowres.device import pick_device
 from lowres.engine import Engine
+from lowres.errors import UserError
 from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
 from lowres.objective import Preference, make_objective
 from lowres.runs import load_weights, newest, open_run
@@ -70,7 +71,12 @@ def _own_data(config: Config, tokenizer: Tokenizer) -> Data:
 def _before_tuning(engine: Engine, config: Config, folder: Path, packed: Packed) -> Tensor:
     """The sums of `packed` under the weights with which the run began; then the engine has its own again.
     Raises UserError."""
-    begin_weights(engine, config, pick_device(config))
+    try:
+        begin_weights(engine, config, pick_device(config))
+    except UserError as error:
+        raise UserError(
+            f"run.init_from: {folder} is compared with the model that it began with ({error}); put it back"
+        ) from None
     sums = sums_of_examples(engine, packed.windows, config.most_windows)
     load_weights(engine, newest(folder)[1])
     return sums

@@ -103,6 +103,8 @@ def is_finished(config: Config, folder: Path) -> bool:
         if config.train.tokens is not None:
             left = config.train.tokens - summary["tokens"]
             reached = -config.train.batch_tokens < left <= 0
+        elif config.train.epochs is not None:
+            return False  # how long one is, only the data tell
         else:
             reached = summary["step"] == config.train.total_steps
         return bool(reached) and not checkpoint.verify(

@@ -90,7 +90,7 @@ def check(path: str, part: str, brief: bool, *overrides: str) -> None:
         assert abs(wanted[key] - size) <= 0.01 * size + allowance, (key, wanted[key], size)
 
 
-SLOW = ("llama_7b_12gb", "llama_7b_24gb", "llama_13b_24gb", "relora_7b_24gb")
+SLOW = ("llama_7b_12gb", "llama_7b_24gb", "llama_13b_24gb", "relora_7b_24gb", "smoltulu_sft")
 
 
 @pytest.mark.parametrize(
