@@ -23,7 +23,7 @@ from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, sou
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
-from lowres.exchange import FORMATS, export, open_model, with_model_of
+from lowres.exchange import FORMATS, export, import_model, open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -71,6 +71,7 @@ def _run(parsed: argparse.Namespace) -> int:
             remedy = {
                 _prepare: "start it again to go on",
                 _export: "nothing was written; start it again",
+                _import: "nothing is left of it; start it again",
             }.get(parsed.command, "to continue, give a run --resume, or start a sweep again")
             _complain(f"interrupted; {remedy}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_exchange(commands)
     _add_use(commands)
     sub = _command(
         commands,
@@ -156,6 +158,7 @@ def _add_plan(commands: Commands) -> None:
         commands, "plan", _plan, "Print the memory that a run needs, before anything is allocated."
     )
     _add_config(sub)
+    _add_init_from(sub)
     sub.add_argument(
         "--gpus", type=_positive, metavar="N", help="plan for one of N ranks on a machine (deepspeed)"
     )
@@ -173,6 +176,7 @@ def _add_plan(commands: Commands) -> None:
         "Measure how fast a config trains, on random tokens; nothing is read or written.",
     )
     _add_config(sub)
+    _add_init_from(sub)
     sub.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps; default 5")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -203,6 +207,21 @@ def _add_data_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set", action="append", default=[], metavar="data.key=value", help="how to read the source"
     )
+
+
+def _add_exchange(commands: Commands) -> None:
+    """Commands that take models from other programs, or give them some."""
+    sub = _command(
+        commands,
+        "import",
+        _import,
+        "Make a run at step 0 of a model that exists, such as a Hugging Face folder; see docs/models.md.",
+    )
+    sub.add_argument(
+        "model", type=Path, metavar="HF_DIR", help="folder with config.json and safetensors files"
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run, which must not exist")
+    _add_set(sub)
 
 
 def _add_use(commands: Commands) -> None:
@@ -269,6 +288,10 @@ def _add_use(commands: Commands) -> None:
 
 def _add_config(sub: argparse.ArgumentParser, optional: bool = False) -> None:
     sub.add_argument("config", type=Path, metavar="CONFIG", **({"nargs": "?"} if optional else {}))  # type: ignore[arg-type]
+    _add_set(sub)
+
+
+def _add_set(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--set",
         action="append",
@@ -288,6 +311,10 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="begin again at step 0; what the run's folder holds is moved into a folder old-1 in it",
     )
+    _add_init_from(sub)
+
+
+def _add_init_from(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--init-from",
         metavar="MODEL",
@@ -326,6 +353,8 @@ def _not_negative_float(text: str) -> float:
 
 
 def _load(parsed: argparse.Namespace) -> Config:
+    if getattr(parsed, "init_from", None):
+        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config, notes = load_config(parsed.config, parsed.overrides)
     for note in notes:
         ranks.say(f"note: {note}")
@@ -339,8 +368,6 @@ def _load_with_model(parsed: argparse.Namespace) -> Config:
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    if parsed.init_from:
-        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config = _load(parsed)
     folder = parsed.run or Path("runs") / config.run.name
     train(config, folder, parsed.resume, parsed.profile, parsed.restart)
@@ -445,6 +472,10 @@ def _prepare(parsed: argparse.Namespace) -> None:
     )
 
 
+def _import(parsed: argparse.Namespace) -> None:
+    print("\n".join(import_model(parsed.model, parsed.run, parsed.overrides).lines()))
+
+
 def _sample(parsed: argparse.Namespace) -> None:
     config, engine, tokenizer = open_run(parsed.run)
     if not tokenizer.has_text:
@@ -479,7 +510,7 @@ def _eval(parsed: argparse.Namespace) -> None:
             source = replace(source, token_dtype=config.data.token_dtype)
         windows = open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
     else:
-        data = with_tokenizer(config.data, tokenizer.path)
+        data = with_tokenizer(config.data, tokenizer.path, instead=True)
         windows = open_data(data, config.model.vocab_size, config.run.seed, progress=False).validation(0)
     scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
     if parsed.json:

@@ -24,6 +24,7 @@ from lowres.config import (
     Config,
     DataConfig,
     MixturePart,
+    ModelConfig,
     engine_defaults,
     name_of_source,
 )
@@ -57,9 +58,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
         for key in ("source", "mixture", "val_source"):  # they belong together, and one is replaced
             data.pop(key, None)
     file = copy.deepcopy(values)
-    for override in overrides or []:
-        _apply_override(values, override)
-    values = engine_defaults(values)
+    values = engine_defaults(overridden(values, overrides or []))
     try:
         changes = rates.retie(file, values, keys, RATE_DEFAULTS)
     except ValueError as error:
@@ -70,12 +69,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
 
 def data_config(source: str, overrides: list[str]) -> DataConfig:
     """The section [data] for a source, with `data.key=value` overrides. Raises UserError."""
-    values: dict[str, Any] = {"data": {"source": source}}
     for override in overrides:
         if not override.strip().startswith("data."):
             raise UserError(f"--set {override}: only keys of [data] count here")
+    return parse_config(overridden({"data": {"source": source}}, overrides), "--set")[0].data
+
+
+def overridden(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Nested dicts of sections, which are changed, with `section.key=value` overrides. Raises UserError."""
+    for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, "--set")[0].data
+    return values
 
 
 def load_resolved(path: Path) -> Config:
@@ -100,6 +104,24 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
     """The config with values of a section replaced. They are not checked."""
     changed = getattr(config, section).model_copy(update=values)
     return config.model_copy(update={section: changed})
+
+
+def filled(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
+    """The model `theirs` with the keys that `ours` gives."""
+    given = {key: getattr(ours, key) for key in ours.model_fields_set}
+    return theirs.model_copy(update={key: value for key, value in given.items() if value is not None})
+
+
+def as_begun(config: Config, saved: Config) -> Config:
+    """The config of a resumed run: what it left to the model that gave its first weights is as the run
+    began."""
+    if saved.run.init_from is None:
+        return config
+    config = config.model_copy(update={"model": filled(config.model, saved.model)})
+    if config.data.tokenizer is not None:
+        return config
+    form = config.data.tokenizer_form or saved.data.tokenizer_form
+    return with_values(config, "data", tokenizer=saved.data.tokenizer, tokenizer_form=form)
 
 
 def with_places(config: Config, saved: Config | None) -> Config:

@@ -43,6 +43,9 @@ _REMEDIES = {
     errno.EFBIG: "this file system, or a limit (ulimit -f), does not allow files of this size; use another",
     errno.ENAMETOOLONG: "give the folder a shorter name",
 }
+# how the files begin that stand for large ones until Git LFS has fetched them
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+_SHOWN = 60
 # another try gives the same error
 _FINAL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EFBIG}
 
@@ -72,6 +75,17 @@ def what_failed(error: OSError) -> str:
 def remedy(error: OSError) -> str:
     """What to do about an error of the system."""
     return _REMEDIES.get(error.errno or 0, "check the disk")
+
+
+def instead(start: bytes) -> str:
+    """What a file is that is not what its name says, by its first bytes, and the remedy; empty if they do not
+    tell. A download may leave a pointer, a page or a message in its place."""
+    if start.startswith(LFS_POINTER):
+        return "it is a Git LFS pointer: `git lfs pull` gets the file"
+    line = start[:_SHOWN].decode("ascii", "replace").splitlines()
+    if not line or line[0].startswith("{") or not line[0].isprintable() or "\ufffd" in line[0]:
+        return ""
+    return f"it is a text that begins with {line[0]!r}; get the file again"
 
 
 def retried(action: Callable[[], T]) -> T:

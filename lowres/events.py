@@ -1,8 +1,8 @@
 """events.jsonl: what happened to a run, one JSON object per line, for people who ask why.
 
 started (machine, versions, and what the bits of a result depend on; settings that changed on resume), saved,
-spike, bad, rolled back, set aside (a damaged checkpoint), memory (a smaller micro-batch), note, stopped,
-finished. A line that cannot be written does not stop a run.
+imported, spike, bad, rolled back, set aside (a damaged checkpoint), memory (a smaller micro-batch), note,
+stopped, finished. A line that cannot be written does not stop a run.
 """
 
 from __future__ import annotations

@@ -74,7 +74,13 @@ def find_checkpoint(
             _require_no_progress(folder, damaged)
         return None, None, []
     path = checkpoint.step_folder(checkpoints, int(step))
-    return path, found[1] if found else checkpoint.load_state(path), damaged
+    state = found[1] if found else checkpoint.load_state(path)
+    if not state.data:
+        raise UserError(
+            f"--resume: {folder} holds an imported model, which has no data and no optimizer state; start a "
+            f"run from it with --init-from {folder} and another --run DIR"
+        )
+    return path, state, damaged
 
 
 def _require_no_progress(folder: Path, damaged: list[tuple[Path, str]]) -> None:

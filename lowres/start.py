@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import torch
 
 from lowres import checkpoint, disk, memory, ranks
 from lowres.checkpoint import Kept, State
-from lowres.config import Config
+from lowres.config import Config, DataConfig
 from lowres.config_file import (
+    as_begun,
     rates_of,
     to_toml,
     with_places,
@@ -39,7 +41,7 @@ from lowres.device import pick_device, use_kernels
 from lowres.engine import zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
-from lowres.exchange import StoredModel, filled, initialize_from, open_model, with_model_of
+from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
 from lowres.probe.fastest import choose
@@ -133,6 +135,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
     saved = config_of(folder, state) if resume and not restart else None
+    asked = config.data.tokenizer
     config, origin = _with_origin(config, saved, begun=state is not None)
     if origin is not None and restart and origin.path.resolve() == folder.resolve():
         raise UserError(
@@ -142,7 +145,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     config = with_places(config, saved)
     # refuse what cannot fit before anything is read or written
     _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
-    opened = _with_own_tokenizer(config, found, folder if state else None)
+    opened = _with_own_tokenizer(config, asked is None, found, folder if state else None)
     data = _open_data(opened)
     config = config.with_vocab(config.model.vocab_size or data.vocab_size)
 
@@ -159,7 +162,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     notes += use_kernels(config, device)
     plans = _check_room(config, device, folder)
     if origin is not None:
-        notes += _on_the_origin(origin, data)
+        notes += _on_the_origin(origin, config.data, data)
     asides = [
         f"{path} is damaged ({problem}); it is set aside as {path.name}{checkpoint.DAMAGED}"
         for path, problem in damaged
@@ -223,29 +226,33 @@ def _with_origin(config: Config, saved: Config | None, begun: bool) -> tuple[Con
     path = config.run.init_from or (saved.run.init_from if saved else None)
     if path is None:
         return config, None
+    path = str(Path(path).expanduser().absolute())  # a resumed run may be started elsewhere
     config = with_values(config, "run", init_from=path)
     if begun and saved is not None:
-        return config.model_copy(update={"model": filled(config.model, saved.model)}), None
+        return as_begun(config, saved), None
     origin = open_model(path)
     config, data = with_model_of(config, origin), config.data
     if origin.tokenizer is None and data.tokenizer is None:
         raise UserError(f"run.init_from: {path} has no tokenizer; give one with data.tokenizer")
     # weights want the ids that they were trained with
-    given = {
-        "tokenizer": data.tokenizer or str(origin.tokenizer),
-        "tokenizer_form": data.tokenizer_form or "own",
-    }
-    return with_values(config, "data", **given), origin
+    tokenizer, form = data.tokenizer or str(origin.tokenizer), data.tokenizer_form or "own"
+    require_ids(origin, open_tokenizer(tokenizer, form, data.bos, data.eos))
+    return with_values(config, "data", tokenizer=tokenizer, tokenizer_form=form), origin
 
 
-def _on_the_origin(origin: StoredModel, data: Data) -> list[str]:
-    """A note if the weights were trained on other ids than they will be."""
+def _on_the_origin(origin: StoredModel, given: DataConfig, data: Data) -> list[str]:
+    """Notes on the origin, and whether the weights were trained on other ids than they will be."""
     path = origin.tokenizer
-    if path is None or open_tokenizer(path, form="own").fingerprint == data.tokenizer.fingerprint:
-        return []
+    if path is None:
+        return origin.notes
+    ends = (given.bos, given.eos) if given.tokenizer == str(path) else ()
+    with suppress(UserError):  # one that does not say how documents end is another one
+        if open_tokenizer(path, "own", *ends).fingerprint == data.tokenizer.fingerprint:
+            return origin.notes
     return [
+        *origin.notes,
         f"run.init_from: {origin.path} was trained with another tokenizer, so its weights know other ids; "
-        "leave data.tokenizer out to keep its own"
+        "leave data.tokenizer out to keep its own",
     ]
 
 
@@ -299,10 +306,11 @@ def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> lis
     return notes
 
 
-def _with_own_tokenizer(config: Config, *places: Path | None) -> Config:
-    """The config with which the data of a run are opened. places: folders that may have its tokenizer."""
+def _with_own_tokenizer(config: Config, instead: bool, *places: Path | None) -> Config:
+    """The config with which the data of a run are opened. instead: see `with_tokenizer`. places: folders that
+    may have its tokenizer."""
     own = next((path for place in places if place and (path := find_tokenizer(place))), None)
-    return config.model_copy(update={"data": with_tokenizer(config.data, own)}) if own else config
+    return config.model_copy(update={"data": with_tokenizer(config.data, own, instead)}) if own else config
 
 
 def _open_data(config: Config) -> Data:

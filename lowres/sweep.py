@@ -19,6 +19,7 @@ from lowres import disk, metrics, ranks
 from lowres.config import Config
 from lowres.config_file import (
     adjusted_keys,
+    as_begun,
     as_chosen,
     changed_keys,
     chosen_keys,
@@ -143,7 +144,7 @@ class _Point:
         saved = load_resolved(self.folder / "config.toml")
         vocab = self.config.model.vocab_size or saved.model.vocab_size
         config = self.config.with_vocab(vocab) if vocab else self.config
-        config = with_places(as_chosen(config, saved), saved)
+        config = with_places(as_chosen(as_begun(config, saved), saved), saved)
         differs = changed_keys(saved, config) + adjusted_keys(saved, config)
         for key in COMPARED:
             section, name = key.split(".")

@@ -31,6 +31,15 @@ from lowres.storage import FORMATS, Dense, Storage, Unit
 
 CPU = torch.device("cpu")
 ROOMS = Rooms(CPU)
+# heads whose widths do not add up to that of the model, and positions for longer texts; the short original
+# length is within the sequences of tests
+LLAMA3: dict[str, Any] = {
+    "head_dim": 24,
+    "rope_scaling": "llama3",
+    "rope_theta": 500.0,
+    "rope_factor": 8.0,
+    "rope_original_length": 16,
+}
 SMALL = ModelConfig(dim=64, n_layers=3, n_heads=4, ffn_dim=172, vocab_size=300)
 
 

@@ -12,7 +12,7 @@ from lowres.model import unit_specs
 from lowres.optim import Optimizer
 from lowres.rules.adam_mini import describe_partition, partition
 from lowres.storage import TensorSpec
-from tests.helpers import dense_copy, make_config, make_optimizer, make_units
+from tests.helpers import LLAMA3, dense_copy, make_config, make_optimizer, make_units
 
 LR, BETAS, EPS, DECAY, STEPS = 1e-2, (0.9, 0.95), 1e-8, 0.1, 20
 MODELS: dict[str, dict[str, Any]] = {
@@ -65,9 +65,14 @@ def assert_same(config: Config, step_all: Callable[[dict[str, Tensor]], dict[str
         assert float((value[name] - wanted[name]).norm()) < 1e-5 * moved, name
 
 
-@pytest.mark.parametrize("model", MODELS)
+# the authors' package knows no width of heads
+WITH_OTHER_HEADS = MODELS | {"grouped": MODELS["grouped"] | LLAMA3}
+
+
+@pytest.mark.parametrize("model", WITH_OTHER_HEADS)
 def test_equals_the_formulas_in_float64(model: str) -> None:
-    config = config_of(MODELS[model])
+    config = config_of(WITH_OTHER_HEADS[model])
+    width = {"grouped": 24}.get(model, 16)
     roles = {spec.name: spec.role for unit in unit_specs(config.model) for spec in unit.tensors}
 
     def restated(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,7 +85,7 @@ def test_equals_the_formulas_in_float64(model: str) -> None:
                     w.mul_(1 - LR * DECAY)
                 first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * g
                 m = first[name] / (1 - BETAS[0] ** t)
-                rows = len(w) if norm else 16 if roles[name] in ("q", "k") else 1
+                rows = len(w) if norm else width if roles[name] in ("q", "k") else 1
                 for i in range(0, len(w), rows):
                     block = slice(i, i + rows)
                     old = second.get((name, i), torch.zeros((), dtype=torch.float64))

@@ -28,7 +28,7 @@ from lowres.errors import UserError
 from lowres.model import Units, empty_units, initialize, starting_with
 from lowres.optim import make_optimizer as optimizer_of
 from lowres.storage import DENSE_DTYPES
-from tests.helpers import CPU, ROOMS, make_batch, make_config, make_optimizer
+from tests.helpers import CPU, LLAMA3, ROOMS, make_batch, make_config, make_optimizer
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of DeepSpeed and what it calls
@@ -136,8 +136,8 @@ def test_it_follows_our_adamw(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_options_of_the_model_follow_our_adamw(stage: int, tmp_path: Path) -> None:
-    """Biases, whose gradients and updates are 1-D, and norms inside attention."""
-    model = {"qkv_bias": True, "qk_norm": True, "n_kv_heads": 2}
+    """Biases, whose gradients and updates are 1-D, norms inside attention, and heads of another width."""
+    model = {"qkv_bias": True, "qk_norm": True, "n_kv_heads": 2} | LLAMA3
 
     def changed(engine: str, **keys: Any) -> Config:
         config = config_of(engine, tmp_path, FP32, **keys)

@@ -28,6 +28,7 @@ from lowres.storage import Unit
 from lowres.target import planned_for
 from tests.helpers import (
     CPU,
+    LLAMA3,
     ROOMS,
     SMALL,
     Recorder,
@@ -42,7 +43,7 @@ MODELS = {
     "plain": SMALL,
     "grouped": SMALL.model_copy(update={"n_kv_heads": 2}),
     "qwen2": SMALL.model_copy(update={"n_kv_heads": 2, "qkv_bias": True}),
-    "qwen3": SMALL.model_copy(update={"n_kv_heads": 2, "qk_norm": True}),
+    "qwen3": SMALL.model_copy(update={"n_kv_heads": 2, "qk_norm": True} | LLAMA3),
     # every option, also one that comes later
     **{
         key: SMALL.model_copy(update={key: True})
@@ -157,7 +158,6 @@ def test_gradients_accumulate_in_fp32_under_bf16_compute() -> None:
     ],
 )
 def test_engines_reach_the_same_weights(name: str, model: str) -> None:
-    changed = {"n_kv_heads": MODELS[model].n_kv_heads, "tie_embeddings": MODELS[model].tie_embeddings}
     optimizer_name, _, variant = name.partition(" ")
     optim: dict[str, object] = {"name": optimizer_name, "lr": 1e-3, "eps": 1e-5}
     if optimizer_name not in ("adamw", "adam-mini", "sgd"):
@@ -166,7 +166,7 @@ def test_engines_reach_the_same_weights(name: str, model: str) -> None:
         optim["projection"] = "svd"
     if variant == "limited":
         optim["limiter"] = 1.01
-    config = make_config(optim=optim, model={k: v for k, v in changed.items() if v})
+    config = make_config(optim=optim, model=MODELS[model].model_dump(exclude_none=True))
     results = []
     for engine_type, micro_batch in ((LayerwiseEngine, 2), (AutogradEngine, 7)):
         units = make_units(config.model, dtype=torch.float64)

@@ -24,7 +24,7 @@ from lowres.meter import LiveTensors
 from lowres.model import Units, empty_units, initialize
 from lowres.rooms import GPU, Homes, Rooms
 from tests.full import allocates, full
-from tests.helpers import CPU, Recorder, make_batch, make_config, make_optimizer, stored_tensors
+from tests.helpers import CPU, LLAMA3, Recorder, make_batch, make_config, make_optimizer, stored_tensors
 
 LENGTH, SEQUENCES = 8, 4
 NAMES = frozenset(("embed", "layers.0", "layers.1", "head"))
@@ -58,7 +58,7 @@ CASES = {
     "exact forward": Case(
         1e-12, {"memory": {"stash_dtype": "int8", "exact_forward": True}}, EXACT, 1, EVERYTHING
     ),
-    "fused": Case(1e-5, {"model": {"qkv_bias": True, "qk_norm": True}}, FUSED),
+    "fused": Case(1e-5, {"model": {"qkv_bias": True, "qk_norm": True} | LLAMA3}, FUSED),
     "fused, tied, clipped": Case(
         1e-5, {"model": {"tie_embeddings": True}, "optim": {"grad_clip": 0.1}}, FUSED, 2
     ),

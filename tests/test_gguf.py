@@ -92,6 +92,8 @@ class Model:
     path: Path = Path("a model")
     alive: int = 0
     kind: str = "fp32"
+    about: str = "a model in memory"
+    notes: list[str] = field(default_factory=list)
     _given: list[weakref.ref[Weight]] = field(default_factory=list)
 
     def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, Weight]]:

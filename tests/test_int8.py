@@ -14,6 +14,7 @@ from lowres.kernels import forms, product
 from lowres.model import Units, empty_units, initialize
 from tests.helpers import (
     CPU,
+    LLAMA3,
     ROOMS,
     Recorder,
     make_batch,
@@ -27,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped": {"n_kv_heads": 2},
     "qwen2": {"n_kv_heads": 2, "qkv_bias": True},
-    "qwen3": {"n_kv_heads": 2, "qk_norm": True},
+    "qwen3": {"n_kv_heads": 2, "qk_norm": True} | LLAMA3,
     "tied": {"tie_embeddings": True},
 }
 

@@ -13,7 +13,7 @@ from lowres.memory import GIB, Plan, make_plan
 from lowres.meter import LiveTensors
 from lowres.model import initialize
 from lowres.rooms import GPU, HOST, Homes, Rooms
-from tests.helpers import CPU, make_batch, make_config
+from tests.helpers import CPU, LLAMA3, make_batch, make_config
 from tests.measuring import Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")  # planning needs no device
@@ -68,7 +68,10 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "tied": {"model": {"tie_embeddings": True, "vocab_size": 8000}},
     "grouped": {"model": {"n_kv_heads": 1}},
     "qwen2": {"model": {"n_kv_heads": 2, "qkv_bias": True}},
-    "qwen3": {"model": {"n_kv_heads": 2, "qk_norm": True}, "memory": {"band": 2, "compute": "bf16"}},
+    "qwen3": {
+        "model": {"n_kv_heads": 2, "qk_norm": True} | LLAMA3,
+        "memory": {"band": 2, "compute": "bf16"},
+    },
     "one sequence": {"train": {"micro_batch": 1}},
     "adamw": {"optim": {"name": "adamw"}},
     "adamw int8 on host": {"optim": {"name": "adamw"}, "memory": {"moments": "int8", "state_on": "host"}},
@@ -91,7 +94,7 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
 RELORA = {"enabled": True, "rank": 32, "cycle_steps": 2, "rewarmup_steps": 1}
 ADAPTED: dict[str, dict[str, Mapping[str, object]]] = {
     "int8": {},
-    "qwen": {"model": {"qkv_bias": True, "qk_norm": True}},
+    "qwen": {"model": {"qkv_bias": True, "qk_norm": True} | LLAMA3},
     "bf16": {"memory": {"weights": "bf16"}},
     "fp32": {"memory": {"weights": "fp32"}},
     "adamw bf16, magnitude": {
@@ -161,7 +164,7 @@ AUTOGRAD |= {
         "train": {"batch_tokens": 4 * 64, "micro_batch": 1},
         "optim": {"name": "sgd"},
     },
-    "adapters": {"relora": RELORA},
+    "adapters": {"relora": RELORA, "model": LLAMA3},
     "adapters, some targets": {"relora": RELORA | {"targets": ["q", "v", "down"]}},
     "adapters, dropout": {"relora": RELORA | {"dropout": 0.1}},
     "adapters, dropout, bf16 compute": {

@@ -27,13 +27,22 @@ VARIANTS = {
     "grouped": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300),
     "tied": ModelConfig(dim=48, n_layers=2, n_heads=4, ffn_dim=100, vocab_size=300, tie_embeddings=True),
     "long": ModelConfig(
-        dim=32, n_layers=1, n_heads=2, ffn_dim=64, vocab_size=300, rope_theta=500000.0, norm_eps=1e-6
+        dim=32,
+        n_layers=1,
+        n_heads=2,
+        ffn_dim=64,
+        vocab_size=300,
+        rope_theta=500000.0,
+        rope_scaling="llama3",
+        rope_factor=8.0,
+        rope_original_length=64,
+        norm_eps=1e-6,
     ),
     "qwen2": ModelConfig(
         dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300, qkv_bias=True
     ),
     "qwen3": ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=300, qk_norm=True
+        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=24, ffn_dim=100, vocab_size=300, qk_norm=True
     ),
 }
 
@@ -45,6 +54,15 @@ def reference(config: ModelConfig) -> PreTrainedModel:
         make, make_config = Qwen2ForCausalLM, Qwen2Config
     if config.qk_norm:
         make, make_config, more = Qwen3ForCausalLM, Qwen3Config, {"head_dim": config.head_width}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling == "llama3":
+        rope |= {
+            "rope_type": "llama3",
+            "factor": config.rope_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_length,
+        }
     return make(
         make_config(
             **more,
@@ -55,8 +73,7 @@ def reference(config: ModelConfig) -> PreTrainedModel:
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.kv_heads,
             rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rope_theta=config.rope_theta,
+            rope_parameters=rope,
             tie_word_embeddings=config.tie_embeddings,
             max_position_embeddings=512,
             initializer_range=0.2,

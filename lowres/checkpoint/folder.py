@@ -119,8 +119,9 @@ class Mixture(Record):
 class State(Record):
     """What a run needs besides weights and optimizer state.
 
-    tokens: trained on so far. data, validation: fingerprints. config: the resolved config of the run,
-    sections of keys. mixture: None if there is one source. passed: batches that rollbacks left out.
+    tokens: trained on so far. data, validation: fingerprints; data is empty for a model that was imported,
+    and has neither data nor optimizer state. config: the resolved config of the run, sections of keys.
+    mixture: None if there is one source. passed: batches that rollbacks left out.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
     identity, which tells its checkpoints from others. metrics: digest of the records up to this step.
     pending: records that they could not take.

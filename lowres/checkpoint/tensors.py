@@ -36,10 +36,14 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -81,7 +85,7 @@ def read_header(file: BinaryIO) -> dict[str, Place]:
     for name, values in header.items():
         entry = checked(values, _Entry)
         if entry.dtype not in _SIZES or len(entry.data_offsets) != 2:
-            raise Damaged(f"says something unknown of the tensor {name!r}")
+            raise Damaged(f"says something unknown of the tensor {name!r:.100} ({entry.dtype!r:.20})")
         begin, end = entry.data_offsets
         if end - begin != math.prod(entry.shape) * _SIZES[entry.dtype]:
             raise Damaged(f"has bytes of the tensor {name!r} that do not match its shape")

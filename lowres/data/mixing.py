@@ -59,12 +59,13 @@ def open_data(config: DataConfig, vocab_size: int | None, seed: int, progress: b
     return mixed
 
 
-def with_tokenizer(config: DataConfig, tokenizer: Path) -> DataConfig:
+def with_tokenizer(config: DataConfig, tokenizer: Path, instead: bool = False) -> DataConfig:
     """The config with the tokenizer of a run, unless it says which, or can only mean that one: a mixture that
-    has changed would train another."""
-    if not config.mixture or config.tokenizer is not None:
-        return config
-    return _with(config, tokenizer)
+    has changed would train another. instead: also in the place of the one that it names, of which the run has
+    a copy."""
+    if instead if config.tokenizer is not None else config.mixture:
+        return _with(config, tokenizer)
+    return config
 
 
 def _with(config: DataConfig, tokenizer: Path) -> DataConfig:

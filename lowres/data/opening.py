@@ -27,6 +27,7 @@ from lowres.data.shards import token_dtype
 from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenised import ids_of, open_corpus
 from lowres.data.tokenizer import Tokenizer, open_tokenizer
+from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from lowres.data.validation import check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
@@ -174,7 +175,12 @@ def ensure_prepared(config: DataConfig, vocab_size: int | None, progress: bool) 
     recorded = read_complete(folder).tokenizer
     given = given_tokenizer(config)
     if given and given.fingerprint != recorded:
-        raise UserError(f"data.tokenizer: {folder} was prepared with another one; leave data.tokenizer out")
+        own = isinstance(given, SentencePieceTokenizer) and given.form == "own"
+        form = " --set data.tokenizer_form=own" if own else ""
+        raise UserError(
+            f"data.tokenizer: {folder} was prepared with another one than {given.path}; prepare its text "
+            f"with --tokenizer {given.path}{form}, or leave data.tokenizer out"
+        )
     return folder
 
 

@@ -14,24 +14,28 @@ card        its model card
 gguf_file   a GGUF file, for llama.cpp
 gguf_weights    its number formats, and what they cost
 gguf_tokenizer  its tokenizer
+importing   a model as a run that has not begun
 target      what is exported appears whole or not at all
 """
 
 from lowres.exchange.exporting import FORMATS, export
+from lowres.exchange.importing import Imported, import_model
 from lowres.exchange.stored import (
     StoredModel,
-    filled,
     initialize_from,
     open_model,
+    require_ids,
     with_model_of,
 )
 
 __all__ = [
     "FORMATS",
+    "Imported",
     "StoredModel",
     "export",
-    "filled",
+    "import_model",
     "initialize_from",
     "open_model",
+    "require_ids",
     "with_model_of",
 ]

@@ -2,21 +2,23 @@
 
 A family is a kind of model that `transformers` knows (`model_type`), with the values that a config.json
 leaves out. What changes the arithmetic and is not supported is refused by its name: reading on would give
-another model without a word.
+another model without a word. Where versions of `transformers` read a file differently, it is read as by 5.24.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowres import disk
 from lowres.config import ModelConfig
 from lowres.errors import UserError
+from lowres.model import HEAD_NAME
 from lowres.sealed import Damaged, parse
 
 CONFIG_JSON = "config.json"
@@ -33,9 +35,6 @@ NAMES = {
     "tie_embeddings": "tie_word_embeddings",
     "max_positions": "max_position_embeddings",
 }
-_REQUIRED = ("dim", "n_layers", "n_heads", "ffn_dim", "vocab_size")
-# families whose `attention_bias` gives a bias to the output of attention too
-_ALL_BIASED = ("llama", "qwen3")
 # keys of ModelConfig and their names in `rope_parameters` or `rope_scaling`, by the type of scaling
 _FACTOR = {"rope_factor": "factor"}
 ROPE_NAMES = {
@@ -49,27 +48,56 @@ ROPE_NAMES = {
 }
 # tensors of old files that are computed here, and the head of a model whose embeddings are tied
 _COMPUTED = ("rotary_emb.inv_freq",)
-_TIED = ("lm_head.weight",)
+_TIED = (HEAD_NAME,)
+# families that know this key give a bias to the output of attention too; only zeros are supported there
+_BIASED = "attention_bias"
+_MOST_BYTES = 1 << 24
+_SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
 class Family:
     """architecture: the class in transformers. ours: keys of ModelConfig that every model of the family has.
-    defaults: what a config.json of the family means if it leaves a key out."""
+    defaults: what a config.json of the family means if it leaves a key out. knows: which of the features in
+    `_FAMILY_FEATURES`, and _BIASED, its class has; the others do nothing, whatever a file says of them."""
 
     model_type: str
     architecture: str
+    defaults: Mapping[str, Any]
     ours: Mapping[str, Any] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    knows: tuple[str, ...] = ()
 
 
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM"),
-        Family("mistral", "MistralForCausalLM", {}, {"num_key_value_heads": 8, "sliding_window": 4096}),
-        Family("qwen2", "Qwen2ForCausalLM", {"qkv_bias": True}, {"num_key_value_heads": 32}),
-        Family("qwen3", "Qwen3ForCausalLM", {"qk_norm": True}, {"num_key_value_heads": 32, "head_dim": 128}),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            {"max_position_embeddings": 2048},
+            knows=("attention_bias", "mlp_bias"),
+        ),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+            knows=("sliding_window",),
+        ),
+        Family("qwen2", "Qwen2ForCausalLM", _QWEN, {"qkv_bias": True}, ("use_sliding_window",)),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            _QWEN | {"head_dim": 128},
+            {"qk_norm": True},
+            ("use_sliding_window", "attention_bias"),
+        ),
     )
 }
 
@@ -77,103 +105,274 @@ FAMILIES = {
 @dataclass(frozen=True)
 class Described:
     """What a config.json says. unused: endings of the names of tensors that the model does not need.
-    has_zero_biases: whether there are `zero_biases`. values: all of it."""
+    has_zero_biases: whether there are `zero_biases`. values: all of it. notes: what the user should know."""
 
     model: ModelConfig
+    family: Family
     unused: tuple[str, ...]
-    values: Mapping[str, Any]
     has_zero_biases: bool
+    values: Mapping[str, Any]
+    notes: list[str]
+
+
+class _Read(BaseModel):
+    """Base of what is read: exact types; keys that are not named here do not matter."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _ConfigJson(_Read):
+    """The keys of a config.json that say what a model computes."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+    hidden_act: str = "silu"
+    is_causal: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 0
+    layer_types: list[str] | None = None
+
+
+class _RopeJson(_Read):
+    """`rope_parameters`, or the older `rope_scaling`."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    partial_rotary_factor: float | None = None
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
 
 
 def describe(folder: Path) -> Described:
     """The model of a Hugging Face folder. Raises UserError, which names what is not supported."""
+    _refuse_other_forms(folder)
     path = folder / CONFIG_JSON
+    raw = _parsed(path)
+    family = _family(path, raw)
+    raw = {**family.defaults, **raw}
     try:
-        with disk.named(path, "read"):
-            values = parse(disk.read_whole(path, limit=1 << 24))
-    except Damaged as error:
-        raise UserError(f"{path}: {error}; get the file again") from None
-    family = FAMILIES.get(str(values.get("model_type")))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise UserError(
-            f"{path}: model_type {values.get('model_type')!r} is not supported; these are: {known}"
-        )
-    values = {**family.defaults, **values}
-    for name, is_used in _UNSUPPORTED.items():
-        if is_used(values):
-            raise UserError(f"{path}: {name} = {values.get(name)!r} is not supported")
-    try:
-        model = ModelConfig.model_validate(_ours(path, family, values))
+        values = _ConfigJson.model_validate(raw)
+        _refuse_unsupported(path, family, values, raw)
+        rope, notes = _rope(path, values)
+        own = {ours: value for ours, name in NAMES.items() if (value := getattr(values, name)) is not None}
+        biased = values.attention_bias and _BIASED in family.knows
+        if biased:
+            own["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
+        model = ModelConfig.model_validate({**own, **family.ours, **rope})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(NAMES.get(str(part), part)) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {f'{key}: ' if key else ''}{reason}; get the file again") from None
-    unused = _COMPUTED + _TIED * model.tie_embeddings
-    return Described(model, unused, values, _all_biased(values))
-
-
-def _ours(path: Path, family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of [model]."""
-    for key in _REQUIRED:
-        if values.get(NAMES[key]) is None:
-            raise UserError(f"{path}: has no {NAMES[key]}; get the file again")
-    found = {key: values[name] for key, name in NAMES.items() if values.get(name) is not None}
-    if _all_biased(values):
-        found["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
-    return {"norm_eps": 1e-6, **found, **family.ours, **_rope(path, values)}
-
-
-def _rope(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of [model] for the rotary embedding. transformers 5 writes `rope_parameters`, and takes it
-    where both forms stand; older versions write `rope_theta` and `rope_scaling`."""
-    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    given = values.get(name) or {}
-    if not isinstance(given, dict):
-        raise UserError(f"{path}: {name} = {given!r} is no object; get the file again")
-    kind = given.get("rope_type", given.get("type", "default"))
-    found: dict[str, Any] = {"rope_theta": given.get("rope_theta", values.get("rope_theta", 10000.0))}
-    if given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) not in (1.0, None):
-        raise UserError(f"{path}: partial_rotary_factor is not supported")
-    if kind == "default":
-        return {key: float(value) for key, value in found.items()}
-    if kind not in ROPE_NAMES:
-        known = ", ".join(ROPE_NAMES)
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; these are: default, {known}")
-    default = {"original_max_position_embeddings": values.get("max_position_embeddings")}
-    for ours, theirs in ROPE_NAMES[kind].items():
-        value = given.get(theirs, default.get(theirs))
-        if value is None:
-            raise UserError(f"{path}: {name} has no {theirs}; get the file again")
-        found[ours] = value
-    return {k: float(v) if k != "rope_original_length" else v for k, v in found.items()} | {
-        "rope_scaling": kind
-    }
-
-
-def _slides(values: Mapping[str, Any]) -> bool:
-    used = values.get("use_sliding_window", values.get("model_type") == "mistral")
-    return bool(used and values.get("sliding_window"))
-
-
-def _all_biased(values: Mapping[str, Any]) -> bool:
-    """Whether query, key, value and output have biases."""
-    return bool(values.get("attention_bias")) and values.get("model_type") in _ALL_BIASED
-
-
-# what changes the arithmetic, and whether a config.json asks for it
-_UNSUPPORTED: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "quantization_config": lambda v: bool(v.get("quantization_config")),
-    "auto_map": lambda v: bool(v.get("auto_map")),
-    "hidden_act": lambda v: v.get("hidden_act", "silu") not in ("silu", "swish"),
-    "sliding_window": _slides,
-    "layer_types": lambda v: set(v.get("layer_types") or ()) - {"full_attention"} != set(),
-    "attention_bias": lambda v: bool(v.get("attention_bias")) and not _all_biased(v),
-    "mlp_bias": lambda v: bool(v.get("mlp_bias")),
-}
+        raise UserError(f"{path}: {_one_line(error)}; get the file again") from None
+    return Described(model, family, _COMPUTED + _TIED * model.tie_embeddings, biased, raw, notes)
 
 
 def zero_biases(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the biases that families with `attention_bias` have besides those of query, key and value."""
+    """Shapes of the biases that a family with `attention_bias` has besides those of query, key and value."""
     return {f"model.layers.{i}.self_attn.o_proj.bias": (model.dim,) for i in range(model.n_layers)}
+
+
+def _refuse_other_forms(folder: Path) -> None:
+    """Raise UserError unless a folder has a config.json and is a whole model."""
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise UserError(
+            f"{folder}: holds adapters of another model (adapter_config.json), not a model; merge them into "
+            "it (peft: merge_and_unload, then save_pretrained)"
+        )
+    if os.path.lexists(folder / CONFIG_JSON):
+        return
+    if snapshots := sorted(folder.glob("snapshots/*")):
+        raise UserError(f"{folder}: is a model in the cache of the hub; give its folder {snapshots[-1]}")
+    for pattern, form in (
+        ("params.json", "the original form of its maker"),
+        ("*.gguf", "GGUF"),
+        ("*.safetensors", f"files without their {CONFIG_JSON}"),
+        ("*.bin", f"files without their {CONFIG_JSON}"),
+    ):
+        if any(folder.glob(pattern)):
+            raise UserError(
+                f"{folder}: holds a model as {form}, which is not read; get it in the form of transformers, "
+                f"with {CONFIG_JSON} and safetensors files"
+            )
+    raise UserError(
+        f"{folder}: holds no model: neither a run (config.toml) nor a Hugging Face folder ({CONFIG_JSON})"
+    )
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    with disk.named(path, "read"):
+        text = disk.read_whole(path, limit=_MOST_BYTES)
+    try:
+        return parse(text)
+    except Damaged as error:
+        raise UserError(f"{path}: {error}; {disk.instead(text) or 'get the file again'}") from None
+
+
+def _family(path: Path, raw: Mapping[str, Any]) -> Family:
+    kind = raw.get("model_type")
+    known = ", ".join(FAMILIES)
+    if kind is None:
+        raise UserError(f"{path}: has no model_type; get the file again, or give one of {known}")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        inside = "; it has a text model inside another (text_config)" if raw.get("text_config") else ""
+        raise UserError(f"{path}: model_type {_shown(kind)} is not supported; these are: {known}{inside}")
+    classes = raw.get("architectures")
+    if classes and not (
+        isinstance(classes, list)
+        and family.architecture.lower() in (str(name).lower() for name in classes)  # LLaMAForCausalLM is old
+    ):
+        raise UserError(
+            f"{path}: architectures = {_shown(classes)} is not supported; a {family.architecture} is"
+        )
+    return family
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """What changes the arithmetic and is not supported. is_used: whether a config.json asks for it. remedy:
+    what the user can do."""
+
+    is_used: Callable[[_ConfigJson], bool]
+    remedy: str = ""
+
+
+# of every family
+_FEATURES = {
+    "hidden_act": _Feature(lambda v: v.hidden_act not in ("silu", "swish"), "silu is"),
+    "is_causal": _Feature(lambda v: not v.is_causal, "these models read from left to right"),
+    "layer_types": _Feature(
+        lambda v: bool(set(v.layer_types or ()) - {"full_attention"}), "only full_attention is"
+    ),
+    "partial_rotary_factor": _Feature(lambda v: v.partial_rotary_factor not in (None, 1.0)),
+}
+_NO_WINDOW = (
+    "for sequences that are not longer it makes no difference: set it to null in a copy of the file if "
+    "you use no others"
+)
+# of some
+_FAMILY_FEATURES = {
+    "sliding_window": _Feature(lambda v: v.sliding_window is not None, _NO_WINDOW),
+    "use_sliding_window": _Feature(
+        lambda v: (
+            v.use_sliding_window
+            and v.sliding_window is not None
+            and v.layer_types is None
+            and v.max_window_layers < v.num_hidden_layers
+        ),
+        "all layers have to see all tokens",
+    ),
+    "mlp_bias": _Feature(lambda v: v.mlp_bias, "the MLP has no biases here"),
+}
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+
+
+def _refuse_unsupported(path: Path, family: Family, values: _ConfigJson, raw: Mapping[str, Any]) -> None:
+    for name in _QUANTISED:
+        if raw.get(name):
+            how = raw[name].get("quant_method") if isinstance(raw[name], dict) else None
+            raise UserError(
+                f"{path}: {name}: quantised weights{f' ({_shown(how)})' if how else ''} are not supported; "
+                "give the model in bf16, fp16 or fp32"
+            )
+    if raw.get("auto_map"):
+        raise UserError(
+            f"{path}: auto_map: a model with code of its own is not supported, as it may compute anything; "
+            f"if it is a {family.architecture}, remove the key in a copy of the file"
+        )
+    known = _FEATURES | {name: _FAMILY_FEATURES[name] for name in family.knows if name != _BIASED}
+    for name, feature in known.items():
+        if feature.is_used(values):
+            remedy = f"; {feature.remedy}" if feature.remedy else ""
+            raise UserError(f"{path}: {name} = {_shown(getattr(values, name))} is not supported{remedy}")
+
+
+def _rope(path: Path, values: _ConfigJson) -> tuple[dict[str, Any], list[str]]:
+    """The keys of [model] for the rotary embedding, and notes.
+
+    transformers 5 writes `rope_parameters`, 4 writes `rope_theta` and `rope_scaling`. 5.24 reads all of them:
+    `rope_scaling` before `rope_parameters`, and a base in it before `rope_theta`.
+    """
+    name = "rope_scaling" if values.rope_scaling else "rope_parameters"
+    found = _rope_of(path, name, values)
+    if values.rope_parameters and (values.rope_scaling or "rope_theta" in values.model_fields_set):
+        old = values.model_copy(update={"rope_parameters": None})
+        new = values.model_copy(update={"rope_scaling": None})
+        if not _rope_of(path, "rope_scaling", old) == _rope_of(path, "rope_parameters", new) == found:
+            shown = ", ".join(f"{key.removeprefix('rope_')} {value}" for key, value in found.items())
+            return found, [
+                f"{path}: rope_parameters and the older keys beside it say different things; as in "
+                f"transformers 5 the rotary embedding has {shown}"
+            ]
+    return found, []
+
+
+def _rope_of(path: Path, name: str, values: _ConfigJson) -> dict[str, Any]:
+    """The keys of [model] that the object `name` of a config.json means."""
+    raw = getattr(values, name) or {}
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            raise UserError(
+                f"{path}: {name}.{_shown(key)}: another rotary embedding for some layers is not supported"
+            )
+    try:
+        given = _RopeJson.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{path}: {name}.{_one_line(error)}; get the file again") from None
+    kind = given.rope_type or given.type or "default"
+    if given.partial_rotary_factor not in (None, 1.0):
+        raise UserError(f"{path}: {name}.partial_rotary_factor is not supported")
+    found: dict[str, Any] = {
+        "rope_theta": values.rope_theta if given.rope_theta is None else given.rope_theta
+    }
+    if kind == "default":
+        return found
+    if kind not in ROPE_NAMES:
+        known = ", ".join(("default", *ROPE_NAMES))
+        raise UserError(f"{path}: rope_type {_shown(kind)} is not supported; these are: {known}")
+    for ours, theirs in ROPE_NAMES[kind].items():
+        value = getattr(given, theirs)
+        if theirs == "original_max_position_embeddings":
+            first, last = values.original_max_position_embeddings, values.max_position_embeddings
+            value = next((one for one in (first, value, last) if one is not None), None)
+        if value is None:
+            raise UserError(f"{path}: {name} has no {theirs}; get the file again")
+        found[ours] = value
+    return found | {"rope_scaling": kind}
+
+
+def _one_line(error: ValidationError) -> str:
+    """What is wrong with a config.json, with the names of its keys."""
+    first = error.errors()[0]
+    names = NAMES | {ours: theirs for keys in ROPE_NAMES.values() for ours, theirs in keys.items()}
+    key = str(names.get(str(first["loc"][0]), first["loc"][0])) if first["loc"] else ""
+    if first["type"] == "missing":
+        return f"has no {key}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {_shown(first['input'])}: {reason}" if key else reason
+
+
+def _shown(value: Any) -> str:
+    """A value of a file in a message: not all of it, if it is long or deep."""
+    if isinstance(value, dict):
+        return "{...}"
+    if isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        return "[...]"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

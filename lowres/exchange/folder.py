@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +20,13 @@ from lowres.exchange.own import OWN
 from lowres.exchange.scales import FILE, codes_of, read_scales
 from lowres.ranks import say
 from lowres.sealed import Damaged, parse
+from lowres.storage import all_finite
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 KINDS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+_FILE = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)  # no path: nothing outside the folder
+_START = 1 << 10  # bytes that show what a file is
 
 
 class WeightsFolder:
@@ -34,12 +38,13 @@ class WeightsFolder:
         self._places: dict[str, Place] = {}
         for file, names in self._listed().items():
             found = self._header(file)
-            for name in found if names is None else names:
+            for name in names:
                 if name not in found:
                     raise UserError(
-                        f"{path / INDEX}: says that {name} is in {file.name}, which does not have it; get "
-                        "both files again"
+                        f"{path / INDEX}: says that {name:.100} is in {file.name}, which does not have it; "
+                        "get both files again"
                     )
+            for name in found.keys() - self._files.keys() | set(names):
                 self._files[name], self._places[name] = file, found[name]
         self._scales = self._recorded()
 
@@ -52,22 +57,19 @@ class WeightsFolder:
         """Raise UserError unless the folder has exactly these tensors, in these shapes and a floating-point
         format. unused: endings of the names of others that it may have. zeros: others that it must have, all
         zero."""
-        self._require_described({**shapes, **zeros})
-        for name in self._places:
-            if name not in shapes and name not in zeros and not name.endswith(tuple(unused)):
-                raise UserError(
-                    f"{self.path}: has a tensor {name}, which a model of this config.json does not have; "
-                    "such models are not supported"
-                )
-        for name in zeros:
-            if any(bool(rows.any()) for _, rows in self.weight(name).rows()):
-                raise UserError(f"{self.path}: {name} is not zero; such biases are not supported")
-
-    def _require_described(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        shapes = {**shapes, **zeros}
+        missing = [name for name in shapes if name not in self]
+        others = [n for n in self._places if n not in shapes and not n.endswith(tuple(unused))]
+        if others:
+            without = f", and no {missing[0]}" if missing else ""
+            raise UserError(
+                f"{self.path}: has a tensor {others[0]!r:.100}{without}, so it is not the model of its "
+                "config.json that transformers has; such models are not supported"
+            )
+        if missing:
+            raise UserError(f"{self.path}: the tensor {missing[0]} is missing; get the folder again")
         for name, shape in shapes.items():
-            place = self._places.get(name)
-            if place is None:
-                raise UserError(f"{self.path}: the tensor {name} is missing; get the folder again")
+            place = self._places[name]
             if tuple(place.shape) != shape:
                 raise UserError(
                     f"{self.path}: {name} has the shape {place.shape}, but config.json means {list(shape)}; "
@@ -78,9 +80,14 @@ class WeightsFolder:
                     f"{self.path}: {name} is stored as {place.dtype}, which is not supported; give weights "
                     "in bf16, fp16 or fp32"
                 )
+        for name in zeros:
+            if any(bool(rows.any()) for _, rows in self.weight(name).rows()):
+                raise UserError(f"{self.path}: {name} is not zero; such biases are not supported")
 
-    def weight(self, name: str) -> FolderWeight:
-        return FolderWeight(self._files[name], self._places[name], self._scales.get(name))
+    @property
+    def kinds(self) -> list[str]:
+        """The number formats of its tensors that this program reads."""
+        return sorted({KINDS[place.dtype] for place in self._places.values() if place.dtype in KINDS})
 
     def kind_of(self, name: str) -> str:
         """The number format of a tensor in its file."""
@@ -94,13 +101,28 @@ class WeightsFolder:
             say(f"note: {self.path / OWN / FILE}: {error}; INT8 codes will be rounded anew")
             return {}
 
-    def _listed(self) -> dict[Path, list[str] | None]:
-        """The files, and the tensors that each should have; None: all that are in it."""
-        if (self.path / INDEX).exists():
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def weight(self, name: str) -> FolderWeight:
+        return FolderWeight(name, self._files[name], self._places[name], self._scales.get(name))
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are stored alike and hold the same numbers."""
+        places = self._places[one], self._places[other]
+        if (places[0].dtype, places[0].shape) != (places[1].dtype, places[1].shape):
+            return False
+        pieces = zip(self.weight(one).rows(), self.weight(other).rows(), strict=True)
+        return all(torch.equal(a, b) for (_, a), (_, b) in pieces)
+
+    def _listed(self) -> dict[Path, list[str]]:
+        """The files, and the tensors that each must have. As in transformers, one file goes before an
+        index."""
+        if os.path.lexists(self.path / ONE):  # also a link into a cache that has lost the file
+            return {self.path / ONE: []}
+        if os.path.lexists(self.path / INDEX):
             return self._of_index()
-        if (self.path / ONE).exists():
-            return {self.path / ONE: None}
-        pickles = sorted(self.path.glob("*.bin")) + sorted(self.path.glob("*.pth"))
+        pickles = [file for ending in ("bin", "pth", "pt") for file in sorted(self.path.glob(f"*.{ending}"))]
         if pickles:
             raise UserError(
                 f"{pickles[0]}: a pickle can run any program, so it is not read; get the safetensors files "
@@ -108,32 +130,38 @@ class WeightsFolder:
             )
         raise UserError(f"{self.path}: has neither {ONE} nor {INDEX}; get the folder again")
 
-    def _of_index(self) -> dict[Path, list[str] | None]:
+    def _of_index(self) -> dict[Path, list[str]]:
         path = self.path / INDEX
         found: dict[Path, list[str]] = {}
+        with disk.named(path, "read"):
+            text = disk.read_whole(path)
         try:
-            with disk.named(path, "read"):
-                names = parse(disk.read_whole(path)).get("weight_map")
+            names = parse(text).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise Damaged("has no weight_map")
             for name, file in names.items():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise Damaged(f"names {json.dumps(file)}, which is no file of its folder")
+                if not isinstance(file, str) or not _FILE.fullmatch(file):
+                    raise Damaged(f"names {file!r:.100}, which is no safetensors file of its folder")
                 found.setdefault(self.path / file, []).append(name)
         except Damaged as error:
-            raise UserError(f"{path}: {error}; get the file again") from None
-        return dict(found)
+            raise UserError(f"{path}: {error}; {disk.instead(text) or 'get the file again'}") from None
+        return found
 
     def _header(self, file: Path) -> dict[str, Place]:
+        if not file.exists():
+            why = (
+                "is a link to a file that is gone"
+                if file.is_symlink()
+                else f"is missing, but {INDEX} names it"
+            )
+            raise UserError(f"{file}: {why}; get the file again")
         try:
             with disk.named(file, "read"), disk.open_regular(file) as opened:
+                start = opened.read(_START)
+                opened.seek(0)
                 return read_header(opened)
-        except disk.DiskError as error:
-            if not file.exists():
-                raise UserError(f"{file}: is missing, but {INDEX} names it; get the file again") from None
-            raise error
         except Damaged as error:
-            raise UserError(f"{file}: {error}; get the file again") from None
+            raise UserError(f"{file}: {error}; {disk.instead(start) or 'get the file again'}") from None
 
 
 @dataclass(frozen=True)
@@ -141,6 +169,7 @@ class FolderWeight:
     """A tensor in a file; see `stored.StoredWeight`. scales: with which it was exported from INT8. Where they
     explain it, it counts as INT8."""
 
+    name: str
     file: Path
     place: Place
     scales: Tensor | None = None
@@ -176,8 +205,7 @@ class FolderWeight:
         """(first row, rows as stored)."""
         count, *rest = self.place.shape
         dtype = _DTYPES[self.place.dtype]
-        size = math.prod(rest) * dtype.itemsize
-        step = max(1, PIECE_BYTES // size)
+        step = max(1, PIECE_BYTES // (math.prod(rest) * dtype.itemsize))
         with disk.named(self.file, "read"), disk.open_regular(self.file) as file:
             file.seek(self.place.start)
             for first in range(0, count, step):
@@ -185,4 +213,8 @@ class FolderWeight:
                 wanted = rows.view(-1).view(torch.uint8).numpy().data
                 if file.readinto(wanted) != len(wanted):  # type: ignore[attr-defined]
                     raise UserError(f"{self.file}: ends too early; get the file again")
+                if not all_finite([rows]):
+                    raise UserError(
+                        f"{self.file}: {self.name} holds a number that is not finite; get the file again"
+                    )
                 yield first, rows

@@ -6,6 +6,8 @@ Everything that takes weights from the disk without the state of training goes t
 
 from __future__ import annotations
 
+import filecmp
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,15 @@ from lowres import checkpoint
 from lowres.checkpoint import State
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.config.checks import check
-from lowres.data import find_tokenizer
+from lowres.config_file import filled
+from lowres.data import Tokenizer, find_tokenizer
 from lowres.errors import UserError
 from lowres.exchange.families import CONFIG_JSON, describe, zero_biases
 from lowres.exchange.folder import WeightsFolder
 from lowres.exchange.own import own_tokenizer
-from lowres.model import storage_kinds, unit_specs
+from lowres.model import EMBEDDING_NAME, HEAD_NAME, storage_kinds, unit_specs
 from lowres.relora import adapters_of
-from lowres.runs import CHECKPOINTS, newest
+from lowres.runs import CHECKPOINTS, CONFIG, newest
 from lowres.storage import FORMATS, MATRIX, TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
 from lowres.target import row_chunks
 
@@ -52,12 +55,15 @@ class StoredWeight(Protocol):
 
 class StoredModel(Protocol):
     """path: as the user gave it. model: without a preset. kind: the number format in which its matrices are
-    stored (without adapters). tokenizer: its file, or None."""
+    stored (without adapters). tokenizer: its file, or None. about: what it is, in a few words. notes: what
+    the user should know of it."""
 
     path: Path
     model: ModelConfig
     kind: str
     tokenizer: Path | None
+    about: str
+    notes: list[str]
 
     def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, StoredWeight]]:
         """The tensors of a unit without adapters, in its order; each is valid until the next one. Raises
@@ -69,8 +75,10 @@ def open_model(path: str | Path, step: int | None = None) -> StoredModel:
     checkpoint; None is the newest valid one. Raises UserError."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run, a checkpoint, or a Hugging Face folder")
-    if (path / CONFIG_JSON).exists():
+        problem = "is a file" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; give a run, a checkpoint, or a Hugging Face folder")
+    ours = any(os.path.lexists(path / name) for name in (CONFIG, CHECKPOINTS, checkpoint.MANIFEST))
+    if os.path.lexists(path / CONFIG_JSON) or not ours:
         if step is not None:
             raise UserError(f"--checkpoint: {path} is no run; leave it out")
         return FolderModel(path)
@@ -87,8 +95,9 @@ class TrainedModel:
         self.config, self.checkpoint, self.state = _checkpoint(path, step)
         self.model = self.config.model.model_copy(update={"preset": None})
         self.kind = self.config.memory.weights
-        # a checkpoint may be deleted while the config of another run names its file
-        self.tokenizer = find_tokenizer(path) or find_tokenizer(self.checkpoint)
+        self.tokenizer = _tokenizer(path, self.checkpoint)
+        self.about = f"step {self.state.step} of a run, {self.config.memory.weights}"
+        self.notes: list[str] = []
         self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
         self._units = {unit.name: unit for unit in unit_specs(self.model, self._relora)}
 
@@ -160,7 +169,7 @@ class FolderModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.described = describe(path)
-        self.model = self.described.model
+        self.model, self.notes = self.described.model, self.described.notes
         self.tokenizer = own_tokenizer(path) or find_tokenizer(path)
         self._folder = WeightsFolder(path)
         specs = [spec for unit in unit_specs(self.model) for spec in unit.tensors]
@@ -170,10 +179,21 @@ class FolderModel:
             zeros=zero_biases(self.model) if self.described.has_zero_biases else {},
         )
         self.kind = self._folder.kind_of(next(spec.name for spec in specs if spec.kind == MATRIX))
+        self.about = f"{self.described.family.architecture}, {' and '.join(self._folder.kinds)}"
+        if self.model.tie_embeddings and HEAD_NAME in self._folder:
+            self._require_tied()
 
     def weights(self, unit: UnitSpec) -> Iterator[tuple[TensorSpec, StoredWeight]]:
         for spec in unit.tensors:
             yield spec, self._folder.weight(spec.name)
+
+    def _require_tied(self) -> None:
+        # transformers 5 then leaves the two untied, and 4 does not read the head
+        if not self._folder.are_equal(HEAD_NAME, EMBEDDING_NAME):
+            raise UserError(
+                f"{self.path / CONFIG_JSON}: tie_word_embeddings is true, but {HEAD_NAME} is not "
+                f"{EMBEDDING_NAME}; if the model has a head of its own, set it to false in a copy of the file"
+            )
 
 
 def _checkpoint(path: Path, step: int | None) -> tuple[Config, Path, State]:
@@ -187,6 +207,14 @@ def _checkpoint(path: Path, step: int | None) -> tuple[Config, Path, State]:
     return newest(path, only=checkpoint.step_folder(path / CHECKPOINTS, step))
 
 
+def _tokenizer(path: Path, place: Path) -> Path | None:
+    """The tokenizer of a run: that in its own folder, which stays when the checkpoint at `place` goes, if it
+    is still the same."""
+    stored, beside = find_tokenizer(place), find_tokenizer(path)
+    same = stored is None or (beside and beside.is_file() and filecmp.cmp(stored, beside, shallow=False))
+    return beside if same else stored
+
+
 def with_model_of(config: Config, origin: StoredModel) -> Config:
     """The config with the model of `origin`. Raises UserError if it gives a key of [model] another value."""
     ours, theirs = config.model, origin.model
@@ -198,8 +226,8 @@ def with_model_of(config: Config, origin: StoredModel) -> Config:
         ]
         if getattr(ours, key) is not None and values[0] != values[1]:
             raise UserError(
-                f"model.{key}: {values[0]} here, but the model in {origin.path} (--init-from) has "
-                f"{values[1]}; use that value, or leave the key out"
+                f"model.{key}: {values[0]} here, but the model in {origin.path} has {values[1]}; use that "
+                "value, or leave the key out"
             )
     config = config.model_copy(update={"model": filled(ours, theirs)})
     try:
@@ -209,10 +237,14 @@ def with_model_of(config: Config, origin: StoredModel) -> Config:
     return config
 
 
-def filled(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
-    """The model `theirs` with the keys that `ours` gives."""
-    given = {key: getattr(ours, key) for key in ours.model_fields_set}
-    return theirs.model_copy(update={key: value for key, value in given.items() if value is not None})
+def require_ids(origin: StoredModel, tokenizer: Tokenizer) -> None:
+    """Raise UserError if a tokenizer has ids that the model does not know. A model may know more: rows of its
+    embedding that fill it up to a round number."""
+    if tokenizer.vocab_size > origin.model.vocab:
+        raise UserError(
+            f"data.tokenizer: {tokenizer.path} has {tokenizer.vocab_size:,} ids, but the embedding of "
+            f"{origin.path} has {origin.model.vocab:,} rows; give the tokenizer of this model"
+        )
 
 
 def initialize_from(units: Iterable[Unit], origin: StoredModel) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import PurePath
 
+from lowres.disk import LFS_POINTER
 from lowres.text import columns
 from lowres.text.descriptions import describes
 from lowres.text.globs import matches
@@ -32,8 +33,7 @@ _UNFINISHED = (
     ".aria2", ".swp", ".old",
 )  # fmt: skip
 _LARGEST_POINTER = 1024
-_POINTS = b"version https://git-lfs.github.com/spec/v1\n"
-_POINTER = re.compile(re.escape(_POINTS) + rb"(?:.*\n)*size (\d+)\n")
+_POINTER = re.compile(re.escape(LFS_POINTER) + rb"(?:.*\n)*size (\d+)\n")
 UNKNOWN, NO_TEXT = "unknown type", "no text"
 
 
@@ -129,8 +129,8 @@ def _no_content(file: File, kind: Kind | None, asked: bool) -> LeftOut | None:
 def _pointed_to(file: File) -> int | None:
     """The size of the file that Git LFS would put in the place of this one; None if it is no pointer."""
     with opened(replace(file, compression="")) as stream:
-        head = stream.read(len(_POINTS))
-        pointer = _POINTER.match(head + stream.read(_LARGEST_POINTER)) if head == _POINTS else None
+        head = stream.read(len(LFS_POINTER))
+        pointer = _POINTER.match(head + stream.read(_LARGEST_POINTER)) if head == LFS_POINTER else None
     return int(pointer[1]) if pointer else None
 
 

@@ -12,7 +12,7 @@ from lowres.data.tokenizer.base import Tokenizer, digest
 from lowres.data.tokenizer.huggingface import JsonTokenizer
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.data.tokenizer.vocabulary import Vocabulary
-from lowres.disk import DiskError, read_whole, what_failed
+from lowres.disk import LFS_POINTER, DiskError, instead, read_whole, what_failed
 from lowres.errors import UserError
 from lowres.sealed import SEAL, Damaged, parse
 
@@ -119,6 +119,8 @@ def _opened(
         if "model" in keys:
             return JsonTokenizer(path, content, bos, eos, remedy)
         raise UserError(f"tokenizer {path}: not a tokenizer.json (it has no model); {remedy or _GIVE}")
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"tokenizer {path}: {instead(content)}")
     if _TIKTOKEN.match(content):
         raise UserError(
             f"tokenizer {path}: a list of tiktoken ranks, which says not how text is split; give the "
