@@ -689,7 +689,9 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(
     for run in (parted, fork):
         for name, tensor in tensors_of(straight, 4).items():
             assert torch.equal(tensor, tensors_of(run, 4)[name]), name
-    lowres_here("sample", parted, "--prompt", "def ", "--tokens", 2)
+    # its own validation text, by its own copy of the tokenizer: nothing is prepared again
+    assert json.loads(lowres_here("eval", parted, "--json").stdout)["val_loss"] > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
