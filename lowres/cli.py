@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from lowres import __version__, checkpoint, disk, memory, ranks, terminal
+from lowres import __version__, checkpoint, disk, harness, memory, ranks, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, to_toml
 from lowres.data import inspect, open_data, open_text, prepare, refuse_ends, source_of, with_tokenizer
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.evaluate import evaluate
-from lowres.exchange import import_model, open_model, with_model_of
+from lowres.exchange import FORMATS, export, import_model, open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -68,9 +68,12 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            again = {_prepare: "start it again to go on", _import: "nothing is left of it; start it again"}
-            run = "to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted; {again.get(parsed.command, run)}")
+            remedy = {
+                _prepare: "start it again to go on",
+                _export: "nothing was written; start it again",
+                _import: "nothing is left of it; start it again",
+            }.get(parsed.command, "to continue, give a run --resume, or start a sweep again")
+            _complain(f"interrupted; {remedy}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
@@ -243,7 +246,34 @@ def _add_use(commands: Commands) -> None:
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
     sub.add_argument("--data", metavar="SOURCE", help="text to evaluate on (default: the validation data)")
     _add_data_set(sub)
+    sub.add_argument(
+        "--tasks",
+        type=_names,
+        metavar="NAME,NAME",
+        help="tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)",
+    )
+    sub.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more tasks, in YAML")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="N questions of each task, at most")
+    sub.add_argument(
+        "--num-fewshot", type=_not_negative, metavar="K", help="show K examples before each question"
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = _command(
+        commands, "export", _export, "Write a model for other programs: a Hugging Face folder or a GGUF file."
+    )
+    sub.add_argument("run", type=Path, metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
+    sub.add_argument("out", type=Path, metavar="OUT", help="folder or file to write, which must not exist")
+    sub.add_argument("--format", choices=FORMATS, help="default: gguf if OUT ends in .gguf, otherwise hf")
+    sub.add_argument(
+        "--dtype",
+        choices=sorted({dtype for dtypes in FORMATS.values() for dtype in dtypes}),
+        help="number format of the weights (q8_0: gguf only); default: as they are stored, bf16 for int8",
+    )
+    sub.add_argument(
+        "--checkpoint", type=_not_negative, metavar="STEP", help="of this step (default: the newest)"
+    )
+    sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
 
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"
@@ -291,6 +321,13 @@ def _add_init_from(sub: argparse.ArgumentParser) -> None:
         help="take the first weights, the model and the tokenizer from a run, a checkpoint or a Hugging Face "
         "folder (also run.init_from)",
     )
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} has no names")
+    return names
 
 
 def _positive(text: str) -> int:
@@ -458,6 +495,12 @@ def _sample(parsed: argparse.Namespace) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> None:
+    if parsed.tasks:
+        _eval_tasks(parsed)
+        return
+    for option in ("include_path", "limit", "num_fewshot"):
+        if getattr(parsed, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: says how to use tasks; give it with --tasks")
     config, engine, tokenizer = open_run(parsed.run)
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
@@ -478,6 +521,28 @@ def _eval(parsed: argparse.Namespace) -> None:
             f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
             + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
         )
+
+
+def _eval_tasks(parsed: argparse.Namespace) -> None:
+    for option in ("data", "set"):
+        if getattr(parsed, option):
+            raise UserError(f"--{option}: tasks have data of their own; leave it out, or leave --tasks out")
+    tasks = harness.load_tasks(parsed.tasks, parsed.include_path)
+    config, engine, tokenizer = open_run(parsed.run, packed=False)
+    found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot)
+    if found.shortened:
+        ranks.say(
+            f"note: {found.shortened:,} requests are longer than the context of the model, which saw their "
+            f"last {found.context:,} tokens"
+        )
+    print(json.dumps(found.as_dict()) if parsed.json else found.table())
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    found = export(
+        *(parsed.run, parsed.out, parsed.format, parsed.dtype, parsed.checkpoint, parsed.shard_size)
+    )
+    print("\n".join(found))
 
 
 def _folders(path: Path) -> list[Path]:

@@ -28,6 +28,7 @@ _REMEDIES = {
     errno.EDQUOT: _FULL,
     errno.ENOENT: _GONE,
     errno.ENOTDIR: _GONE,
+    errno.EEXIST: "a file is in the place of a folder; move it away",
     errno.EISDIR: "a folder is in the place of the file; move it away",
     errno.EINVAL: "something else is in the place of the file; move it away",
     errno.ELOOP: "a link is in the place of the file; move it away",

@@ -81,15 +81,20 @@ def training_engine(
     return engine_of(config, units, relora, plan, rooms, starts), relora
 
 
-def open_run(folder: str | Path, device: str | None = None) -> tuple[Config, Engine, Tokenizer]:
+def open_run(
+    folder: str | Path, device: str | None = None, packed: bool = True
+) -> tuple[Config, Engine, Tokenizer]:
     """A trained model for sampling and evaluation: the weights of the newest valid checkpoint, no optimizer.
-    The weights of a deepspeed run are ordinary ones too, and the layerwise engine uses them."""
+    The weights of a deepspeed run are ordinary ones too, and the layerwise engine uses them. packed: whether
+    a sequence may hold several documents, which data.document_mask then keeps apart."""
     prepare_cuda()
     folder = Path(folder)
     config, found, state = newest(folder)
     if device:
         config = with_values(config, "run", device=device)
     config = _for_use(config)
+    if not packed:
+        config = with_values(config, "data", document_mask=False)
     for note in use_kernels(config, pick_device(config)):
         say(f"note: {note}")
     rooms, adapted = Rooms(pick_device(config)), config.relora.stored_at(state.step)

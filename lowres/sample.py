@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from lowres import rng
@@ -26,13 +28,29 @@ def sample(
     same text.
     """
     ids = tokenizer.prompt(prompt)
+    following = continuation(engine, tokenizer, ids, tokens, seq_len, temperature, top_k, seed)
+    return tokenizer.decode([*ids, *following])
+
+
+def continuation(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    tokens: int,
+    seq_len: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens that follow ids, until the document is over; see `sample`."""
+    ids = list(ids)
     for i in range(tokens):
         logits = engine.logits(torch.tensor([ids[-seq_len:]]))[0].cpu()[: tokenizer.vocab_size]
         choice = _choose(logits, temperature, top_k, rng.make_key(seed, "sample", step=i))
         if choice == tokenizer.end_id:
             break
         ids.append(choice)
-    return tokenizer.decode(ids)
+        yield choice
 
 
 def _choose(logits: torch.Tensor, temperature: float, top_k: int, key: rng.Key) -> int:

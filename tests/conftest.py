@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -61,6 +62,16 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "data"
     lowres_here("data", "prepare", corpus, out, "--vocab-size", 500)
     return out
+
+
+@pytest.fixture(scope="session")
+def transformers_4(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that has version 4 of transformers, installed for the slow tests."""
+    there = tmp_path_factory.mktemp("transformers")
+    packages = ["transformers==4.57.6", "tokenizers==0.22.2", "huggingface_hub==0.36.0"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(there)]
+    subprocess.run([*pip, *packages], check=True, timeout=600)
+    return os.environ | {"PYTHONPATH": f"{there}{os.pathsep}{Path.cwd()}", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture

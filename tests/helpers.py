@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 from lowres import checkpoint, metrics
 from lowres.cli import main
 from lowres.config import Config, ModelConfig
-from lowres.config_file import parse_config
+from lowres.config_file import parse_config, to_toml, to_values
 from lowres.engine import Choice, Engine, make_engine
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
 from lowres.optim import make_optimizer as optimizer_of
 from lowres.relora import Relora
 from lowres.rooms import Rooms
+from lowres.runs import CHECKPOINTS, CONFIG
 from lowres.storage import FORMATS, Dense, Storage, Unit
 
 CPU = torch.device("cpu")
@@ -190,3 +191,24 @@ def save_checkpoint(
 
 def stored_tensors(units: Units) -> dict[str, Tensor]:
     return {n: t.clone() for unit in units.values() for n, t in unit.tensors().items()}
+
+
+def weights_by_unit(units: Units) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and stored weights of each unit."""
+    return ((name, unit.weight_tensors()) for name, unit in units.items())
+
+
+def save_run(
+    folder: Path, config: Config, units: Iterable[tuple[str, Mapping[str, Tensor]]], step: int = 3
+) -> Path:
+    """A run that has these weights at a step, and neither data nor optimizer state; returns its folder."""
+    state = checkpoint.State(
+        step=step,
+        tokens=step * config.train.batch_tokens,
+        data="",
+        start=checkpoint.Start(batch_tokens=config.train.batch_tokens),
+        config=to_values(config),
+    )
+    checkpoint.write(checkpoint.step_folder(folder / CHECKPOINTS, step), units, state, {})
+    (folder / CONFIG).write_text(to_toml(config))
+    return folder

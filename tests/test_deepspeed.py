@@ -151,7 +151,9 @@ def test_options_of_the_model_follow_our_adamw(stage: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_documents_apart_follow_our_adamw(stage: int, tmp_path: Path) -> None:
+def test_documents_apart_follow_our_adamw(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """data.document_mask: in training, evaluation and sampling."""
     starts, (ours, units) = starting_with(1), reference(config_of("autograd", tmp_path, FP32))
     config = config_of("deepspeed", tmp_path, FP32, stage=stage)
@@ -172,6 +174,17 @@ def test_documents_apart_follow_our_adamw(stage: int, tmp_path: Path) -> None:
     assert wanted[1] == int((batch[:, 1:] != 1).sum())
     assert (theirs.logits(batch) - apart.logits(batch)).abs().max() < 1e-4
     assert (theirs.logits(batch) - ours.logits(batch)).abs().max() > 1e-3
+    (each, likeliest), odd = apart.log_probabilities(batch), batch[:7]
+    found = theirs.log_probabilities(batch)
+    torch.testing.assert_close(found[0], each, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], likeliest) and likeliest.any()
+    # as one of two ranks; without the other one, the sum over the ranks is its own part
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        part, _ = theirs.log_probabilities(odd)
+        torch.testing.assert_close(part[rank::2], each[:7][rank::2], rtol=1e-4, atol=1e-4)
+        assert part.shape == (7, batch.shape[1] - 1) and not part[1 - rank :: 2].any()
 
 
 @pytest.mark.parametrize("keys", [{"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": "none"}])

@@ -120,6 +120,15 @@ def test_loss_and_gradients_are_those_of_separate_sequences(name: str, variant: 
     assert engine.step(batch, 0, 1.0).loss == pytest.approx(loss, rel=1e-6)
     assert furthest(recorder.grads, wanted) < 1e-6
     assert engine.evaluate(batch) == (pytest.approx(loss * count, rel=1e-6), count)
+    each, _ = engine.log_probabilities(batch)
+    oracle, inside = Llama(config).double(), torch.zeros_like(each, dtype=torch.bool)
+    oracle.load_state_dict(dense_copy(units))
+    for tokens, targets, (row, where) in one_by_one(batch):
+        logs = oracle(tokens[None])[0].log_softmax(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        wanted = logs.masked_fill(targets == IGNORED, 0.0)
+        torch.testing.assert_close(each[row, where].double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+        inside[row, where] = True
+    assert inside.all()
 
 
 def settings_of(config: Config, apart: bool, **changes: Any) -> EngineSettings:

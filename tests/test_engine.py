@@ -20,7 +20,7 @@ from lowres.engine import (
 )
 from lowres.engine.common import Limits
 from lowres.meter import LiveTensors
-from lowres.model import Units, empty_units, initialize, unit_specs
+from lowres.model import Llama, Units, empty_units, initialize, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
 from lowres.rules import RULES
@@ -358,12 +358,46 @@ def test_logits_and_evaluation_do_not_need_an_optimizer(engine_type: type) -> No
     assert count == 7 and abs(total - float(wanted)) < 1e-3
 
 
-def test_full_logits_never_exist() -> None:
+SCORED: dict[str, tuple[type, str, dict[str, Any], float]] = {
+    "layerwise": (LayerwiseEngine, "fp32", {}, 1e-5),
+    "fused": (LayerwiseEngine, "fp32", {"fused": True}, 1e-5),
+    "INT8 products": (LayerwiseEngine, "int8", {"fused": True, "int8": True}, 0.05),
+    "bf16": (LayerwiseEngine, "bf16", {"compute": torch.bfloat16}, 0.05),
+    "autograd": (AutogradEngine, "int8", {}, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_log_probabilities_are_those_of_float64(name: str) -> None:
+    """And their sum is the loss of the evaluation."""
+    make, kind, more, tolerance = SCORED[name]
+    config, batch = SMALL.model_copy(update={"tie_embeddings": True}), make_batch()
+    batch[3, 10:] = IGNORED
+    units = make_units(config, kind)
+    settings = replace(EngineSettings(3, torch.float32, loss_chunk=50), **more)
+    engine = make(config, units, None, ROOMS, settings)
+    oracle = Llama(config).double()
+    oracle.load_state_dict(dense_copy(units))
+    with torch.no_grad():
+        logs = oracle(batch[:, :-1].clamp(min=0)).log_softmax(2)
+    batch[:3, -1] = logs[:3, -1].argmax(1)  # what the model would say
+    targets = batch[:, 1:]
+    each, likeliest = engine.log_probabilities(batch)
+    assert each.dtype == torch.float32 and each.shape == targets.shape == likeliest.shape
+    wanted = logs.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0].masked_fill(targets == IGNORED, 0.0)
+    torch.testing.assert_close(each.double(), wanted, rtol=0, atol=tolerance)
+    assert torch.equal(likeliest, logs.argmax(2) == targets) and likeliest.sum() >= 3
+    total, count = engine.evaluate(batch)
+    assert count == 6 * 32 + 9 and float(-each.double().sum()) == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["evaluate", "log_probabilities"])
+def test_full_logits_never_exist(method: str) -> None:
     config = SMALL.model_copy(update={"vocab_size": 20000})
     settings = EngineSettings(8, torch.float32, loss_chunk=16)
     engine = LayerwiseEngine(config, make_units(config), Recorder(), ROOMS, settings)
     with LiveTensors() as live:
-        engine.evaluate(make_batch(32))
+        getattr(engine, method)(make_batch(32))
     assert 0 < live.peak["gpu"] < 0.2 * 32 * 32 * 20000 * 4
 
 

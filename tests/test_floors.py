@@ -51,6 +51,7 @@ FLOORS = {
     "probe": 8,
     "runs": 8,
     "sweep": 8,
+    "harness": 8,
     "start": 10,
     "speed": 9,
     "trainer": 11,

@@ -195,7 +195,7 @@ def test_in_the_forward_pass_the_step_starts_again(name: str) -> None:
 @pytest.mark.parametrize("method", ["again", "each"])
 def test_an_evaluation_goes_on_too(name: str, method: str) -> None:
     engine, _ = made(CASES[name])
-    score = engine.evaluate(batch_of())
+    score, (each, _) = engine.evaluate(batch_of()), engine.log_probabilities(batch_of())
     with full(method=method) as counted:
         engine.evaluate(batch_of())
     for at in range(counted.count):
@@ -204,6 +204,10 @@ def test_an_evaluation_goes_on_too(name: str, method: str) -> None:
             total, count = engine.evaluate(batch_of())
         assert count == score[1] and total == pytest.approx(score[0], rel=1e-6)
         assert (engine.micro_batch, engine._tokens.number) != (SEQUENCES, 12)
+    for at in range(0, counted.count, 7):
+        engine._sequences.number, engine._tokens.number = SEQUENCES, 12
+        with full(at, method=method):
+            torch.testing.assert_close(engine.log_probabilities(batch_of())[0], each, rtol=1e-5, atol=1e-5)
 
 
 class Small(LiveTensors):

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -255,7 +256,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"auto_map": {"AutoModelForCausalLM": "m.Model"}}, "auto_map: .* code of its own"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' .* silu is"),
     "both ways": ({"is_causal": False}, "is_causal = False"),
-    "bias": ({"attention_bias": True}, "attention_bias = True .* o_proj"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias = True"),
     "mistral": ({"model_type": "mistral", "architectures": ...}, "sliding_window = 4096 .* null"),
     "qwen window": (
@@ -310,6 +310,30 @@ def test_what_is_not_supported_is_refused_by_its_name(
 
 
 # ---- the files of a folder
+
+
+def test_a_bias_of_the_output_of_attention_has_to_be_zero(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100, attention_bias=True)).eval()
+    for name, p in theirs.named_parameters():
+        p.data.normal_(std=0.2)
+        if name.endswith("o_proj.bias"):
+            p.data.zero_()
+    theirs.save_pretrained(tmp_path / "zero")
+    origin = open_model(tmp_path / "zero")
+    assert origin.model.qkv_bias
+    units = empty_units(origin.model, "fp32", "fp32", ROOMS)
+    initialize_from(units.values(), origin)
+    engine = LayerwiseEngine(origin.model, units, None, ROOMS, EngineSettings(2, torch.float32))
+    tokens = torch.randint(0, 100, (2, 9))
+    with torch.no_grad():
+        wanted = theirs(tokens).logits[:, -1]
+    assert float((engine.logits(tokens) - wanted).abs().max()) < 1e-4
+    theirs.model.layers[1].self_attn.o_proj.bias.data[3] = 0.5
+    theirs.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"layers.1.self_attn.o_proj.bias is not zero"):
+        open_model(tmp_path / "other")
 
 
 def shards(folder: Path) -> list[Path]:

@@ -36,6 +36,7 @@ def trained(homes: Homes, band: int, micro_batch: int, weights: str, name: str, 
     engine = LayerwiseEngine(config.model, units, optimizer, rooms, settings)
     results: list[object] = [engine.step(make_batch(seed=step), step, 1.0) for step in range(3)]
     results.append(engine.evaluate(make_batch(5, seed=9)))
+    results += engine.log_probabilities(make_batch(5, seed=9))
     results.append(engine.logits(make_batch(2)[:, :20]))
     results += [tensor.clone() for unit in units.values() for tensor in unit.tensors().values()]
     for unit in units.values():

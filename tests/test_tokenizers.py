@@ -306,7 +306,7 @@ def test_a_converted_model_decodes_what_it_can_hold(made: dict[str, Path], name:
 
 def test_a_byte_that_the_vocabulary_lacks_is_a_loss(made: dict[str, Path], tmp_path: Path) -> None:
     content = json.loads(made["gpt2"].read_text("utf-8"))
-    letter = {letter: byte for letter, byte in huggingface._byte_level_alphabet().items() if byte == 0xF0}
+    letter = {letter: byte for letter, byte in huggingface.byte_level_alphabet().items() if byte == 0xF0}
     removed = [token for token in content["model"]["vocab"] if set(token) & letter.keys()]
     for token in removed:
         content["model"]["vocab"][f"unused {token!a}"] = content["model"]["vocab"].pop(token)

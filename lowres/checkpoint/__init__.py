@@ -28,7 +28,16 @@ from lowres.checkpoint.folder import (
 )
 from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
 from lowres.checkpoint.saving import Saved, Saver
-from lowres.checkpoint.tensors import DTYPES, PIECE_BYTES, NotFinite, Place, read_header
+from lowres.checkpoint.tensors import (
+    DTYPES,
+    PIECE_BYTES,
+    NotFinite,
+    Place,
+    host_memory,
+    layout,
+    pieces_of,
+    read_header,
+)
 
 __all__ = [
     "DAMAGED",
@@ -50,12 +59,15 @@ __all__ = [
     "clear",
     "find",
     "free_bytes",
+    "host_memory",
+    "layout",
     "load",
     "load_state",
     "load_unit",
     "newest_state",
     "newest_valid",
     "passed_before",
+    "pieces_of",
     "read_header",
     "require_disk",
     "step_folder",

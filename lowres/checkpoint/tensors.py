@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, checked, parse
-from lowres.storage import all_finite
+from lowres.storage import Fields, all_finite
 
 # size of the pieces that are hashed, written or moved between devices
 PIECE_BYTES = 8 << 20
@@ -133,23 +133,31 @@ def _fill(file: BinaryIO, tensor: Tensor, bounce: Tensor, path: Path) -> None:
         tensor.detach().copy_(whole)
 
 
+def layout(fields: Fields) -> tuple[bytes, dict[str, Place]]:
+    """The head of a file that has these tensors in this order, and where each of them will lie."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in fields.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    del header["__metadata__"]
+    places = {
+        name: Place(entry["dtype"], entry["shape"], *(len(head) + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    }
+    return head, places
+
+
 def pieces_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """A safetensors file of the tensors, piece by piece; a piece is valid until the next is requested. Raises
     NotFinite."""
     # widest elements first, so that every tensor is aligned, which some readers need
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in ordered.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    head, _ = layout({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()})
+    yield head
     bounce = _bounce()
     for name, tensor in ordered.items():
         if not all_finite([tensor]):

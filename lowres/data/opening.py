@@ -65,6 +65,7 @@ def open_source(
         _check_pieces(manifest.vocab_size, vocab_size)
         validation = _validation_folder(of_validation, recorded_tokenizer(folder, manifest), progress)
         data = TokenData(folder, config.seq_len, seed, validation)
+        data.tokenizer = given or data.tokenizer  # the same ids, but more may have come along with it now
         data.notes += _validation_notes(config, folder, manifest.train, validation)
         if config.vocab_size not in (None, data.vocab_size) and folder == _as_prepared(config.source):
             data.notes.append(
@@ -79,6 +80,7 @@ def open_source(
         data = TokenData(
             *(stream.folder, config.seq_len, seed, validation, stream), shuffle_blocks=config.shuffle_blocks
         )
+        data.tokenizer = given or data.tokenizer
         data.notes += _validation_notes(config, stream.folder, stream.entries, validation)
         return data
     except BaseException:

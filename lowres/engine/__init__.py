@@ -66,6 +66,11 @@ class Engine(Protocol):
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
         """Sum of the loss (nats) over the targets of batch, and their number."""
 
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """For every target of batch int64 [S, T + 1], on the host: its log-probability (nats), fp32 [S, T],
+        and whether no token is likelier, bool [S, T] (of equally likely ones, the first). 0 and False where
+        the target does not count."""
+
     def logits(self, tokens: Tensor) -> Tensor:
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
 

@@ -153,6 +153,17 @@ class AutogradEngine:
         return float(torch.stack(losses).sum()), count
 
     @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        self._load()
+        inputs, targets, _, documents = self._micro_batches(batch)
+        found = [
+            self.model(self._here(i), self._here(t), self.settings.loss_chunk, lengths, each=True)
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
+        ]
+        each, likeliest = torch.cat(found, 1).cpu()
+        return each, likeliest.bool()
+
+    @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._load()
         documents = documents_of(tokens, self.settings.starts)

@@ -70,7 +70,7 @@ from lowres.model import (
     rms_norm,
     rope_tables,
 )
-from lowres.rooms import Mover, Rooms
+from lowres.rooms import HOST, Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 from lowres.target import chunks, kind_of
 
@@ -259,23 +259,52 @@ class LayerwiseEngine:
         return WorkingMatrix(table, None if grad is None else Gradient(grad, self._additions))
 
     @_settled
-    def _loss(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> Tensor:
-        """Sum of the loss, fp64 scalar, after a forward pass."""
+    def _score(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        kept: Boundaries,
+        score: Callable[[slice, Tensor, Tensor], None],
+    ) -> None:
+        """A forward pass without a stash. score: called for each chunk of tokens with its place in the
+        flattened batch, its logits [tokens, V], which it may overwrite, and its targets [tokens]."""
         visits = [*self._forward_visits(), Visit(("head",))]
         self._forward(inputs, kept, visits, training=False)
         self.rooms.phase = "loss"
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._residence.visit() as units:
             (w,) = self._working(units)
-            head = self._head_matrix(w, None)
+            norm, head = w["norm"], self._head_matrix(w, None)
             for part in self._micro_batches(targets):
                 x, wanted = kept.output.get(part).flatten(0, 1), targets[part].flatten()
+                first = part.start * targets.shape[1]
 
-                def add(some: slice, x: Tensor = x, wanted: Tensor = wanted) -> None:
-                    total.add_(self._loss_of(x[some], wanted[some], w["norm"], head, None)[0])
+                def of_chunk(some: slice, x: Tensor = x, wanted: Tensor = wanted, first: int = first) -> None:
+                    place = slice(first + some.start, first + some.stop)
+                    score(place, self._logits_of(x[some], norm, head)[0], wanted[some])
 
-                self._tokens.each(len(x), add)
+                self._tokens.each(len(x), of_chunk)
+
+    def _loss(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> Tensor:
+        """Sum of the loss, fp64 scalar."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+
+        def add(place: slice, logits: Tensor, wanted: Tensor) -> None:
+            total.add_(self._cross_entropy(logits, wanted, None).sum())
+
+        self._score(inputs, targets, kept, add)
         return total
+
+    def _each_target(self, inputs: Tensor, targets: Tensor, kept: Boundaries) -> tuple[Tensor, Tensor]:
+        """What `log_probabilities` returns, on the device and flattened."""
+        found = torch.zeros(targets.numel(), dtype=torch.float32, device=self.device)
+        likeliest = torch.zeros(targets.numel(), dtype=torch.bool, device=self.device)
+
+        def put(place: slice, logits: Tensor, wanted: Tensor) -> None:
+            likeliest[place] = logits.argmax(1) == wanted
+            found[place] = -self._cross_entropy(logits, wanted, None)
+
+        self._score(inputs, targets, kept, put)
+        return found, likeliest
 
     def _loss_and_backward(self, w: dict[str, Any], kept: Boundaries, targets: Tensor, count: int) -> Tensor:
         """Mean loss. Its gradient goes into the carry, the gradients of norm and head into their buffers."""
@@ -306,7 +335,8 @@ class LayerwiseEngine:
         memory. first: the micro-batch's first token in the batch."""
         self._additions.end = first + some.stop
         h = x[some]
-        loss, logits, normed = self._loss_of(h, targets[some], w["norm"], head, 1 / count)
+        logits, normed = self._logits_of(h, w["norm"], head)
+        loss = self._cross_entropy(logits, targets[some], 1 / count).sum()
         d_logits = logits.to(self.compute)
         del logits  # in bf16 both are large
         d_normed = head.backward(d_logits, normed)
@@ -316,20 +346,20 @@ class LayerwiseEngine:
         dx[some] = dh
         total += loss
 
-    def _loss_of(
-        self, h: Tensor, targets: Tensor, norm: Tensor, head: WorkingMatrix, weight: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a chunk of tokens h [tokens, D]: the sum of the loss; the gradient of `weight` times that sum by
-        the logits; and the normalised h."""
+    def _logits_of(self, h: Tensor, norm: Tensor, head: WorkingMatrix) -> tuple[Tensor, Tensor]:
+        """Of a chunk of tokens h [tokens, D]: the logits [tokens, V], and the normalised h."""
         if not self.settings.fused:
             normed = rms_norm(h, norm, self.config.norm_eps)
-            logits = matmul_wide(normed, head.value.T)
-            return cross_entropy(logits, targets, weight), logits, normed
+            return matmul_wide(normed, head.value.T), normed
         normed = norm_kernels.rms_norm(h, norm, self.config.norm_eps)
         # a CPU has no product of bf16 numbers with an fp32 result
         on_cpu = kind_of(self.device) == "cpu"
-        logits = normed @ head.value.T if on_cpu else matmul_wide(normed, head.value.T)
-        return loss_kernels.cross_entropy(logits, targets, weight), logits, normed
+        return normed @ head.value.T if on_cpu else matmul_wide(normed, head.value.T), normed
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
+        """The loss of each target, fp64 [tokens]. The logits may be overwritten; with a weight, they become
+        the gradient of weight times the sum of the losses."""
+        return (loss_kernels.cross_entropy if self.settings.fused else cross_entropy)(logits, targets, weight)
 
     def _norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of x [tokens, D] under the final norm; that of the weight is added to its buffer."""
@@ -499,13 +529,28 @@ class LayerwiseEngine:
     @_settled
     @torch.no_grad()
     def evaluate(self, batch: Tensor) -> tuple[float, int]:
-        inputs, targets, count, self._documents = self._on_device(batch)
-        kept = self.reserve(len(inputs), inputs.shape[1], training=False)
-        loss = self._sequences.again(len(inputs), partial(self._loss, inputs, targets, kept))
-        self._join()
+        loss, count = self._scored(batch, self._loss)
         total = float(loss)
         self.rooms.phase = ""
         return total, count
+
+    @_settled
+    @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        (found, likeliest), _ = self._scored(batch, self._each_target)
+        shape = len(batch), batch.shape[1] - 1
+        with self.rooms.allocate_in(HOST):
+            on_host = found.view(shape).cpu(), likeliest.view(shape).cpu()
+        self.rooms.phase = ""
+        return on_host
+
+    def _scored(self, batch: Tensor, work: Callable[[Tensor, Tensor, Boundaries], R]) -> tuple[R, int]:
+        """What work makes of inputs and targets, enqueued, and the number of targets that count."""
+        inputs, targets, count, self._documents = self._on_device(batch)
+        kept = self.reserve(len(inputs), inputs.shape[1], training=False)
+        found = self._sequences.again(len(inputs), partial(work, inputs, targets, kept))
+        self._join()
+        return found, count
 
     @_settled
     @torch.no_grad()

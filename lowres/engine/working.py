@@ -210,10 +210,10 @@ class _Last(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the cross-entropy, fp64 scalar, of logits [tokens, V], which are overwritten.
+    """The loss of each target, fp64 [tokens], from logits [tokens, V], which are overwritten; 0 for IGNORED.
 
-    With a weight, they become the gradient of weight times that sum. All of it is done in place, so that
-    the logits of a chunk are in memory only once.
+    With a weight, the logits become the gradient of weight times the sum of the losses. All of it is done in
+    place, so that the logits of a chunk are in memory only once.
     """
     counts = targets != IGNORED
     index = targets.clamp_min(0).unsqueeze(1)
@@ -227,4 +227,4 @@ def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tens
         logits.div_(total)
         logits.scatter_add_(1, index, torch.full_like(picked, -1.0))
         logits.mul_(weight).masked_fill_(~counts.unsqueeze(1), 0.0)
-    return losses.double().masked_fill(~counts, 0.0).sum()
+    return losses.double().masked_fill(~counts, 0.0)

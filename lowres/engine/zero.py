@@ -341,6 +341,20 @@ class ZeroEngine:
         return ranks.total(float(torch.stack(losses).double().sum()))[0], count
 
     @torch.no_grad()
+    def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        own = ranks.share(batch, IGNORED)
+        inputs, targets, _, documents = self._micro_batches(own)
+        self._engine.eval()
+        found = [
+            self._engine(i.to(self.device), t.to(self.device), self.loss_chunk, lengths, each=True).cpu()
+            for i, t, lengths in zip(inputs, targets, documents, strict=True)
+        ]
+        whole = torch.zeros(2, len(own) * ranks.size(), batch.shape[1] - 1)
+        whole[:, ranks.rank() :: ranks.size()] = torch.cat(found, 1)
+        each, likeliest = ranks.add(whole)[:, : len(batch)]
+        return each, likeliest.bool()
+
+    @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         self._engine.eval()
         documents = documents_of(tokens, self.starts)

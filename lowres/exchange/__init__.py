@@ -2,11 +2,23 @@
 
 stored      a model on the disk, whoever wrote it: its shape, its tokenizer, and its weights one by one
 families    config.json of Hugging Face models: which of them is a model of ours, and what it says
+describing  and one of a model of ours
 folder      a folder of safetensors files
+own         what an exported folder has for this program alone
+scales      and the scales of INT8 weights in it
+exporting   `lowres export`: which format, in which numbers
+huggingface a folder for Hugging Face's libraries
+shards      its safetensors files, written a piece of a tensor at a time
+casts       weights in another number format, and what that costs
+card        its model card
+gguf_file   a GGUF file, for llama.cpp
+gguf_weights    its number formats, and what they cost
+gguf_tokenizer  its tokenizer
 importing   a model as a run that has not begun
 target      what is exported appears whole or not at all
 """
 
+from lowres.exchange.exporting import FORMATS, export
 from lowres.exchange.importing import Imported, import_model
 from lowres.exchange.stored import (
     StoredModel,
@@ -17,8 +29,10 @@ from lowres.exchange.stored import (
 )
 
 __all__ = [
+    "FORMATS",
     "Imported",
     "StoredModel",
+    "export",
     "import_model",
     "initialize_from",
     "open_model",

@@ -49,6 +49,8 @@ ROPE_NAMES = {
 # tensors of old files that are computed here, and the head of a model whose embeddings are tied
 _COMPUTED = ("rotary_emb.inv_freq",)
 _TIED = (HEAD_NAME,)
+# families that know this key give a bias to the output of attention too; only zeros are supported there
+_BIASED = "attention_bias"
 _MOST_BYTES = 1 << 24
 _SHOWN = 80  # characters of a value in a message
 
@@ -57,7 +59,7 @@ _SHOWN = 80  # characters of a value in a message
 class Family:
     """architecture: the class in transformers. ours: keys of ModelConfig that every model of the family has.
     defaults: what a config.json of the family means if it leaves a key out. knows: which of the features in
-    `_FAMILY_FEATURES` its class has; the others do nothing, whatever a file says of them."""
+    `_FAMILY_FEATURES`, and _BIASED, its class has; the others do nothing, whatever a file says of them."""
 
     model_type: str
     architecture: str
@@ -102,12 +104,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says. unused: endings of the names of tensors that the model does not need. values:
-    all of it. notes: what the user should know."""
+    """What a config.json says. unused: endings of the names of tensors that the model does not need.
+    has_zero_biases: whether there are `zero_biases`. values: all of it. notes: what the user should know."""
 
     model: ModelConfig
     family: Family
     unused: tuple[str, ...]
+    has_zero_biases: bool
     values: Mapping[str, Any]
     notes: list[str]
 
@@ -171,10 +174,18 @@ def describe(folder: Path) -> Described:
         _refuse_unsupported(path, family, values, raw)
         rope, notes = _rope(path, values)
         own = {ours: value for ours, name in NAMES.items() if (value := getattr(values, name)) is not None}
+        biased = values.attention_bias and _BIASED in family.knows
+        if biased:
+            own["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
         model = ModelConfig.model_validate({**own, **family.ours, **rope})
     except ValidationError as error:
         raise UserError(f"{path}: {_one_line(error)}; get the file again") from None
-    return Described(model, family, _COMPUTED + _TIED * model.tie_embeddings, raw, notes)
+    return Described(model, family, _COMPUTED + _TIED * model.tie_embeddings, biased, raw, notes)
+
+
+def zero_biases(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the biases that a family with `attention_bias` has besides those of query, key and value."""
+    return {f"model.layers.{i}.self_attn.o_proj.bias": (model.dim,) for i in range(model.n_layers)}
 
 
 def _refuse_other_forms(folder: Path) -> None:
@@ -267,7 +278,6 @@ _FAMILY_FEATURES = {
         ),
         "all layers have to see all tokens",
     ),
-    "attention_bias": _Feature(lambda v: v.attention_bias, "o_proj has no bias here"),
     "mlp_bias": _Feature(lambda v: v.mlp_bias, "the MLP has no biases here"),
 }
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -286,7 +296,7 @@ def _refuse_unsupported(path: Path, family: Family, values: _ConfigJson, raw: Ma
             f"{path}: auto_map: a model with code of its own is not supported, as it may compute anything; "
             f"if it is a {family.architecture}, remove the key in a copy of the file"
         )
-    known = _FEATURES | {name: _FAMILY_FEATURES[name] for name in family.knows}
+    known = _FEATURES | {name: _FAMILY_FEATURES[name] for name in family.knows if name != _BIASED}
     for name, feature in known.items():
         if feature.is_used(values):
             remedy = f"; {feature.remedy}" if feature.remedy else ""

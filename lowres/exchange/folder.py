@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from lowres import disk
 from lowres.checkpoint import DTYPES, PIECE_BYTES, Place, read_header
 from lowres.errors import UserError
+from lowres.exchange.own import OWN
+from lowres.exchange.scales import FILE, codes_of, read_scales
+from lowres.ranks import say
 from lowres.sealed import Damaged, parse
 from lowres.storage import all_finite
 
@@ -42,10 +46,18 @@ class WeightsFolder:
                     )
             for name in found.keys() - self._files.keys() | set(names):
                 self._files[name], self._places[name] = file, found[name]
+        self._scales = self._recorded()
 
-    def require(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> None:
+    def require(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        unused: Collection[str],
+        zeros: Mapping[str, tuple[int, ...]],
+    ) -> None:
         """Raise UserError unless the folder has exactly these tensors, in these shapes and a floating-point
-        format. unused: endings of the names of others that it may have."""
+        format. unused: endings of the names of others that it may have. zeros: others that it must have, all
+        zero."""
+        shapes = {**shapes, **zeros}
         missing = [name for name in shapes if name not in self]
         others = [n for n in self._places if n not in shapes and not n.endswith(tuple(unused))]
         if others:
@@ -68,17 +80,32 @@ class WeightsFolder:
                     f"{self.path}: {name} is stored as {place.dtype}, which is not supported; give weights "
                     "in bf16, fp16 or fp32"
                 )
+        for name in zeros:
+            if any(bool(rows.any()) for _, rows in self.weight(name).rows()):
+                raise UserError(f"{self.path}: {name} is not zero; such biases are not supported")
 
     @property
     def kinds(self) -> list[str]:
         """The number formats of its tensors that this program reads."""
         return sorted({KINDS[place.dtype] for place in self._places.values() if place.dtype in KINDS})
 
+    def kind_of(self, name: str) -> str:
+        """The number format of a tensor in its file."""
+        return KINDS[self._places[name].dtype]
+
+    def _recorded(self) -> dict[str, Tensor]:
+        """The scales of weights that were exported from INT8."""
+        try:
+            return read_scales(self.path / OWN)
+        except (OSError, Damaged) as error:
+            say(f"note: {self.path / OWN / FILE}: {error}; INT8 codes will be rounded anew")
+            return {}
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def weight(self, name: str) -> FolderWeight:
-        return FolderWeight(name, self._files[name], self._places[name])
+        return FolderWeight(name, self._files[name], self._places[name], self._scales.get(name))
 
     def are_equal(self, one: str, other: str) -> bool:
         """Whether two tensors are stored alike and hold the same numbers."""
@@ -139,25 +166,40 @@ class WeightsFolder:
 
 @dataclass(frozen=True)
 class FolderWeight:
-    """A tensor in a file; see `stored.StoredWeight`."""
+    """A tensor in a file; see `stored.StoredWeight`. scales: with which it was exported from INT8. Where they
+    explain it, it counts as INT8."""
 
     name: str
     file: Path
     place: Place
+    scales: Tensor | None = None
 
     @property
     def kind(self) -> str:
-        return KINDS[self.place.dtype]
+        return KINDS[self.place.dtype] if self._codes is None else "int8"
+
+    @property
+    def merged(self) -> float:
+        return 0.0
 
     def rows(self) -> Iterator[tuple[int, Tensor]]:
         for first, rows in self._pieces():
             yield first, rows.float()
 
     def tensors(self) -> dict[str, Tensor]:
+        if self._codes is not None and self.scales is not None:
+            return {"": self._codes, ".scales": self.scales}
         whole = torch.empty(self.place.shape, dtype=_DTYPES[self.place.dtype])
         for first, rows in self._pieces():
             whole[first : first + len(rows)] = rows
         return {"": whole}
+
+    @cached_property
+    def _codes(self) -> Tensor | None:
+        shape = tuple(self.place.shape)
+        if self.scales is None or self.scales.shape != (*shape[:1], 1) or len(shape) != 2:
+            return None
+        return codes_of(self._pieces(), shape, self.scales)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows as stored)."""

@@ -23,12 +23,14 @@ from lowres.config.checks import check
 from lowres.config_file import filled
 from lowres.data import Tokenizer, find_tokenizer
 from lowres.errors import UserError
-from lowres.exchange.families import CONFIG_JSON, describe
+from lowres.exchange.families import CONFIG_JSON, describe, zero_biases
 from lowres.exchange.folder import WeightsFolder
+from lowres.exchange.own import own_tokenizer
 from lowres.model import EMBEDDING_NAME, HEAD_NAME, storage_kinds, unit_specs
-from lowres.relora import MERGE_ROWS, adapters_of
+from lowres.relora import adapters_of
 from lowres.runs import CHECKPOINTS, CONFIG, newest
-from lowres.storage import FORMATS, TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+from lowres.storage import FORMATS, MATRIX, TensorSpec, Unit, UnitSpec, field_bytes, weight_fields
+from lowres.target import row_chunks
 
 Rows = Iterator[tuple[int, Tensor]]
 
@@ -46,13 +48,19 @@ class StoredWeight(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that store it, by suffix to its name; only of a kind in FORMATS."""
 
+    @property
+    def merged(self) -> float:
+        """Squared norm of what adapters add to it."""
+
 
 class StoredModel(Protocol):
-    """path: as the user gave it. model: without a preset. tokenizer: its file, or None. about: what it is, in
-    a few words. notes: what the user should know of it."""
+    """path: as the user gave it. model: without a preset. kind: the number format in which its matrices are
+    stored (without adapters). tokenizer: its file, or None. about: what it is, in a few words. notes: what
+    the user should know of it."""
 
     path: Path
     model: ModelConfig
+    kind: str
     tokenizer: Path | None
     about: str
     notes: list[str]
@@ -78,12 +86,15 @@ def open_model(path: str | Path, step: int | None = None) -> StoredModel:
 
 
 class TrainedModel:
-    """The model of a run at a checkpoint, with its adapters merged in fp32. state: of the checkpoint."""
+    """The model of a run at a checkpoint, with its adapters merged in fp32. run: its folder. state: of the
+    checkpoint."""
 
     def __init__(self, path: Path, step: int | None = None) -> None:
         self.path = path
+        self.run = path.parent.parent if (path / checkpoint.MANIFEST).exists() else path
         self.config, self.checkpoint, self.state = _checkpoint(path, step)
         self.model = self.config.model.model_copy(update={"preset": None})
+        self.kind = self.config.memory.weights
         self.tokenizer = _tokenizer(path, self.checkpoint)
         self.about = f"step {self.state.step} of a run, {self.config.memory.weights}"
         self.notes: list[str] = []
@@ -104,7 +115,7 @@ class TrainedModel:
         kept = self.config.memory
         kinds = storage_kinds([spec], kept.weights, kept.embeddings_kept_in)
         size = sum(field_bytes(weight_fields(spec, kinds)).values())
-        unit = Unit(spec, kinds, torch.zeros(size, dtype=torch.uint8))
+        unit = Unit(spec, kinds, checkpoint.host_memory(size))
         checkpoint.load_unit(self.checkpoint, spec.name, unit.weight_tensors(), all_used=False)
         return unit
 
@@ -122,19 +133,34 @@ class _OfCheckpoint:
         return "fp32" if self.spec.frozen else self.unit.kinds[self.spec.name]
 
     def rows(self) -> Rows:
-        weight = self.unit.weights[self.spec.name]
-        a, b = adapters_of(self.unit, self.spec) if self.spec.frozen else (None, None)
-        for start in range(0, self.spec.shape[0], MERGE_ROWS):
-            index = torch.arange(start, min(start + MERGE_ROWS, self.spec.shape[0]))
-            rows = weight.rows(index, torch.float32)
-            if a is not None and b is not None and self.relora is not None:
-                rows = torch.addmm(rows, b[index], a, alpha=self.relora.scaling)
-            yield start, rows
+        weight, adapter = self.unit.weights[self.spec.name], self._adapter
+        # small pieces: among large ones, what is kept of each would hold the memory of malloc
+        for piece in row_chunks(self.spec.shape, self.unit.weights_slab.device):
+            rows = weight.rows(torch.arange(piece.start, piece.stop), torch.float32)
+            if adapter is not None:
+                a, b, scaling = adapter
+                rows = torch.addmm(rows, b[piece], a, alpha=scaling)
+            yield piece.start, rows
 
     def tensors(self) -> dict[str, Tensor]:
         if self.spec.frozen:
             return {"": torch.cat([rows for _, rows in self.rows()])}
         return self.unit.weights[self.spec.name].tensors()
+
+    @property
+    def merged(self) -> float:
+        if self._adapter is None:
+            return 0.0
+        a, b, scaling = self._adapter
+        # of B A, without computing it
+        return scaling**2 * float(((b.T @ b).double() * (a @ a.T).double()).sum())
+
+    @property
+    def _adapter(self) -> tuple[Tensor, Tensor, float] | None:
+        """A [rank, n], B [m, rank], and the factor of their product."""
+        if not self.spec.frozen or self.relora is None:
+            return None
+        return *adapters_of(self.unit, self.spec), self.relora.scaling
 
 
 class FolderModel:
@@ -144,12 +170,15 @@ class FolderModel:
         self.path = path
         self.described = describe(path)
         self.model, self.notes = self.described.model, self.described.notes
-        self.tokenizer = find_tokenizer(path)
+        self.tokenizer = own_tokenizer(path) or find_tokenizer(path)
         self._folder = WeightsFolder(path)
+        specs = [spec for unit in unit_specs(self.model) for spec in unit.tensors]
         self._folder.require(
-            {spec.name: spec.shape for unit in unit_specs(self.model) for spec in unit.tensors},
+            {spec.name: spec.shape for spec in specs},
             unused=self.described.unused,
+            zeros=zero_biases(self.model) if self.described.has_zero_biases else {},
         )
+        self.kind = self._folder.kind_of(next(spec.name for spec in specs if spec.kind == MATRIX))
         self.about = f"{self.described.family.architecture}, {' and '.join(self._folder.kinds)}"
         if self.model.tie_embeddings and HEAD_NAME in self._folder:
             self._require_tied()

@@ -23,7 +23,8 @@ def whole(out: Path, nbytes: int) -> Iterator[Path]:
     DoesNotFit if its disk is too small, DiskError if something cannot be written.
     """
     there = out.is_symlink() or out.exists()
-    if there and not (out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
+    # "." has no name: another folder cannot take its place
+    if there and not (out.name and out.is_dir() and not out.is_symlink() and not any(out.iterdir())):
         raise UserError(f"{out}: exists already; move it away, or give another place")
     free = free_bytes(out.parent)
     if free < nbytes:

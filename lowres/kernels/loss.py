@@ -10,10 +10,11 @@ from lowres.kernels.forms import NATIVE, PLAIN, TRITON, form_of
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tensor:
-    """Sum of the losses, fp64 scalar, of logits [tokens, V] in fp32 or bf16, which may be overwritten.
+    """The loss of each target, fp64 [tokens], from logits [tokens, V] in fp32 or bf16, which may be
+    overwritten.
 
-    targets: int64 [tokens]; a negative one does not count. With a weight, the logits become the gradient of
-    weight times that sum.
+    targets: int64 [tokens]; a negative one does not count, its loss is 0. With a weight, the logits become
+    the gradient of weight times the sum of the losses.
     """
     form = form_of(logits)
     losses = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
@@ -28,8 +29,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weight: float | None) -> Tens
     elif form == PLAIN:
         counts, index = (targets >= 0).unsqueeze(1), targets.clamp_min(0).unsqueeze(1)
         logs = logits.float().log_softmax(1)
-        losses = (-logs.gather(1, index)).masked_fill(~counts, 0.0).double()
+        losses = (-logs.gather(1, index)).masked_fill(~counts, 0.0).double().squeeze(1)
         if weight is not None:
             gradient = logs.exp().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
             logits.copy_(gradient.mul_(weight).masked_fill_(~counts, 0.0))
-    return losses.sum()
+    return losses

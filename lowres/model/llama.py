@@ -127,13 +127,18 @@ class Llama(nn.Module):
         targets: Tensor | None = None,
         chunk: int = 1024,
         documents: Sequence[Lengths] | None = None,
+        each: bool = False,
     ) -> Tensor:
         """Logits [B, T, V] for tokens [B, T]; with targets [B, T], the sum of the cross-entropy (nats) over
-        those other than -100, computed in chunks of tokens. documents: of each sequence, if it is not one."""
+        those other than -100, computed in chunks of tokens. documents: of each sequence, if it is not one.
+        each: instead of the sum, fp32 [2, B, T]: the log-probability of each target, and 1 where no token is
+        likelier; 0 and 0 where it is -100. It has no gradient."""
         x, head = self.hidden(tokens, documents), self.get_submodule(self._head)
         if targets is None:
             return head(x)
         pieces = zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True)
+        if each:
+            return torch.cat([_each_target(h, head, t) for h, t in pieces], 1).view(2, *targets.shape)
         losses = [checkpoint(_chunk_loss, h, head, t, use_reentrant=False) for h, t in pieces]
         return torch.stack(losses).sum()
 
@@ -142,3 +147,11 @@ def _chunk_loss(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     logits = head(x)
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(wide, targets, reduction="sum")
+
+
+@torch.no_grad()
+def _each_target(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    logits = head(x)
+    wide = logits.float() if logits.dtype == torch.bfloat16 else logits
+    found = -F.cross_entropy(wide, targets, reduction="none")
+    return torch.stack((found.float(), (logits.argmax(1) == targets).float()))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowres.data.tokenizer.companions import Companions
 from lowres.errors import UserError
 from lowres.text import without_surrogates
 
@@ -57,8 +58,9 @@ class Tokenizer(ABC):
     `vocab_size`: the largest id + 1. `bos_id` begins every document; `eos_id` ends it, or is None if there is
     no other token than bos between documents. `encode` produces neither. `content`: the bytes of the file
     that makes this tokenizer again, `file_name` its name in folders of prepared data, runs and checkpoints,
-    and `fingerprint` its hash. `path`: where it was opened. `notes`: what the user should know. `has_text`:
-    whether ids stand for text.
+    and `core` is what decides the ids: the content without the `companions` that came along. `fingerprint`:
+    the hash of the core. `path`: where it was opened. `notes`: what the user should know. `has_text`: whether
+    ids stand for text.
     """
 
     file_name: str
@@ -66,10 +68,15 @@ class Tokenizer(ABC):
     # cut texts longer than this; None: never
     chunk_chars: int | None = None
 
-    def __init__(self, path: Path, content: bytes) -> None:
+    def __init__(
+        self, path: Path, content: bytes, core: bytes | None = None, companions: Companions | None = None
+    ) -> None:
+        """core: None if it is the content."""
         self.path = path
         self.content = content
-        self.fingerprint = digest(content)
+        self.core = content if core is None else core
+        self.companions = companions or Companions()
+        self.fingerprint = digest(self.core)
         self.notes: list[str] = []
         self.vocab_size: int
         self.bos_id: int
@@ -98,6 +105,16 @@ class Tokenizer(ABC):
         """A document as it is stored: bos, its tokens, and eos if there is one."""
         last = [] if self.eos_id is None else [self.eos_id]
         return np.concatenate((np.array([self.bos_id], np.int32), ids, np.array(last, np.int32)))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template with which a conversation becomes text; None if none came along."""
+        return self.companions.chat_template
+
+    @cached_property
+    def around(self) -> list[int]:
+        """The ids that other programs put around a text, where they have this tokenizer."""
+        return [self.bos_id]
 
     @property
     def end_id(self) -> int:
@@ -192,7 +209,7 @@ def check_lost(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 def digest(content: bytes) -> str:
-    """The fingerprint of a tokenizer's file."""
+    """The fingerprint of a tokenizer whose core this is."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowres.data.tokenizer.companions import CONFIG, Companions
 from lowres.disk import DiskError, read_whole
 from lowres.errors import UserError
 from lowres.sealed import Damaged, parse
@@ -52,6 +53,7 @@ class Ends:
 def find_ends(
     path: Path,
     description: dict[str, Any],
+    companions: Companions,
     ids: dict[str, int],
     names: Collection[str],
     bos: str | int | None,
@@ -59,8 +61,9 @@ def find_ends(
 ) -> Ends:
     """The ends of a document for a tokenizer.json.
 
-    description: the content of the file. ids: of all its tokens. names: tokens that may be found by their
-    well-known names. bos, eos: as the user asks. Raises UserError if there are none.
+    description: the content of the file. companions: what stood beside it. ids: of all its tokens. names:
+    tokens that may be found by their well-known names. bos, eos: as the user asks. Raises UserError if there
+    are none.
     """
     ours = _of_ours(description)
     if ours is not None and bos is None and eos is None:
@@ -70,7 +73,7 @@ def find_ends(
         if asked is not None:
             found[key] = _asked(path, key, asked, ids)
     known = set(ids.values())
-    candidates = _candidates(path, description, names)
+    candidates = _candidates(path, description, companions, names)
     if ours is not None:
         candidates = iter([("bos", ours.bos), ("eos", ours.bos if ours.eos is None else ours.eos)])
     for key, candidate in candidates:
@@ -89,11 +92,19 @@ def find_ends(
 def template(ends: Ends, tokens: dict[int, str]) -> dict[str, Any]:
     """The post-processor of a file of ours."""
     labels = {"bos": ends.bos} if ends.eos is None else {"bos": ends.bos, "eos": ends.eos}
+    return _puts_in_front("bos", {label: (i, tokens[i]) for label, i in labels.items()})
 
+
+def in_front(bos: int, token: str) -> dict[str, Any]:
+    """A post-processor that puts bos in front of a text, as other programs write it."""
+    return _puts_in_front(token, {token: (bos, token)})
+
+
+def _puts_in_front(first: str, labels: dict[str, tuple[int, str]]) -> dict[str, Any]:
     def parts(names: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for kind, name in enumerate(names):
-            found.append({"SpecialToken": {"id": "bos", "type_id": kind}})
+            found.append({"SpecialToken": {"id": first, "type_id": kind}})
             found.append({"Sequence": {"id": name, "type_id": kind}})
         return found
 
@@ -102,7 +113,7 @@ def template(ends: Ends, tokens: dict[int, str]) -> dict[str, Any]:
         "single": parts("A"),
         "pair": parts("AB"),
         "special_tokens": {
-            label: {"id": label, "ids": [i], "tokens": [tokens[i]]} for label, i in labels.items()
+            label: {"id": label, "ids": [i], "tokens": [token]} for label, (i, token) in labels.items()
         },
     }
 
@@ -126,11 +137,10 @@ def _asked(path: Path, key: str, asked: str | int, ids: dict[str, int]) -> int:
 
 
 def _candidates(
-    path: Path, description: dict[str, Any], names: Collection[str]
+    path: Path, description: dict[str, Any], companions: Companions, names: Collection[str]
 ) -> Iterator[tuple[str, str | int]]:
     """("bos" or "eos", token or id), the most reliable first."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        beside = _beside(path, file)
+    for beside in (companions.content_of(CONFIG), companions.content_of("special_tokens_map.json")):
         for key in ("bos", "eos"):
             token = beside.get(f"{key}_token")
             token = token.get("content") if isinstance(token, dict) else token

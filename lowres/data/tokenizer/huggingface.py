@@ -5,6 +5,9 @@ token. It can be told not to, but not for all kinds: added tokens that are not m
 vocabulary that is matched by string, still give them. So the file is opened with those tokens under names
 that no text has; their ids stay. What else would change documents is off: truncation, padding, dropout, and
 the post-processor, as bos and eos are added here. White space that was added as a token is text and stays.
+
+A copy has a post-processor of ours (`ends`). In it comes along the original one, with the files beside it,
+for the day on which the model is taken elsewhere.
 """
 
 from __future__ import annotations
@@ -21,16 +24,19 @@ from typing import Any
 import numpy as np
 
 from lowres.data.tokenizer.base import SPACE, Tokenizer, threads
+from lowres.data.tokenizer.companions import Companions, read_beside
 from lowres.data.tokenizer.ends import find_ends, template
 from lowres.errors import UserError, first_line
+from lowres.sealed import Damaged, parse, seal, unseal
 
 Node = dict[str, Any]
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _WORD_BOUNDARY = re.compile(r"\b")
 # characters on either side of a cut in which it must make no difference, and places to try
 _CONTEXT = 128
 _TRIES = 16
 _LARGEST_VOCAB = 1 << 24
+_KEY = "lowres"
 
 
 class JsonTokenizer(Tokenizer):
@@ -59,22 +65,25 @@ class JsonTokenizer(Tokenizer):
         self._open: Callable[[str], Any] = tokenizers.Tokenizer.from_str
         try:
             description = json.loads(content)
-            ids = _ids(description)
+            companions, notes, is_new = _companions(path, description)
+            ids = ids_of(description)
             added = description.get("added_tokens") or []
             names = {token["content"] for token in added} or ids.keys()
-            ends = find_ends(path, description, ids, names, bos, eos)
+            ends = find_ends(path, description, companions, ids, names, bos, eos)
             tokens = {i: token for token, i in ids.items()}
             processor = template(ends, tokens)
-            if description.get("post_processor") != processor:
+            core = content
+            if not is_new or companions.files or description.get("post_processor") != processor:
                 description["post_processor"] = processor
-                content = json.dumps(description).encode()
-            super().__init__(path, content)
+                content, core = _written(with_companions(description, companions)), _written(description)
+            super().__init__(path, content, core, companions)
+            self.notes += notes
             self.bos_id, self.eos_id = ends.bos, ends.eos
             self.vocab_size = max(ids.values()) + 1
             if self.vocab_size > _LARGEST_VOCAB:
                 raise ValueError(f"its largest id is {self.vocab_size - 1}")
             ends_too = {tokens[i] for i in (ends.bos, ends.eos) if i is not None}
-            hidden = {token["content"]: token["special"] for token in added if not _is_text(token)}
+            hidden = {token["content"]: token["special"] for token in added if not is_text(token)}
             hidden |= dict.fromkeys(ends_too, True)
             self._plain = _plain(description, {token: ids[token] for token in hidden})
             self._library = self._opened(self._plain)
@@ -146,6 +155,18 @@ class JsonTokenizer(Tokenizer):
         plain = _without_prefix(self._plain)
         return self._library if plain == self._plain else self._opened(plain)
 
+    def as_it_came(self) -> Node:
+        """The description with the post-processor that it had before ours took its place."""
+        description: Node = json.loads(self.core)
+        if self.content != self.core:
+            description["post_processor"] = self.companions.post_processor
+        return description
+
+    @cached_property
+    def around(self) -> list[int]:
+        ids: list[int] = self._open(json.dumps(self.as_it_came())).encode("").ids
+        return ids
+
     def _opened(self, description: Node) -> Any:
         library = self._open(json.dumps(description))
         library.encode_special_tokens = True  # the file cannot say it
@@ -153,23 +174,21 @@ class JsonTokenizer(Tokenizer):
 
     def _read_table(self, description: Node, tokens: dict[int, str], controls: set[int]) -> None:
         """Set how ids become text."""
-        nodes = [
-            n for key in ("normalizer", "pre_tokenizer", "decoder") for n in _nodes(description.get(key))
-        ]
-        kinds = {node.get("type") for node in nodes}
+        steps = [n for key in ("normalizer", "pre_tokenizer", "decoder") for n in nodes(description.get(key))]
+        kinds = {step.get("type") for step in steps}
         model = description["model"]
         by_byte = "ByteLevel" in kinds
-        spaces = "Metaspace" in kinds or any(node.get("content") == SPACE for node in nodes)
+        spaces = "Metaspace" in kinds or any(step.get("content") == SPACE for step in steps)
         fallback = model.get("byte_fallback") or "ByteFallback" in kinds
         added = {token["id"] for token in description.get("added_tokens") or []}
-        alphabet = _byte_level_alphabet()
+        alphabet = byte_level_alphabet()
 
         def bytes_of(i: int, token: str) -> bytes:
             if i in controls:
                 return b""
             if by_byte and i not in added and all(letter in alphabet for letter in token):
                 return bytes(alphabet[letter] for letter in token)
-            if fallback and (byte := _BYTE.fullmatch(token)):
+            if fallback and (byte := BYTE.fullmatch(token)):
                 return bytes([int(byte[1], 16)])
             if spaces:
                 return token.replace(SPACE, " ").encode()
@@ -178,11 +197,60 @@ class JsonTokenizer(Tokenizer):
                 return (token.removeprefix(prefix) if token.startswith(prefix) else " " + token).encode()
             return token.encode()
 
-        self._by_table = by_byte or spaces
-        self._strips = spaces and any(_strips(node) for node in _nodes(description.get("decoder")))
+        self._by_table = by_byte or spaces or "ByteFallback" in kinds
+        self._strips = spaces and any(_strips(node) for node in nodes(description.get("decoder")))
         self._bytes_of = [b""] * self.vocab_size
         for i, token in tokens.items():
             self._bytes_of[i] = bytes_of(i, token)
+
+
+def core_of(content: bytes) -> bytes:
+    """The content of a tokenizer.json without what came along."""
+    description, companions = _parsed(content)
+    return content if companions is None else _written(description)
+
+
+def made_of(content: bytes) -> str | None:
+    """The fingerprint of the SentencePiece model that a tokenizer.json was made of, if it says so."""
+    companions = _parsed(content)[1]
+    return companions.made_of if companions else None
+
+
+def _parsed(content: bytes) -> tuple[Node, Companions | None]:
+    """The description and what comes along; neither if nothing does, or if it is damaged."""
+    if _KEY.encode() not in content:
+        return {}, None
+    try:
+        description = parse(content)
+        return description, take_companions(description)
+    except Damaged:
+        return {}, None
+
+
+def _companions(path: Path, description: Node) -> tuple[Companions, list[str], bool]:
+    """What comes along with a file, notes, and whether it is not in the file yet. It is taken out of the
+    description."""
+    taken = take_companions(description)
+    if taken and not taken.made_of:
+        return taken, [], False
+    beside, notes = read_beside(path)
+    original = {"post_processor": description.get("post_processor")}
+    return beside.model_copy(update=original), notes, True
+
+
+def take_companions(description: Node) -> Companions | None:
+    """Take what came along out of the description; None if nothing did. Raises Damaged."""
+    processor = description.get("post_processor")
+    if not isinstance(processor, dict) or _KEY not in processor:
+        return None
+    return unseal(json.dumps(processor.pop(_KEY)).encode(), Companions)
+
+
+def with_companions(description: Node, companions: Companions) -> Node:
+    """The description, and what comes along: in the post-processor, as the library reads no file with a key
+    that it does not know at the first level."""
+    record = json.loads(seal(companions.model_dump()))
+    return description | {"post_processor": {**description["post_processor"], _KEY: record}}
 
 
 class _Following(str):
@@ -191,12 +259,16 @@ class _Following(str):
     __slots__ = ()
 
 
+def _written(description: Node) -> bytes:
+    return json.dumps(description).encode()
+
+
 def _encoded(library: Any, parts: list[str]) -> list[np.ndarray]:
     encodings = library.encode_batch_fast(parts, add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
-def _ids(description: Node) -> dict[str, int]:
+def ids_of(description: Node) -> dict[str, int]:
     """The id of every token, added ones too."""
     vocabulary = description["model"]["vocab"]
     if isinstance(vocabulary, list):  # of a unigram model
@@ -204,7 +276,7 @@ def _ids(description: Node) -> dict[str, int]:
     return vocabulary | {token["content"]: token["id"] for token in description.get("added_tokens") or []}
 
 
-def _is_text(token: Node) -> bool:
+def is_text(token: Node) -> bool:
     """Whether an added token is a piece of text: a run of white space that takes nothing beside it."""
     blank = not token["content"].replace(SPACE, " ").strip()
     return blank and not (token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"])
@@ -240,13 +312,13 @@ def _plain(description: Node, hidden: dict[str, int]) -> Node:
     return description | changes | {"model": model, "added_tokens": added}
 
 
-def _nodes(node: Node | None) -> Iterator[Node]:
+def nodes(node: Node | None) -> Iterator[Node]:
     """A part of the description and all parts of its sequences."""
     if not node:
         return
     for key in ("normalizers", "pretokenizers", "decoders"):
         for part in node.get(key) or []:
-            yield from _nodes(part)
+            yield from nodes(part)
     yield node
 
 
@@ -254,7 +326,7 @@ def _without_prefix(description: Node) -> Node:
     """The description without what puts a space in front of a text."""
     changed = {key: copy.deepcopy(description.get(key)) for key in ("normalizer", "pre_tokenizer")}
     found = description | changed
-    for node in (*_nodes(found["normalizer"]), *_nodes(found["pre_tokenizer"])):
+    for node in (*nodes(found["normalizer"]), *nodes(found["pre_tokenizer"])):
         if node.get("type") == "Prepend":
             node["prepend"] = ""
         elif node.get("type") == "ByteLevel":
@@ -273,7 +345,7 @@ def _strips(node: Node) -> bool:
     return node.get("type") == "Metaspace" and bool(prefix)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """The byte of each letter in which GPT-2 writes bytes: printable ones of Latin-1 as they are, the others
     from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from lowres.data.tokenizer import huggingface, sentencepiece_file
 from lowres.data.tokenizer.base import Tokenizer, digest
 from lowres.data.tokenizer.huggingface import JsonTokenizer
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
@@ -35,7 +36,8 @@ def open_tokenizer(
     None is "exact", with a note if the file says something else. bos, eos: tokens or ids that begin and end a
     document, where a tokenizer.json does not say it. fingerprint: that of the file, if it is known; then a
     changed file is never given to a library. remedy: what the user should do if the file is missing, changed
-    or damaged. Raises UserError.
+    or damaged. A tokenizer.json that was made of the tokenizer.model beside it stands for that. Raises
+    UserError.
     """
     path, also = _file(Path(path).expanduser(), form)
     try:
@@ -45,7 +47,14 @@ def open_tokenizer(
             raise DiskError(path, error, "read") from None
         problem = f"tokenizer {path}: cannot be read ({what_failed(error)})"
         raise UserError(f"{problem}; {remedy or _GIVE}") from None
-    if fingerprint not in (None, digest(content)):
+    if bos is None and eos is None and (model := _made_of(path, content)) is not None:
+        path, content, form, also = (
+            path.with_name(SentencePieceTokenizer.file_name),
+            model,
+            form or "own",
+            None,
+        )
+    if fingerprint is not None and fingerprint != digest(_core_of(content)):
         raise UserError(f"tokenizer {path}: changed; {remedy or 'put the original back'}")
     found = _opened(path, content, form, bos, eos, remedy)
     if also is not None:
@@ -71,6 +80,26 @@ def _file(path: Path, form: Form | None) -> tuple[Path, Path | None]:
     return there[0], there[1] if there[1:] else None
 
 
+def _made_of(path: Path, content: bytes) -> bytes | None:
+    """The content of the tokenizer.model of which a tokenizer.json was made, if it is beside it."""
+    if not (_is_json(content) and (wanted := huggingface.made_of(content))):
+        return None
+    try:
+        model = read_whole(path.with_name(SentencePieceTokenizer.file_name))
+    except OSError:
+        return None
+    return model if digest(sentencepiece_file.core_of(model)) == wanted else None
+
+
+def _is_json(content: bytes) -> bool:
+    return content.lstrip()[:1] == b"{"
+
+
+def _core_of(content: bytes) -> bytes:
+    """The content without what came along."""
+    return huggingface.core_of(content) if _is_json(content) else sentencepiece_file.core_of(content)
+
+
 def _opened(
     path: Path,
     content: bytes,
@@ -79,7 +108,7 @@ def _opened(
     eos: str | int | None,
     remedy: str | None,
 ) -> Tokenizer:
-    if content.lstrip()[:1] == b"{":
+    if _is_json(content):
         try:
             keys = parse(content).keys()
         except Damaged as error:

@@ -1,0 +1,160 @@
+"""A model of `lm_eval` that is an engine and a tokenizer.
+
+The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with the
+exported tokenizer, so both give the same scores. If that puts bos in front of a text, a text whose whole
+log-likelihood is wanted has two: its first token is bos, predicted from bos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from lowres.data import Tokenizer
+from lowres.data.batches import IGNORED
+from lowres.engine import Engine
+from lowres.errors import UserError
+from lowres.sample import continuation
+
+# lengths of batches are multiples of this: an engine makes its boundaries again if the length changes
+LENGTHS = 32
+# what a task may say about its continuations, and what changes nothing with these values
+_UNDERSTOOD = {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
+_OFF = {"top_p": 1.0, "num_beams": 1, "repetition_penalty": 1.0}
+
+# the key of a request, its context and its answer
+Request = tuple[Any, list[int], list[int]]
+
+
+class RunModel(TemplateLM):
+    """asked: whether a request has come. shortened: see `Scores`."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, context: int, batch_tokens: int) -> None:
+        """context: tokens that the model may see. batch_tokens: that are processed together, at most, but one
+        sequence at least."""
+        super().__init__()
+        self._engine, self._tokenizer = engine, tokenizer
+        self._context, self._batch_tokens = context, batch_tokens
+        self.asked, self.shortened = False, 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.end_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokenizer.bos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        ids = self._tokenizer.encode(string)
+        puts_bos = add_special_tokens is not False and self._tokenizer.bos_id in self._tokenizer.around
+        return [self._tokenizer.bos_id, *ids] if puts_bos else ids
+
+    # log-likelihoods of answers and of texts
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        self.asked = True
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
+        self.asked = True
+        windows = [[*self._windows(*request.args)] for request in requests]
+        found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        return [sum(next(found)[0] for _ in of_text) for of_text in windows]
+
+    def _windows(self, text: str) -> Iterator[Request]:
+        """The text cut so that every token is in one answer, with as much context as there is room for."""
+        tokens = self.tok_encode(text)
+        for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self._context, 1):
+            yield None, *make_disjoint_window(pair)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+        rows = [self._row(context, answer) for _, context, answer in requests]
+        # the longest first, so that a lack of memory shows at once
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        found = [(0.0, True)] * len(rows)
+        with tqdm(total=len(rows), desc="scoring", unit=" answers", disable=None) as bar:
+            while order:
+                length = min(self._context, -(-len(rows[order[0]]) // LENGTHS) * LENGTHS)
+                size = max(1, self._batch_tokens // length)
+                batch, order = order[:size], order[size:]
+                windows = _padded([rows[i] for i in batch], length + 1)
+                each, likeliest = self._engine.log_probabilities(windows)
+                for row, i in enumerate(batch):
+                    end = len(rows[i]) - 1
+                    answer = slice(end - len(requests[i][2]), end)
+                    found[i] = float(each[row, answer].double().sum()), bool(likeliest[row, answer].all())
+                bar.update(len(batch))
+        return found
+
+    def _row(self, context: list[int], answer: list[int]) -> list[int]:
+        """The tokens of a request: its last ones, if there are too many."""
+        if len(answer) > self._context:
+            raise UserError(
+                f"--tasks: a task has an answer of {len(answer)} tokens, but the context of the model is "
+                f"{self._context} (model.max_positions, or else data.seq_len); leave it out"
+            )
+        # a token is predicted from one at least
+        whole = (context or [self.prefix_token_id]) + answer
+        self.shortened += len(whole) > self._context + 1
+        return whole[-(self._context + 1) :]
+
+    # continuations
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        self.asked = True
+        bar = tqdm(requests, desc="generating", unit=" answers", disable=None)
+        return [self._generated(seed, *request.args) for seed, request in enumerate(bar)]
+
+    def _generated(self, seed: int, text: str, options: dict[str, Any]) -> str:
+        options = normalize_gen_kwargs(options)
+        greedy = not options["do_sample"]
+        for key in sorted(options.keys() - _UNDERSTOOD):
+            if options[key] != _OFF.get(key) and not (greedy and key == "top_p"):
+                raise UserError(
+                    f"--tasks: a task asks for generation_kwargs.{key} = {options[key]!r}, which is not "
+                    "supported; leave it out"
+                )
+        most = options["max_gen_toks"]
+        if most >= self._context:
+            raise UserError(
+                f"--tasks: a task asks for {most} tokens (generation_kwargs.max_gen_toks), but the context "
+                f"of the model is {self._context} (model.max_positions, or else data.seq_len); leave it out"
+            )
+        context = self.tok_encode(text) or [self.prefix_token_id]
+        self.shortened += len(context) > self._context - most
+        context = context[most - self._context :]
+        temperature = 0.0 if greedy else options.get("temperature", 1.0)
+        ids: list[int] = []
+        for token in continuation(
+            self._engine,
+            self._tokenizer,
+            context,
+            most,
+            self._context,
+            temperature,
+            options.get("top_k", 50),
+            seed,
+        ):
+            ids.append(token)
+            answer = self._tokenizer.decode(ids)
+            ends = [answer.index(end) for end in options["until"] if end and end in answer]
+            if ends:
+                return answer[: min(ends)]
+        return self._tokenizer.decode(ids)
+
+
+def _padded(rows: list[list[int]], length: int) -> Tensor:
+    """int64 [rows, length], with IGNORED behind each row."""
+    batch = torch.full((len(rows), length), IGNORED)
+    for row, tokens in zip(batch, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return batch
