@@ -77,7 +77,7 @@ def test_auto_measures_once_and_a_resumed_run_keeps_the_choice(
     assert len(measured) == 2 and load_config(small / "config.toml")[0].memory.compute == "auto"
 
 
-def test_all_runs_of_a_sweep_compute_alike(config: Path, tmp_path: Path) -> None:
+def test_all_runs_of_a_sweep_compute_alike(config: Path, tmp_path: Path, points_here: None) -> None:
     """The first one chooses; and a sweep that is repeated is not refused because of the choice."""
     folder = tmp_path / "sweep"
     sweep = ["sweep", config, "--grid", "optim.lr=0.001,0.002", "--tokens", "3072", "--run", folder]
