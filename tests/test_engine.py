@@ -40,7 +40,7 @@ from tests.helpers import (
 
 # also those that come later
 OPTIONS = [key for key, field in ModelConfig.model_fields.items() if field.annotation is bool]
-EVERY_OPTION: dict[str, object] = {"n_kv_heads": 2} | dict.fromkeys(OPTIONS, True)
+EVERY_OPTION: dict[str, object] = {"n_kv_heads": 2, **dict.fromkeys(OPTIONS, True)}
 MODELS = {
     "plain": SMALL,
     "grouped": SMALL.model_copy(update={"n_kv_heads": 2}),

@@ -2,8 +2,8 @@
 
 The step runs the real engine, with the homes of the plan, on tensors without memory and as on a GPU, so a 7B
 model takes seconds. The plan's own traces cut the model to one band and loops to a few chunks. Here only the
-number of micro-batches is cut, to two; brief steps also cut those loops, and other arithmetic than that of the
-shipped configs is compared with six layers.
+number of micro-batches is cut, to two; brief steps also cut those loops. Arithmetic of no shipped config
+is compared with six layers.
 """
 
 import itertools
