@@ -366,6 +366,17 @@ def test_the_card_names_what_is_on_the_hub(tmp_path: Path) -> None:
     assert all(str(tmp_path).encode() not in content for content in everything(tmp_path / "out").values())
 
 
+def test_a_tokenizer_that_transformers_would_replace_is_noted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shape in (("llama", {}), ("qwen2", {"qkv_bias": True})):
+        run, _ = run_of(tmp_path / name, shape)
+        shutil.copy(trained / "tokenizer.model", run)
+        capsys.readouterr()
+        export(run, tmp_path / f"{name}-out")
+        assert ("PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().err) == (name == "qwen2")
+
+
 def test_a_run_on_token_ids_has_no_tokenizer_to_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
