@@ -75,7 +75,8 @@ def _before_tuning(engine: Engine, config: Config, folder: Path, packed: Packed)
         begin_weights(engine, config, pick_device(config))
     except UserError as error:
         raise UserError(
-            f"run.init_from: {folder} is compared with the model that it began with ({error}); put it back"
+            f"run.init_from: {folder} is compared with the model that it began with "
+            f"({str(error).partition(';')[0]}); put it back"
         ) from None
     sums = sums_of_examples(engine, packed.windows, config.most_windows)
     load_weights(engine, newest(folder)[1])
