@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 # before it is imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -30,8 +28,8 @@ from lowres.rng import make_key, permutation  # noqa: E402
 from tests.helpers import lowres_here  # noqa: E402
 
 STEPS, BATCH, LENGTH = 10, 6, 96
-# SFTTrainer finds what is trained by marks in a template, lowres by the text that it writes. Nothing comes after an
-# answer, because DPOTrainer would train it.
+# SFTTrainer finds what is trained by marks in a template, lowres by the text that it writes. Nothing comes
+# after an answer, because DPOTrainer would train it.
 TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -65,18 +63,20 @@ def chats() -> Rows:
     ]
 
 
-def pairs(*lengths: int) -> Rows:
-    """lengths: letters of the chosen and the rejected answers; none: they are uneven."""
+def pairs(length: int = 0) -> Rows:
+    """length: letters of an answer; 0: they are uneven, and can be told apart."""
     draw = random.Random(1)
 
-    def answer(which: int) -> str:
-        return "".join(draw.choices("abc", k=lengths[which])) if lengths else some_words(draw, 5)
+    def answer(better: bool) -> str:
+        if length:
+            return "".join(draw.choices("abc", k=length))
+        return ("yes " if better else "no ") + some_words(draw, 5)
 
     return [
         {
             "prompt": [said("user", some_words(draw, 4))],
-            "chosen": [said("assistant", "yes " + answer(0))],
-            "rejected": [said("assistant", "no " + answer(1))],
+            "chosen": [said("assistant", answer(True))],
+            "rejected": [said("assistant", answer(False))],
         }
         for _ in range(STEPS * BATCH)
     ]
@@ -162,8 +162,8 @@ def in_our_order(rows: Rows) -> Dataset:
     return Dataset.from_list([rows[i] for i in permutation(make_key(3, "data order", step=0), len(rows))])
 
 
-def theirs(world: World, rows: Rows, trainer: str, name: str, micro_batch: int = BATCH, **more: Any) -> Rows:
-    """What a trainer of trl logs for the same steps."""
+def theirs(world: World, rows: Rows, trainer: str, name: str, micro_batch: int = BATCH, **more: Any) -> Any:
+    """A trainer of trl after the same steps."""
     arguments = getattr(trl, f"{trainer}Config")(
         output_dir=str(world.folder / name),
         per_device_train_batch_size=micro_batch,
@@ -198,43 +198,105 @@ def theirs(world: World, rows: Rows, trainer: str, name: str, micro_batch: int =
         processing_class=transformers.AutoTokenizer.from_pretrained(world.model),
     )
     made.train()
-    return [one for one in made.state.log_history if "loss" in one]
+    return made
 
 
-def values(records: Sequence[dict[str, Any]], key: str) -> Tensor:
-    found = torch.tensor([one[key] for one in records], dtype=torch.float64)
-    assert len(found) == STEPS
-    return found
+STEP = {"loss": "loss", "lr": "learning_rate", "grad_norm": "grad_norm"}
+ACCURACY = {"accuracy": "rewards/accuracies"}
+REWARDS = {
+    "margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+}
+LOGP = {"logp_chosen": "logps/chosen", "logp_rejected": "logps/rejected"}
 
 
-def assert_equal(mine: Tensor, other: Tensor, scale: float = 1.0) -> None:
-    torch.testing.assert_close(mine, other * scale, rtol=1e-5, atol=1e-5)
+def assert_equal(mine: Rows, trainer: Any, names: dict[str, str], factor: float = 1.0) -> None:
+    """names: of a number of ours -> of theirs, which is `factor` times as large."""
+    other = [one for one in trainer.state.log_history if "loss" in one]
+    assert len(mine) == len(other) == STEPS
+    for our, their in names.items():
+        # until the first update the accuracy is that of noise around 0
+        since = 2 if our == "accuracy" else 0
+        found, wanted = ([one[key] for one in rows[since:]] for key, rows in ((our, mine), (their, other)))
+        wanted = [number / factor for number in wanted]
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-5), our
+        assert len(set(found)) > 1, f"{our} is always {found[0]}, so nothing is compared"
 
 
+def test_supervised(world: World) -> None:
+    """Some chats are cut, and the micro-batches are others on both sides."""
+    rows = chats()
+    mine = ours(world, rows, "sft", {"name": "sft"}, micro_batch=1)
+    trainer = theirs(world, rows, "SFT", "trl-sft", micro_batch=2, assistant_only_loss=True)
+    assert_equal(mine, trainer, STEP)
+    assert mine[-1]["loss"] < mine[0]["loss"] - 0.1
 
-@pytest.mark.parametrize(("micro_batch", "accumulated"), [(2, BATCH), (1, 2)])
-def test_supervised(world: World, micro_batch: int, accumulated: int) -> None:
-    """Some chats are cut; micro-batches are others on both sides."""
-    rows, name = chats(), f"sft-{accumulated}"
-    mine = ours(world, rows, name, {"name": "sft"}, micro_batch)
-    other = theirs(world, rows, "SFT", f"trl-{name}", accumulated, assistant_only_loss=True)
-    assert_equal(values(mine, "loss"), values(other, "loss"))
-    assert_equal(values(mine, "lr"), values(other, "learning_rate"))
-    assert_equal(values(mine, "grad_norm"), values(other, "grad_norm"))
+    # the mean of the means of micro-batches, as many trainers have it, is another loss
+    model = transformers.LlamaForCausalLM.from_pretrained(world.model, dtype=torch.float32)
+    first = trainer.train_dataset.select(range(BATCH))
+    assert max(map(len, first["input_ids"])) == LENGTH
+    sums, counts = [], []
+    for row in first:
+        labels = torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item())
+        counts.append(int((labels != -100).sum()))
+    assert mine[0]["loss"] == pytest.approx(sum(sums) / sum(counts), abs=1e-5)
+    assert mine[0]["targets"] == sum(counts)
+    means = [sum(sums[i : i + 2]) / sum(counts[i : i + 2]) for i in range(0, BATCH, 2)]
+    assert abs(sum(means) / len(means) - mine[0]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize(("loss", "beta", "precomputed"), [("sigmoid", 0.1, False), ("ipo", 0.5, True)])
+def test_sums_and_means(world: World, loss: str, beta: float, precomputed: bool) -> None:
+    mine = ours(world, pairs(), loss, {"name": "dpo", "loss": loss, "beta": beta})
+    kind: dict[str, Any] = {"loss_type": [loss], "beta": beta, "precompute_ref_log_probs": precomputed}
+    trainer = theirs(world, pairs(), "DPO", f"trl-{loss}", **kind)
+    # trl's rewards are of sums, also where its loss is of means
+    assert_equal(mine, trainer, STEP | (ACCURACY | REWARDS if loss == "sigmoid" else {}))
     assert mine[-1]["loss"] < mine[0]["loss"] - 0.1
 
 
-@pytest.mark.parametrize(
-    ("loss", "beta", "lengths", "precomputed"),
-    [("sigmoid_norm", 5.0, (), True), ("sigmoid_norm", 5.0, (6, 11), False), ("sigmoid", 0.1, (), False), ("ipo", 0.5, (), True)],
-)
-def test_preferences(world: World, loss: str, beta: float, lengths: tuple[int, ...], precomputed: bool) -> None:
-    rows, name = pairs(*lengths), f"{loss}-{len(lengths)}"
-    mine = ours(world, rows, name, {"name": "dpo", "loss": loss, "beta": beta})
-    other = theirs(
-        world, rows, "DPO", f"trl-{name}", loss_type=[loss], beta=beta, precompute_ref_log_probs=precomputed
+@pytest.mark.parametrize(("length", "precomputed"), [(0, True), (9, False)])
+def test_length_normalised(world: World, length: int, precomputed: bool) -> None:
+    """length: see `pairs`."""
+    rows = pairs(length)
+    mine = ours(world, rows, f"norm-{length}", {"name": "dpo", "loss": "sigmoid_norm", "beta": 5.0})
+    kind: dict[str, Any] = {
+        "loss_type": ["sigmoid_norm"],
+        "beta": 5.0,
+        "precompute_ref_log_probs": precomputed,
+    }
+    trainer = theirs(world, rows, "DPO", f"trl-norm-{length}", **kind)
+    assert_equal(mine, trainer, STEP)
+    if length:
+        tokens = length + 1
+        assert {one[key] for one in mine for key in ("length_chosen", "length_rejected")} == {tokens}
+        assert_equal(mine, trainer, ACCURACY)
+        assert_equal(mine, trainer, REWARDS | LOGP, factor=tokens)
+    else:
+        assert mine[-1]["loss"] < mine[0]["loss"] - 0.1
+
+
+def test_simpo() -> None:
+    """By the loss of trl's CPOTrainer, which takes means."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 9, (10,), generator=draw)
+    means = -3 * torch.rand(10, dtype=torch.float64, generator=draw)
+    settings = SimpleNamespace(
+        loss_type="simpo",
+        beta=2.5,
+        simpo_gamma=1.4,
+        label_smoothing=0.0,
+        alpha=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
     )
-    print(name, (values(mine, "loss") - values(other, "loss")).abs().max(), values(mine,"loss"))
-    print(mine[-1], other[-1])
-    assert_equal(values(mine, "loss"), values(other, "loss"))
-    assert mine[-1]["loss"] < mine[0]["loss"]
+    wanted, chosen, rejected = CPOTrainer.cpo_loss(settings, means[0::2], means[1::2])
+    objective = Preference("simpo", 2.5, 1.4)
+    found, readings = objective(Examples(means * counts, counts, None, torch.arange(10)))
+    assert float(found) == pytest.approx(float(wanted.mean()), rel=1e-12)
+    said_by = dict(zip(objective.names, map(float, readings), strict=True))
+    assert said_by["reward_chosen"] == pytest.approx(float(chosen.mean()), rel=1e-12)
+    assert said_by["reward_rejected"] == pytest.approx(float(rejected.mean()), rel=1e-12)
