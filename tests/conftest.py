@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
 
+from lowres import disk, summary
 from lowres.cli import main
 from lowres.device import prepare_cuda
 from lowres.stopping import Stopper
@@ -31,6 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Runs in this process draw no loss curve, which takes as long as their steps do. Runs in processes of
+    their own draw it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(summary, "draw_loss", lambda run: disk.store(run / "loss.png", b"a picture"))
+        yield
 
 
 MODULES = [

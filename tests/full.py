@@ -17,6 +17,11 @@ class Full(TorchDispatchMode):
     """While it is armed, the allocating operations with these numbers find the GPU full. count: of such
     operations so far."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and the default calls torch._dynamo for every operation."""
+        return False
+
     def __init__(self, *at: int) -> None:
         super().__init__()
         self.at, self.armed, self.count = set(at), False, 0

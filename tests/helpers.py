@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from lowres import checkpoint, metrics
+from lowres import checkpoint
 from lowres.cli import main
 from lowres.config import Config, ModelConfig
 from lowres.config_file import parse_config, to_toml, to_values
 from lowres.engine import Choice, Engine, make_engine
+from lowres.metrics import MetricsLog
 from lowres.model import Units, empty_units, initialize
 from lowres.optim import Optimizer
 from lowres.optim import make_optimizer as optimizer_of
@@ -133,19 +138,41 @@ def lowres_here(*arguments: object, code: int = 0) -> subprocess.CompletedProces
     return subprocess.CompletedProcess([*map(str, arguments)], found, out.getvalue(), err.getvalue())
 
 
-def train_and_kill(arguments: list[object], run: Path, after: int) -> None:
-    """Start training and kill it without warning once it has logged a step."""
-    command = [sys.executable, "-m", "lowres", "train", *map(str, arguments)]
+def train_and_kill(arguments: list[object], after: int) -> None:
+    """Train in another process, which is killed without warning when it has logged a step and written the
+    checkpoints before it."""
+    # a fork saves the seconds to import torch, but CUDA does not survive it
+    how: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     # as many threads as this process, because its results are compared with results of this process
-    own = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=own)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(r["step"] >= after for r in metrics.read(run / "metrics.jsonl")):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    command, threads = ["train", *map(str, arguments)], torch.get_num_threads()
+    process = how.Process(target=_train_until, args=(command, after, threads))
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # pytest has threads, which the child does not use
+        process.start()
+    process.join(600)
+    ended, _ = process.exitcode, process.kill()
+    assert ended == -signal.SIGKILL, f"it ended with {ended} before it could be killed"
+
+
+def _train_until(command: list[str], after: int, threads: int) -> None:
+    write = MetricsLog.write
+
+    def write_and_die(log: MetricsLog, record: dict[str, Any]) -> None:
+        write(log, record)
+        if record["step"] >= after:
+            for thread in threading.enumerate():
+                if thread.name.startswith("checkpoint "):
+                    thread.join()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(threads)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the default is shared with the parent, and a kill would leave it locked
+    with mock.patch.object(MetricsLog, "write", write_and_die):
+        sys.exit(main(command))
 
 
 RELORA = {"enabled": True, "rank": 4, "alpha": 8.0, "cycle_steps": 3, "rewarmup_steps": 1}

@@ -271,6 +271,11 @@ class Detector:
 class _Operations(TorchDispatchMode):
     """Sees every operation: its reads and writes, and whether the host waits for it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and the default calls torch._dynamo for every operation."""
+        return False
+
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector

@@ -89,9 +89,9 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
 
 @pytest.fixture(scope="session")
 def short(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data whose epoch is 7 steps of 8,192 tokens."""
+    """Data whose epoch is 7 steps of 2,048 tokens."""
     out = tmp_path_factory.mktemp("short") / "data"
-    lowres_here("data", "prepare", corpus, out, "--vocab-size", 500, "--max-tokens", 60_000)
+    lowres_here("data", "prepare", corpus, out, "--vocab-size", 500, "--max-tokens", 15_000)
     return out
 
 
@@ -114,8 +114,7 @@ def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
     """Interrupted in the first and in the second epoch; it ends in the third."""
     longer = [
         f"data.source={short}",
-        "data.seq_len=256",
-        "train.batch_tokens=8192",
+        "train.batch_tokens=2048",
         "train.micro_batch=11",
         "train.steps=16",
         "train.checkpoint_every=5",
@@ -125,13 +124,13 @@ def test_a_run_resumed_twice_across_an_epoch_is_the_same_run(
         options += ["--set", override]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     lowres_here("train", *options, "--run", straight)
-    train_and_kill([*options, "--run", broken], broken, after=6)
-    train_and_kill([*options, "--run", broken, "--resume"], broken, after=11)
+    train_and_kill([*options, "--run", broken], after=6)
+    train_and_kill([*options, "--run", broken, "--resume"], after=11)
     resumed = lowres_here("train", *options, "--run", broken, "--resume")
     assert "continuing" in resumed.stderr and "at step 10" in resumed.stderr
     assert losses(broken) == losses(straight)
     epoch = json.loads((short / "data.json").read_text())["train_tokens"]
-    assert 5 * 8192 < epoch < 10 * 8192 and 2 * epoch < 16 * 8192
+    assert 5 * 2048 < epoch < 10 * 2048 and 2 * epoch < 16 * 2048
     last = Path("checkpoints") / "step_00000016"
     for file in sorted((straight / last).glob("*.safetensors")):
         here, there = load_file(file), load_file(broken / last / file.name)

@@ -23,7 +23,7 @@ from lowres.config_file import load_config
 from lowres.data import open_tokenizer
 from lowres.data.tokenizer import Vocabulary
 from lowres.errors import UserError
-from lowres.exchange import export, open_model, shards, target
+from lowres.exchange import export, initialize_from, open_model, shards, target
 from lowres.exchange.casts import DTYPES
 from lowres.model import Llama, Units, empty_units, initialize, storage_kinds, unit_specs
 from lowres.runs import open_run
@@ -208,16 +208,12 @@ def test_a_cast_is_that_of_torch_and_its_cost_is_said(dtype: str, tmp_path: Path
 def test_int8_comes_back_code_by_code(dtype: str, tmp_path: Path) -> None:
     run, units = run_of(tmp_path / "run", {}, "int8")
     export(run, tmp_path / "out", dtype=dtype)
-    model = open_model(tmp_path / "out")
-    found: dict[str, Tensor] = {}
-    for unit in unit_specs(model.model):
-        for spec, weight in model.weights(unit):
-            if weight.kind == "int8":
-                found |= {spec.name + suffix: tensor for suffix, tensor in weight.tensors().items()}
+    again = empty_units(open_model(run).model, "int8", "bf16", ROOMS)
+    initialize_from(again.values(), open_model(tmp_path / "out"))
     wanted = {n: t for unit in units.values() for n, t in unit.weight_tensors().items()}
-    wanted = {n: t for n, t in wanted.items() if t.dtype == torch.int8 or n.endswith(".scales")}
-    assert found.keys() == wanted.keys() and len(wanted) == 2 * 7 * 2
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    found = {n: t for unit in again.values() for n, t in unit.weight_tensors().items()}
+    names = [n for n, t in wanted.items() if t.dtype == torch.int8 or n.endswith(".scales")]
+    assert len(names) == 2 * 7 * 2 and all(torch.equal(found[name], wanted[name]) for name in names)
 
 
 def test_recorded_scales_count_only_for_what_they_explain(
@@ -370,6 +366,17 @@ def test_the_card_names_what_is_on_the_hub(tmp_path: Path) -> None:
     assert all(str(tmp_path).encode() not in content for content in everything(tmp_path / "out").values())
 
 
+def test_a_tokenizer_that_transformers_would_replace_is_noted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shape in (("llama", {}), ("qwen2", {"qkv_bias": True})):
+        run, _ = run_of(tmp_path / name, shape)
+        shutil.copy(trained / "tokenizer.model", run)
+        capsys.readouterr()
+        export(run, tmp_path / f"{name}-out")
+        assert ("PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().err) == (name == "qwen2")
+
+
 def test_a_run_on_token_ids_has_no_tokenizer_to_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,7 +468,7 @@ def test_7b_is_exported_in_little_memory(tmp_path: Path) -> None:
         save_run(tmp_path / "run", config, units())
         command = [sys.executable, "-c", _MEASURED, "export", str(tmp_path / "run"), str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        before, peak = (int(number) / 2**20 for number in done.stdout.split())
+        before, peak = (int(number) / 2**20 for number in done.stdout.splitlines()[-1].split())
         print(f"{before:.2f} GiB before, {peak:.2f} GiB at most")
         assert peak < 2 and peak - before < 0.6
         index = json.loads((tmp_path / "out" / shards.INDEX).read_text())

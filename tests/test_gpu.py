@@ -450,7 +450,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(config: Path, tmp_path: Pat
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     options = [config, "--set", f"run.device={DEVICE.type}", "--set", "memory.compute=fp32"]
     lowres("train", *options, "--run", straight)
-    train_and_kill([*options, "--run", killed], killed, after=15)
+    train_and_kill([*options, "--run", killed], after=15)
     lowres("train", *options, "--run", killed, "--resume")
     assert_near(logged(killed), logged(straight), 5e-3)
     assert len(logged(killed)) == 30

@@ -309,9 +309,6 @@ def test_what_is_not_supported_is_refused_by_its_name(
     assert str(tmp_path / "model") in found
 
 
-# ---- the files of a folder
-
-
 def test_a_bias_of_the_output_of_attention_has_to_be_zero(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
@@ -334,6 +331,9 @@ def test_a_bias_of_the_output_of_attention_has_to_be_zero(tmp_path: Path) -> Non
     theirs.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"layers.1.self_attn.o_proj.bias is not zero"):
         open_model(tmp_path / "other")
+
+
+# ---- the files of a folder
 
 
 def shards(folder: Path) -> list[Path]:
@@ -713,7 +713,9 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(
     for run in (parted, fork):
         for name, tensor in tensors_of(straight, 4).items():
             assert torch.equal(tensor, tensors_of(run, 4)[name]), name
-    lowres_here("sample", parted, "--prompt", "def ", "--tokens", 2)
+    # its own validation text, by its own copy of the tokenizer: nothing is prepared again
+    assert json.loads(lowres_here("eval", parted, "--json").stdout)["val_loss"] > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_auto_measures_once_and_a_resumed_run_keeps_the_choice(
     assert len(measured) == 2 and load_config(small / "config.toml")[0].memory.compute == "auto"
 
 
-def test_all_runs_of_a_sweep_compute_alike(config: Path, tmp_path: Path) -> None:
+def test_all_runs_of_a_sweep_compute_alike(config: Path, tmp_path: Path, points_here: None) -> None:
     """The first one chooses; and a sweep that is repeated is not refused because of the choice."""
     folder = tmp_path / "sweep"
     sweep = ["sweep", config, "--grid", "optim.lr=0.001,0.002", "--tokens", "3072", "--run", folder]
@@ -113,14 +113,13 @@ def test_measuring_finds_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_on_a_processor_without_exact_products_a_run_says_so(config: Path, tmp_path: Path) -> None:
     """And has the same losses. The environment limits oneDNN, so it needs a process of its own."""
-    keys = options("memory.compute=int8")
-    runs = []
-    for name, more in (("as is", {}), ("limited", {"ONEDNN_MAX_CPU_ISA": "AVX2"})):
-        env = {**os.environ, **more, "OMP_NUM_THREADS": "1"}
-        done = lowres("train", config, *keys, "--run", tmp_path / name, env=env)
-        runs.append((losses(tmp_path / name), "no exact INT8 product" in done.stderr + done.stdout))
-    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
-    assert runs[1][1] or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+    keys, as_is, limited = options("memory.compute=int8"), tmp_path / "as is", tmp_path / "limited"
+    lowres_here("train", config, *keys, "--run", as_is)
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = lowres("train", config, *keys, "--run", limited, env=env)
+    assert losses(as_is) == pytest.approx(losses(limited), rel=1e-6)
+    said = "no exact INT8 product" in done.stderr + done.stdout
+    assert said or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
 
 
 @pytest.mark.parametrize(

@@ -657,7 +657,7 @@ def test_a_killed_run_goes_on_exactly_and_weights_may_change(
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     done = lowres_here("train", run_config, "--run", straight)
     assert "note: data.mixture: web 0.75 (" in done.stderr
-    train_and_kill([run_config, "--run", killed], killed, after=6)
+    train_and_kill([run_config, "--run", killed], after=6)
     lowres_here("train", run_config, "--run", killed, "--resume")
     assert logged(killed) == logged(straight)
 

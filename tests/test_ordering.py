@@ -154,7 +154,7 @@ class Life:
         self.step(2)
 
 
-@pytest.mark.parametrize("band", [1, 2, 3])
+@pytest.mark.parametrize("band", [1, 3])  # 2: test_other_runs_have_no_races
 @pytest.mark.parametrize("homes", HOMES)
 def test_a_run_has_no_races(detector: Detector, tmp_path: Path, homes: str, band: int) -> None:
     Life(detector, tmp_path, config_of(), HOMES[homes], band).run()
@@ -260,7 +260,7 @@ def shrinking(detector: Detector, folder: Path, case: str, every: int) -> None:
 
 @pytest.mark.parametrize("case", SHRINKING)
 def test_smaller_micro_batches_have_no_races(detector: Detector, tmp_path: Path, case: str) -> None:
-    shrinking(detector, tmp_path, case, 67)
+    shrinking(detector, tmp_path, case, 67 if case == "everything" else 131)
     detector.check()
 
 

@@ -118,7 +118,7 @@ def _card(
         front["datasets"] = sorted(set(datasets))
     lines = [yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()]
     if base is not None:
-        line = yaml.safe_dump({"base_model": base.name}, allow_unicode=True).rstrip()
+        line = yaml.safe_dump({"base_model": base.name}, allow_unicode=True, width=1 << 20).rstrip()
         lines.append(line if base.known else f"# {line}  (give its id on the hub)")
     lines.append("# license: (say how others may use this model, for example: apache-2.0)")
     shape = model.model

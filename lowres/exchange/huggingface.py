@@ -23,9 +23,10 @@ from lowres.config import ModelConfig
 from lowres.config_file import to_toml
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.tokenizer import Exported, exported
+from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from lowres.exchange import card, shards
 from lowres.exchange.casts import DTYPES, Cast
-from lowres.exchange.describing import config_json, needs_zero_biases
+from lowres.exchange.describing import config_json, family_of, needs_zero_biases
 from lowres.exchange.families import CONFIG_JSON, zero_biases
 from lowres.exchange.own import OWN, write_tokenizer
 from lowres.exchange.scales import write_scales
@@ -136,6 +137,11 @@ def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> dict[st
     if tokenizer is None or not tokenizer.has_text:
         what = "has no tokenizer" if tokenizer is None else "knows token ids without text"
         notes.append(f"{model.path} {what}, so the export has no tokenizer")
+    if isinstance(tokenizer, SentencePieceTokenizer) and family_of(model.model).model_type == "qwen2":
+        notes.append(
+            "model.qkv_bias makes this a qwen2, for which AutoTokenizer of transformers 5 builds a tokenizer "
+            "with other ids; load it with PreTrainedTokenizerFast.from_pretrained"
+        )
     for note in notes:
         say(f"note: {note}")
     return found.files
