@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -21,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lowres import disk
+from lowres.config import Config
 from lowres.data.chat.chat_data import ChatData, Packed
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.evaluate import sums_of_examples
 from lowres.ranks import is_first
 from lowres.sealed import Damaged, Record, seal, unseal
-from lowres.storage import Unit
+from lowres.storage import Unit, compute_dtype
 
 BASELINE = "baseline.json"
 
@@ -78,14 +80,20 @@ def key_of(data: ChatData) -> str:
     return _hash([data.fingerprint.encode(), data.validation_fingerprint.encode(), b"%d" % data.seq_len])
 
 
-def in_cache(cache: Path, units: Iterable[Unit], data: ChatData) -> Path:
-    """Where data.cache has the record of these weights and data."""
+def in_cache(config: Config, device: torch.device, units: Iterable[Unit], data: ChatData) -> Path:
+    """Where data.cache has the record of these weights and data. The same weights are another model with
+    another base of the rotations, say, and give other numbers in another format."""
+    memory = config.memory
+    activations = str(compute_dtype(memory.activations_in, device))
+    numbers = [memory.compute == "int8", activations, memory.stash_dtype, memory.exact_forward]
+    arithmetic = json.dumps([config.model.model_dump(), numbers]).encode()
     weights = (
         tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
         for unit in units
         for _, tensor in sorted(unit.weight_tensors().items())
     )
-    return cache / f"baseline-{_hash([key_of(data).encode(), *weights])}.json"
+    name = f"baseline-{_hash([key_of(data).encode(), arithmetic, *weights])}.json"
+    return Path(config.data.cache).expanduser() / name
 
 
 def compute(engine: Engine, data: ChatData, sequences: int, progress: bool) -> Baseline:

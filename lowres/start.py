@@ -477,7 +477,7 @@ def _make_baseline(run: Run) -> baseline.Baseline:
     """The baseline of the present weights: from data.cache, or computed."""
     config, data, engine = run.config, run.data, run.parts.engine
     assert isinstance(data, ChatData)
-    cached = baseline.in_cache(Path(config.data.cache).expanduser(), engine.units(), data)
+    cached = baseline.in_cache(config, run.parts.rooms.device, engine.units(), data)
     found = baseline.read(cached, data)
     if found is None:
         found = baseline.compute(engine, data, config.batch_sequences, config.log.progress)
