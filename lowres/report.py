@@ -31,7 +31,8 @@ def draw_loss(run: Path) -> Path | None:
         ms=3,
         label="validation",
     )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    unit = "" if any("margin" in r for r in steps) else " (nats per token)"  # of pairs it has none
+    axes.set(xlabel="tokens", ylabel=f"loss{unit}")
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -43,7 +43,8 @@ def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
         data = _own_data(config, tokenizer)
         assert isinstance(data, ChatData)
         packed = data.of_validation(data.validation_documents(0))
-        found = baseline.read(folder / BASELINE, data) if objective.has_reference else None
+        key = newest(folder)[2].baseline
+        found = baseline.read(folder / BASELINE, key, data) if key is not None else None
         reference = None if found is None else found.validation[packed.examples]
     else:
         packed = open_other_chats(asked, config.data, config.objective, tokenizer)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from lowres import checkpoint, metrics
-from lowres.baseline import in_cache
+from lowres.baseline import key_of
 from lowres.data import ChatData
 from tests.helpers import CPU, lowres_here, make_config, make_units
 
@@ -132,8 +132,8 @@ def test_a_baseline_is_kept_for_one_model_and_arithmetic() -> None:
     units = make_units(make_config().model).values()
     data = cast(ChatData, SimpleNamespace(fingerprint="a", validation_fingerprint="b", seq_len=32))
 
-    def place(**changed: dict[str, Any]) -> Path:
-        return in_cache(make_config(**changed), CPU, units, data)
+    def place(**changed: dict[str, Any]) -> str:
+        return key_of(make_config(**changed), CPU, units, data)
 
     assert place(optim={"lr": 0.5}) == place()
     others: list[dict[str, Any]] = [
