@@ -132,9 +132,9 @@ def test_an_export_writes_the_ids_that_were_trained(place: Path, sft: Path, tmp_
         assert trained[-1] == theirs.eos_token_id
 
 
-def test_a_sweep_of_preferences_with_tasks(place: Path, tmp_path: Path, points_here: None) -> None:
-    out = tmp_path / "sweep"
-    arguments: list[object] = ["sweep", config_of(place, "dpo"), "--run", out, "--epochs", 1]
+def test_a_sweep_of_preferences_with_tasks(place: Path, sft: Path, tmp_path: Path, points_here: None) -> None:
+    out, config = tmp_path / "sweep", config_of(place, "dpo", run={"init_from": str(sft)})
+    arguments: list[object] = ["sweep", config, "--run", out, "--epochs", 1]
     arguments += ["--grid", "train.batch_tokens=512,1024"]
     arguments += ["--tasks", "order", "--include-path", place / "tasks"]
     shown = lowres_here(*arguments).stdout
