@@ -130,10 +130,9 @@ def as_begun(config: Config, saved: Config) -> Config:
     if saved.run.init_from is None:
         return config
     config = config.model_copy(update={"model": filled(config.model, saved.model)})
-    if config.data.tokenizer is not None:
-        return config
-    form = config.data.tokenizer_form or saved.data.tokenizer_form
-    return with_values(config, "data", tokenizer=saved.data.tokenizer, tokenizer_form=form)
+    given, begun = config.data, saved.data
+    tokenizer, form = given.tokenizer or begun.tokenizer, given.tokenizer_form or begun.tokenizer_form
+    return with_values(config, "data", tokenizer=tokenizer, tokenizer_form=form)
 
 
 def with_places(config: Config, saved: Config | None) -> Config:
