@@ -8,6 +8,7 @@ from lowres.config import DataConfig, ObjectiveConfig
 from lowres.data.chat.chat_data import ChatData, validation_windows
 from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.chat.template import Template, open_template
+from lowres.data.folder import left_out_notes
 from lowres.data.manifest import read_complete
 from lowres.data.opening import (
     check_pieces,
@@ -18,6 +19,7 @@ from lowres.data.opening import (
 )
 from lowres.data.tokenizer import Tokenizer, with_chat_template
 from lowres.errors import UserError
+from lowres.ranks import say
 
 
 def open_chats(
@@ -38,7 +40,8 @@ def open_chats(
     validation = validation_folder(config, tokenizer, progress, chats)
     data = ChatData(folder, config.seq_len, seed, validation)
     data.tokenizer = with_chat_template(tokenizer, template.source)  # for all who use the model
-    data.notes += [*chats.notes, *validation_notes(config, folder, read_complete(folder).train, validation)]
+    entries, answers = read_complete(folder).train, data.validation_answers
+    data.notes += [*chats.notes, *validation_notes(config, folder, entries, validation, answers)]
     return data
 
 
@@ -52,7 +55,10 @@ def open_chat_windows(
     chats = chat_encoder(asked, objective, tokenizer, open_template(asked.chat_template, tokenizer))
     folder = validation_folder(asked, tokenizer, False, chats)
     assert folder is not None
-    return validation_windows(folder, asked.seq_len)
+    windows = validation_windows(folder, asked.seq_len)
+    for note in left_out_notes(read_complete(folder)):
+        say(f"note: {asked.source}: {note}")
+    return windows
 
 
 def chat_encoder(
