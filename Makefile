@@ -8,8 +8,9 @@ EXTRAS ?= dev
 RUN ?= runs/tiny
 PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb 7b-24gb-deepspeed
 RELORA := tiny 7b-24gb
+TUNING := sft dpo
 
-.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) smoke-7b-cpu test test-slow torture lint format clean
+.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) $(TUNING:%=smoltulu-%) smoke-7b-cpu test test-slow torture lint format clean
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
@@ -17,6 +18,8 @@ help:
 	@echo "                        also $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
 	@echo "make pretrain-7b-24gb-deepspeed   the same with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
 	@echo "make pretrain-relora-7b-24gb   the same with ReLoRA; pretrain-relora-tiny is a small example"
+	@echo "make smoltulu-sft MODEL=folder   tune SmolLM2-1.7B on the chats of Tulu 3 or DATA=path, on an 8 GB card"
+	@echo "make smoltulu-dpo       then on its preferences; begins with runs/smoltulu-sft, or MODEL=folder"
 	@echo "make smoke-7b-cpu       two steps of a real LLaMA-7B without a GPU, and a third after resuming (12 GiB, 10 to 30 minutes)"
 	@echo "make test               run the tests"
 	@echo "make torture            attack runs in every known way, and see whether results stay exact (20 minutes)"
@@ -42,6 +45,15 @@ $(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
 $(RELORA:%=pretrain-relora-%): pretrain-relora-%: $(STAMP)
 	$(BIN)/lowres train configs/relora_$(subst -,_,$*).toml --run runs/relora-$* \
 		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/relora-$*/config.toml),--resume)
+
+# MODEL is needed at the first start only: a Hugging Face folder (hf download HuggingFaceTB/SmolLM2-1.7B --local-dir
+# FOLDER) or a run.
+smoltulu-dpo: MODEL ?= runs/smoltulu-sft
+
+$(TUNING:%=smoltulu-%): smoltulu-%: $(STAMP)
+	$(if $(MODEL)$(wildcard runs/smoltulu-$*/config.toml),,$(error MODEL: give the folder of a model, such as SmolLM2-1.7B; docs/tuning.md says how to get it))
+	$(BIN)/lowres train configs/smoltulu_$*.toml --run runs/smoltulu-$* $(if $(MODEL),--init-from $(MODEL)) \
+		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/smoltulu-$*/config.toml),--resume)
 
 # The real model and the real config, with batches that two cores can process.
 SMOKE := configs/llama_7b_12gb.toml --run runs/smoke-7b --set run.device=cpu --set data.source=stdlib \

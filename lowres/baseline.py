@@ -2,125 +2,147 @@
 trained tokens.
 
 It is computed once, by the engine of the run before its first step, so no second model is ever in memory. The
-record is sealed. It is kept in the folder of the run, and in data.cache under the hash of all that determines
-it, where another run on the same model and data finds it.
+record is sealed, and named by a key: the hash of all that determines it, weights and data. It is kept in the
+folder of the run, and in data.cache, where another run on the same model and data finds it. What is computed
+so far is there too, so that it goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from lowres import disk
-from lowres.data.chat.chat_data import ChatData, Packed
+from lowres import disk, ranks
+from lowres.config import Config
+from lowres.data.chat.chat_data import ChatData
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.evaluate import sums_of_examples
-from lowres.ranks import is_first
 from lowres.sealed import Damaged, Record, seal, unseal
-from lowres.storage import Unit
+from lowres.storage import ADAPTER, Unit, compute_dtype
 
 BASELINE = "baseline.json"
+# seconds between two writes of what is computed so far
+SAVE_EVERY = 60.0
 
 
 class _Record(Record):
-    """key: of the data. training, validation: fp64 numbers, little-endian, in base64."""
+    """key: see `key_of`. sums: fp64 numbers, little-endian, in base64."""
 
     key: str
-    training: str
-    validation: str
-    tokens: Annotated[int, Field(ge=1)]
+    sums: str
 
 
 class Baseline:
-    """training, validation: fp64 [examples], in the order of `ChatData`."""
+    """sums: fp64, of all training examples and then all validation examples, each in the order of `ChatData`.
+    key: see `key_of`."""
 
-    def __init__(self, training: Tensor, validation: Tensor) -> None:
-        self.training, self.validation = training, validation
-
-
-def read(path: Path, data: ChatData) -> Baseline | None:
-    """The record in a file, if it is as it was written and of these data."""
-    try:
-        found = unseal(disk.read_whole(path, limit=1 << 34), _Record)
-        made = Baseline(_decoded(found.training), _decoded(found.validation))
-    except (OSError, Damaged, ValueError):
-        return None
-    expected = [2 * data.epoch_examples, 2 * data.validation_examples]
-    if found.key != key_of(data) or [len(made.training), len(made.validation)] != expected:
-        return None
-    return made
+    def __init__(self, key: str, sums: Tensor, data: ChatData) -> None:
+        self.key, self.sums = key, sums
+        first = 2 * data.epoch_examples
+        self.training, self.validation = sums[:first], sums[first:]
 
 
-def write(path: Path, baseline: Baseline, data: ChatData) -> None:
-    """Raises DiskError."""
-    record = _Record(
-        key=key_of(data),
-        training=_encoded(baseline.training),
-        validation=_encoded(baseline.validation),
-        tokens=data.seq_len,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    disk.store(path, seal(record.model_dump()))
-
-
-def key_of(data: ChatData) -> str:
-    """Changes with the examples."""
-    return _hash([data.fingerprint.encode(), data.validation_fingerprint.encode(), b"%d" % data.seq_len])
-
-
-def in_cache(cache: Path, units: Iterable[Unit], data: ChatData) -> Path:
-    """Where data.cache has the record of these weights and data."""
-    weights = (
-        tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data
-        for unit in units
-        for _, tensor in sorted(unit.weight_tensors().items())
-    )
-    return cache / f"baseline-{_hash([key_of(data).encode(), *weights])}.json"
-
-
-def compute(engine: Engine, data: ChatData, sequences: int, progress: bool) -> Baseline:
-    """The sums under the present weights. sequences: pairs at one time. Raises UserError if one is not
-    finite."""
-    total = data.epoch_examples + data.validation_examples
-    silent = not (progress and is_first())
-    with tqdm(total=total, desc="baseline", unit=" pairs", disable=True if silent else None) as bar:
-
-        def of(pack: Callable[[Sequence[int]], Packed], count: int) -> Tensor:
-            found = torch.zeros(2 * count, dtype=torch.float64)
-            for first in range(0, count, sequences):
-                packed = pack(range(first, min(first + sequences, count)))
-                found[packed.examples] = sums_of_examples(engine, packed.windows, 2 * sequences)
-                bar.update(min(sequences, count - first))
-            return found
-
-        made = Baseline(
-            of(data.of_training, data.epoch_examples), of(data.of_validation, data.validation_examples)
-        )
-    if not (made.training.isfinite().all() and made.validation.isfinite().all()):
-        raise UserError("run.init_from: the model gives an answer no finite probability; give a sound one")
-    return made
-
-
-def _hash(parts: Iterable[bytes | memoryview]) -> str:
+def key_of(config: Config, device: torch.device, units: Iterable[Unit], data: ChatData) -> str:
+    """Changes with the weights, without adapters, and with the examples. The same weights are another model
+    with another base of the rotations, say, and give other numbers in another format."""
+    memory = config.memory
+    activations = str(compute_dtype(memory.activations_in, device))
+    numbers = [memory.compute == "int8", activations, memory.stash_dtype, memory.exact_forward]
+    arithmetic = json.dumps([config.model.model_dump(), numbers])
     digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
+    for text in (data.fingerprint, data.validation_fingerprint, str(data.seq_len), arithmetic):
+        digest.update(text.encode())
+    for unit in units:
+        for spec in unit.spec.tensors:
+            if spec.kind == ADAPTER:
+                continue
+            for _, tensor in sorted(unit.weights[spec.name].tensors().items()):
+                digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _encoded(numbers: Tensor) -> str:
-    return base64.b64encode(numbers.numpy().astype("<f8").tobytes()).decode()
+def in_cache(cache: Path, key: str) -> Path:
+    """Where data.cache has the record."""
+    return cache / f"baseline-{key}.json"
 
 
-def _decoded(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64))
+def read(path: Path, key: str, data: ChatData) -> Baseline | None:
+    """The record in a file, if it is as it was written, complete, and what the key says."""
+    sums = _read(path, key)
+    return Baseline(key, sums, data) if len(sums) == 2 * _pairs(data) else None
+
+
+def write(path: Path, baseline: Baseline) -> None:
+    """Raises DiskError."""
+    _write(path, baseline.key, baseline.sums)
+
+
+def compute(engine: Engine, data: ChatData, sequences: int, key: str, kept: Path, progress: bool) -> Baseline:
+    """The sums under the present weights, which have this key. sequences: pairs at one time. kept: a file for
+    what is computed so far; it goes on from there. Raises UserError if a sum is not finite."""
+    first, total = data.epoch_examples, _pairs(data)
+    known = _read(kept, key) if ranks.is_first() else torch.empty(0, dtype=torch.float64)
+    sums = torch.zeros(2 * total, dtype=torch.float64)
+    sums[: len(known)] = known
+    ranks.add(sums)
+    done = int(ranks.total(len(known) // 2)[0])
+    silent, saved = not (progress and ranks.is_first()), time.monotonic()
+    with tqdm(
+        total=total, initial=done, desc="baseline", unit=" pairs", disable=True if silent else None
+    ) as bar:
+        try:
+            while done < total:
+                training = done < first
+                start = 0 if training else first
+                end = min(done + sequences, first if training else total)
+                pack = data.of_training if training else data.of_validation
+                packed = pack(range(done - start, end - start))
+                found = sums_of_examples(engine, packed.windows, 2 * sequences)
+                if not found.isfinite().all():
+                    raise UserError(
+                        "run.init_from: the model gives an answer no finite probability; give a sound one"
+                    )
+                sums[2 * start + packed.examples] = found
+                bar.update(end - done)
+                done = end
+                if ranks.is_first() and time.monotonic() - saved > SAVE_EVERY:
+                    _write(kept, key, sums[: 2 * done])
+                    saved = time.monotonic()
+        except BaseException:
+            if ranks.is_first():
+                with suppress(disk.DiskError):
+                    _write(kept, key, sums[: 2 * done])
+            raise
+    return Baseline(key, sums, data)
+
+
+def _pairs(data: ChatData) -> int:
+    return data.epoch_examples + data.validation_examples
+
+
+def _read(path: Path, key: str) -> Tensor:
+    """The sums in a file, or none."""
+    try:
+        found = unseal(disk.read_whole(path, limit=1 << 34), _Record)
+        numbers = np.frombuffer(base64.b64decode(found.sums, validate=True), "<f8").astype(np.float64)
+    except (OSError, Damaged, ValueError):
+        return torch.empty(0, dtype=torch.float64)
+    return torch.from_numpy(numbers if found.key == key else numbers[:0])
+
+
+def _write(path: Path, key: str, sums: Tensor) -> None:
+    record = _Record(key=key, sums=base64.b64encode(sums.numpy().astype("<f8").tobytes()).decode())
+    with disk.named(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    disk.store(path, seal(record.model_dump()))

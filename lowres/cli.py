@@ -11,33 +11,26 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowres import __version__, checkpoint, disk, harness, memory, ranks, terminal
-from lowres.config import Config, DataConfig
+from lowres.config import Config
 from lowres.config_file import data_config, load_config, source_config, to_toml
 from lowres.conversation import Conversation
 from lowres.data import (
-    Tokenizer,
     inspect,
-    open_chat_windows,
-    open_data,
-    open_text,
     overlap,
     prepare,
     refuse_ends,
     source_as_asked,
     source_of,
-    with_tokenizer,
 )
 from lowres.data.chat import open_template
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
-from lowres.evaluate import evaluate
 from lowres.exchange import FORMATS, export, import_model, open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
@@ -46,6 +39,7 @@ from lowres.probe import probe
 from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import Sampling, sample
+from lowres.scoring import score_run
 from lowres.speed import bench, with_random_tokens
 from lowres.stopping import Left, loud
 from lowres.sweep import sweep
@@ -161,9 +155,18 @@ def _add_training(commands: Commands) -> None:
         metavar="section.key=value,value",
         help="an axis of the grid; give several for all combinations",
     )
-    sub.add_argument(
-        "--tokens", type=_positive, required=True, metavar="N", help="train each run on N tokens"
+    length = sub.add_mutually_exclusive_group(required=True)
+    length.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="train each run on N tokens; a chat or pair counts as data.seq_len of them",
     )
+    length.add_argument(
+        "--epochs", type=_positive_float, metavar="X", help="... or on X times the data, which are no stream"
+    )
+    _add_tasks(sub, "also score each run on tasks of lm-evaluation-harness (needs lm_eval)")
+    _add_init_from(sub)
     sub.add_argument(
         "--run", type=Path, metavar="DIR", help="folder of the runs (default: runs/sweep-<run.name>)"
     )
@@ -277,18 +280,11 @@ def _add_use(commands: Commands) -> None:
     )
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
 
-    sub = _command(commands, "eval", _eval, "Loss and perplexity per token, and bits per byte.")
+    sub = _command(commands, "eval", _eval, "Loss, perplexity, bits per byte; of pairs also accuracy.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--data", metavar="SOURCE", help="text to evaluate on (default: the validation data)")
+    sub.add_argument("--data", metavar="SOURCE", help="what to evaluate on (default: the validation data)")
     _add_data_set(sub)
-    sub.add_argument(
-        "--tasks",
-        type=_names,
-        metavar="NAME,NAME",
-        help="tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)",
-    )
-    sub.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more tasks, in YAML")
-    sub.add_argument("--limit", type=_positive, metavar="N", help="N questions of each task, at most")
+    _add_tasks(sub, "tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)")
     sub.add_argument(
         "--num-fewshot", type=_not_negative, metavar="K", help="show K examples before each question"
     )
@@ -349,6 +345,12 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     _add_init_from(sub)
 
 
+def _add_tasks(sub: argparse.ArgumentParser, about: str) -> None:
+    sub.add_argument("--tasks", type=_names, metavar="NAME,NAME", help=about)
+    sub.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with more tasks, in YAML")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="N questions of each task, at most")
+
+
 def _add_init_from(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--init-from",
@@ -375,6 +377,16 @@ def _not_negative(text: str) -> int:
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _not_negative_float(text: str) -> float:
@@ -424,7 +436,26 @@ def _launch(parsed: argparse.Namespace) -> int:
 
 
 def _sweep(parsed: argparse.Namespace) -> None:
-    sweep(parsed.config, parsed.grid, parsed.tokens, parsed.run, parsed.overrides)
+    if parsed.init_from:
+        parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
+    length = {"tokens": parsed.tokens} if parsed.tokens else {"epochs": parsed.epochs}
+    sweep(parsed.config, parsed.grid, length, parsed.run, parsed.overrides, _scoring(parsed))
+
+
+def _scoring(parsed: argparse.Namespace) -> list[str]:
+    """The arguments of `lowres eval` for the tasks of a sweep."""
+    if not parsed.tasks:
+        _refuse_without_tasks(parsed, "include_path", "limit")
+        return []
+    found = ["--tasks", ",".join(parsed.tasks)]
+    found += ["--include-path", str(parsed.include_path)] if parsed.include_path else []
+    return found + (["--limit", str(parsed.limit)] if parsed.limit else [])
+
+
+def _refuse_without_tasks(parsed: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        if getattr(parsed, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: says how to use tasks; give it with --tasks")
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -569,27 +600,23 @@ def _eval(parsed: argparse.Namespace) -> None:
     if parsed.tasks:
         _eval_tasks(parsed)
         return
-    for option in ("include_path", "limit", "num_fewshot"):
-        if getattr(parsed, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')}: says how to use tasks; give it with --tasks")
-    config, engine, tokenizer = open_run(parsed.run)
+    _refuse_without_tasks(parsed, "include_path", "limit", "num_fewshot")
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
-    if parsed.data:
-        windows = _windows_of(data_config(parsed.data, parsed.set), config, tokenizer)
-    else:
-        data = with_tokenizer(config.data, tokenizer.path, instead=True)
-        opened = open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
-        windows = opened.validation(0)
-    scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
-    if parsed.json:
-        print(json.dumps(scores))
-    else:
-        bits = scores.get("val_bits_per_byte")
-        print(
-            f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-            + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
-        )
+    asked = data_config(parsed.data, parsed.set) if parsed.data else None
+    scores = score_run(parsed.run, asked)
+    print(json.dumps(scores) if parsed.json else _scores_text(scores))
+
+
+def _scores_text(scores: dict[str, float]) -> str:
+    if "val_accuracy" in scores:
+        told = ("margin", "reward_chosen", "reward_rejected", "drift")
+        shown = (f"{name.replace('_', ' ')} {scores[f'val_{name}']:.4f}" for name in told)
+        return f"loss {scores['val_loss']:.4f}, accuracy {scores['val_accuracy']:.1%}, {', '.join(shown)}"
+    bits = scores.get("val_bits_per_byte")
+    return f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, " + (
+        "no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte"
+    )
 
 
 def _eval_tasks(parsed: argparse.Namespace) -> None:
@@ -605,16 +632,6 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
             f"last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())
-
-
-def _windows_of(asked: DataConfig, config: Config, tokenizer: Tokenizer) -> torch.Tensor:
-    """The windows of another source than that of a run."""
-    if config.objective.name != "pretrain":
-        return open_chat_windows(asked, config.data, config.objective, tokenizer)
-    source = source_of(asked)
-    if source.token_dtype is None:
-        source = replace(source, token_dtype=config.data.token_dtype)
-    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
 
 
 def _export(parsed: argparse.Namespace) -> None:

@@ -130,10 +130,9 @@ def as_begun(config: Config, saved: Config) -> Config:
     if saved.run.init_from is None:
         return config
     config = config.model_copy(update={"model": filled(config.model, saved.model)})
-    if config.data.tokenizer is not None:
-        return config
-    form = config.data.tokenizer_form or saved.data.tokenizer_form
-    return with_values(config, "data", tokenizer=saved.data.tokenizer, tokenizer_form=form)
+    given, begun = config.data, saved.data
+    tokenizer, form = given.tokenizer or begun.tokenizer, given.tokenizer_form or begun.tokenizer_form
+    return with_values(config, "data", tokenizer=tokenizer, tokenizer_form=form)
 
 
 def with_places(config: Config, saved: Config | None) -> Config:
@@ -298,12 +297,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _notes(config: Config, values: dict[str, Any]) -> list[str]:
-    notes = []
-    asked = config.schedule.warmup_steps
-    if asked is not None and asked > config.warmup_steps:
-        notes.append(
-            f"schedule.warmup_steps {asked} is more than a tenth of the run; reduced to {config.warmup_steps}"
-        )
+    notes = [] if config.train.epochs is not None else notes_on_length(config)
     rule = RULES[config.optim.name]
     used = {*rule.reads, *(key.name for key in rule.keys)}
     for key in ("betas", "eps", *KEYS):
@@ -330,16 +324,28 @@ def _notes(config: Config, values: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _notes_on_relora(config: Config) -> list[str]:
-    relora, steps, notes = config.relora, config.train.total_steps, []
-    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_width, config.model.ffn_dim)
-    if relora.start_step >= steps:
-        return [
+def notes_on_length(config: Config) -> list[str]:
+    """What the number of steps means to other keys. With train.epochs it is known when the data are open."""
+    relora, steps, asked, notes = config.relora, config.train.total_steps, config.schedule.warmup_steps, []
+    if asked is not None and asked > config.warmup_steps:
+        notes.append(
+            f"schedule.warmup_steps {asked} is more than a tenth of the run; reduced to {config.warmup_steps}"
+        )
+    if relora.enabled and relora.start_step >= steps:
+        notes.append(
             f"relora.start_step {relora.start_step} is not before the end of the run; "
             "the run trains without adapters"
-        ]
-    if relora.cycle_steps and not relora.merges_at(steps):
+        )
+    elif relora.enabled and relora.cycle_steps and not relora.merges_at(steps):
         notes.append(f"relora.cycle_steps {relora.cycle_steps}: the run ends before the first merge")
+    return notes
+
+
+def _notes_on_relora(config: Config) -> list[str]:
+    relora, notes = config.relora, list[str]()
+    narrowest = min(config.model.dim, config.model.kv_heads * config.model.head_width, config.model.ffn_dim)
+    if config.train.epochs is None and relora.start_step >= config.train.total_steps:
+        return []  # it has no adapters
     if relora.rank > narrowest:
         notes.append(
             f"relora.rank {relora.rank} is larger than the smaller side of some matrices; their rank is "

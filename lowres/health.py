@@ -8,7 +8,7 @@ window is in every checkpoint, so a resumed run judges as the straight one.
 A step is bad if it was skipped, if it has no gradient (less than a millionth of the median), or if after the
 warm-up its loss is ruined, compared with ln V, that of guessing evenly among V pieces: not below it in a run
 that has learnt something before; more than a nat above it, or just at it, in any run. After a bad step
-nothing is saved as good.
+nothing is saved as good. The loss of pairs has no such level.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class Verdict:
 class Watch:
     """Judges the steps of a run, one after the other. seen: what it remembers, for checkpoints."""
 
-    def __init__(self, config: HealthConfig, vocab: int, warmup: int, seen: Windows | None = None) -> None:
-        """vocab: pieces among which the model chooses. warmup: steps of it. seen: from a checkpoint."""
-        self._config, self._guess, self._warmup = config, math.log(vocab), warmup
+    def __init__(
+        self, config: HealthConfig, vocab: int | None, warmup: int, seen: Windows | None = None
+    ) -> None:
+        """vocab: pieces among which the model chooses; None for a loss that is not that of a choice. warmup:
+        steps of it. seen: from a checkpoint."""
+        self._guess = math.log(vocab) if vocab else math.inf
+        self._config, self._warmup = config, warmup
         self.doubtful = False  # whether a checkpoint of now would not be a good one
         self.go_back(seen or Windows())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def draw_loss(run: Path) -> Path | None:
         ms=3,
         label="validation",
     )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    unit = "" if any("margin" in r for r in steps) else " (nats per token)"  # of pairs it has none
+    axes.set(xlabel="tokens", ylabel=f"loss{unit}")
     axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -39,7 +41,8 @@ def draw_loss(run: Path) -> Path | None:
 
 def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, Any]]) -> list[Path] | None:
     """Plot the final validation loss of a sweep: loss.png over the grid, if the grid has only one or two
-    numeric axes, and lr_over_batch.png. Returns the files; None without matplotlib.
+    numeric axes, and lr_over_batch.png; and against the same ratio the scores of tasks, if there are some,
+    lr_over_batch_<task>.png. Returns the files; None without matplotlib.
 
     points: see lowres.sweep; points without a loss are left out.
     """
@@ -59,22 +62,39 @@ def draw_sweep(folder: Path, axes: dict[str, list[Any]], points: list[dict[str, 
         drawn.append(_saved(figure, folder / "loss.png"))
 
     # ---- against lr over batch: one curve for each combination of values, except of the first numeric axis
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for point in points:
-        others = [key for key in axes if key not in numeric[:1] and len(axes[key]) > 1]
-        label = ", ".join(f"{key} = {point['values'][key]}" for key in others)
-        curves.setdefault(label, []).append((point["lr_over_batch"], point["val_loss"]))
+    others = [key for key in axes if key not in numeric[:1] and len(axes[key]) > 1]
     figure = Figure(figsize=(7, 5), layout="constrained")
     plot = figure.subplots()
+    _against_ratio(plot, folder.name, others, [(point, point["val_loss"]) for point in points])
+    _loss_axis(plot, [point["val_loss"] for point in points])
+    drawn.append(_saved(figure, folder / "lr_over_batch.png"))
+    scores = dict.fromkeys((t, next(iter(of))) for p in points for t, of in p.get("tasks", {}).items() if of)
+    for task, metric in scores:
+        scored = [(p, p["tasks"][task][metric]) for p in points if metric in p.get("tasks", {}).get(task, {})]
+        figure = Figure(figsize=(7, 5), layout="constrained")
+        plot = figure.subplots()
+        _against_ratio(plot, folder.name, others, scored)
+        plot.set_ylabel(f"{task}: {metric}", parse_math=False)
+        plot.grid(alpha=0.3, which="both")
+        name = re.sub(r"[^\w.+-]+", "-", task)
+        drawn.append(_saved(figure, folder / f"lr_over_batch_{name}.png"))
+    return drawn
+
+
+def _against_ratio(
+    plot: Any, title: str, others: list[str], scored: list[tuple[dict[str, Any], float]]
+) -> None:
+    """A curve of scores for each combination of the values of the axes `others`."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for point, score in scored:
+        label = ", ".join(f"{key} = {point['values'][key]}" for key in others)
+        curves.setdefault(label, []).append((point["lr_over_batch"], score))
     for label, pairs in curves.items():
         plot.plot(*zip(*sorted(pairs), strict=True), marker="o", ms=4, lw=1, label=label)
     plot.set(xscale="log", xlabel="learning rate / batch in sequences")
-    plot.set_title(folder.name, parse_math=False)
-    _loss_axis(plot, [point["val_loss"] for point in points])
+    plot.set_title(title, parse_math=False)
     if any(curves):
         plot.legend(fontsize="small")
-    drawn.append(_saved(figure, folder / "lr_over_batch.png"))
-    return drawn
 
 
 def _saved(figure: Any, target: Path) -> Path:

@@ -190,6 +190,7 @@ class Run:
             val_loss=val_loss,
             best=self.best,
             run=self.identity,
+            baseline=None if self.baseline is None else self.baseline.key,
             metrics=self.log.digest if self.log.last == step else None,
             pending=self.log.pending,
         )

@@ -103,11 +103,16 @@ def open_run(
     rooms, adapted = Rooms(pick_device(config)), config.relora.stored_at(state.step)
     plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
     units = make_units(config, plan, rooms, adapted)
-    for name, unit in units.items():
-        checkpoint.load_unit(found, name, unit.weight_tensors(), all_used=False)
     tokenizer = open_tokenizer(tokenizer_of(folder, found), form="own")
-    starts = starts_of(config, tokenizer)
-    return config, engine_of(config, units, None, plan, rooms, starts), tokenizer
+    engine = engine_of(config, units, None, plan, rooms, starts_of(config, tokenizer))
+    load_weights(engine, found)
+    return config, engine, tokenizer
+
+
+def load_weights(engine: Engine, found: Path) -> None:
+    """Read the weights of a checkpoint into place, and nothing else of it."""
+    for unit in engine.units(write=True):
+        checkpoint.load_unit(found, unit.spec.name, unit.weight_tensors(), all_used=False)
 
 
 def _for_use(config: Config) -> Config:

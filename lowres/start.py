@@ -24,6 +24,7 @@ from lowres.checkpoint import Kept, State
 from lowres.config import Config, DataConfig
 from lowres.config_file import (
     as_begun,
+    notes_on_length,
     rates_of,
     to_toml,
     with_places,
@@ -42,7 +43,7 @@ from lowres.data import (
 )
 from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
-from lowres.engine import zero
+from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
@@ -96,13 +97,17 @@ class Start:
 
 def is_finished(config: Config, folder: Path) -> bool:
     """Whether the run in a folder has reached the end that the config gives, and its last checkpoint is as it
-    was written."""
+    was written. The end of epochs is not known before the data are open."""
+    if config.train.epochs is not None:
+        return False
     try:
         summary = json.loads(disk.read_whole(folder / SUMMARY))
         # in tokens if the config gives tokens, because the batch may have changed during the run
         if config.train.tokens is not None:
             left = config.train.tokens - summary["tokens"]
             reached = -config.train.batch_tokens < left <= 0
+        elif config.train.epochs is not None:
+            return False  # how long one is, only the data tell
         else:
             reached = summary["step"] == config.train.total_steps
         return bool(reached) and not checkpoint.verify(
@@ -148,11 +153,18 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
             "--run DIR"
         )
     config = with_places(config, saved)
+    if has_reference(config.objective) and config.run.init_from is None:
+        raise UserError(
+            "run.init_from: preferences are compared with the model that a run begins with, and new weights "
+            "have none; give one that can answer with --init-from MODEL"
+        )
     # refuse what cannot fit before anything is read or written
-    _check_room(config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY), device, folder)
+    _check_room(_least(config), device, folder)
     opened = _with_own_tokenizer(config, asked is None, found, folder if state else None)
     data = _open_data(opened)
+    epochs = config.train.epochs
     config = with_epochs(config.with_vocab(config.model.vocab_size or data.vocab_size), data)
+    of_length = [] if epochs is None else notes_on_length(config)
 
     if saved is None:
         started_with, offset = rates_of(config), 0
@@ -166,7 +178,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         notes += _on_the_mixture(config, data, state)
     elif isinstance(data, ChatData):
         notes += _on_the_chats(config, data)
-    notes += use_kernels(config, device)
+    notes += of_length + use_kernels(config, device)
     plans = _check_room(config, device, folder)
     if origin is not None:
         notes += _on_the_origin(origin, config.data, data)
@@ -194,6 +206,13 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         origin=origin,
         lines=lines,
     )
+
+
+def _least(config: Config) -> Config:
+    """The config with the smallest vocabulary and the fewest steps that the data can make of it."""
+    if config.train.epochs is not None:
+        config = with_values(config, "train", epochs=None, steps=1)
+    return config.with_vocab(config.model.vocab_size or LEAST_VOCABULARY)
 
 
 def with_epochs(config: Config, data: Data) -> Config:
@@ -414,7 +433,7 @@ def _build(start: Start, log: Events) -> Run:
     config, data, state, train = start.config, start.data, start.state, start.config.train
     same_text = state is not None and state.validation in (None, data.validation_fingerprint)
     best = state.best if state and same_text else None
-    seen = state.watch if state else None
+    seen, of_pairs = state.watch if state else None, config.objective.name == "dpo"
     if seen is not None and start.changed:  # a new chance
         seen = seen.model_copy(update={"bad": 0, "spikes": 0})
     run = Run(
@@ -429,7 +448,7 @@ def _build(start: Start, log: Events) -> Run:
         passed=list(state.passed) if state else [],
         best=best,
         micro_batch=state.micro_batch if state else None,
-        watch=Watch(config.health, config.model.vocab, config.warmup_steps, seen),
+        watch=Watch(config.health, None if of_pairs else config.model.vocab, config.warmup_steps, seen),
         events=log,
         identity=start.identity,
         kept=Kept(
@@ -442,14 +461,14 @@ def _build(start: Start, log: Events) -> Run:
         ),
     )
     run.build(start.device, config.relora.stored_at(start.step))
-    lacks_baseline = False
-    if isinstance(data, ChatData) and has_reference(config.objective):
-        run.baseline = baseline.read(start.folder / BASELINE, data)
-        lacks_baseline = run.baseline is None
-    if start.found is None or lacks_baseline:
-        _begin_weights(run, start)
-    if lacks_baseline:
-        run.baseline = _make_baseline(run)
+    key = state.baseline if state else None
+    if key is not None and isinstance(data, ChatData):
+        run.baseline = baseline.read(start.folder / BASELINE, key, data)
+    needs_baseline = has_reference(config.objective) and run.baseline is None
+    if start.found is None or needs_baseline:
+        begin_weights(run.parts.engine, config, start.device, start.origin)
+    if needs_baseline:
+        run.baseline = _baseline_of(run, state)
     if start.found is not None:
         run.load(start.found)
         say(f"continuing {start.folder} at step {start.step}")
@@ -458,10 +477,12 @@ def _build(start: Start, log: Events) -> Run:
     return run
 
 
-def _begin_weights(run: Run, start: Start) -> None:
-    """Give the engine the weights with which the run begins, or began."""
-    config, engine, origin = run.config, run.parts.engine, start.origin
-    initialize(engine.units(write=True), config.run.seed, start.device)
+def begin_weights(
+    engine: Engine, config: Config, device: torch.device, origin: StoredModel | None = None
+) -> None:
+    """Give the engine the weights with which a run begins, or began. origin: config.run.init_from, if it is
+    open. Raises UserError."""
+    initialize(engine.units(write=True), config.run.seed, device)
     if origin is None and config.run.init_from is not None:
         origin = open_model(config.run.init_from)
     if origin is not None:
@@ -469,17 +490,31 @@ def _begin_weights(run: Run, start: Start) -> None:
         say(f"weights from {origin.path}")
 
 
-def _make_baseline(run: Run) -> baseline.Baseline:
-    """The baseline of the present weights: from data.cache, or computed."""
+def _baseline_of(run: Run, state: State | None) -> baseline.Baseline:
+    """The baseline of the present weights: of the run, from data.cache, or computed. state: of a resumed run
+    that has lost its baseline. Raises UserError if these are not the weights with which it began."""
     config, data, engine = run.config, run.data, run.parts.engine
     assert isinstance(data, ChatData)
-    cached = baseline.in_cache(Path(config.data.cache).expanduser(), engine.units(), data)
-    found = baseline.read(cached, data)
-    if found is None:
-        found = baseline.compute(engine, data, config.batch_sequences, config.log.progress)
+    key = baseline.key_of(config, run.parts.rooms.device, engine.units(), data)
+    if state is not None and state.baseline not in (None, key):
+        raise UserError(
+            f"{run.folder / BASELINE}: is damaged or missing, and {config.run.init_from} is no longer the "
+            "model that the run began with; put a copy of one of them back"
+        )
+    own, cached = run.folder / BASELINE, baseline.in_cache(Path(config.data.cache).expanduser(), key)
+    # all ranks compute it, or none
+    known = [baseline.read(path, key, data) for path in (own, cached)] if ranks.is_first() else []
+    found = next((one for one in known if one is not None), None)
+    if not ranks.total(found is not None)[0]:
+        found = baseline.compute(engine, data, config.batch_sequences, key, cached, config.log.progress)
     if ranks.is_first():
-        for path in (cached, run.folder / BASELINE):
-            baseline.write(path, found, data)
+        assert found is not None
+        baseline.write(own, found)
+        baseline.write(cached, found)
+    ranks.wait()
+    if found is None:
+        found = baseline.read(own, key, data)
+    assert found is not None
     return found
 
 

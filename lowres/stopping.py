@@ -75,10 +75,11 @@ class Stopper:
         self.asked = signal.Signals(number).name
         ranks.say(f"{self.asked}: finishing this step, then saving; a second signal leaves at once")
 
-    def run(self, command: list[str], log: BinaryIO) -> int:
+    def run(self, command: list[str], log: BinaryIO, output: BinaryIO | None = None) -> int:
         """Run a child process, and pass requests on to it; returns its exit code. It has a session of its
-        own, so that it hears a Ctrl-C once, from here."""
-        self._child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        own, so that it hears a Ctrl-C once, from here. output: takes its stdout, if that is not for the
+        log."""
+        self._child = subprocess.Popen(command, stdout=output or log, stderr=log, start_new_session=True)
         try:
             return self._child.wait()
         finally:

@@ -1,7 +1,8 @@
-"""A grid of runs with equal numbers of tokens: one folder per run, a table, sweep.json and two plots.
+"""A grid of runs of equal length: one folder per run, a table, sweep.json and plots.
 
 Each point is trained by `lowres train` in a separate process, so that a failure or lack of memory does not
-end the other points. Finished points are skipped, interrupted points are resumed.
+end the other points. Finished points are skipped, interrupted points are resumed. `lowres eval` gives the
+scores of tasks, if some are asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from lowres.errors import CheckFailed, UserError
 from lowres.report import draw_sweep
 from lowres.stopping import Stopper
 
-SWEEP, LOG = "sweep.json", "train.log"
+SWEEP, LOG, TASKS = "sweep.json", "train.log", "tasks.json"
 # keys that may change when a run is resumed, but not if its loss is compared with other runs
 COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps", "data.mixture")
 
@@ -47,8 +49,8 @@ def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
             raise UserError(f"--grid {grid}: write it as section.key=value,value")
         if key in axes:
             raise UserError(f"--grid {grid}: {key} is given twice; give all its values in one --grid")
-        if key in ("train.steps", "train.tokens"):
-            raise UserError(f"--grid {grid}: every point trains for --tokens; leave {key} out")
+        if key in ("train.steps", "train.tokens", "train.epochs"):
+            raise UserError(f"--grid {grid}: every point trains for --tokens or --epochs; leave {key} out")
         values = toml_value(f"[{text}]")  # so that a value may be a list
         if not isinstance(values, list):
             values = [toml_value(part) for part in text.split(",")]
@@ -58,21 +60,30 @@ def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
     return axes
 
 
-def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overrides: list[str]) -> None:
+def sweep(
+    path: Path,
+    grids: list[str],
+    length: dict[str, int | float],
+    folder: Path | None,
+    overrides: list[str],
+    scoring: list[str],
+) -> None:
     """Train the config at every point of the grid for the same number of tokens, and compare.
 
-    Raises UserError before any training if a point is not a valid config, and CheckFailed at the end if a
-    point failed.
+    length: {"tokens": number} or {"epochs": number}. scoring: arguments of `lowres eval` with tasks; empty
+    for none. Raises UserError before any training if a point is not a valid config, and CheckFailed at the
+    end if a point failed.
     """
     axes = parse_grid(grids)
     folder = folder or Path("runs") / f"sweep-{load_config(path, overrides)[0].run.name}"
-    points = [_Point(path, values, tokens, folder, overrides, axes) for values in _product(axes)]
+    points = [_Point(path, values, length, folder, overrides, axes) for values in _product(axes)]
     names = [point.folder.name for point in points]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--grid: {names.count(name)} points are called {name}; leave one of them out")
     for point in points:
-        point.check(tokens)
+        point.check(length)
+    _require_length(folder, length)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,16 +92,24 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
             f"--run {folder}: cannot be created ({error.strerror}); choose another folder"
         ) from None
     records: list[dict[str, Any]] = []
+
+    def store(points: list[dict[str, Any]]) -> None:
+        found = {"config": str(path), "set": overrides, **length, "grid": axes, "points": points}
+        disk.store(folder / SWEEP, json.dumps(found, indent=1).encode())
+
+    if not (folder / SWEEP).exists():
+        store([])
     with Stopper() as stopper:
         for number, point in enumerate(points, 1):
             ranks.say(f"{number} of {len(points)}: {point.folder}")
             record = point.train(points[0].chosen(), stopper)
+            if scoring and record["error"] is None and not stopper.asked:
+                point.score(record, scoring, stopper)
             if stopper.asked:
                 ranks.say(f"stopped by {stopper.asked}; to go on, repeat the command")
                 return
             records.append(record)
-            found = {"config": str(path), "set": overrides, "tokens": tokens, "grid": axes, "points": records}
-            disk.store(folder / SWEEP, json.dumps(found, indent=1).encode())
+            store(records)
 
     print(table(axes, records))
     pictures = draw_sweep(folder, axes, records)
@@ -105,6 +124,20 @@ def sweep(path: Path, grids: list[str], tokens: int, folder: Path | None, overri
         )
 
 
+def _require_length(folder: Path, length: dict[str, int | float]) -> None:
+    """Raise UserError if the points that are there were trained for another length."""
+    try:
+        before = json.loads(disk.read_whole(folder / SWEEP))
+        known = {key: before[key] for key in ("tokens", "epochs") if key in before}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return
+    if known and known != length:
+        (key,) = length
+        raise UserError(
+            f"--{key}: {folder} was started with another length; set it back or use another --run DIR"
+        )
+
+
 def _product(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -116,24 +149,27 @@ class _Point:
         self,
         path: Path,
         values: dict[str, Any],
-        tokens: int,
+        length: dict[str, int | float],
         folder: Path,
         overrides: list[str],
         axes: dict[str, list[Any]],
     ) -> None:
         self.values = values
         own = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-        self.path, self.overrides = path, [*overrides, *own, f"train.tokens={tokens}"]
+        self.path, self.overrides = (
+            path,
+            [*overrides, *own, *(f"train.{key}={value}" for key, value in length.items())],
+        )
         self.config: Config
         self.config, self.notes = load_config(path, self.overrides)
         short = _short(axes)
         named = "_".join(f"{short[key]}-{_text(value)}" for key, value in values.items())
         self.folder = folder / re.sub(r"[^\w.+-]+", "-", named)
 
-    def check(self, tokens: int) -> None:
+    def check(self, length: dict[str, int | float]) -> None:
         """Raise UserError if the point cannot be compared with others."""
-        batch = self.config.train.batch_tokens
-        if tokens < batch:
+        batch, tokens = self.config.train.batch_tokens, length.get("tokens")
+        if tokens is not None and tokens < batch:
             raise UserError(
                 f"--tokens: {tokens} is less than one step of {batch} tokens (train.batch_tokens)"
             )
@@ -148,6 +184,8 @@ class _Point:
         differs = changed_keys(saved, config) + adjusted_keys(saved, config)
         for key in COMPARED:
             section, name = key.split(".")
+            if key == "train.tokens" and tokens is None:  # see _require_length
+                continue
             if getattr(getattr(saved, section), name) != getattr(getattr(config, section), name):
                 differs.append(key)
         if differs:
@@ -204,17 +242,40 @@ class _Point:
             "batch_tokens": config.train.batch_tokens,
             "batch_sequences": config.batch_sequences,
             "lr_over_batch": config.optim.lr_over_batch,
-            "steps": config.train.total_steps,
-            **dict.fromkeys(("tokens", "val_loss", "val_ppl", "tokens_per_s")),
+            **dict.fromkeys(("steps", "tokens", "val_loss", "val_ppl", "tokens_per_s")),
             "error": error,
         }
         if error is None and summary is not None:
             speeds = [r["tokens_per_s"] for r in metrics.read(self.folder / "metrics.jsonl") if "loss" in r]
-            record |= {key: summary[key] for key in ("tokens", "val_loss", "val_ppl")}
+            told = ("tokens", "val_loss", "val_ppl", "val_accuracy", "val_margin")
+            record |= {key: summary[key] for key in told if key in summary} | {"steps": summary["step"]}
             record["tokens_per_s"] = statistics.median(speeds)
         else:
             ranks.say(f"failed: {error}")
         return record
+
+    def score(self, record: dict[str, Any], scoring: list[str], stopper: Stopper) -> None:
+        """Add the scores of tasks to the record of a trained point: those in its folder, if they are the ones
+        that are asked for."""
+        asked = {"asked": scoring, "tokens": record["tokens"]}
+        try:
+            found = json.loads(disk.read_whole(self.folder / TASKS))
+            fits = {key: found[key] for key in asked} == asked
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            fits = False
+        if not fits:
+            command = [sys.executable, "-m", "lowres", "eval", str(self.folder), *scoring, "--json"]
+            with tempfile.TemporaryFile() as output, (self.folder / LOG).open("ab") as log:
+                code = stopper.run(command, log, output)
+                output.seek(0)
+                said = output.read()
+            if code:
+                record["error"] = self._error(code)
+                ranks.say(f"failed: {record['error']}")
+                return
+            found = asked | {"results": json.loads(said)["results"]}
+            disk.store(self.folder / TASKS, json.dumps(found, indent=1).encode())
+        record["tasks"] = {task: _scores(values) for task, values in found["results"].items()}
 
     def _error(self, code: int) -> str:
         """The line that says why a process ended: the last from lowres, otherwise the last of its output."""
@@ -225,6 +286,14 @@ class _Point:
         ]
         ours = [line.removeprefix("lowres: ") for line in lines if line.startswith("lowres: ")]
         return (ours or lines or [f"exit code {code}"])[-1].strip()
+
+
+def _scores(values: dict[str, Any]) -> dict[str, float]:
+    """The scores of a task from what lm_eval says of it, the main one first; without standard errors."""
+    kept = {
+        key: value for key, value in values.items() if "_stderr" not in key and isinstance(value, int | float)
+    }
+    return {key.removesuffix(",none"): value for key, value in kept.items() if "," in key}
 
 
 def _short(axes: dict[str, list[Any]]) -> dict[str, str]:
@@ -240,11 +309,18 @@ def _text(value: Any) -> str:
 def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     """A table of the points in the order of the grid, with the best one marked."""
     short = _short(axes)
-    head = [*short.values(), "lr", "batch", "lr/batch", "val loss", "perplexity", "tokens/s", ""]
+    pairs = any("val_accuracy" in record for record in records)
+    score, form = ("val_accuracy", ".1%") if pairs else ("val_ppl", ".2f")
+    tasks = dict.fromkeys(
+        (t, m) for r in records for t, found in r.get("tasks", {}).items() for m in [*found][:1]
+    )
+    head = [*short.values(), "lr", "batch", "lr/batch", "val loss", "accuracy" if pairs else "perplexity"]
+    head += [*(f"{task} {metric}" for task, metric in tasks), "tokens/s", ""]
     losses = [record["val_loss"] for record in records if record["val_loss"] is not None]
     rows = [head]
     for record in records:
-        loss, ppl, speed = record["val_loss"], record["val_ppl"], record["tokens_per_s"]
+        loss, second, speed = record["val_loss"], record.get(score), record["tokens_per_s"]
+        of_tasks = [record.get("tasks", {}).get(task, {}).get(metric) for task, metric in tasks]
         remark = "diverged" if loss is None else "best" if loss == min(losses) else ""
         rows.append(
             [
@@ -253,7 +329,8 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
                 f"{record['batch_sequences']}",
                 f"{record['lr_over_batch']:.3g}",
                 "-" if loss is None else f"{loss:.4f}",
-                "-" if ppl is None else f"{ppl:.2f}",
+                "-" if second is None else format(second, form),
+                *("-" if value is None else f"{value:.4f}" for value in of_tasks),
                 "-" if speed is None else f"{speed:,.0f}",
                 remark if record["error"] is None else f"failed: {record['error']}",
             ]

@@ -53,7 +53,8 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         return
     began = time.monotonic()
     profile = RunProfile(profiled if ranks.is_first() else 0, folder)
-    profile.require(config.train.total_steps)
+    if config.train.epochs is None:  # their steps are not known yet
+        profile.require(config.train.total_steps)
     require_folder(folder)
     with ExitStack() as stack:
         if ranks.is_first() and (note := stack.enter_context(lock.held(folder)).note):
@@ -237,11 +238,12 @@ class _Loop:
             self.roll_back(verdict.spike)
 
     def why_dead(self, verdict: Verdict, report: StepReport) -> str:
-        guess = math.log(self.run.config.model.vocab)
+        guess = f" (guessing evenly is {math.log(self.run.config.model.vocab):.3f})"
+        level = "" if self.run.is_of_pairs else guess
         return (
             f"training: the run is dead: {self.run.watch.seen.bad} bad steps in a row (health.patience is "
-            f"{self.run.config.health.patience}); step {self.step}: {verdict.bad}; loss {report.loss:.3f} "
-            f"(guessing evenly is {guess:.3f}), gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
+            f"{self.run.config.health.patience}); step {self.step}: {verdict.bad}; loss {report.loss:.3f}"
+            f"{level}, gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
         )
 
     def roll_back(self, spike: str) -> None:

@@ -120,12 +120,14 @@ progress = false
 def points_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The points of a sweep are trained in this process, which saves the seconds to import torch for each."""
 
-    def run(self: Stopper, command: list[str], log: BinaryIO) -> int:
+    def run(self: Stopper, command: list[str], log: BinaryIO, output: BinaryIO | None = None) -> int:
         assert command[:3] == [sys.executable, "-m", "lowres"]
         text = io.TextIOWrapper(log, "utf-8", write_through=True)
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        said = io.TextIOWrapper(output, "utf-8", write_through=True) if output else text
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(text):
             code = main(command[3:])
-        text.detach()
+        for one in {text, said}:
+            one.detach()
         return code
 
     monkeypatch.setattr(Stopper, "run", run)

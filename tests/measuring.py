@@ -29,7 +29,8 @@ def build(config: Config, plan: Plan, rooms: Rooms, adapted: bool) -> tuple[Unit
 
 def held(units: Units, homes: Homes, rooms: Rooms) -> Bytes:
     """Bytes in slabs by component and room."""
-    found = {k: size for k, size in rooms.held().items() if k[0] not in ("weights", "optimizer state")}
+    others = ("weights", "optimizer state")
+    found = {k: size for k, size in rooms.held().items() if size and k[0] not in others}
     for unit in units.values():
         for part, home in (("weights", homes.weights), ("state", homes.state)):
             room = HOST if unit.spec.name in home else GPU

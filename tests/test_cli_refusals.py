@@ -41,8 +41,8 @@ BAD_CONFIGS = {
     "no rank": ("optim.rank=0", "optim.rank: Input should be greater than or equal to 1"),
     "no projection": ("optim.projection=gauss", "optim.projection: Input should be 'random' or 'svd'"),
     "unknown schedule": (
-        "schedule.name=linear",
-        "schedule.name: Input should be 'cosine', 'sawtooth', 'wsd' or",
+        "schedule.name=triangle",
+        "schedule.name: Input should be 'cosine', 'linear', 'sawtooth', 'wsd' or",
     ),
     "a high floor": ("schedule.min_ratio=2", "schedule.min_ratio: Input should be less than or equal to 1"),
     "negative warm-up": ("schedule.warmup_steps=-1", "schedule.warmup_steps: Input should be greater than"),

@@ -15,6 +15,9 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -64,6 +67,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
     "qwen3 with biases": {"qk_norm": True, "qkv_bias": True},
 }
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 TOKENS = torch.arange(2 * 100).view(2, 100) % 300
 
 
@@ -366,15 +373,53 @@ def test_the_card_names_what_is_on_the_hub(tmp_path: Path) -> None:
     assert all(str(tmp_path).encode() not in content for content in everything(tmp_path / "out").values())
 
 
-def test_a_tokenizer_that_transformers_would_replace_is_noted(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, shape in (("llama", {}), ("qwen2", {"qkv_bias": True})):
-        run, _ = run_of(tmp_path / name, shape)
-        shutil.copy(trained / "tokenizer.model", run)
-        capsys.readouterr()
-        export(run, tmp_path / f"{name}-out")
-        assert ("PreTrainedTokenizerFast.from_pretrained" in capsys.readouterr().err) == (name == "qwen2")
+def test_transformers_takes_the_tokenizer_as_it_is(trained: Path, tmp_path: Path) -> None:
+    """It replaces the steps of a tokenizer beside a qwen2, so only a model with such steps becomes one."""
+    text = "  12 o\u0308 don't  x\n\n y"
+    normaliser = normalizers.NFC()
+    for name, before, pattern, family in (
+        ("as of qwen2", normaliser, QWEN2, "qwen2"),
+        ("without a normaliser", None, QWEN2, "llama"),
+        ("other digits", normaliser, QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"), "llama"),
+        ("sentencepiece", None, None, "llama"),
+    ):
+        run, _ = run_of(tmp_path / name, {"qkv_bias": True, "vocab_size": 400})
+        if pattern is None:
+            shutil.copy(trained / "tokenizer.model", run)
+        else:
+            library = Tokenizer(BPE())
+            library.normalizer = before
+            split, on_bytes = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel
+            library.pre_tokenizer = pre_tokenizers.Sequence([split, on_bytes(False, use_regex=False)])
+            library.decoder = decoders.ByteLevel()
+            words = BpeTrainer(
+                vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=on_bytes.alphabet()
+            )
+            library.train_from_iterator([text * 9], words)
+            library.save(str(run / "tokenizer.json"))
+        out = tmp_path / f"{name}-out"
+        export(run, out)
+        theirs, ours = AutoTokenizer.from_pretrained(out), open_model(run).tokenizer
+        assert ours is not None
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ids == open_tokenizer(ours, form="own").encode(text), name
+        assert json.loads((out / "config.json").read_text())["model_type"] == family, name
+        assert not any(AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)[1].values()), name
+        before_it, after = read_again(run), read_again(out)
+        assert all(torch.equal(after[key], value) for key, value in before_it.items())
+        assert open_model(out).model.qkv_bias
+
+
+def test_two_exports_to_one_place_do_not_meet(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with target.whole(out, 1) as place:
+        place.mkdir()
+        (place / "file").write_text("first")
+        with pytest.raises(UserError, match="out is being written by"), target.whole(out, 1):
+            pass
+        assert (place / "file").read_text() == "first"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "file").read_text() == "first"
 
 
 def test_a_run_on_token_ids_has_no_tokenizer_to_export(
@@ -405,12 +450,13 @@ def test_what_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (there / "empty").mkdir()
     monkeypatch.chdir(there / "empty")
     assert "exists already" in refused(trained, ".")
-    assert "a file is in the place of a folder" in refused(trained, there / "file" / "out")
+    assert "file: this is not a folder" in refused(trained, there / "file" / "out")
     assert "exists already" in refused(trained, there) and (there / "file").read_text() == "kept"
     assert "no such folder" in refused(tmp_path / "nothing", out)
     assert "has none of this step, but 6, 12" in refused(trained, out, "--checkpoint", 7)
     assert "hf does not have it; use one of" in refused(trained, out, "--dtype", "q8_0")
-    assert "write it as 5GB" in refused(trained, out, "--shard-size", "5 apples")
+    for size in ("5 apples", "9" * 400):
+        assert "write it as 5GB" in refused(trained, out, "--shard-size", size)
     assert "is one file; leave it out" in refused(trained, tmp_path / "a.gguf", "--shard-size", "5GB")
     monkeypatch.setattr(target, "free_bytes", lambda folder: 1 << 16)
     assert "GiB are needed" in refused(trained, out, code=3)

@@ -19,7 +19,7 @@ from lowres import rng, target
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.engine import LayerwiseEngine, layerwise, working
-from lowres.engine.common import Documents
+from lowres.engine.common import Documents, Grouping, one_example_each
 from lowres.errors import UserError
 from lowres.memory import ADAPTERS, GIB, Choice, Crew, Plan, choice, make_plan, make_plans, trace
 from lowres.memory.choice import _Planner
@@ -44,18 +44,21 @@ def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or 0)
     plan, rooms, adapted = make_plans(config, CUDA)[part], Rooms(CPU), part == ADAPTERS
     relora, length = config.relora, config.data.seq_len
-    count = min(MICRO_BATCHES, -(-config.batch_sequences // plan.micro_batch))
+    count = min(MICRO_BATCHES, -(-config.most_windows // plan.micro_batch))
     with without_memory("cuda", rooms, brief, config.memory.kernels != "plain") as live:
         units, engine = build(config, plan, rooms, adapted)
-        engine.reserve(config.batch_sequences, length, training=True)
+        assert isinstance(engine, LayerwiseEngine)
+        engine.reserve(config.most_windows, length, training=True)
         with rooms.allocate_in(HOST):
             batch = torch.zeros(count * plan.micro_batch, length, dtype=torch.int64)
+            grouping: Grouping | None = None
+            if engine.settings.objective:
+                grouping = one_example_each(batch)
         live.reset()
         step = relora.start_step + relora.cycle_steps - 1 if adapted else 0  # with adapters one that merges
-        assert isinstance(engine, LayerwiseEngine)
         # the plan assumes one document in each sequence
-        many: Documents = [(length - 9, 8, 1)] * len(batch) if config.data.document_mask else None
-        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=many)
+        many: Documents = [(length - 9, 8, 1)] * len(batch) if config.packed else None
+        engine.enqueue(batch, batch, 1, step, 1.0, rehearsal=False, documents=many, grouping=grouping)
         found = held(units, plan.choice.homes, rooms) | phases(live, rooms)
         left = live.current[GPU] - sum(size for (_, room), size in rooms.held().items() if room == GPU)
         found["projections", GPU] = left  # which are in no slab
@@ -88,7 +91,7 @@ def check(path: str, part: str, brief: bool, *overrides: str) -> None:
         assert abs(wanted[key] - size) <= 0.01 * size + allowance, (key, wanted[key], size)
 
 
-SLOW = ("llama_7b_12gb", "llama_7b_24gb", "llama_13b_24gb", "relora_7b_24gb")
+SLOW = ("llama_7b_12gb", "llama_7b_24gb", "llama_13b_24gb", "relora_7b_24gb", "smoltulu_sft")
 
 
 @pytest.mark.parametrize(

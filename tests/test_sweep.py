@@ -33,7 +33,11 @@ BAD = {
     "a hole": (["optim.lr=1,,2"], "2048", "--grid optim.lr=1,,2: a value is missing"),
     "twice": (["optim.lr=1", "optim.lr=2"], "2048", "optim.lr is given twice"),
     "same value": (["optim.lr=1,1"], "2048", "2 points are called lr-1"),
-    "length": (["train.steps=1,2"], "2048", "every point trains for --tokens; leave train.steps out"),
+    "length": (
+        ["train.steps=1,2"],
+        "2048",
+        "every point trains for --tokens or --epochs; leave train.steps out",
+    ),
     "unknown key": (["optim.lrr=1,2"], "2048", "optim.lrr: unknown key; did you mean lr?"),
     "bad value": (["optim.lr=0.1,-1"], "2048", "optim.lr: Input should be greater than 0"),
     "bad batch": (

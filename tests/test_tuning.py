@@ -4,12 +4,15 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from lowres import checkpoint, metrics
-from tests.helpers import lowres_here
+from lowres.baseline import key_of
+from lowres.data import ChatData
+from tests.helpers import CPU, lowres_here, make_config, make_units
 
 WORDS = ("red", "blue", "green", "small", "large", "old", "new", "cold", "warm", "dark")
 MODEL = {"dim": 48, "n_layers": 2, "n_heads": 2, "ffn_dim": 96}
@@ -123,3 +126,20 @@ def test_instructions_then_preferences(world: Path) -> None:
         (r["step"], r["loss"], r["margin"], r["reward_chosen"], r["drift"]) for r in records if "margin" in r
     ]
     assert again == steps
+
+
+def test_a_baseline_is_kept_for_one_model_and_arithmetic() -> None:
+    units = make_units(make_config().model).values()
+    data = cast(ChatData, SimpleNamespace(fingerprint="a", validation_fingerprint="b", seq_len=32))
+
+    def place(**changed: dict[str, Any]) -> str:
+        return key_of(make_config(**changed), CPU, units, data)
+
+    assert place(optim={"lr": 0.5}) == place()
+    others: list[dict[str, Any]] = [
+        {"model": {"rope_theta": 500.0}},
+        {"model": {"norm_eps": 1e-3}},
+        {"memory": {"compute": "bf16"}},
+        {"memory": {"stash_dtype": "int8"}},
+    ]
+    assert len({place(), *(place(**changed) for changed in others)}) == 1 + len(others)

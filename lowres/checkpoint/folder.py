@@ -123,8 +123,9 @@ class State(Record):
     and has neither data nor optimizer state. config: the resolved config of the run, sections of keys.
     mixture: None if there is one source. passed: batches that rollbacks left out.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
-    identity, which tells its checkpoints from others. metrics: digest of the records up to this step.
-    pending: records that they could not take.
+    identity, which tells its checkpoints from others. baseline: the key of the one that the run has, see
+    `lowres.baseline`. metrics: digest of the records up to this step. pending: records that they could not
+    take.
     """
 
     step: Count
@@ -140,6 +141,7 @@ class State(Record):
     val_loss: float | None = None
     best: Best | None = None
     run: str | None = None
+    baseline: str | None = None
     metrics: str | None = None
     pending: list[dict[str, int | float | None]] = Field(default_factory=list)
 

@@ -27,7 +27,7 @@ mixing      the data of a configuration: one source or a mixture
 from lowres.data.base import Data
 from lowres.data.batches import TokenData
 from lowres.data.chat.chat_data import ChatData
-from lowres.data.chat.opening import open_chat_windows
+from lowres.data.chat.opening import open_other_chats
 from lowres.data.inspection import inspect
 from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
 from lowres.data.mixture import MixedData, record_of_one
@@ -46,8 +46,8 @@ __all__ = [
     "cache_bytes",
     "find_tokenizer",
     "inspect",
-    "open_chat_windows",
     "open_data",
+    "open_other_chats",
     "open_text",
     "open_tokenizer",
     "overlap",

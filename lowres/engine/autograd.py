@@ -82,6 +82,7 @@ class AutogradEngine:
         assert self.optimizer is not None, "this engine was made without an optimizer"
         self._load()
         inputs, targets, count, documents = self._micro_batches(batch)
+        self.dropout.step = step  # the probabilities are of the masks that are differentiated
         weighed = weighed_batch(self, batch, pairs, self.settings.objective, self.settings.compute)
         grads = {
             name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
@@ -89,7 +90,7 @@ class AutogradEngine:
             if p.requires_grad
         }
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.dropout.step, self.dropout.first = step, 0
+        self.dropout.first = 0
         self.rooms.phase = "forward and backward"
         first, divisor = 0, count if weighed is None else 1
         for tokens, wanted, lengths in zip(inputs, targets, documents, strict=True):
@@ -165,10 +166,12 @@ class AutogradEngine:
     def log_probabilities(self, batch: Tensor) -> tuple[Tensor, Tensor]:
         self._load()
         inputs, targets, _, documents = self._micro_batches(batch)
-        found = [
-            self.model(self._here(i), self._here(t), self.settings.loss_chunk, lengths, each=True)
-            for i, t, lengths in zip(inputs, targets, documents, strict=True)
-        ]
+        found = []
+        self.dropout.first = 0
+        for tokens, wanted, lengths in zip(inputs, targets, documents, strict=True):
+            here = self._here(tokens), self._here(wanted)
+            found.append(self.model(*here, self.settings.loss_chunk, lengths, each=True))
+            self.dropout.first += len(tokens)
         each, likeliest = torch.cat(found, 1).cpu()
         return each, likeliest.bool()
 

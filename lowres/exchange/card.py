@@ -19,7 +19,7 @@ from lowres import __version__, disk, events, metrics
 from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
 from lowres.errors import UserError
-from lowres.exchange.describing import family_of
+from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
 from lowres.runs import CONFIG, METRICS
@@ -52,13 +52,13 @@ class Base(NamedTuple):
     known: bool
 
 
-def files(model: StoredModel, dtype: str) -> dict[str, bytes]:
-    """The model card, and the picture of its loss if there is one, by name."""
+def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
+    """The model card, and the picture of its loss if there is one, by name. family: that it is written as."""
     if not isinstance(model, TrainedModel) or not model.state.tokens:
         imported = model.config.run.init_from if isinstance(model, TrainedModel) else None
         origin = base_of(imported or str(model.path))
         about = f"Converted to {dtype} from {_code(origin.name)}; see there for data, training and licence."
-        return {README: _card(model, origin.name, origin, [], [about]).encode()}
+        return {README: _card(model, family, origin.name, origin, [], [about]).encode()}
     records = metrics.read(model.run / METRICS)
     until = [record for record in records if record["step"] <= model.state.step]
     config, found = model.config, {}
@@ -74,7 +74,8 @@ def files(model: StoredModel, dtype: str) -> dict[str, bytes]:
             found[PICTURE] = disk.read_whole(picture)
         sections.append(f"![loss]({PICTURE})")
     base = base_of(config.run.init_from) if config.run.init_from else None
-    text = _card(model, config.run.name, base, config.data.sources, [*sections, *_versions(model, dtype)])
+    sections += _versions(model, dtype)
+    text = _card(model, family, config.run.name, base, config.data.sources, sections)
     return {README: text.encode(), **found}
 
 
@@ -110,7 +111,12 @@ def base_of(path: str) -> Base:
 
 
 def _card(
-    model: StoredModel, name: str, base: Base | None, sources: Sequence[str], sections: Iterable[str]
+    model: StoredModel,
+    family: Family,
+    name: str,
+    base: Base | None,
+    sources: Sequence[str],
+    sections: Iterable[str],
 ) -> str:
     datasets = [hub_name(source).dataset for source in sources if is_stream(source)]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -123,7 +129,7 @@ def _card(
     lines.append("# license: (say how others may use this model, for example: apache-2.0)")
     shape = model.model
     head = (
-        f"{family_of(shape).architecture}, {count_parameters(shape) / 1e6:,.1f} M parameters: "
+        f"{family.architecture}, {count_parameters(shape) / 1e6:,.1f} M parameters: "
         f"{shape.n_layers} layers, {shape.dim} wide, {shape.n_heads} heads, {shape.vocab:,} tokens in the "
         "vocabulary."
     )

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from lowres.config import ModelConfig
-from lowres.exchange.families import FAMILIES, NAMES, ROPE_NAMES, Family
+from lowres.exchange.families import BIASED, FAMILIES, NAMES, ROPE_NAMES, Family
+from lowres.exchange.gguf_tokenizer import pre_tokenizer_of
 from lowres.model import INIT_STD
 
 
-def family_of(model: ModelConfig) -> Family:
-    """The family that can be this model."""
+def family_of(model: ModelConfig, tokenizer: bytes | None) -> Family:
+    """The family that can be this model. tokenizer: the tokenizer.json beside it, if there is one."""
     if model.qk_norm:
         return FAMILIES["qwen3"]
-    return FAMILIES["qwen2" if model.qkv_bias else "llama"]
+    # beside a qwen2, transformers 5 replaces the steps of every tokenizer.json by those of Qwen2's
+    fits = tokenizer is None or _is_as_of_qwen2(json.loads(tokenizer))
+    return FAMILIES["qwen2" if model.qkv_bias and fits else "llama"]
 
 
-def config_json(model: ModelConfig, more: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model, for transformers 4 and 5. more: what the model does not say."""
-    family = family_of(model)
+def _is_as_of_qwen2(tokenizer: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json differs from that of Qwen2 in nothing but tokens, merges, and what is put
+    around a text."""
+    model = tokenizer["model"]
+    plain = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
+    steps = [(tokenizer.get(key) or {}).get("type") for key in ("normalizer", "decoder")]
+    return (
+        model.get("type", "BPE") == "BPE"
+        and not any(model.get(key) for key in plain)
+        and steps == ["NFC", "ByteLevel"]
+        and pre_tokenizer_of(tokenizer) == "qwen2"
+    )
+
+
+def config_json(model: ModelConfig, family: Family, more: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model, for transformers 4 and 5. family: see `family_of`. more: what the model
+    does not say."""
     found = {name: getattr(model, key) for key, name in NAMES.items()}
     if model.max_positions is None:
         del found[NAMES["max_positions"]]
@@ -32,8 +50,8 @@ def config_json(model: ModelConfig, more: Mapping[str, Any]) -> dict[str, Any]:
         "initializer_range": INIT_STD,
         "use_cache": True,
     }
-    if family.model_type != "qwen2":
-        found["attention_bias"] = needs_zero_biases(model)
+    if BIASED in family.knows:
+        found[BIASED] = needs_zero_biases(model, family)
     if family.model_type == "llama":
         found["mlp_bias"] = False
     else:
@@ -46,9 +64,9 @@ def config_json(model: ModelConfig, more: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted((found | _rope_of(model) | dict(more)).items()))
 
 
-def needs_zero_biases(model: ModelConfig) -> bool:
-    """Whether the family of a model has `zero_biases`, which the model has not."""
-    return model.qkv_bias and model.qk_norm
+def needs_zero_biases(model: ModelConfig, family: Family) -> bool:
+    """Whether a model as one of this family has `zero_biases`, which it has not itself."""
+    return model.qkv_bias and BIASED in family.knows
 
 
 def _rope_of(model: ModelConfig) -> dict[str, Any]:

@@ -49,6 +49,6 @@ def bytes_of(size: str) -> int:
     """A size such as 5GB, 500MB or 2GiB. Raises UserError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", size.strip().upper())
     count = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
-    if count < 1:
+    if not 1 <= count < 2**63:
         raise UserError(f"--shard-size {size}: write it as 5GB, 500MB or 2GiB")
     return int(count)

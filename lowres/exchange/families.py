@@ -50,7 +50,7 @@ ROPE_NAMES = {
 _COMPUTED = ("rotary_emb.inv_freq",)
 _TIED = (HEAD_NAME,)
 # families that know this key give a bias to the output of attention too; only zeros are supported there
-_BIASED = "attention_bias"
+BIASED = "attention_bias"
 _MOST_BYTES = 1 << 24
 _SHOWN = 80  # characters of a value in a message
 
@@ -59,7 +59,7 @@ _SHOWN = 80  # characters of a value in a message
 class Family:
     """architecture: the class in transformers. ours: keys of ModelConfig that every model of the family has.
     defaults: what a config.json of the family means if it leaves a key out. knows: which of the features in
-    `_FAMILY_FEATURES`, and _BIASED, its class has; the others do nothing, whatever a file says of them."""
+    `_FAMILY_FEATURES`, and BIASED, its class has; the others do nothing, whatever a file says of them."""
 
     model_type: str
     architecture: str
@@ -174,7 +174,7 @@ def describe(folder: Path) -> Described:
         _refuse_unsupported(path, family, values, raw)
         rope, notes = _rope(path, values)
         own = {ours: value for ours, name in NAMES.items() if (value := getattr(values, name)) is not None}
-        biased = values.attention_bias and _BIASED in family.knows
+        biased = values.attention_bias and BIASED in family.knows
         if biased:
             own["qkv_bias"] = True  # and those of o are zero, see `zero_biases`
         model = ModelConfig.model_validate({**own, **family.ours, **rope})
@@ -296,7 +296,7 @@ def _refuse_unsupported(path: Path, family: Family, values: _ConfigJson, raw: Ma
             f"{path}: auto_map: a model with code of its own is not supported, as it may compute anything; "
             f"if it is a {family.architecture}, remove the key in a copy of the file"
         )
-    known = _FEATURES | {name: _FAMILY_FEATURES[name] for name in family.knows if name != _BIASED}
+    known = _FEATURES | {name: _FAMILY_FEATURES[name] for name in family.knows if name != BIASED}
     for name, feature in known.items():
         if feature.is_used(values):
             remedy = f"; {feature.remedy}" if feature.remedy else ""

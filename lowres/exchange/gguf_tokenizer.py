@@ -233,6 +233,13 @@ _PRE: tuple[tuple[str, list[Node], bool], ...] = (
 )
 
 
+def pre_tokenizer_of(description: Node) -> str | None:
+    """The name in llama.cpp of the pre-tokenizer of a BPE on bytes, if it has one."""
+    ignores = bool(description["model"].get("ignore_merges"))
+    steps = [_step(node) for node in _steps(description.get("pre_tokenizer"), "pretokenizers")]
+    return next((name for name, known, ignored in _PRE if (known, ignored) == (steps, ignores)), None)
+
+
 def _of_bytes(
     tokenizer: Tokenizer,
     description: Node,
@@ -240,12 +247,10 @@ def _of_bytes(
     types: Mapping[int, Type],
     merges: list[list[str]],
 ) -> Vocabulary:
-    ignores = bool(description["model"].get("ignore_merges"))
-    steps = [_step(node) for node in _steps(description["pre_tokenizer"], "pretokenizers")]
-    pre = next((name for name, known, ignored in _PRE if (known, ignored) == (steps, ignores)), None)
+    pre = pre_tokenizer_of(description)
     if pre is None:
-        names = " and ".join(step["type"] for step in steps)
-        merges_too = " with ignore_merges" if ignores else ""
+        names = " and ".join(step["type"] for step in _steps(description["pre_tokenizer"], "pretokenizers"))
+        merges_too = " with ignore_merges" if description["model"].get("ignore_merges") else ""
         raise _refused(tokenizer, f"it has a pre-tokenizer of its own ({names}{merges_too})")
     normalisers = {node["type"] for node in _steps(description.get("normalizer"), "normalizers")}
     if normalisers - {"NFC"}:

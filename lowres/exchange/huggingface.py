@@ -23,11 +23,11 @@ from lowres.config import ModelConfig
 from lowres.config_file import to_toml
 from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.tokenizer import Exported, exported
-from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
+from lowres.data.tokenizer.huggingface import JsonTokenizer
 from lowres.exchange import card, shards
 from lowres.exchange.casts import DTYPES, Cast
 from lowres.exchange.describing import config_json, family_of, needs_zero_biases
-from lowres.exchange.families import CONFIG_JSON, zero_biases
+from lowres.exchange.families import CONFIG_JSON, Family, zero_biases
 from lowres.exchange.own import OWN, write_tokenizer
 from lowres.exchange.scales import write_scales
 from lowres.exchange.stored import FolderModel, StoredModel, StoredWeight, TrainedModel
@@ -52,10 +52,11 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
     UserError, DoesNotFit."""
     tokenizer = open_tokenizer(model.tokenizer, form="own") if model.tokenizer else None
     files = _tokenizer_files(model, tokenizer)
-    described = _described(model, tokenizer, dtype)
+    family = family_of(model.model, files.get(JsonTokenizer.file_name))
+    described = _described(model, family, tokenizer, dtype)
     texts = {CONFIG_JSON: _json(described), GENERATION: _generation(model, described), **files}
-    texts |= card.files(model, dtype)
-    fields, cast, scales = _fields(model.model, DTYPES[dtype]), Cast(dtype), dict[str, Tensor]()
+    texts |= card.files(model, family, dtype)
+    fields, cast, scales = _fields(model.model, family, DTYPES[dtype]), Cast(dtype), dict[str, Tensor]()
     small = sum(map(len, texts.values())) + (len(tokenizer.content) if tokenizer else 0)
     small += 4 * sum(shape[0] for _, shape in fields.values()) if model.kind == "int8" else 0
     with whole(out, shards.size_of(fields) + small + _ROOM) as folder:
@@ -66,7 +67,7 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
             disk.write_whole(folder / OWN / CONFIG, to_toml(card.without_places(model.config)).encode())
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer, files)
-        count = shards.write(folder, fields, shard_bytes, _tensors(model, cast, scales))
+        count = shards.write(folder, fields, shard_bytes, _tensors(model, family, cast, scales))
         if scales:
             write_scales(folder / OWN, scales)
         disk.sync_folder(folder)
@@ -75,16 +76,16 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
     return [f"{out}: {described['architectures'][0]}, {size}", *cast.lines()]
 
 
-def _fields(model: ModelConfig, dtype: torch.dtype) -> Fields:
+def _fields(model: ModelConfig, family: Family, dtype: torch.dtype) -> Fields:
     """The tensors of the folder, in the order of the model."""
     found: Fields = {}
     for unit in unit_specs(model):
         found |= {spec.name: (dtype, spec.shape) for spec in unit.tensors}
-        found |= {name: (dtype, shape) for name, shape in _zeros(model, unit)}
+        found |= {name: (dtype, shape) for name, shape in _zeros(model, family, unit)}
     return found
 
 
-def _tensors(model: StoredModel, cast: Cast, scales: dict[str, Tensor]) -> Tensors:
+def _tensors(model: StoredModel, family: Family, cast: Cast, scales: dict[str, Tensor]) -> Tensors:
     """The tensors of `_fields`, one at a time. scales: takes those of INT8 weights."""
     for unit in unit_specs(model.model):
         for spec, weight in model.weights(unit):
@@ -92,7 +93,7 @@ def _tensors(model: StoredModel, cast: Cast, scales: dict[str, Tensor]) -> Tenso
                 scales[spec.name] = weight.tensors()[".scales"].clone()
             cast.merged += weight.merged
             yield spec.name, _cast(cast, spec.name, weight)
-        for name, shape in _zeros(model.model, unit):
+        for name, shape in _zeros(model.model, family, unit):
             yield name, iter([(0, torch.zeros(shape, dtype=DTYPES[cast.dtype]))])
 
 
@@ -101,14 +102,14 @@ def _cast(cast: Cast, name: str, weight: StoredWeight) -> Iterator[tuple[int, Te
         yield first, cast.rows(name, rows)
 
 
-def _zeros(model: ModelConfig, unit: UnitSpec) -> list[tuple[str, tuple[int, ...]]]:
+def _zeros(model: ModelConfig, family: Family, unit: UnitSpec) -> list[tuple[str, tuple[int, ...]]]:
     """The biases of a unit that only its family has, and their shapes."""
-    if not needs_zero_biases(model):
+    if not needs_zero_biases(model, family):
         return []
     return [(n, shape) for n, shape in zero_biases(model).items() if n.startswith(f"model.{unit.name}.")]
 
 
-def _described(model: StoredModel, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
+def _described(model: StoredModel, family: Family, tokenizer: Tokenizer | None, dtype: str) -> dict[str, Any]:
     """The content of config.json."""
     shape = model.model
     if isinstance(model, FolderModel):
@@ -118,7 +119,7 @@ def _described(model: StoredModel, tokenizer: Tokenizer | None, dtype: str) -> d
         ids = dict.fromkeys(_IDS) | {key: i for key, i in zip(_IDS, ends, strict=False) if i >= 0}
     if shape.max_positions is None and isinstance(model, TrainedModel):
         shape = shape.model_copy(update={"max_positions": model.config.data.seq_len})
-    return config_json(shape, ids | {"dtype": _NAMES[dtype], "torch_dtype": _NAMES[dtype]})
+    return config_json(shape, family, ids | {"dtype": _NAMES[dtype], "torch_dtype": _NAMES[dtype]})
 
 
 def _generation(model: StoredModel, described: dict[str, Any]) -> bytes:
@@ -137,11 +138,6 @@ def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> dict[st
     if tokenizer is None or not tokenizer.has_text:
         what = "has no tokenizer" if tokenizer is None else "knows token ids without text"
         notes.append(f"{model.path} {what}, so the export has no tokenizer")
-    if isinstance(tokenizer, SentencePieceTokenizer) and family_of(model.model).model_type == "qwen2":
-        notes.append(
-            "model.qkv_bias makes this a qwen2, for which AutoTokenizer of transformers 5 builds a tokenizer "
-            "with other ids; load it with PreTrainedTokenizerFast.from_pretrained"
-        )
     for note in notes:
         say(f"note: {note}")
     return found.files

@@ -50,6 +50,13 @@ def probe(config: Config, plan: Plan) -> Probe:
     config, chosen = choose(config, device)
     notes = [note] if note else []
     notes += chosen + use_kernels(config, device)
+    if config.train.epochs is not None:
+        notes.append(
+            f"train.epochs: the length of the data is not known here, so times are for "
+            f"{config.train.total_steps:,} steps"
+        )
+    if config.objective.name != "pretrain":
+        notes.append("objective.name: without padding, and with as many tokens as a step can have")
     rates = measure(config, plan, device)
     target = config.train.total_steps * config.train.batch_tokens
     prediction = predict(config, plan, rates, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ def _seconds(config: Config, device: torch.device, layers: int) -> float:
     length = min(length, most)
     sequences = max(1, min(config.batch_sequences, 2048 // length, most // length))
     settings = EngineSettings.of(config, Choice(sequences), device, adapted=False)
+    settings = replace(settings, objective=None)  # these tokens are no examples
     engine = LayerwiseEngine(cut, units, _Still(), rooms, settings)
     engine.shrinks = False
     batch: Any = torch.arange(sequences * (length + 1)).view(sequences, length + 1) % model.vocab

@@ -37,9 +37,9 @@ class Prediction:
 
 
 def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> Prediction:
-    """Seconds of a step. On CUDA, computation and the transfers in both directions run in parallel; on a CPU,
-    transfers are copies that take time of their own."""
-    tokens, model = config.train.batch_tokens, config.model
+    """Seconds of a step, with as many windows as it can have. On CUDA, computation and the transfers in both
+    directions run in parallel; on a CPU, transfers are copies that take time of their own."""
+    tokens, model = config.most_windows * config.data.seq_len, config.model
     engine = config.memory.engine
     compute = compute_dtype(config.memory.activations_in, device)
     passes = backward_passes(config)

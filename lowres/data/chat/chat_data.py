@@ -174,13 +174,13 @@ class ChatData(Data):
         pass
 
 
-def validation_windows(folder: Path, seq_len: int) -> Tensor:
-    """All chats or pairs of a prepared folder, as `ChatData.validation`. Raises UserError without any."""
+def all_packed(folder: Path, seq_len: int) -> Packed:
+    """All chats or pairs of a prepared folder. Raises UserError without any."""
     examples = _all_of(folder)
     if not examples.documents:
         manifest = read_complete(folder)
         raise UserError(_nothing(manifest.arguments.source, "nothing in it can be evaluated", manifest))
-    return examples.packed(range(examples.documents), seq_len).windows
+    return examples.packed(range(examples.documents), seq_len)
 
 
 def _nothing(what: str, problem: str, manifest: Complete, of: str = OF_TRAINING) -> str:

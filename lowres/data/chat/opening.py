@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lowres.config import DataConfig, ObjectiveConfig
-from lowres.data.chat.chat_data import ChatData, validation_windows
+from lowres.data.chat.chat_data import ChatData, Packed, all_packed
 from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.chat.template import Template, open_template
 from lowres.data.folder import left_out_notes
@@ -45,20 +43,20 @@ def open_chats(
     return data
 
 
-def open_chat_windows(
+def open_other_chats(
     asked: DataConfig, config: DataConfig, objective: ObjectiveConfig, tokenizer: Tokenizer
-) -> Tensor:
-    """The chats or pairs of another source than a run was trained on, as windows in the form of
-    `ChatData.validation`. asked: says which, and how to read it. config, tokenizer: of the run."""
+) -> Packed:
+    """The chats or pairs of another source than a run was trained on. asked: says which, and how to read it.
+    config, tokenizer: of the run."""
     own = {"seq_len": config.seq_len, "cache": config.cache, "val_source": asked.source}
     asked = asked.model_copy(update=own)
     chats = chat_encoder(asked, objective, tokenizer, open_template(asked.chat_template, tokenizer))
     folder = validation_folder(asked, tokenizer, False, chats)
     assert folder is not None
-    windows = validation_windows(folder, asked.seq_len)
+    packed = all_packed(folder, asked.seq_len)
     for note in left_out_notes(read_complete(folder)):
         say(f"note: {asked.source}: {note}")
-    return windows
+    return packed
 
 
 def chat_encoder(

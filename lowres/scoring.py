@@ -1,0 +1,84 @@
+"""The scores of a run's model on its validation data or another source, as the run itself evaluates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from lowres import baseline
+from lowres.baseline import BASELINE
+from lowres.config import Config, DataConfig
+from lowres.data import (
+    ChatData,
+    Data,
+    Tokenizer,
+    open_data,
+    open_other_chats,
+    open_text,
+    source_of,
+    with_tokenizer,
+)
+from lowres.data.chat.chat_data import Packed
+from lowres.device import pick_device
+from lowres.engine import Engine
+from lowres.errors import UserError
+from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
+from lowres.objective import Preference, make_objective
+from lowres.runs import load_weights, newest, open_run
+from lowres.start import begin_weights
+
+
+def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
+    """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data. asked: another source, and how to
+    read it. Raises UserError."""
+    config, engine, tokenizer = open_run(folder)
+    objective = make_objective(config.objective)
+    if not isinstance(objective, Preference):
+        windows = _windows(asked, config, tokenizer)
+        return evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
+    reference: Tensor | None = None
+    if asked is None:
+        data = _own_data(config, tokenizer)
+        assert isinstance(data, ChatData)
+        packed = data.of_validation(data.validation_documents(0))
+        key = newest(folder)[2].baseline
+        found = baseline.read(folder / BASELINE, key, data) if key is not None else None
+        reference = None if found is None else found.validation[packed.examples]
+    else:
+        packed = open_other_chats(asked, config.data, config.objective, tokenizer)
+    if objective.has_reference and reference is None:
+        reference = _before_tuning(engine, config, folder, packed)
+    return evaluate_pairs(engine, packed, objective, reference, config.most_windows)
+
+
+def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> Tensor:
+    if asked is None:
+        return _own_data(config, tokenizer).validation(0)
+    if config.objective.name != "pretrain":
+        return open_other_chats(asked, config.data, config.objective, tokenizer).windows
+    source = source_of(asked)
+    if source.token_dtype is None:
+        source = replace(source, token_dtype=config.data.token_dtype)
+    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+
+
+def _own_data(config: Config, tokenizer: Tokenizer) -> Data:
+    data = with_tokenizer(config.data, tokenizer.path, instead=True)
+    return open_data(data, config.model.vocab_size, config.run.seed, False, config.objective)
+
+
+def _before_tuning(engine: Engine, config: Config, folder: Path, packed: Packed) -> Tensor:
+    """The sums of `packed` under the weights with which the run began; then the engine has its own again.
+    Raises UserError."""
+    try:
+        begin_weights(engine, config, pick_device(config))
+    except UserError as error:
+        raise UserError(
+            f"run.init_from: {folder} is compared with the model that it began with "
+            f"({str(error).partition(';')[0]}); put it back"
+        ) from None
+    sums = sums_of_examples(engine, packed.windows, config.most_windows)
+    load_weights(engine, newest(folder)[1])
+    return sums
