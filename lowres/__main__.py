@@ -3,11 +3,13 @@
 import signal
 import sys
 
-from lowres.cli import main
-
 
 def run() -> int:
     """The command line as a program of its own; returns the exit code."""
+    try:
+        from lowres.cli import main  # takes a second
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     code = main()
     # a late Ctrl-C, while Python ends, would print a traceback after the last line
     signal.signal(signal.SIGINT, signal.SIG_IGN)
