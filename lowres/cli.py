@@ -559,6 +559,8 @@ def _sample(parsed: argparse.Namespace) -> None:
     if parsed.chat:
         # what a run was tuned with came along with its tokenizer
         asked = config.data.chat_template if config.objective.name == "pretrain" else None
+        if asked is None and tokenizer.has_text and tokenizer.chat_template is None:
+            raise UserError(f"--chat: {parsed.run} was not tuned, and has no chat template; leave it out")
         template = open_template(asked, tokenizer)
         for note in template.notes:
             print(f"note: {note}", file=sys.stderr)

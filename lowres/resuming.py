@@ -176,6 +176,7 @@ def _require_same_data(config: Config, data: Data, state: State, folder: Path) -
         raise UserError(
             f"data.source: {config.data.source} is not what the run in {folder} was trained on; "
             "give the folder or files that it started with"
+            + (", and its data.chat_template" if config.objective.name != "pretrain" else "")
             + (", and its data.shuffle_blocks" if is_stream(config.data.source) else "")
         )
     if state.validation not in (None, data.validation_fingerprint):

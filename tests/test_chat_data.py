@@ -203,6 +203,11 @@ def test_what_is_no_table_of_chats(tmp_path: Path) -> None:
     twice = tmp_path / "twice.jsonl"
     twice.write_text('{"messages": [{"role": "user", "content": "a", "content": "b"}]}\n')
     assert '"content" comes twice' in complaint(lambda: list(documents(Source(str(twice), form=CHATS))))
+    twice.write_text(json_lines(chats(1)).decode() + "5\n")
+    message = complaint(lambda: list(documents(Source(str(twice), form=CHATS))))
+    assert '"messages"' in message and '"text"' not in message
+    message = complaint(lambda: list(documents(Source("stdlib", form=CHATS))))
+    assert message.startswith("stdlib: ") and "no chats" in message and "data.source" in message
 
 
 USER, ANSWER, OTHER = said("user", "q"), said("assistant", "a"), said("assistant", "b")
@@ -232,6 +237,7 @@ SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
         (CHATS, {"messages": "q"}, "messages is text, no list"),
         (CHATS, {"messages": [USER]}, "no assistant turn"),
         (CHATS, {"messages": [USER, said("poet", "a")]}, 'message 2 .* the unknown role "poet"'),
+        (CHATS, {"messages": [USER, said("po\net", "a")]}, r'the unknown role "po\\net"'),
         (CHATS, {"messages": [USER, ANSWER | {"content": None}]}, "message 2 .* content is nothing"),
         (CHATS, {"messages": [USER, {"role": "assistant", "content": ["a"]}]}, "content is a list"),
         (CHATS, {"messages": [USER, {"content": "a"}]}, 'message 2 .* no "role"'),
@@ -429,6 +435,18 @@ def test_what_is_cut_and_dropped_is_counted(opened: Open, tmp_path: Path) -> Non
     notes = "\n".join(data.notes)
     assert f"{len(whole) - len(kept):,} chats without a token to train on in their first 64 tokens" in notes
     assert f"data.seq_len = 64: {len(cut)} chats of the training data, by {sum(cut):,} tokens" in notes
+    other = opened(write(tmp_path / "other.jsonl", chats(9)), val_source=path, seq_len=64)
+    assert any("chats without a token" in note and "of the validation data" in note for note in other.notes)
+    assert any(f"validation: {other.validation_answers} tokens of answers" in note for note in other.notes)
+    assert 0 < other.validation_answers < other.validation(0).numel() / 2
+    # nothing is left: why, and what helps
+    asks = write(tmp_path / "long.jsonl", [{"messages": [said("user", "beta " * 99), ANSWER]}])
+    of_both = {"data.source": lambda: opened(path, seq_len=8)}
+    of_both["data.val_source"] = lambda: opened(str(tmp_path / "other.jsonl"), val_source=asks, seq_len=64)
+    for key, opens in of_both.items():
+        message = complaint(opens)
+        assert message.startswith(key) and "without a token to train on" in message
+        assert "data.seq_len" in message
     targets = sum(sum(trained) for _, trained in found)
     assert f"{len(found)} chats of {sum(len(ids) for ids, _ in found):,} tokens, {targets:,} of them" in notes
 
@@ -594,6 +612,9 @@ def test_inspect_knows_chats_and_pairs(tmp_path: Path, tokenizer: Tokenizer) -> 
     shown = lowres_here("data", "inspect", path, "--set", f"data.tokenizer={tokenizer.path}").stdout
     assert f"user: {rows[0]['messages'][1]['content']} | assistant: 0 " in shown
     assert 'objective.name = "sft"' in shown and "chats in messages" in shown and "messages is empty" in shown
+    path = write(tmp_path / "texts.jsonl", [{"messages": "a text"}] * 3)
+    error = lowres_here("data", "inspect", path, "--set", "objective.name=sft", code=2).stderr
+    assert "contains no chats" in error and "messages is text" in error
     path = write(tmp_path / "pairs.jsonl", pairs(5))
     shown = lowres_here("data", "inspect", path).stdout
     assert 'objective.name = "dpo"' in shown and " | chosen: good " in shown and " | rejected: " in shown

@@ -48,6 +48,8 @@ from lowres.text.source import PAIRS
 
 # a kill loses at most so many, 10 to 30 seconds of work
 SHARD_TOKENS = 1 << 23
+# what shards are for, in notes
+OF_TRAINING, OF_VALIDATION = " of the training data", " of the validation data"
 LOCK = "prepare.lock"
 # what a killed preparation leaves of a file that it was writing
 _LEFT_OVER = (".unfinished", ".tmp", LOCK)
@@ -182,26 +184,31 @@ def finish(out: Path, state: Progress) -> None:
         "copies of validation documents": max(0, state.dropped.held_out - originals),
         "exact copies of earlier documents": state.dropped.duplicates,
     }
-    found = [f"left out of the training data: {count:,} {what}" for what, count in left_out.items() if count]
-    common["notes"] = state.notes + found + chat_notes(state.arguments, state.dropped, "training data")
+    found = [f"left out{OF_TRAINING}: {count:,} {what}" for what, count in left_out.items() if count]
+    common["notes"] = state.notes + found + chat_notes(state.arguments, state.dropped, OF_TRAINING)
     write(out / DATA, Complete(**common, **totals(state)))
     forget_progress(out)
 
 
-def chat_notes(arguments: Arguments, dropped: Dropped, what: str) -> list[str]:
-    """What of the chats is not in the training or the validation data, and why."""
+def left_out_notes(manifest: Manifest, of: str = OF_TRAINING, instead: str = "") -> list[str]:
+    """What of the source is not in the shards. of: which of them; instead: what to call them."""
+    return [note.replace(of, instead) for note in manifest.notes if of in note]
+
+
+def chat_notes(arguments: Arguments, dropped: Dropped, of: str) -> list[str]:
+    """What of the chats is not in the shards, and why. of: what these are for."""
     chats, notes = arguments.chats, []
     if chats is None:
         return []
     if dropped.bad:
-        notes.append(f"left out of the {what}: {dropped.bad:,} bad rows; the first is {dropped.first_bad}")
+        notes.append(f"left out{of}: {dropped.bad:,} bad rows; the first is {dropped.first_bad}")
     if dropped.untrained:
         nothing = f"without a token to train on in their first {chats.seq_len:,} tokens"
-        notes.append(f"left out of the {what}: {dropped.untrained:,} {chats.form} {nothing}")
+        notes.append(f"left out{of}: {dropped.untrained:,} {chats.form} {nothing}")
     if dropped.shortened:
         notes.append(
             f"cut at data.seq_len = {chats.seq_len:,}: {dropped.shortened:,} "
-            f"{'answers' if chats.form == PAIRS else 'chats'} of the {what}, by {dropped.cut_off:,} tokens"
+            f"{'answers' if chats.form == PAIRS else 'chats'}{of}, by {dropped.cut_off:,} tokens"
         )
     return notes
 

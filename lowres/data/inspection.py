@@ -209,7 +209,8 @@ def inspect(config: Config) -> Inspection:
     skipped: Skipped = {}
     found = [(group, _counted(group, source, tokenizer, skipped)) for group in groups(listed)]
     if all(count.exact and not count.documents for group, count in found if group.part == TRAIN):
-        raise UserError(no_text(source))
+        bad = [count.first_bad for _, count in found if isinstance(count, ChatCount) and count.first_bad]
+        raise UserError(no_text(source) + (f"; the first row is none: {bad[0]}" if bad else ""))
     out = left_out(listed) + [f"the rest of {error}" for error in skipped.values()]
     return Inspection(source.name, found, None, out, list(listed.notes), estimated, source.form)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowres.config import Config, DataConfig
 from lowres.data.batches import TokenData, consecutive_windows
 from lowres.data.chat.encoder import ChatEncoder
-from lowres.data.folder import SHARD_TOKENS, Job
+from lowres.data.folder import OF_TRAINING, OF_VALIDATION, SHARD_TOKENS, Job, left_out_notes
 from lowres.data.hashes import common, read_hashes
 from lowres.data.manifest import (
     DATA,
@@ -29,7 +29,7 @@ from lowres.data.stream import BLOCK_TOKENS, BlockStream
 from lowres.data.tokenised import ids_of, open_corpus
 from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from lowres.data.validation import check_overlap, size_notes
+from lowres.data.validation import VAL_SOURCE, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.ranks import say
 from lowres.text import Listing, Source, documents, is_stream, list_files, with_form
@@ -309,15 +309,24 @@ def validation_folder(
 
 
 def validation_notes(
-    config: DataConfig, training: Path, entries: list[Entry], validation: Path | None
+    config: DataConfig,
+    training: Path,
+    entries: list[Entry],
+    validation: Path | None,
+    answers: int | None = None,
 ) -> list[str]:
-    """How large the text of config.val_source is, and how much of it is in the training text, where that is
-    known. entries: of the training shards so far. Raises UserError if it is too much."""
+    """How large the text of config.val_source is, what is not in it, and how much of it is in the training
+    text, where that is known. entries: of the training shards so far. answers: of chats, how many tokens are
+    in them. Raises UserError if it is too much."""
     if validation is None:
         return []
     manifest = read_complete(validation)
     theirs = manifest.train + manifest.val
-    notes = size_notes(sum(entry.tokens for entry in theirs), "data.val_source")
+    notes = left_out_notes(manifest, OF_TRAINING, OF_VALIDATION)
+    if answers is None:
+        notes += size_notes(sum(entry.tokens for entry in theirs), VAL_SOURCE)
+    else:
+        notes += size_notes(answers, VAL_SOURCE, "tokens of answers")
     if any(entry.hashes is None for entry in [*entries, *theirs]):
         return [
             *notes,

@@ -25,6 +25,7 @@ from lowres.data.chat.encoder import targets
 from lowres.data.encoders import Encoder
 from lowres.data.folder import (
     LOCK,
+    OF_VALIDATION,
     SHARD_TOKENS,
     Job,
     chat_notes,
@@ -236,7 +237,7 @@ def _validation_shard(
     encoder = job.encoder(tokenizer)
     made = list(encoder.encode_batch(list(validation.texts), validation.places.__getitem__))
     dropped = reduce(Dropped.plus, (each.dropped for each in made), Dropped())
-    notes = chat_notes(job.arguments, dropped, "validation data")
+    notes = chat_notes(job.arguments, dropped, OF_VALIDATION)
     documents = [
         (each.words, hash) for each, hash in zip(made, validation.hashes, strict=True) if len(each.words)
     ]

@@ -31,6 +31,7 @@ Accepts = Callable[[str, Callable[[], str]], bool]
 VAL_CHARS = 4_000_000
 VAL_PART = 0.05
 OWN_CHARS = 16_000_000
+VAL_SOURCE = "data.val_source"
 # the loss of so many tokens is known to about 0.01 nats (a token's varies by 2 to 3)
 FEW_TOKENS = 50_000
 # with more text than this, VAL_CHARS limits the validation text, so more candidates are not needed
@@ -243,6 +244,6 @@ def size_notes(tokens: int, what: str, kind: str = "tokens") -> list[str]:
         return [line]
     noise = 3 / max(1, tokens) ** 0.5
     return [
-        f"{line}; so few that its loss is known to about {noise:.2f} nats: give more text, or set "
-        "data.val_source"
+        f"{line}; so few that its loss is known to about {noise:.2f} nats: give more text"
+        + ("" if what == VAL_SOURCE else f", or set {VAL_SOURCE}")
     ]

@@ -29,7 +29,17 @@ from lowres.text.left_out import LeftOut, some
 from lowres.text.opening import faults_of
 from lowres.text.parts import of_cards, of_split, with_parts
 from lowres.text.recognition import NO_TEXT, UNKNOWN, is_asked, recognised
-from lowres.text.source import TRAIN, VALIDATION, BadFileError, File, Source, as_source, hub_name, is_stream
+from lowres.text.source import (
+    TEXT,
+    TRAIN,
+    VALIDATION,
+    BadFileError,
+    File,
+    Source,
+    as_source,
+    hub_name,
+    is_stream,
+)
 from lowres.text.walk import Found
 
 # tests are a third of the library, and mostly data
@@ -78,6 +88,11 @@ def list_files(source: Source | str) -> Listing:
     source = as_source(source)
     assert not source.on_hub
     if source.name == "stdlib":
+        if source.form != TEXT:
+            raise UserError(
+                f"stdlib: source code, which holds no {source.form}; set data.source to files with "
+                f"{source.form}"
+            )
         root = Path(sysconfig.get_path("stdlib"))
         found = [f for f in walk.in_folder(root, _NOT_LIBRARY) if f.path.suffix == ".py" and not f.reason]
         code = (File(f.name, f.path, f.size, plain.SOURCE_CODE) for f in found)

@@ -24,6 +24,7 @@ from lowres.data.base import Data
 from lowres.data.batches import BEGINS, IGNORED, ONLY_READ
 from lowres.data.chat import encoder
 from lowres.data.chat.packing import pack
+from lowres.data.folder import OF_TRAINING, OF_VALIDATION, left_out_notes
 from lowres.data.manifest import Complete, Entry, hash_of, read_complete, recorded_tokenizer
 from lowres.data.shards import AGAIN
 from lowres.data.stored import Stored
@@ -67,9 +68,12 @@ class ChatData(Data):
             self._validation = _all_of(validation_folder)
         form = manifest.arguments.chats.form
         if not self._train.documents:
-            raise UserError(f"data.source: no {form} are left to train on; give more of them")
+            raise UserError(_nothing("data.source", f"no {form} are left to train on", manifest))
         if not self._validation.documents:
-            raise UserError(f"data.val_source: no {form} are left to validate on; give some")
+            where, of = manifest, OF_VALIDATION
+            if validation_folder is not None:
+                where, of = read_complete(validation_folder), OF_TRAINING
+            raise UserError(_nothing("data.val_source", f"no {form} are left to validate on", where, of))
         chats = manifest.arguments.chats.model_dump()
         self.fingerprint = hash_of(manifest.fingerprint, chats)
         self.validation_fingerprint = hash_of(self._validation.fingerprint, chats)
@@ -97,6 +101,11 @@ class ChatData(Data):
 
     def epoch(self, reached: int) -> int:
         return self.epoch_examples
+
+    @property
+    def validation_answers(self) -> int:
+        """How many tokens the answers of the validation data have."""
+        return self._validation.targets
 
     @property
     def validation_examples(self) -> int:
@@ -169,8 +178,15 @@ def all_packed(folder: Path, seq_len: int) -> Packed:
     """All chats or pairs of a prepared folder. Raises UserError without any."""
     examples = _all_of(folder)
     if not examples.documents:
-        raise UserError(f"{folder}: nothing in it can be evaluated; give other data")
+        manifest = read_complete(folder)
+        raise UserError(_nothing(manifest.arguments.source, "nothing in it can be evaluated", manifest))
     return examples.packed(range(examples.documents), seq_len)
+
+
+def _nothing(what: str, problem: str, manifest: Complete, of: str = OF_TRAINING) -> str:
+    """An error on data without an example, with what was left out of it."""
+    because = "; ".join(left_out_notes(manifest, of))
+    return f"{what}: {problem}{because and f' ({because})'}; give more of them, or a larger data.seq_len"
 
 
 def padding_of(windows: Tensor) -> float:

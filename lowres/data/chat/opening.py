@@ -6,6 +6,7 @@ from lowres.config import DataConfig, ObjectiveConfig
 from lowres.data.chat.chat_data import ChatData, Packed, all_packed
 from lowres.data.chat.encoder import ChatEncoder
 from lowres.data.chat.template import Template, open_template
+from lowres.data.folder import left_out_notes
 from lowres.data.manifest import read_complete
 from lowres.data.opening import (
     check_pieces,
@@ -16,6 +17,7 @@ from lowres.data.opening import (
 )
 from lowres.data.tokenizer import Tokenizer, with_chat_template
 from lowres.errors import UserError
+from lowres.ranks import say
 
 
 def open_chats(
@@ -36,7 +38,8 @@ def open_chats(
     validation = validation_folder(config, tokenizer, progress, chats)
     data = ChatData(folder, config.seq_len, seed, validation)
     data.tokenizer = with_chat_template(tokenizer, template.source)  # for all who use the model
-    data.notes += [*chats.notes, *validation_notes(config, folder, read_complete(folder).train, validation)]
+    entries, answers = read_complete(folder).train, data.validation_answers
+    data.notes += [*chats.notes, *validation_notes(config, folder, entries, validation, answers)]
     return data
 
 
@@ -50,7 +53,10 @@ def open_other_chats(
     chats = chat_encoder(asked, objective, tokenizer, open_template(asked.chat_template, tokenizer))
     folder = validation_folder(asked, tokenizer, False, chats)
     assert folder is not None
-    return all_packed(folder, asked.seq_len)
+    packed = all_packed(folder, asked.seq_len)
+    for note in left_out_notes(read_complete(folder)):
+        say(f"note: {asked.source}: {note}")
+    return packed
 
 
 def chat_encoder(

@@ -97,12 +97,17 @@ def _message(value: Any, place: str) -> Message:
     if not isinstance(role, str):
         raise BadRow(f'{place} has no "role"' if role is None else f"{place}: its role is {_kind(role)}")
     if role not in _ROLES:
-        raise BadRow(f'{place} has the unknown role "{role[:_SHOWN]}"; known are {", ".join(_ROLES)}')
+        raise BadRow(f"{place} has the unknown role {_quoted(role)}; known are {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise BadRow(f"{place}: its {names[1]} is {_kind(content)}, no text")
     # tables give null for a key that only other messages have
     others = {key: kept for key, kept in value.items() if key not in names and kept is not None}
     return {"role": _ROLES[role], "content": content} | others
+
+
+def _quoted(text: str) -> str:
+    """The beginning of a text, in one line."""
+    return json.dumps(text[:_SHOWN], ensure_ascii=False)
 
 
 def _kind(value: Any) -> str:

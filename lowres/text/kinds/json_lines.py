@@ -12,11 +12,16 @@ from lowres.errors import first_line
 from lowres.text.columns import Repeated, document_of, kinds_of
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
-from lowres.text.source import BadFileError, File, Source
+from lowres.text.source import CHATS, PAIRS, TEXT, BadFileError, File, Source
 
 NAME = "JSON lines"
 # lines of a file whose name does not say what it is, most of them blank
 _LOOKED_AT = 16
+_WANTED = {
+    TEXT: 'a "text" column',
+    CHATS: 'a "messages" column',
+    PAIRS: 'the columns "chosen" and "rejected"',
+}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,7 +104,8 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
                 ) from None
             if not isinstance(row, dict):
                 remedy = "; an array in one piece is a .json file" if isinstance(row, list) else ""
-                raise BadFileError(f'{place}: a line must be a JSON object with a "text" column{remedy}')
+                wanted = f"a line must be a JSON object with {_WANTED[file.form]}"
+                raise BadFileError(f"{place}: {wanted}{remedy}")
             given = [(place, row)]
             del line, row  # they may be large, and nothing here needs them any longer
             yield given.pop()
