@@ -23,7 +23,7 @@ from lowres.data.batches import BEGINS, IGNORED, ONLY_READ, inputs_and_targets
 from lowres.data.folder import Job
 from lowres.data.shards import HEADER_BYTES, Shard
 from lowres.data.stream import BlockStream
-from lowres.engine.common import MARKED, split
+from lowres.engine.common import MARKED, apart, split
 from lowres.errors import UserError
 from lowres.rooms import Rooms
 from lowres.text import Source
@@ -480,6 +480,7 @@ def test_flags_say_what_is_only_read_and_where_examples_begin() -> None:
     assert torch.equal(inputs, plain[:, :-1])
     assert targets.tolist() == [[6, IGNORED, IGNORED, IGNORED], [1, 2, IGNORED, 4]]
     assert torch.equal(inputs_and_targets(plain)[1], plain[:, 1:])
-    (_,), (same,), count, (documents,) = split(words, 2, Rooms(torch.device("cpu")), MARKED)
+    rooms = Rooms(torch.device("cpu"))
+    (_,), (same,), count, (documents,) = apart(words, split(words, 2, rooms), rooms, MARKED)
     assert torch.equal(same, targets) and count == 4
     assert documents == [(3, 1), (4,)]

@@ -23,7 +23,7 @@ from lowres.engine import (
     StepReport,
     make_engine,
 )
-from lowres.engine.common import split
+from lowres.engine.common import apart, split
 from lowres.kernels import forms, rotary
 from lowres.memory import make_plan
 from lowres.meter import LiveTensors
@@ -274,10 +274,10 @@ def test_the_next_token_follows_from_the_last_document(make: type) -> None:
 
 def test_a_token_that_also_ends_the_document_before_is_predicted() -> None:
     batch = packed()
-    targets = inputs_and_targets(batch)[1]
-    _, ends, count, documents = split(batch, len(batch), ROOMS, starting_with(BOS, predicted=True))
+    whole, targets = split(batch, len(batch), ROOMS), inputs_and_targets(batch)[1]
+    _, ends, count, documents = apart(batch, whole, ROOMS, starting_with(BOS, predicted=True))
     assert torch.equal(ends[0], targets) and count == int((targets != IGNORED).sum())
-    _, kept, fewer, same = split(batch, len(batch), ROOMS, START)
+    _, kept, fewer, same = apart(batch, whole, ROOMS, START)
     assert fewer == count - int((targets == BOS).sum()) == int((kept[0] != IGNORED).sum())
     assert documents == same
 

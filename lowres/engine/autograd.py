@@ -19,6 +19,7 @@ from lowres.engine.common import (
     Limits,
     StepReport,
     Updater,
+    apart,
     documents_of,
     split,
     square,
@@ -117,7 +118,8 @@ class AutogradEngine:
         return report if weighed is None else replace(report, readings=weighed.readings)
 
     def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
-        return split(batch, self.settings.micro_batch, self.rooms, self.settings.starts)
+        parts = split(batch, self.settings.micro_batch, self.rooms)
+        return apart(batch, parts, self.rooms, self.settings.starts)
 
     def _here(self, tokens: Tensor) -> Tensor:
         """A micro-batch on the device. It is page-locked, so the host does not wait for the copy."""

@@ -160,30 +160,39 @@ class Limits:
 
 
 Documents = list[Lengths] | None  # those of every sequence; None: each sequence is one
+Parts = tuple[list[Tensor], list[Tensor], int]
 # documents that the words of a window mark
 MARKED = Starts(lambda words: (words > 0) & (words & BEGINS != 0))
 
 
-def split(
-    batch: Tensor, micro_batch: int, rooms: Rooms, starts: Starts | None
-) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
-    """Inputs and targets [s, T] of each micro-batch of batch [S, T + 1], in host memory; the number of
-    targets that count (at least 1, because it is a divisor); and the documents of each micro-batch.
-
-    A document's first token is no target, as nothing in the document predicts it, unless it is what ends the
-    one before.
-    """
+def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> Parts:
+    """Inputs and targets [s, T] of each micro-batch of batch [S, T + 1], in host memory, and the number of
+    targets that count (at least 1, because it is a divisor)."""
     with rooms.allocate_in(HOST):
         inputs, targets = inputs_and_targets(batch)
-        found: list[Documents] = [None] * -(-len(batch) // micro_batch)
-        if starts is not None:
-            begins = starts.where(batch)
-            if not starts.predicted:
-                targets = targets.masked_fill(begins[:, 1:], IGNORED)
-            found = [lengths_of(part) for part in begins[:, :-1].split(micro_batch)]
         count = max(1, int((targets != IGNORED).sum()))
         inputs, targets = _locked(inputs, rooms), _locked(targets, rooms)
-        return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count, found
+        return list(inputs.split(micro_batch)), list(targets.split(micro_batch)), count
+
+
+def apart(
+    batch: Tensor, parts: Parts, rooms: Rooms, starts: Starts | None
+) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
+    """What `split` makes of a batch, and the documents of each micro-batch. A document's first token is no
+    target, as nothing in the document predicts it, unless it is what ends the one before."""
+    inputs, targets, count = parts
+    if starts is None:
+        return inputs, targets, count, [None] * len(inputs)
+    sizes = [len(part) for part in inputs]
+    with rooms.allocate_in(HOST):
+        begins = starts.where(batch)
+        if not starts.predicted:
+            firsts = begins[:, 1:].split(sizes)
+            targets = [
+                _locked(t.masked_fill(b, IGNORED), rooms) for t, b in zip(targets, firsts, strict=True)
+            ]
+            count = max(1, sum(int((part != IGNORED).sum()) for part in targets))
+        return inputs, targets, count, [lengths_of(part) for part in begins[:, :-1].split(sizes)]
 
 
 def _locked(tokens: Tensor, rooms: Rooms) -> Tensor:

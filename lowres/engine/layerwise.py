@@ -40,6 +40,7 @@ from lowres.engine.common import (
     Limits,
     StepReport,
     Updater,
+    apart,
     documents_of,
     split,
     sum_of_squares,
@@ -470,8 +471,8 @@ class LayerwiseEngine:
     def _on_device(self, batch: Tensor) -> tuple[Tensor, Tensor, int, Documents]:
         """Inputs and targets, the number of targets that count, and the documents: 16 bytes a token, copied
         once."""
-        whole = split(batch, len(batch), self.rooms, self.settings.starts)
-        (inputs,), (targets,), count, (documents,) = whole
+        whole = split(batch, len(batch), self.rooms)
+        (inputs,), (targets,), count, (documents,) = apart(batch, whole, self.rooms, self.settings.starts)
         inputs, targets = (tokens.to(self.device, non_blocking=True) for tokens in (inputs, targets))
         return inputs, targets, count, documents
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
-from lowres.engine.common import Documents, Limits, StepReport, documents_of, split, weighed_batch
+from lowres.engine.common import Documents, Limits, StepReport, apart, documents_of, split, weighed_batch
 from lowres.errors import UserError
 from lowres.model import Llama, Starts, storage_kinds, unit_specs
 from lowres.objective import Pairs, make_objective
@@ -296,7 +296,7 @@ class ZeroEngine:
     # the step
 
     def _micro_batches(self, batch: Tensor) -> tuple[list[Tensor], list[Tensor], int, list[Documents]]:
-        return split(batch, self.micro_batch, self.rooms, self.starts)
+        return apart(batch, split(batch, self.micro_batch, self.rooms), self.rooms, self.starts)
 
     def step(
         self,
