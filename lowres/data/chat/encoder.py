@@ -4,7 +4,7 @@ A word is 4 * id + 2 * only_read + begins. An example begins with its first toke
 `only_read`: the token is no target. A pair is one document of two examples, the chosen one first. Examples
 are cut at `seq_len` tokens. What is trained of a pair are the answers after the messages that both chats have
 in common. A chat without a token to train on teaches nothing, and is dropped; so is a pair if one of its
-examples has none.
+examples has none, or if they are equal where they were cut.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def _encoded(examples: list[Example]) -> Encoded:
     """A document of one example, or two; a third is what both begin with."""
     own, context = examples[:2], examples[2:]
     words = [_words(example, context[0].ids if context else _NONE) for example in own]
-    if not all(targets(of_example).any() for of_example in words):
+    # they differ only in what was cut
+    same = len(words) == 2 and np.array_equal(words[0], words[1])
+    if same or not all(targets(of_example).any() for of_example in words):
         return Encoded(_NONE, Dropped(untrained=1))
     cut = [example.truncated for example in own if example.truncated]
     return Encoded(np.concatenate(words), Dropped(shortened=len(cut), cut_off=sum(cut)))
