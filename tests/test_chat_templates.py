@@ -709,4 +709,4 @@ def test_the_command_talks(
         assert reason in lowres_here("sample", tmp_path, *more, *prompt, code=2).stderr
     opened["config"] = make_config()
     error = lowres_here("sample", tmp_path, "--chat", "--prompt", "Hello", code=2).stderr
-    assert re.fullmatch(r"lowres: data\.chat_template: .*\n", error)
+    assert re.fullmatch(r"lowres: --chat: .* has no chat template; .*\n", error)

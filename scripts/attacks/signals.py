@@ -50,16 +50,16 @@ def _after_call(holder: Any, name: str, number: int, action: Action) -> None:
 
 # what installs an action at a moment, in a child
 MOMENTS: dict[str, Callable[[Action], None]] = {
-    "in the evaluation before the first step": lambda do: _at_call(trainer, "evaluate_parts", 1, do),
+    "in the evaluation before the first step": lambda do: _at_call(running, "evaluate_parts", 1, do),
     "in the first step": lambda do: at_step(0, do)(),
     "in the second step": lambda do: at_step(1, do)(),
     "between two steps": lambda do: _at_call(trainer._Loop, "judge", 4, do),
     "in the step before a save": lambda do: at_step(5, do)(),
-    "in an evaluation": lambda do: _at_call(trainer, "evaluate_parts", 2, do),
+    "in an evaluation": lambda do: _at_call(running, "evaluate_parts", 2, do),
     "in the first save": lambda do: _at_call(saving, "write", 1, do),
     "after a save": lambda do: _after_call(running.Run, "save", 2, do),
     "in the last step": lambda do: at_step(11, do)(),
-    "in the last evaluation": lambda do: _at_call(trainer, "evaluate_parts", 3, do),
+    "in the last evaluation": lambda do: _at_call(running, "evaluate_parts", 3, do),
     "in the last save": lambda do: _at_call(saving, "write", 4, do),
     "after the last save": lambda do: _at_call(trainer, "finish", 1, do),
 }
