@@ -34,7 +34,8 @@ def export(
     file_format = file_format or (GGUF if out.suffix.lower() == f".{GGUF}" else HF)
     if dtype is not None and dtype not in FORMATS[file_format]:
         known = ", ".join(FORMATS[file_format])
-        raise UserError(f"--dtype {dtype}: {file_format} does not have it; use one of {known}")
+        other = next((f", or --format {name}" for name, dtypes in FORMATS.items() if dtype in dtypes), "")
+        raise UserError(f"--dtype {dtype}: {file_format} does not have it; use one of {known}{other}")
     if shard_size is not None and file_format != HF:
         raise UserError(f"--shard-size: a {file_format} file is one file; leave it out")
     limit = bytes_of(shard_size) if shard_size is not None else SHARD_BYTES

@@ -167,7 +167,8 @@ _SMALLER = "lower train.micro_batch or take a smaller model.preset"
 _REMEDIES = {
     "stash": "lower train.batch_tokens, raise memory.band or set memory.stash_dtype=int8",
     "carry": "lower train.batch_tokens",
-    "gradient buffer": "lower memory.band",
+    "gradient buffer": "lower memory.band; if it is auto, raise memory.host_budget_gib or lower "
+    "train.batch_tokens, so that the stash fits the host with a smaller one",
     "activations inside a layer": "lower train.micro_batch or memory.band",
     "loss chunk": "lower memory.loss_chunk",
     "optimizer state": "set memory.moments=int8, or optim.name=apollo-mini, which needs almost none",
