@@ -14,7 +14,10 @@ from pydantic.fields import FieldInfo
 
 from lowres.config import PRESETS, Config, DataConfig, MixturePart, OneOf, Section
 from lowres.rules import RULES
+from lowres.rules.registry import EVERYTHING, ONLY_MATRICES, WITHOUT_NORMS
 from lowres.storage import FORMATS
+
+UPDATED = {ONLY_MATRICES: "matrices", WITHOUT_NORMS: "all but norms and biases", EVERYTHING: "every tensor"}
 
 
 def describe() -> str:
@@ -109,7 +112,7 @@ def _optimizers() -> Iterator[str]:
             f"{rule.eps:g}" if "eps" in rule.reads else "",
             f"{rule.limiter:g}" if rule.limiter else "",
             ", ".join(name + value for name, value in own),
-            "every tensor" if rule.for_all else "matrices",
+            UPDATED[rule.kinds],
             f"`{rule.class_name}`" if rule.class_name else "",
         ]
         yield f"| {' | '.join(cells)} |"

@@ -3,14 +3,17 @@
     python scripts/compare_optimizers.py [SOURCE] [--only NAME ...] [--jobs 2] [--set section.key=value ...]
 
 SOURCE: as for `lowres train`, default stdlib. Each optimizer's learning rate comes from a sweep on the first
-seed, or is given with `--lr NAME=RATE`. A sweep tries factors of two around a guess, and continues while the
-best rate is at the edge. For arms with a published claim the sweep uses all tokens, because a sweep over a
-quarter of the tokens chose half of APOLLO-Mini's best rate; its best run is reused for the first seed. For
-other arms it uses a quarter of the tokens. With an optimizer that projects, AdamW updates embedding, head and
-norms; embedding and head get the rate that is best for AdamW alone. An arm in another memory format uses the
-rate of its fp32 arm. Then all arms are trained on the same seeds (arms without a claim only on the first),
-and do timed steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are
-kept in runs/compare_optimizers; finished runs are not repeated, interrupted runs continue.
+seed over all tokens, or is given with `--lr NAME=RATE`: factors of two around a guess, continued until the
+best rate lies between two others, so every arm has its best rate and both neighbours. A shorter sweep is not
+fair: over a quarter of the tokens APOLLO-Mini's best rate is half of what it is over all of them. AdamW is
+the baseline, so it is tuned further: weight decay, beta2, clipping and the batch are tried one after the
+other, and kept where they help (`TRIED`).
+
+Where AdamW updates embedding and head beside another optimizer, they get the rate that is best for AdamW
+alone. An arm in another memory format uses the settings of its fp32 arm. Then all arms are trained on the
+same seeds (arms without a claim only on the first; the best run of a sweep counts as its seed's), and do
+timed steps in turn. Prints a table and writes benchmarks/results/optimizers.json and .png. Runs are kept in
+runs/compare_optimizers; finished runs are not repeated, interrupted runs continue.
 """
 
 from __future__ import annotations
@@ -36,13 +39,13 @@ from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.rooms import Rooms
 from lowres.rules import RULES
-from lowres.storage import Unit
+from lowres.storage import EMBEDDING, Unit
 
 
 @dataclass(frozen=True)
 class Arm:
     """lr: the middle of its sweep, or the arm whose rate it uses. against: the arm that it is compared with.
-    claimed: if False, train only on the first seed, and use a quarter of the tokens to find the rate."""
+    claimed: if False, train only on the first seed."""
 
     optimizer: str
     lr: float | str
@@ -62,13 +65,23 @@ ARMS = {
     "galore": Arm("galore", 0.02, "adamw", claimed=False),
     "fira": Arm("fira", 0.01, "adamw", claimed=False),
     "sgd": Arm("sgd", 0.25, "adamw", claimed=False),
+    "scale": Arm("scale", 0.002, "adamw"),
+    "muon": Arm("muon", 0.004, "adamw"),
+    "muon8": Arm("muon", "muon", "muon", ("memory.moments=int8",), claimed=False),
+    "sinkgd": Arm("sinkgd", 0.001, "adamw", claimed=False),
+    "racs": Arm("racs", 0.001, "adamw", claimed=False),
     "adamw, int8": Arm("adamw", "adamw", "adamw", INT8),
     "adam-mini, int8": Arm("adam-mini", "adam-mini", "adam-mini", INT8),
     "apollo-mini, int8": Arm("apollo-mini", "apollo-mini", "apollo-mini", INT8),
     "apollo-mini, int8, master": Arm(
         "apollo-mini", "apollo-mini", "apollo-mini", (*INT8, "memory.master=host")
     ),
+    "scale, int8": Arm("scale", "scale", "scale", INT8),
+    "scale, int8, master": Arm("scale", "scale", "scale", (*INT8, "memory.master=host")),
+    "muon8, int8": Arm("muon", "muon", "muon", (*INT8, "memory.moments=int8")),
 }
+# what is tried for AdamW beside its rate: beta2 for moments of 100 steps, of which one batch is 1 %
+TRIED = ("optim.weight_decay=0.1", "optim.betas=[0.9,0.99]", "optim.grad_clip=1.0")
 MOST_EXTENSIONS = 3  # how often a sweep may be extended beyond its first three rates
 
 
@@ -79,15 +92,19 @@ def main() -> None:
 
     # ---- learning rates: AdamW's first, because other arms use it
     rates: dict[str, float] = dict(parsed.lr)
+    tuned = list(parsed.adamw)  # settings of AdamW beside its rate
 
     def tune(name: str) -> dict[str, Any]:
         overrides = [*common, *ARMS[name].overrides, *embed_lr(name, rates), f"run.seed={parsed.seeds[0]}"]
         return best_point(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
 
     best: dict[str, dict[str, Any]] = {}
+    tried: dict[str, float | None] = {}
     needed = {arm.lr if isinstance(arm.lr, str) else name for name, arm in arms.items()} - rates.keys()
     for names in ({"adamw"} - rates.keys(), needed - {"adamw"}):
         best |= comparison.in_parallel(tune, sorted(names), parsed.jobs)
+        if "adamw" in names and not tuned:
+            tuned, tried, best["adamw"] = tune_further(parsed, common, best["adamw"])
         rates |= {name: point["lr"] for name, point in best.items()}
 
     # ---- runs
@@ -96,6 +113,7 @@ def main() -> None:
         lr = rates[arm.lr if isinstance(arm.lr, str) else name]
         settings[name] = [*common, f"optim.name={arm.optimizer}", f"optim.lr={lr}"]
         settings[name] += [*arm.overrides, *embed_lr(name, rates)]
+        settings[name] += tuned if arm.optimizer == "adamw" else []
 
     def train(name: str) -> list[dict[str, Any]]:
         folder = parsed.runs / comparison.folder_of(name)
@@ -132,6 +150,7 @@ def main() -> None:
         "tokens": runs[next(iter(arms))][0]["tokens"],
         "batch_tokens": config.train.batch_tokens,
         "rates": {name: point["rates"] for name, point in best.items()},
+        "adamw": {"tried": tried, "kept": tuned},
         "seeds": parsed.seeds,
         "arms": summaries,
         "table": table.splitlines(),
@@ -150,6 +169,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
     parser.add_argument(
         "--lr", action="append", default=[], type=given_rate, metavar="NAME=RATE", help="instead of a sweep"
+    )
+    parser.add_argument(
+        "--adamw", nargs="*", default=[], metavar="section.key=value", help="for AdamW, instead of trying"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
@@ -173,7 +195,9 @@ def given_rate(text: str) -> tuple[str, float]:
 
 
 def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
-    return [f"optim.embed_lr={rates['adamw']}"] if not RULES[ARMS[name].optimizer].for_all else []
+    """AdamW's rate for embedding and head, if AdamW updates them."""
+    kinds = RULES[ARMS[name].optimizer].kinds
+    return [f"optim.embed_lr={rates['adamw']}"] if EMBEDDING not in kinds else []
 
 
 def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> dict[str, Any]:
@@ -183,10 +207,9 @@ def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> d
     assert isinstance(lr, float)
     grid = [lr / 2, lr, lr * 2]
     folder = parsed.runs / "rates" / comparison.folder_of(name)
-    tokens = parsed.tokens if ARMS[name].claimed else parsed.tokens // 4
     for _ in range(MOST_EXTENSIONS + 1):
         values = ",".join(f"{rate:g}" for rate in grid)
-        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", tokens, folder)
+        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", parsed.tokens, folder)
         best = comparison.best_of(found)
         place = found.index(best)
         if 0 < place < len(grid) - 1:
@@ -194,6 +217,42 @@ def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> d
         grid = [grid[0] / 2, *grid] if place == 0 else [*grid, grid[-1] * 2]
     print(f"{name}: lr {best['lr']:g}", file=sys.stderr, flush=True)
     return best | {"rates": {f"{p['lr']:g}": p["val_loss"] for p in found}}
+
+
+def tune_further(
+    parsed: argparse.Namespace, common: list[str], best: dict[str, Any]
+) -> tuple[list[str], dict[str, float | None], dict[str, Any]]:
+    """Other settings for AdamW, each kept if the loss is lower: what is kept, the loss of everything that was
+    tried, and the best point. Half the batch gets rates of its own, and a beta2 that averages over as many
+    tokens."""
+    kept: list[str] = []
+    tried: dict[str, float | None] = {}
+    fixed = [*common, "optim.name=adamw", f"run.seed={parsed.seeds[0]}"]
+
+    def attempt(settings: list[str], lrs: list[float]) -> None:
+        nonlocal kept, best
+        folder = parsed.runs / "adamw" / comparison.folder_of(" ".join(settings))
+        values = ",".join(f"{lr:g}" for lr in lrs)
+        for point in comparison.points(
+            parsed.config, [*fixed, *settings], f"optim.lr={values}", parsed.tokens, folder
+        ):
+            tried[f"{' '.join(settings)}, lr {point['lr']:g}"] = point["val_loss"]
+            if comparison.best_of([best, point]) is point:
+                kept, best = settings, point | {"rates": best["rates"]}
+
+    for setting in TRIED:
+        attempt([*kept, setting], [best["lr"]])
+    config, _ = load_config(parsed.config, [*fixed, *kept])
+    assert config.optim.betas is not None
+    first, second = config.optim.betas
+    half = [
+        f"train.batch_tokens={config.train.batch_tokens // 2}",
+        f"optim.betas=[{first},{second**0.5:.6g}]",
+    ]
+    others = [setting for setting in kept if not setting.startswith("optim.betas")]
+    attempt([*others, *half], [best["lr"] / 2, best["lr"] / 2**0.5, best["lr"]])
+    print(f"adamw: {' '.join(kept) or 'nothing else helps'}", file=sys.stderr, flush=True)
+    return kept, tried, best
 
 
 class TimedOptimizer:

@@ -36,6 +36,8 @@ def main() -> None:
     common = [f"data.source={parsed.source}", f"optim.lr={parsed.lr}"]
     config, _ = load_config(parsed.config, [*common, *parsed.overrides, f"train.tokens={parsed.tokens}"])
     settings = arms(parsed, config.train.total_steps)
+    settings = {name: own for name, own in settings.items() if parsed.only is None or name in parsed.only}
+    against = {name: other for name, other in AGAINST.items() if {name, other} <= settings.keys()}
 
     def tune(name: str) -> list[dict[str, Any]]:
         """One run on the first seed for every factor."""
@@ -44,10 +46,11 @@ def main() -> None:
         folder = parsed.runs / "rates" / comparison.folder_of(name)
         return comparison.points(parsed.config, overrides, grid, parsed.tokens, folder)
 
-    tried = comparison.in_parallel(tune, TUNED, parsed.jobs)
+    tried = comparison.in_parallel(tune, [name for name in TUNED if name in settings], parsed.jobs)
     best = {name: comparison.best_of(found) for name, found in tried.items()}
     factors = {name: float(point["values"]["relora.lr_factor"]) for name, point in best.items()}
-    factors[INT8] = factors[KEPT] = factors[RELORA]
+    if RELORA in factors:
+        factors |= {name: factors[RELORA] for name in (INT8, KEPT) if name in settings}
     for name, factor in factors.items():
         settings[name].append(f"relora.lr_factor={factor:g}")
 
@@ -61,10 +64,13 @@ def main() -> None:
         return first + comparison.over_seeds(parsed.config, overrides, rest, parsed.tokens, folder)
 
     runs = comparison.in_parallel(train, settings, parsed.jobs)
-    summaries = comparison.summarise(runs, AGAINST)
+    summaries = comparison.summarise(runs, against)
     for name, found in summaries.items():
         found.update(survival(runs[name]), lr_factor=factors.get(name))
-        found["gap_recovered"] = {lora: recovered(summaries, lora, name) for lora in (LORA, WARM)}
+        found["gap_recovered"] = {
+            lora: recovered(summaries, lora, name) if {FULL, lora} <= settings.keys() else None
+            for lora in (LORA, WARM)
+        }
 
     head = [
         "training",
@@ -82,7 +88,7 @@ def main() -> None:
     record = records.provenance(torch.device("cpu")) | {
         "source": parsed.source,
         "model": config.model.model_dump(),
-        "tokens": runs["full"][0]["tokens"],
+        "tokens": next(iter(runs.values()))[0]["tokens"],
         "batch_tokens": config.train.batch_tokens,
         "seeds": parsed.seeds,
         "settings": settings,
@@ -135,6 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cycle-steps", type=int, help="default: a quarter of the run")
     parser.add_argument("--rewarmup-steps", type=int, default=16)
     parser.add_argument("--factors", type=float, nargs="+", default=[2, 4], help="relora.lr_factor to try")
+    parser.add_argument("--only", nargs="+", choices=[*AGAINST, FULL], metavar="NAME", help="of the arms")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_relora"))
@@ -166,7 +173,10 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
         comparison.loss_text(found),
         f"{found['perplexity']:.1f}",
         f"{comparison.change_text(found)} ({found['against']})" if "against" in found else "",
-        *("" if name in (FULL, lora) else f"{part:.0%}" for lora, part in found["gap_recovered"].items()),
+        *(
+            "" if name in (FULL, lora) or part is None else f"{part:.0%}"
+            for lora, part in found["gap_recovered"].items()
+        ),
         f"{found['merge_norm']:.3f}, {found['merge_cosine']:.3f}" if merged else "",
     ]
 

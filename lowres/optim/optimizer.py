@@ -1,7 +1,7 @@
 """The optimizer of a run: which rule updates which tensor at which learning rate, and the optimizer state.
 
-The rule that the config names updates the matrices of the blocks. It also updates embedding, head, norms and
-biases if it works per element or per block (`Definition.for_all`); otherwise AdamW updates them.
+The rule that the config names updates the matrices of the blocks, and those of the other tensors that it is
+made for (`Definition.kinds`); AdamW updates the rest.
 """
 
 from __future__ import annotations
@@ -66,7 +66,15 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     assert config.betas is not None and config.eps is not None and config.limiter is not None
     keys = {key: getattr(config, key) for key in KEYS}
     settings = Settings(
-        config.betas, config.eps, moments, seed, config.limiter, model.dim, model.head_width, keys
+        config.betas,
+        config.eps,
+        moments,
+        seed,
+        config.limiter,
+        model.dim,
+        model.head_width,
+        keys,
+        model.tie_embeddings,
     )
     return RULES[config.name].make(settings)
 
@@ -102,17 +110,16 @@ class Optimizer:
         self.rehearsing = False  # whether updates are refused ones that should need as much memory as any
         known, rule = RULES[config.name], make_rule(config, model, seed, moments)
         growth = 0.0 if known.limits_itself else config.limiter
-        if known.for_all:
-            other, rest, rest_growth = config.name, rule, growth
-        else:
-            other, rest, rest_growth = "adamw", _adamw(config, model, seed, moments), 0.0
+        named = config.name, rule, growth
+        adamw = named if known.for_all else ("adamw", _adamw(config, model, seed, moments), 0.0)
+        embeddings, norms = (named if kind in known.kinds else adamw for kind in (EMBEDDING, NORM))
         decay = config.weight_decay
         embed_lr, embed_decay = config.embed_lr or config.lr, decay if config.decay_embeddings else 0.0
         self.groups = (
             Group((MATRIX,), config.name, rule, config.lr, decay, growth),
             Group((ADAPTER,), config.name, rule, adapter_lr or config.lr, decay, growth),
-            Group((EMBEDDING,), other, rest, embed_lr, embed_decay, rest_growth),
-            Group((NORM, BIAS), other, rest, config.norm_lr or config.lr, 0.0, rest_growth),
+            Group((EMBEDDING,), *embeddings[:2], embed_lr, embed_decay, embeddings[2]),
+            Group((NORM, BIAS), *norms[:2], config.norm_lr or config.lr, 0.0, norms[2]),
         )
 
     def group_of(self, spec: TensorSpec) -> Group:

@@ -10,7 +10,7 @@ import torch
 from lowres.optim.optimizer import Optimizer
 from lowres.storage import TensorSpec, field_bytes
 
-KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8"}
+KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8", torch.int8: "int8"}
 
 
 def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:

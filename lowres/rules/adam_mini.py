@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import Definition, Settings, register
+from lowres.rules.registry import EVERYTHING, Definition, Settings, register
 from lowres.storage import BIAS, LORA_A, LORA_B, NORM, Fields, TensorSpec
 
 HEAD_ROLES = ("q", "k")
@@ -123,6 +123,6 @@ register(
         about="one second moment for each head, row or norm (arXiv 2406.16793)",
         make=_make,
         lr=1e-3,
-        for_all=True,
+        kinds=EVERYTHING,
     )
 )

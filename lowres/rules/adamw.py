@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import Definition, register
+from lowres.rules.registry import EVERYTHING, Definition, register
 from lowres.storage import Fields, TensorSpec
 
 
@@ -52,7 +52,7 @@ register(
         about="AdamW (arXiv 1711.05101)",
         make=lambda s: AdamWRule(s.betas, s.eps, s.moments),
         lr=1e-3,
-        for_all=True,
+        kinds=EVERYTHING,
     )
 )
 register(
@@ -61,7 +61,7 @@ register(
         about="AdamW with memory.moments = int8",
         make=lambda s: AdamWRule(s.betas, s.eps, "int8"),
         lr=1e-3,
-        for_all=True,
+        kinds=EVERYTHING,
         moments="int8",
     )
 )

@@ -4,7 +4,9 @@
     bf16  rounded stochastically: with rounding to nearest, a second moment with beta2 = 0.999 never decays,
           because 0.1 % is less than half a bf16 step
     int8  bitsandbytes' blockwise dynamic quantisation (Dettmers et al., arXiv 2110.02861): an index into
-          a map of 256 values, times the largest magnitude of its block of 256 elements
+          a map of 256 values, times the largest magnitude of its block of 256 elements. Or linear, for a
+          rule that does not divide by the moment: codes from -127 to 127, times the largest magnitude of the
+          block / 127, rounded stochastically: to nearest, a momentum of 0.95 would not decay below code 10
 
 A rule works on flat ranges of elements: it reads a moment as fp32, updates it, uses it and writes it. Only
 the stored value is rounded, not the value in use. A range starts at the start of a block, and random bits
@@ -30,12 +32,15 @@ from lowres.target import chunk_elements, chunks
 
 KINDS = ("fp32", "bf16", "int8")
 BLOCK = 256  # elements that share a scale in int8
+# of linear int8: the largest code, and the smallest absmax whose inverse fp32 has
+LARGEST, SMALLEST = 127, 1e-36
 
 
-def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
+def moment_fields(key: str, shape: tuple[int, ...], kind: str, linear: bool = False) -> Fields:
     """The tensors that store the moment `key` of a weight; all bytes zero means a moment of zero.
 
-    A 1-D weight (a norm) always has fp32 moments: they are small, and the weight is sensitive.
+    linear: whether int8 is the linear form. A 1-D weight (a norm) always has fp32 moments: they are small,
+    and the weight is sensitive.
     """
     assert kind in KINDS, kind
     if kind == "fp32" or len(shape) == 1:
@@ -43,7 +48,8 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str) -> Fields:
     if kind == "bf16":
         return {key: (torch.bfloat16, shape)}
     blocks = -(-torch.Size(shape).numel() // BLOCK)
-    return {key: (torch.uint8, shape), f"{key}.absmax": (torch.float32, (blocks,))}
+    codes = torch.int8 if linear else torch.uint8
+    return {key: (codes, shape), f"{key}.absmax": (torch.float32, (blocks,))}
 
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
@@ -59,10 +65,11 @@ class Moment:
         self.value = state[key].view(-1)
         self.accepted = clock.accepted
         self.dtype = self.value.dtype
-        if self.dtype == torch.bfloat16:
+        if self.dtype in (torch.bfloat16, torch.int8):
             self.rounding = rng.make_key(clock.seed, "moment", f"{spec.name}.{key}", clock.step)
-        elif self.dtype == torch.uint8:
+        if self.dtype in (torch.uint8, torch.int8):
             self.absmax = state[f"{key}.absmax"]
+        if self.dtype == torch.uint8:
             self.functional = bitsandbytes_functional()
             self.map = _dynamic_map(signed, self.value.device)
 
@@ -74,6 +81,8 @@ class Moment:
             return self.functional.dequantize_blockwise(
                 self.value[part], absmax=self.absmax[_blocks(part)], code=self.map, blocksize=BLOCK
             )
+        if self.dtype == torch.int8:
+            return _per_block(self.value[part].float(), self.absmax[_blocks(part)] / LARGEST)
         return self.value[part]
 
     def write(self, values: Tensor, part: slice) -> None:
@@ -83,7 +92,15 @@ class Moment:
         elif self.dtype == torch.uint8:
             codes, scale = self.functional.quantize_blockwise(values, code=self.map, blocksize=BLOCK)
             # the signed map ends at -0.993 and 1, so a negative absmax would shrink with every refused update
-            for kept, new in ((self.value[part], codes), (self.absmax[_blocks(part)], scale.absmax)):
+            self._keep(part, codes, scale.absmax)
+        elif self.dtype == torch.int8:
+            largest = _absmax(values)
+            scaled = _per_block(values.clone(), LARGEST / largest.clamp(min=SMALLEST))
+            codes = rng.round_to_integer(scaled, self.rounding, part.start).clamp_(-LARGEST, LARGEST)
+            for kept, new in (
+                (self.value[part], codes.to(torch.int8)),
+                (self.absmax[_blocks(part)], largest),
+            ):
                 torch.where(self.accepted, new, kept, out=kept)
 
 
@@ -108,6 +125,23 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """fp32 [256], ascending. Cached, because the copy to a device waits for the device."""
     with _disable_current_modes():  # it outlives the trace of a plan, whose tensors have no memory
         return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
+
+
+def _absmax(values: Tensor) -> Tensor:
+    """The largest magnitude of each block of flat values; the last block may be short."""
+    whole = values.numel() // BLOCK * BLOCK
+    found = torch.linalg.vector_norm(values[:whole].view(-1, BLOCK), float("inf"), dim=1)
+    if whole == values.numel():
+        return found
+    return torch.cat([found, torch.linalg.vector_norm(values[whole:], float("inf")).view(1)])
+
+
+def _per_block(values: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each block of flat values by its factor, in place."""
+    whole = values.numel() // BLOCK * BLOCK
+    values[:whole].view(-1, BLOCK).mul_(factors[: whole // BLOCK, None])
+    values[whole:].mul_(factors[-1])
+    return values
 
 
 def _blocks(part: slice) -> slice:

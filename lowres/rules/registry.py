@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowres.rules.base import Betas, Rule
+from lowres.storage import EMBEDDING, MATRIX, NORM
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Settings:
 
     eps: added to the denominator. moments: number format of element-wise moments. limiter: the largest
     growth of an update's norm, for rules that limit it themselves; 0 = no limit. width, head_dim: of the
-    model, if known. keys: the values of the rule's own keys.
+    model, if known. tied: whether its embedding is also its head. keys: the values of the rule's own keys.
     """
 
     betas: Betas
@@ -42,6 +43,11 @@ class Settings:
     width: int | None
     head_dim: int | None
     keys: Mapping[str, Any]
+    tied: bool = False
+
+
+# the kinds of tensors that a rule may update
+ONLY_MATRICES, WITHOUT_NORMS, EVERYTHING = (MATRIX,), (MATRIX, EMBEDDING), (MATRIX, EMBEDDING, NORM)
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,12 @@ class Definition:
     """An optimizer that the config can name.
 
     about: a phrase for help and docs, with the source. make: builds the rule for matrices. lr, eps, betas,
-    limiter, keys: defaults. reads: the general keys that the rule uses. for_all: it also updates embedding,
-    head, norms and biases; otherwise AdamW updates them, with adamw_betas and adamw_eps, by default those of
-    the rule. limits_itself: the rule limits the part that its
-    paper limits; for other rules the optimizer limits the whole update. moments: the number format of its
-    element-wise moments, if only one is possible. class_name: its `torch.optim` class in `lowres.optim`, if
-    it has one.
+    limiter, keys: defaults. reads: the general keys that the rule uses. kinds: of the tensors that it
+    updates (EMBEDDING: embedding and head, NORM: norms and biases); AdamW updates the rest, with adamw_betas
+    and adamw_eps, by default those of the rule. norm_lr: default of the key, if it is not lr. limits_itself:
+    the rule limits the part that its paper limits; for other rules the optimizer limits the whole update.
+    moments: the number format of its element-wise moments, if only one is possible. class_name: its
+    `torch.optim` class in `lowres.optim`, if it has one.
     """
 
     name: str
@@ -66,7 +72,8 @@ class Definition:
     limiter: float = 0.0
     keys: Mapping[Key, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ("betas", "eps")
-    for_all: bool = False
+    kinds: tuple[str, ...] = ONLY_MATRICES
+    norm_lr: float | None = None
     adamw_betas: Betas | None = None
     adamw_eps: float | None = None
     limits_itself: bool = False
@@ -78,7 +85,13 @@ class Definition:
         """Defaults of the [optim] keys that depend on the optimizer, except the learning rate, which may
         follow from the batch."""
         own = {key.name: value for key, value in self.keys.items()}
-        return {"eps": self.eps, "betas": self.betas, "limiter": self.limiter} | own
+        rate = {} if self.norm_lr is None else {"norm_lr": self.norm_lr}
+        return {"eps": self.eps, "betas": self.betas, "limiter": self.limiter} | rate | own
+
+    @property
+    def for_all(self) -> bool:
+        """Whether it updates every tensor."""
+        return self.kinds == EVERYTHING
 
     def adamw(self, betas: Betas, eps: float) -> tuple[Betas, float]:
         """betas and eps of the AdamW for the other tensors, for a rule with these."""

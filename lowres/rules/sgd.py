@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import Definition, register
+from lowres.rules.registry import EVERYTHING, Definition, register
 from lowres.storage import Fields, TensorSpec
 
 
@@ -50,6 +50,6 @@ register(
         make=lambda s: SgdRule(s.betas[0], s.moments),
         lr=0.1,
         reads=("betas",),
-        for_all=True,
+        kinds=EVERYTHING,
     )
 )

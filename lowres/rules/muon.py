@@ -1,0 +1,112 @@
+"""Muon (Jordan et al., 2024; Liu et al., arXiv 2502.16982): the momentum of a matrix, orthogonalised.
+
+    M <- beta1 M + (1 - beta1) G,  U = (1 - beta1) G + beta1 M         (Nesterov's momentum)
+    W <- W - lr 0.2 sqrt(max(m, n)) NewtonSchulz(U)
+
+Newton-Schulz moves all singular values of U to about 1. The factor gives an update the RMS of AdamW's, so
+AdamW's learning rate carries over. The arithmetic is that of `torch.optim.Muon` with `match_rms_adamw`, but
+products are fp32 on a CPU, where bf16 may be much slower. State: one number per parameter; linear int8 is
+enough for it (arXiv 2509.23106). Written from the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lowres.rules.base import MOMENTUM, Clock, Rule, State
+from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.registry import Definition, Key, register
+from lowres.storage import Fields, TensorSpec
+from lowres.target import chunks, kind_of
+
+# of the polynomial a x + b x^3 + c x^5, whose slope at 0 is large: it moves small singular values in few
+# steps, and leaves all of them between about 0.7 and 1.2
+A, B, C = 3.4445, -4.775, 2.0315
+LEAST_NORM = 1e-7
+RMS_OF_ADAMW = 0.2
+STEPS = Key(
+    "newton_schulz_steps",
+    Annotated[int, Field(ge=1, le=20)],
+    "1 to 20",
+    "Steps of the iteration that orthogonalises.",
+)
+
+
+class MuonRule(Rule):
+    """4, 2 or about 1 byte of state per parameter."""
+
+    moments: ClassVar = {MOMENTUM: True}
+
+    def __init__(
+        self, momentum: float, moments: str = "fp32", steps: int = 5, split: tuple[int, ...] | None = None
+    ) -> None:
+        """split: rows of the matrices that are fused in every tensor, such as query, key and value."""
+        self.momentum, self.kept_in, self.steps, self.split = momentum, moments, steps, split
+        self._rehearsed: set[tuple[int, ...]] = set()
+
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        return moment_fields(MOMENTUM, spec.shape, self.kept_in, linear=True)
+
+    def directions(
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+    ) -> list[Tensor]:
+        weight, _ = clock.moment_weights((self.momentum, 0.0))
+        factors = []
+        for spec, grad, state in zip(specs, grads, states, strict=True):
+            moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
+            for part in flat_chunks(spec.numel, grad.device):
+                m = moment.read(part).lerp_(flat[part], weight)
+                moment.write(m, part)
+                flat[part].lerp_(m, self.momentum)
+            sizes = [math.sqrt(max(rows, spec.shape[1])) for rows in self.split or spec.shape[:1]]
+            for part, size in zip(grad.split(self.split or spec.shape[0]), sizes, strict=True):
+                if not (clock.rehearsal and spec.shape in self._rehearsed):
+                    orthogonalise_(part, self.steps)
+                if self.split:
+                    part.mul_(size)
+            factors.append(lr * RMS_OF_ADAMW * (1.0 if self.split else sizes[0]) * clock.accepted.float())
+            if clock.rehearsal:
+                self._rehearsed.add(spec.shape)
+        return factors
+
+
+def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:
+    """Replace a matrix [m, n] by about U V^T of its singular value decomposition U S V^T; zero stays zero.
+
+    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for the matrix
+    and two squares of its smaller side in this dtype, and for the same again of up to one square.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if dtype is None:
+        dtype = torch.bfloat16 if kind_of(matrix.device) == "cuda" else matrix.dtype
+    # its spectral norm is then at most 1
+    x = (wide / torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM)).to(dtype)
+    # columns are independent of each other
+    parts = chunks(x.shape[1], x.shape[0])
+    for _ in range(steps):
+        square = x @ x.T
+        step = torch.addmm(square, square, square, beta=B, alpha=C)
+        for part in parts:
+            x[:, part] = torch.addmm(x[:, part], step, x[:, part], beta=A)
+    wide.copy_(x)
+
+
+register(
+    Definition(
+        name="muon",
+        about="orthogonalised momentum at AdamW's rates (arXiv 2502.16982)",
+        make=lambda s: MuonRule(s.betas[0], s.moments, s.keys[STEPS.name]),
+        lr=1e-3,
+        betas=(0.95, 0.999),
+        keys={STEPS: 5},
+        reads=("betas",),
+        adamw_betas=(0.9, 0.999),
+        adamw_eps=1e-8,
+        class_name="Muon",
+    )
+)

@@ -1,0 +1,75 @@
+"""SCALE (Glentis et al., arXiv 2506.16659): normalised gradients, and momentum only in the head.
+
+    matrix     W <- W - lr G / RMS of each row of G
+    embedding  the same with the RMS of each column, because a row is one token
+    head       M <- beta1 M + (1 - beta1) G,  W <- W - lr M / RMS of each row of M
+
+A row [n] of a matrix belongs to one output. The factors commute with storing, so no matrix is written, and a
+matrix has no state at all. AdamW updates norms and biases. The paper's embedding and head are two tensors; a
+tied one is treated as a head here, because most of its gradient is that of a head. Written from the paper.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowres.rules.base import MOMENTUM, Clock, Rule, State
+from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.registry import WITHOUT_NORMS, Definition, register
+from lowres.storage import Fields, TensorSpec
+
+EMBEDDING, HEAD = "embedding", "head"  # roles
+
+
+class ScaleRule(Rule):
+    """4, 2 or about 1 byte of state per parameter of the head; none for other tensors."""
+
+    moments: ClassVar = {MOMENTUM: True}
+
+    def __init__(self, momentum: float, eps: float, moments: str = "fp32", tied: bool = False) -> None:
+        """eps: the least RMS to divide by."""
+        self.momentum, self.eps, self.kept_in = momentum, eps, moments
+        self.heads = (EMBEDDING, HEAD) if tied else (HEAD,)
+
+    def state_fields(self, spec: TensorSpec) -> Fields:
+        if spec.role not in self.heads:
+            return {}
+        return moment_fields(MOMENTUM, spec.shape, self.kept_in, linear=True)
+
+    def directions(
+        self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
+    ) -> list[Tensor]:
+        rate, factors = lr * clock.accepted.float(), []
+        for spec, grad, state in zip(specs, grads, states, strict=True):
+            if state:
+                self._average(spec, grad, state, clock)
+            # which dimension the mean square is taken over
+            axis = 0 if spec.role == EMBEDDING and EMBEDDING not in self.heads else 1
+            norms = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
+            factors.append(rate / (norms / grad.shape[axis] ** 0.5).clamp_(min=self.eps))
+        return factors
+
+    def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
+        """Update the momentum, and put it in place of the gradient."""
+        weight, _ = clock.moment_weights((self.momentum, 0.0))
+        moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
+        for part in flat_chunks(spec.numel, grad.device):
+            m = moment.read(part).lerp_(flat[part], weight)
+            moment.write(m, part)
+            flat[part] = m  # a copy, because the direction must not be the state itself
+
+
+register(
+    Definition(
+        name="scale",
+        about="gradients normalised per row, with momentum in the head only (arXiv 2506.16659)",
+        make=lambda s: ScaleRule(s.betas[0], s.eps, s.moments, s.tied),
+        lr=1e-3,
+        kinds=WITHOUT_NORMS,
+        norm_lr=1e-3,
+        class_name="Scale",
+    )
+)
