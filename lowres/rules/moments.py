@@ -97,11 +97,12 @@ class Moment:
             largest = _absmax(values)
             scaled = _per_block(values.clone(), LARGEST / largest.clamp(min=SMALLEST))
             codes = rng.round_to_integer(scaled, self.rounding, part.start).clamp_(-LARGEST, LARGEST)
-            for kept, new in (
-                (self.value[part], codes.to(torch.int8)),
-                (self.absmax[_blocks(part)], largest),
-            ):
-                torch.where(self.accepted, new, kept, out=kept)
+            self._keep(part, codes.to(torch.int8), largest)
+
+    def _keep(self, part: slice, codes: Tensor, absmax: Tensor) -> None:
+        """Store codes and scales if the update is accepted."""
+        for kept, new in ((self.value[part], codes), (self.absmax[_blocks(part)], absmax)):
+            torch.where(self.accepted, new, kept, out=kept)
 
 
 def bitsandbytes_functional() -> ModuleType:
