@@ -3,7 +3,7 @@
 optimizer    which rule updates which tensor of a run, and the optimizer state
 schedule     the learning rate during the run
 overview     rule, learning rate and state of every tensor, as a table
-torch_optim  AdamMini, Apollo, ApolloMini, Fira, GaLore, ..., for any model and training loop
+torch_optim  AdamMini, Apollo, ApolloMini, Fira, GaLore, Muon, Scale, ..., for any model and training loop
 """
 
 from typing import Any

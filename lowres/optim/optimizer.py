@@ -64,7 +64,7 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
     gradients are small and always fp32.
     """
     assert config.betas is not None and config.eps is not None and config.limiter is not None
-    keys = {key: getattr(config, key) for key in KEYS}
+    keys = {key: getattr(config, key) for key in KEYS} | {"tied": model.tie_embeddings}
     settings = Settings(
         config.betas,
         config.eps,
@@ -74,7 +74,6 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
         model.dim,
         model.head_width,
         keys,
-        model.tie_embeddings,
     )
     return RULES[config.name].make(settings)
 

@@ -2,10 +2,11 @@
 
     optimizer = Apollo(model.named_parameters(), lr=1e-2, rank=256)
 
-Parameter names decide which tensors the rule updates. With Apollo, ApolloMini, GaLore and Fira: all matrices
-except embeddings and heads. With AdamMini: all tensors whose role in a LLaMA model is known. AdamW updates
-the rest, including 1-D tensors. The group key `role` overrides this: {"params": ..., "role": "adamw"} or
-"matrix", and for AdamMini one of its roles. In a group without names, the rule updates all matrices.
+Parameter names decide which tensors the rule updates. With Apollo, ApolloMini, GaLore, Fira, Muon, SinkGD and
+RACS: all matrices except embeddings and heads. With Scale: these too, each in its own way. With AdamMini: all
+tensors whose role in a LLaMA model is known. AdamW updates the rest, including 1-D tensors. The group key
+`role` overrides this: {"params": ..., "role": "adamw"} or "matrix", for Scale also "embedding" or "head", and
+for AdamMini one of its roles. In a group without names, the rule updates all matrices.
 
 Differences from the optimizers of torch:
 - bf16 parameters are written with stochastic rounding, from fp32 arithmetic and fp32 state. Loading does not
@@ -33,6 +34,8 @@ from lowres.rules import RULES, Betas, Clock, Definition, Rule, Settings
 from lowres.rules.adam_mini import HEAD_ROLES, ROW_ROLES, describe_partition
 from lowres.rules.limiter import GROWTH
 from lowres.rules.moments import KINDS
+from lowres.rules.scale import EMBEDDING, HEAD
+from lowres.storage import EMBEDDING as EMBEDDING_KIND
 from lowres.storage import MATRIX as MATRIX_KIND
 from lowres.storage import NORM as NORM_KIND
 from lowres.storage import Dense, TensorSpec
@@ -40,7 +43,10 @@ from lowres.storage import Dense, TensorSpec
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 ADAMW, MATRIX, NORM = "adamw", "matrix", "norm"
-HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier", "wte", "wpe")
+EMBEDDINGS = ("wte", "wpe")
+HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier")
+# several matrices in one parameter: query, key and value; gate and up
+FUSED = ("qkv", "query_key_value", "c_attn", "gate_up", "in_proj")
 LLAMA_ROLES = {
     "q_proj": "q",
     "k_proj": "k",
@@ -105,7 +111,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule of a group, from its hyper-parameters."""
         found = self.definition
-        for key in found.keys:
+        for key in (*found.keys, *found.class_keys):
             value = group[key.name]
             try:
                 TypeAdapter(key.type | None).validate_python(value, strict=True)
@@ -115,7 +121,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _settings(self, group: dict[str, Any]) -> Settings:
         growth = _growth(group["limiter"]) if self.definition.limits_itself else 0.0
-        keys = {key.name: group[key.name] for key in self.definition.keys}
+        found = self.definition
+        keys = {key.name: group[key.name] for key in (*found.keys, *found.class_keys)}
         head_dim = group.get("head_dim")
         return Settings(
             group["betas"], group["eps"], group["moments"], group["seed"], growth, None, head_dim, keys
@@ -123,12 +130,18 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _roles(self, group: dict[str, Any], names: list[str]) -> list[str]:
         """ADAMW, or a role that the rule knows, for each parameter of a group."""
-        if group["role"] not in (None, ADAMW, MATRIX):
-            raise ValueError(f"role: {group['role']!r} is not known; use {ADAMW} or {MATRIX}")
-        if group["role"] == MATRIX:
+        beyond = (EMBEDDING, HEAD) if EMBEDDING_KIND in self.definition.kinds else ()
+        known = (ADAMW, MATRIX, *beyond)
+        if group["role"] not in (None, *known):
+            raise ValueError(
+                f"role: {group['role']!r} is not known; use {', '.join(known[:-1])} or {known[-1]}"
+            )
+        if group["role"] not in (None, ADAMW):
             for name, p in zip(names, group["params"], strict=True):
                 if p.dim() != 2:
-                    raise ValueError(f"{name}: has the shape {list(p.shape)}, but role={MATRIX!r} is for 2-D")
+                    raise ValueError(
+                        f"{name}: has the shape {list(p.shape)}, but role={group['role']!r} is for 2-D"
+                    )
         if group["role"] is not None:
             return [group["role"]] * len(names)
         matrices = [p.dim() == 2 for p in group["params"]]
@@ -140,10 +153,22 @@ class RuleOptimizer(torch.optim.Optimizer):
                     stacklevel=6,
                 )
             return [MATRIX if matrix else ADAMW for matrix in matrices]
-        return [
-            MATRIX if matrix and not _is_embedding_or_norm(name) else ADAMW
-            for name, matrix in zip(names, matrices, strict=True)
-        ]
+        roles = [_role(name) if matrix else ADAMW for name, matrix in zip(names, matrices, strict=True)]
+        return [role if role in known else ADAMW for role in roles]
+
+    def _check_split(self, group: dict[str, Any], specs: list[TensorSpec]) -> None:
+        """For a rule to which it matters that a parameter is several matrices."""
+        for spec in specs:
+            rows, split = spec.shape[0], group["split"]
+            if spec.role != MATRIX:
+                continue
+            if split and sum(split) != rows:
+                raise ValueError(f"{spec.name}: has {rows} rows, but split {split} is for {sum(split)}")
+            if split is None and any(part in spec.name for part in FUSED):
+                raise ValueError(
+                    f"{spec.name}: seems to be several matrices in one; put it into a group with split, "
+                    "the rows of each, or with split=() to orthogonalise it as one"
+                )
 
     def _part(self, index: int) -> Part:
         group = self.param_groups[index]
@@ -167,6 +192,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             TensorSpec(name, tuple(p.shape) or (1,), role, NORM_KIND if role == NORM else MATRIX_KIND)
             for name, p, role in zip(names, params, roles, strict=True)
         ]
+        if "split" in group:
+            self._check_split(group, specs)
         return Part(specs, [adamw if role == ADAMW else own for role in roles])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -430,9 +457,14 @@ def _module(name: str) -> str:
     return path[-1] if path and last in ("weight", "bias") else last
 
 
-def _is_embedding_or_norm(name: str) -> bool:
+def _role(name: str) -> str:
+    """The role of a 2-D parameter in any model."""
     module = _module(name)
-    return module in HEADS or "embed" in module or "norm" in module
+    if module in HEADS:
+        return HEAD
+    if module in EMBEDDINGS or "embed" in module:
+        return EMBEDDING
+    return ADAMW if "norm" in module else MATRIX
 
 
 def _llama_role(name: str, p: Tensor) -> str | None:
@@ -469,14 +501,14 @@ def _torch_class(found: Definition) -> type[RuleOptimizer]:
     """The class for a registered optimizer, with its signature and documentation."""
     assert found.class_name is not None
     # a rank of None means a quarter of the smaller dimension of each matrix
-    own = {key.name: value for key, value in found.keys.items()}
+    own = {key.name: value for keys in (found.keys, found.class_keys) for key, value in keys.items()}
     own |= {"limiter": True} if found.limits_itself else {}
     values = {"lr": found.lr, "betas": found.betas, "eps": found.eps, "weight_decay": 0.0}
     first = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     first += [inspect.Parameter(n, first[0].kind, default=value) for n, value in values.items()]
     words = own | {"moments": "fp32", "seed": 0}
     last = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=v) for n, v in words.items()]
-    texts = [f"{key.name}: {key.about}" for key in found.keys]
+    texts = [f"{key.name}: {key.about}" for key in (*found.keys, *found.class_keys)]
     if found.limits_itself:
         texts.append(
             f"limiter: the largest growth of an update's norm per step, as a factor; True is {GROWTH}, False "

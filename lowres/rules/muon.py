@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowres.rules.base import MOMENTUM, Clock, Rule, State
+from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
 from lowres.rules.registry import Definition, Key, register
 from lowres.storage import Fields, TensorSpec
@@ -35,6 +35,13 @@ STEPS = Key(
     "1 to 20",
     "Steps of the iteration that orthogonalises.",
 )
+SPLIT = Key(
+    "split",
+    tuple[Annotated[int, Field(ge=1)], ...],
+    "rows, such as (4096, 1024, 1024)",
+    "Rows of each of the matrices that are fused in one parameter, such as query, key and value; () to "
+    "orthogonalise it as one. For the param group of such parameters.",
+)
 
 
 class MuonRule(Rule):
@@ -43,10 +50,10 @@ class MuonRule(Rule):
     moments: ClassVar = {MOMENTUM: True}
 
     def __init__(
-        self, momentum: float, moments: str = "fp32", steps: int = 5, split: tuple[int, ...] | None = None
+        self, betas: Betas, moments: str = "fp32", steps: int = 5, split: tuple[int, ...] | None = None
     ) -> None:
         """split: rows of the matrices that are fused in every tensor, such as query, key and value."""
-        self.momentum, self.kept_in, self.steps, self.split = momentum, moments, steps, split
+        self.betas, self.kept_in, self.steps, self.split = betas, moments, steps, split
         self._rehearsed: set[tuple[int, ...]] = set()
 
     def state_fields(self, spec: TensorSpec) -> Fields:
@@ -55,14 +62,14 @@ class MuonRule(Rule):
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
-        weight, _ = clock.moment_weights((self.momentum, 0.0))
+        weight, _ = clock.moment_weights(self.betas)
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
             moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
             for part in flat_chunks(spec.numel, grad.device):
                 m = moment.read(part).lerp_(flat[part], weight)
                 moment.write(m, part)
-                flat[part].lerp_(m, self.momentum)
+                flat[part].lerp_(m, self.betas[0])
             sizes = [math.sqrt(max(rows, spec.shape[1])) for rows in self.split or spec.shape[:1]]
             for part, size in zip(grad.split(self.split or spec.shape[0]), sizes, strict=True):
                 if not (clock.rehearsal and spec.shape in self._rehearsed):
@@ -100,10 +107,11 @@ register(
     Definition(
         name="muon",
         about="orthogonalised momentum at AdamW's rates (arXiv 2502.16982)",
-        make=lambda s: MuonRule(s.betas[0], s.moments, s.keys[STEPS.name]),
+        make=lambda s: MuonRule(s.betas, s.moments, s.keys[STEPS.name], s.keys.get(SPLIT.name) or None),
         lr=1e-3,
         betas=(0.95, 0.999),
         keys={STEPS: 5},
+        class_keys={SPLIT: None},
         reads=("betas",),
         adamw_betas=(0.9, 0.999),
         adamw_eps=1e-8,

@@ -32,7 +32,7 @@ class Settings:
 
     eps: added to the denominator. moments: number format of element-wise moments. limiter: the largest
     growth of an update's norm, for rules that limit it themselves; 0 = no limit. width, head_dim: of the
-    model, if known. tied: whether its embedding is also its head. keys: the values of the rule's own keys.
+    model, if known. keys: the values of the rule's own keys, and of those of its class.
     """
 
     betas: Betas
@@ -43,7 +43,6 @@ class Settings:
     width: int | None
     head_dim: int | None
     keys: Mapping[str, Any]
-    tied: bool = False
 
 
 # the kinds of tensors that a rule may update
@@ -55,7 +54,8 @@ class Definition:
     """An optimizer that the config can name.
 
     about: a phrase for help and docs, with the source. make: builds the rule for matrices. lr, eps, betas,
-    limiter, keys: defaults. reads: the general keys that the rule uses. kinds: of the tensors that it
+    limiter, keys: defaults. class_keys: the same for keywords that only its class has, because a run knows
+    them from its model. reads: the general keys that the rule uses. kinds: of the tensors that it
     updates (EMBEDDING: embedding and head, NORM: norms and biases); AdamW updates the rest, with adamw_betas
     and adamw_eps, by default those of the rule. norm_lr: default of the key, if it is not lr. limits_itself:
     the rule limits the part that its paper limits; for other rules the optimizer limits the whole update.
@@ -71,6 +71,7 @@ class Definition:
     betas: Betas = (0.9, 0.999)
     limiter: float = 0.0
     keys: Mapping[Key, Any] = field(default_factory=dict)
+    class_keys: Mapping[Key, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ("betas", "eps")
     kinds: tuple[str, ...] = ONLY_MATRICES
     norm_lr: float | None = None

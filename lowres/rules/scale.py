@@ -16,12 +16,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowres.rules.base import MOMENTUM, Clock, Rule, State
+from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import WITHOUT_NORMS, Definition, register
+from lowres.rules.registry import WITHOUT_NORMS, Definition, Key, register
 from lowres.storage import Fields, TensorSpec
 
 EMBEDDING, HEAD = "embedding", "head"  # roles
+TIED = Key(
+    "tied", bool, "True or False", "Whether the embedding is also the head; it is then updated as a head."
+)
 
 
 class ScaleRule(Rule):
@@ -29,9 +32,9 @@ class ScaleRule(Rule):
 
     moments: ClassVar = {MOMENTUM: True}
 
-    def __init__(self, momentum: float, eps: float, moments: str = "fp32", tied: bool = False) -> None:
-        """eps: the least RMS to divide by."""
-        self.momentum, self.eps, self.kept_in = momentum, eps, moments
+    def __init__(self, betas: Betas, eps: float, moments: str = "fp32", tied: bool = False) -> None:
+        """eps: the least RMS to divide by. tied: the embedding is the head."""
+        self.betas, self.eps, self.kept_in = betas, eps, moments
         self.heads = (EMBEDDING, HEAD) if tied else (HEAD,)
 
     def state_fields(self, spec: TensorSpec) -> Fields:
@@ -44,7 +47,7 @@ class ScaleRule(Rule):
     ) -> list[Tensor]:
         rate, factors = lr * clock.accepted.float(), []
         for spec, grad, state in zip(specs, grads, states, strict=True):
-            if state:
+            if spec.role in self.heads:
                 self._average(spec, grad, state, clock)
             # which dimension the mean square is taken over
             axis = 0 if spec.role == EMBEDDING and EMBEDDING not in self.heads else 1
@@ -54,7 +57,7 @@ class ScaleRule(Rule):
 
     def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
         """Update the momentum, and put it in place of the gradient."""
-        weight, _ = clock.moment_weights((self.momentum, 0.0))
+        weight, _ = clock.moment_weights(self.betas)
         moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
         for part in flat_chunks(spec.numel, grad.device):
             m = moment.read(part).lerp_(flat[part], weight)
@@ -66,8 +69,9 @@ register(
     Definition(
         name="scale",
         about="gradients normalised per row, with momentum in the head only (arXiv 2506.16659)",
-        make=lambda s: ScaleRule(s.betas[0], s.eps, s.moments, s.tied),
+        make=lambda s: ScaleRule(s.betas, s.eps, s.moments, bool(s.keys[TIED.name])),
         lr=1e-3,
+        class_keys={TIED: False},
         kinds=WITHOUT_NORMS,
         norm_lr=1e-3,
         class_name="Scale",
