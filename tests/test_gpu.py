@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowres import checkpoint, metrics
+from lowres.catalogue import RULES
 from lowres.config import Config
 from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine
 from lowres.kernels import forms, loss, norm, product, quantise, rounding, swiglu, update
@@ -28,7 +29,6 @@ from lowres.memory import make_plans
 from lowres.meter import LiveTensors
 from lowres.model import Starts, initialize
 from lowres.rooms import GPU, Rooms
-from lowres.rules import RULES
 from lowres.runs import training_engine
 from tests.helpers import (
     CPU,

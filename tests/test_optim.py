@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowres.optim as optim_package
+from lowres.catalogue import KEYS, RULES
 from lowres.config import OptimConfig
 from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
 from lowres.model import empty_units, unit_specs
 from lowres.optim import Clock, make_rule
-from lowres.rules import KEYS, RULES
 from lowres.rules.adam_mini import AdamMiniRule
 from lowres.rules.adamw import AdamWRule
 from lowres.rules.apollo import ApolloRule

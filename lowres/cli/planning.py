@@ -8,9 +8,11 @@ import json
 import torch
 
 from lowres import memory
-from lowres.cli.configs import load_with_model
+from lowres.cli.configs import load
+from lowres.config import Config
 from lowres.device import pick_device
 from lowres.errors import UserError
+from lowres.exchange import open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
@@ -18,8 +20,14 @@ from lowres.probe import probe
 from lowres.speed import bench, with_random_tokens
 
 
+def _load(parsed: argparse.Namespace) -> Config:
+    """The config with the model of `run.init_from`, which a run reads when it starts."""
+    config = load(parsed)
+    return with_model_of(config, open_model(config.run.init_from)) if config.run.init_from else config
+
+
 def run_plan(parsed: argparse.Namespace) -> None:
-    config = load_with_model(parsed)
+    config = _load(parsed)
     if parsed.probe and config.memory.engine == "deepspeed":
         raise UserError(
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
@@ -57,5 +65,5 @@ def run_plan(parsed: argparse.Namespace) -> None:
 
 
 def run_bench(parsed: argparse.Namespace) -> None:
-    found = bench(load_with_model(parsed), parsed.steps)
+    found = bench(_load(parsed), parsed.steps)
     print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
