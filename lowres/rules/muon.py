@@ -85,14 +85,15 @@ class MuonRule(Rule):
 def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:
     """Replace a matrix [m, n] by about U V^T of its singular value decomposition U S V^T; zero stays zero.
 
-    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for the matrix
-    and two squares of its smaller side in this dtype, and for the same again of up to one square.
+    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for a copy of
+    the matrix and three squares of its smaller side, in this dtype.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if dtype is None:
         dtype = torch.bfloat16 if kind_of(matrix.device) == "cuda" else matrix.dtype
     # its spectral norm is then at most 1
-    x = (wide / torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM)).to(dtype)
+    x = torch.empty_like(wide, dtype=dtype)
+    torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM), out=x)
     # columns are independent of each other
     parts = chunks(x.shape[1], x.shape[0])
     for _ in range(steps):
