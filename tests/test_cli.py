@@ -325,12 +325,13 @@ def test_plan_shows_what_every_tensor_gets(
     plan = json.loads(capsys.readouterr().out)
     rows = {row["role"]: row for row in plan["optimizer"]}
     assert rows.keys() == lines.keys()
-    others = name if RULES[name].for_all else "adamw"
     for role, row in rows.items():
         embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
         assert row["tensors"] == (1 if embedding or role == "norm" else 2)
-        assert row["optimizer"] == (name if matrix and not embedding else others)
-        assert row["lr"] == (0.25 if embedding else RULES[name].lr)
+        kind = "embedding" if embedding else "matrix" if matrix else "norm"
+        assert row["optimizer"] == (name if kind in RULES[name].kinds else "adamw")
+        own_rate = RULES[name].norm_lr if kind == "norm" else None
+        assert row["lr"] == (0.25 if embedding else own_rate or RULES[name].lr)
         assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
         assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])
     # all of the state, except the count of updates of each unit
@@ -345,7 +346,12 @@ def test_plan_shows_what_every_tensor_gets(
         "apollo-mini": "exp_avg [1, 32], exp_avg_sq [1, 32], norm, random projection [16, 1] (no state)",
         "galore": "exp_avg [8, 32], exp_avg_sq [8, 32], projection [16, 8], refreshes",
         "fira": "exp_avg [8, 32], exp_avg_sq [8, 32], norm, projection [16, 8], refreshes",
+        "scale": "none",
+        "muon": "momentum fp32",
+        "sinkgd": "none",
+        "racs": "rows [16, 1], columns [1, 32], norm",
     }
+    assert rows["head"]["state"] == ("momentum fp32" if name in ("scale", "sgd") else rows["head"]["state"])
     assert rows["k"]["shape"] == [16, 32] and rows["k"]["state"] == wanted.get(name, rows["k"]["state"])
 
 

@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "adam-mini bf16": {"optim": {"name": "adam-mini"}, "memory": {"moments": "bf16"}},
     "apollo": {"optim": {"name": "apollo"}},
     "galore": {"optim": {"name": "galore"}},
+    "muon int8": {"optim": {"name": "muon"}, "memory": {"moments": "int8"}},
     "stash on host": {"memory": {"stash_on": "host"}},
     "carry on host": {"memory": {"carry_on": "host", "compute": "bf16"}},
     "all on host": {"memory": ON_HOST},
