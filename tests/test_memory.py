@@ -18,6 +18,7 @@ from tests.measuring import Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")  # planning needs no device
 MODEL = {"dim": 128, "n_layers": 4, "n_heads": 4, "ffn_dim": 344, "vocab_size": 1000}
+WIDE = {"dim": 512, "n_layers": 1, "ffn_dim": 1376}
 MIB = 1 << 20
 
 
@@ -78,6 +79,9 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "adam-mini bf16": {"optim": {"name": "adam-mini"}, "memory": {"moments": "bf16"}},
     "apollo": {"optim": {"name": "apollo"}},
     "galore": {"optim": {"name": "galore"}},
+    # wide: matrices of more chunks than a trace runs
+    "muon bf16, wide": {"optim": {"name": "muon"}, "model": WIDE, "memory": {"moments": "bf16"}},
+    "racs, wide": {"optim": {"name": "racs"}, "model": WIDE},
     "stash on host": {"memory": {"stash_on": "host"}},
     "carry on host": {"memory": {"carry_on": "host", "compute": "bf16"}},
     "all on host": {"memory": ON_HOST},
