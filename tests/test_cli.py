@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lowres import metrics
 from lowres.cli import main
 from lowres.rules import RULES
+from lowres.storage import EMBEDDING, MATRIX, NORM
 from tests.helpers import lowres, lowres_here, train_and_kill
 
 STEP_KEYS = {
@@ -317,7 +318,8 @@ def test_plan_shows_what_every_tensor_gets(
     assert main(command) == 0
     before, _, after = capsys.readouterr().out.partition("\nrole ")
     assert "gpu peak" in before
-    lines = {line.split()[0]: line for line in after.splitlines()[1:]}
+    *listed, last = after.splitlines()[1:]
+    lines = {line.split()[0]: line for line in listed}
     assert list(lines) == [
         *("embedding", "attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down", "norm", "head")
     ]
@@ -328,12 +330,15 @@ def test_plan_shows_what_every_tensor_gets(
     for role, row in rows.items():
         embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
         assert row["tensors"] == (1 if embedding or role == "norm" else 2)
-        kind = "embedding" if embedding else "matrix" if matrix else "norm"
+        kind = EMBEDDING if embedding else MATRIX if matrix else NORM
         assert row["optimizer"] == (name if kind in RULES[name].kinds else "adamw")
-        own_rate = RULES[name].norm_lr if kind == "norm" else None
+        own_rate = RULES[name].norm_lr if kind == NORM else None
         assert row["lr"] == (0.25 if embedding else own_rate or RULES[name].lr)
         assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
         assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])
+    flops = sum(row["tensors"] * row["product_flops"] for row in rows.values())
+    assert last.startswith("in all: ") and (f"updates: {flops / 1e12:.3g} TFLOP" in last) == (flops > 0)
+    assert (flops > 0) == (name == "muon")
     # all of the state, except the count of updates of each unit
     state = sum(c["bytes"] for c in plan["components"] if c["name"] == "optimizer state")
     assert sum(row["tensors"] * row["state_bytes"] for row in rows.values()) + 4 * 256 == state
