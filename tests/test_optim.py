@@ -506,5 +506,5 @@ def test_every_optimizer_is_built_or_refused_by_name() -> None:
         assert not notes
     config, notes = parse_config({"optim": {"name": "adamw8bit"}, "memory": {"moments": "bf16"}})
     assert config.memory.moments == "int8" and notes == ["memory.moments is int8 with adamw8bit"]
-    with pytest.raises(UserError, match="'adagrad' is not known; use one of adam-mini, adamw, "):
+    with pytest.raises(UserError, match="'adagrad' is not known; use one of adamw, adamw8bit, "):
         parse_config({"optim": {"name": "adagrad"}})
