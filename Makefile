@@ -14,7 +14,7 @@ TUNING := sft dpo
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
-	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text"
+	@echo "make pretrain-7b-24gb   LLaMA-7B on a 24 GB card, on C4 or with DATA=path on local text; STEPS=n"
 	@echo "                        also $(wordlist 2,5,$(PRESETS:%=pretrain-%))"
 	@echo "make pretrain-7b-24gb-deepspeed   the same with plain AdamW, offloaded by DeepSpeed to 96 GB of host memory"
 	@echo "make pretrain-relora-7b-24gb   the same with ReLoRA; pretrain-relora-tiny is a small example"
@@ -37,14 +37,15 @@ $(STAMP): requirements.txt pyproject.toml
 pretrain-tiny: $(STAMP)
 	$(BIN)/lowres train configs/tiny.toml --run $(RUN) $(if $(wildcard $(RUN)/config.toml),--resume)
 
-# A finished run only says so; an interrupted run continues. DATA=path trains on local text instead of C4.
+# A finished run only says so; an interrupted run continues. DATA=path trains on local text instead of C4,
+# STEPS=n takes another number of steps than the config.
 $(PRESETS:%=pretrain-%): pretrain-%: $(STAMP)
 	$(BIN)/lowres train configs/llama_$(subst -,_,$*).toml --run runs/llama-$* \
-		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/llama-$*/config.toml),--resume)
+		$(if $(STEPS),--set train.steps=$(STEPS)) $(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/llama-$*/config.toml),--resume)
 
 $(RELORA:%=pretrain-relora-%): pretrain-relora-%: $(STAMP)
 	$(BIN)/lowres train configs/relora_$(subst -,_,$*).toml --run runs/relora-$* \
-		$(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/relora-$*/config.toml),--resume)
+		$(if $(STEPS),--set train.steps=$(STEPS)) $(if $(DATA),--set data.source=$(DATA)) $(if $(wildcard runs/relora-$*/config.toml),--resume)
 
 # MODEL is needed at the first start only: a Hugging Face folder (hf download HuggingFaceTB/SmolLM2-1.7B --local-dir
 # FOLDER) or a run.

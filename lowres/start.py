@@ -13,6 +13,7 @@ import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from lowres.exchange import StoredModel, initialize_from, open_model, require_id
 from lowres.health import Watch
 from lowres.model import initialize
 from lowres.objective import Pairs, has_reference
+from lowres.probe import forecast
 from lowres.probe.fastest import choose
 from lowres.ranks import say
 from lowres.resuming import continued, find_checkpoint, sequences_before
@@ -124,6 +126,7 @@ def begin(config: Config, folder: Path, resume: bool, restart: bool = False) -> 
         say(line)
     run = _build(start, _write_folder(start))
     _announce(run)
+    _foretell(run)
     rehearse = start.config.memory.rehearse
     if rehearse is True or (rehearse == "auto" and start.device.type == "cuda"):
         _rehearse(run)
@@ -532,6 +535,15 @@ def _announce(run: Run) -> None:
         f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB "
         "on the host"
     )
+
+
+def _foretell(run: Run) -> None:
+    """Say how long the run may take, if the data sheet of its card is known. The trainer says more once some
+    steps are measured."""
+    config, card = run.config, forecast.card_here() if run.parts.rooms.device.type == "cuda" else None
+    if card and not run.parts.adapted and not forecast.why_not(config):
+        for line in forecast.lines(config, forecast.forecast(config, run.parts.plan, card), datetime.now()):
+            say(line)
 
 
 def _rehearse(run: Run) -> None:

@@ -12,7 +12,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -29,6 +29,18 @@ def clean(text: str) -> str:
     """The text with everything in it that controls a terminal or the order of writing shown as an escape:
     \\x1b, \\u202e. Newlines and tabs stay."""
     return _CONTROLS.sub(_escape, text)
+
+
+def aligned(rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+    """Rows of a table as lines. words: columns that begin at the left, as numbers do not."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _escape(found: re.Match[str]) -> str:

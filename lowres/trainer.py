@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
+from lowres.outlook import Stopwatch
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
@@ -88,6 +90,7 @@ class _Loop:
         self.saved = step
         self.saved_at = time.monotonic()
         self.longest, self.longest_save = 0.0, 0.0  # seconds
+        self.stopwatch = Stopwatch(run.config)
         try:
             profile.require(self.total - step)
         except UserError as error:  # the run has begun, so it goes on
@@ -119,6 +122,7 @@ class _Loop:
                 break
             if config.relora.adapted_at(self.step) and not run.parts.adapted:
                 run.start_adapters(self.step)
+                self.stopwatch = Stopwatch(config)  # with adapters a step takes another time
                 say(f"step {self.step}: {_adapters_text(run)}")
 
             # ---- one step
@@ -131,6 +135,8 @@ class _Loop:
             seconds = time.perf_counter() - before
             self.longest = max(self.longest, seconds)
             self.step += 1
+            for line in self.stopwatch.after(self.step, seconds, datetime.now()):
+                say(line)
 
             # ---- log
             record = _record(run, self.step, schedule, report, seconds, batch)
@@ -183,9 +189,10 @@ class _Loop:
             run.events.say("memory", text, step=self.step, micro_batch=now)
 
     def evaluate(self) -> dict[str, float]:
-        run = self.run
+        run, before = self.run, time.perf_counter()
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
             scores = run.evaluate()
+        self.stopwatch.evaluation = time.perf_counter() - before
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
         run.log.write({"step": self.step, **scores, **mixed})

@@ -1,4 +1,4 @@
-"""scripts/roofline.py: its terms compared with numbers by hand."""
+"""Predictions for cards (lowres/probe/roofline.py): their terms compared with numbers by hand."""
 
 import sys
 from pathlib import Path
@@ -40,10 +40,10 @@ def test_terms_and_limits() -> None:
     assert fused["products of the update"] == 0
 
     found = roofline.predict(fused, 131072)
-    assert found["limit"] == "products" and found["tokens_per_s"] < 131072 / fused["products"]
+    assert found.limit == "products" and found.tokens_per_s < 131072 / fused["products"]
     slow = fused | {"transfers": 1e3}
-    assert roofline.predict(slow, 131072)["limit"] == "transfers"
-    assert roofline.predict(slow, 131072)["tokens_per_s"] == pytest.approx(131.072)
+    assert roofline.predict(slow, 131072).limit == "transfers"
+    assert roofline.predict(slow, 131072).tokens_per_s == pytest.approx(131.072)
 
 
 def test_the_update_of_muon() -> None:

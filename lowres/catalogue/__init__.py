@@ -2,10 +2,12 @@
 
 optimizers  the optimizers and their keys; `lowres.rules` has their arithmetic
 formats     the number formats of weights; `lowres.storage` has their storage
+cards       graphics cards, from their data sheets
 
 Imports no PyTorch, so that help, completion and `lowres config` are there at once.
 """
 
+from lowres.catalogue.cards import CARDS, CONSUMER, Card, find_card, recognise
 from lowres.catalogue.formats import WEIGHT_FORMATS, WeightFormat
 from lowres.catalogue.optimizers import GROWTH, KEYS, RULES, Betas, Definition, Key
 from lowres.catalogue.tensors import (
@@ -22,6 +24,8 @@ from lowres.catalogue.tensors import (
 __all__ = [
     "ADAPTER",
     "BIAS",
+    "CARDS",
+    "CONSUMER",
     "EMBEDDING",
     "EVERYTHING",
     "GROWTH",
@@ -33,7 +37,10 @@ __all__ = [
     "WEIGHT_FORMATS",
     "WITHOUT_NORMS",
     "Betas",
+    "Card",
     "Definition",
     "Key",
     "WeightFormat",
+    "find_card",
+    "recognise",
 ]

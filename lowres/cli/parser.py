@@ -121,7 +121,7 @@ def _add_plan(commands: Commands) -> None:
         commands,
         "plan",
         "planning:run_plan",
-        "Print the memory that a run needs, before anything is allocated.",
+        "Print the memory that a run needs, and how long it takes, before anything is allocated.",
     )
     _add_config(sub)
     _add_init_from(sub)
@@ -132,7 +132,14 @@ def _add_plan(commands: Commands) -> None:
         "--machines", type=_positive, default=1, metavar="M", help="with --gpus ranks on each of M machines"
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
-    sub.add_argument("--probe", action="store_true", help="measure this machine and predict the speed")
+    sub.add_argument(
+        "--probe", action="store_true", help="measure this machine for a few seconds and predict the speed"
+    )
+    sub.add_argument(
+        "--card",
+        metavar="NAME",
+        help='plan for a graphics card, such as "RTX 4090", and predict the speed from its data sheet',
+    )
     sub.add_argument("--optimizer", action="store_true", help="show the optimizer and state of every tensor")
 
     sub = _command(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from datetime import datetime
+from typing import Any
 
 import torch
 
@@ -16,7 +18,8 @@ from lowres.exchange import open_model, with_model_of
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
-from lowres.probe import probe, step_flops
+from lowres.outlook import outlook
+from lowres.probe import forecast, probe, step_flops
 from lowres.speed import bench, with_random_tokens
 
 
@@ -33,7 +36,9 @@ def run_plan(parsed: argparse.Namespace) -> None:
             "--probe: measures the layer-major step; leave it out, or set memory.engine=layerwise"
         )
     # the vocabulary that the data will have, if the config gives it
-    config = with_random_tokens(config)
+    config, card = with_random_tokens(config), None
+    if parsed.card:
+        config, card = forecast.for_card(config, parsed.card)
     # a plan for a GPU does not need one
     device = torch.device("cuda") if config.run.device == "cuda" else pick_device(config)
     here = parsed.gpus or 1
@@ -56,12 +61,41 @@ def run_plan(parsed: argparse.Namespace) -> None:
             parts[part]["optimizer"] = overview(make_optimizer(config), specs)
             tables.append(table(parts[part]["optimizer"], step_flops(config, own)))
     values = plan.as_dict() | ({"parts": parts} if len(parts) > 1 else parts[next(iter(parts))])
-    if parsed.probe and not plan.problems:
-        found = probe(config, plan)
-        values["probe"] = found.as_dict()
-        tables.append(found.table())
+    if not plan.problems:
+        tables += _how_long(parsed, config, plans, device, card, values)
     print(json.dumps(values, indent=1) if parsed.json else "\n".join(tables))
     memory.require_fit(plan)
+
+
+def _how_long(
+    parsed: argparse.Namespace,
+    config: Config,
+    plans: dict[str, memory.Plan],
+    device: torch.device,
+    card: str | None,
+    values: dict[str, Any],
+) -> list[str]:
+    """Lines on the speed of a run that fits: measured rates with --probe, else predicted if it is for a GPU.
+    Adds them to the values for --json."""
+    now, lines = datetime.now(), list[str]()
+    plan = next(iter(plans.values()))
+    if parsed.probe:
+        found = probe(config, plan)
+        values["probe"] = found.as_dict()
+        lines.append(found.table())
+        source = f"predicted for {found.machine}, from these rates"
+        lines += outlook(config, found.prediction.step_s, source, now, machine=found.machine)
+    elif device.type == "cpu" and not parsed.optimizer:
+        lines.append(
+            "--probe measures this CPU and says how long the run takes; --card NAME predicts for one"
+        )
+    if device.type == "cuda" and (card or not parsed.probe):
+        if memory.ADAPTERS in plans:
+            return [*lines, "no speed is predicted with adapters; for the warm start: relora.enabled=false"]
+        estimates = forecast.forecast(config, plan, card or forecast.card_here())
+        values["predicted"] = forecast.as_dict(config, estimates)
+        lines += forecast.lines(config, estimates, now)
+    return lines
 
 
 def run_bench(parsed: argparse.Namespace) -> None:

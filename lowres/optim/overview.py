@@ -9,6 +9,7 @@ import torch
 
 from lowres.optim.optimizer import Optimizer
 from lowres.storage import TensorSpec, field_bytes
+from lowres.terminal import aligned
 
 GIB = 1 << 30
 KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8", torch.int8: "int8"}
@@ -54,16 +55,7 @@ def table(rows: list[dict[str, Any]], step_flops: int) -> str:
         ]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    words = (0, 2, 3, 7)  # the columns that are not numbers
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, *cells]
-    ]
-    return "\n".join([*lines, _in_all(rows, step_flops)])
+    return "\n".join([*aligned([head, *cells], words=(0, 2, 3, 7)), _in_all(rows, step_flops)])
 
 
 def _in_all(rows: list[dict[str, Any]], step_flops: int) -> str:

@@ -1,10 +1,12 @@
-"""Predicts how fast a run will be: measures rates for a few seconds, and divides the work of a planned step
-by them.
+"""Predicts how fast a run will be: divides the work of a planned step by rates that it measures for a few
+seconds, or by those of a card's data sheet.
 
 work        the work of a step, counted: operations, elements, bytes
 rates       the rates of this machine, measured
 prediction  work divided by rates
 fastest     which number format of products is fastest here
+roofline    the work of a step divided by the rates of a card's data sheet
+forecast    what that means for a run, on the cards that hold it
 
 Not included: reading the batch, the embedding lookup, evaluation and checkpoints.
 """

@@ -112,8 +112,13 @@ class Probe:
             "notes": self.notes,
         }
 
+    @property
+    def machine(self) -> str:
+        """What the prediction is for, in words."""
+        return "this CPU" if self.rates.device.startswith("CPU") else f"this {self.rates.device}"
+
     def table(self) -> str:
-        """For people."""
+        """For people, without how long the run takes (`lowres.outlook`)."""
         r, p = self.rates, self.prediction
         dequantised = f"{r.dequantise_g_s:.3g}" if r.dequantise_g_s else "no"
         products_rate = products_time = ""
@@ -133,7 +138,5 @@ class Probe:
                 f"{p.update_s:.3g} s{products_time}: compute {p.compute_s:.3g} s",
                 f"transfers {p.to_gpu_gb:.3g} GB to the GPU, {p.to_host_gb:.3g} GB to the host: "
                 f"{p.transfer_s:.3g} s; {p.limit} {'limits' if p.limit == 'compute' else 'limit'} the step",
-                f"predicted: {p.tokens_per_s:,.4g} tokens/s, {p.days_to_target:,.3g} days for "
-                f"{self.target_tokens:,} tokens, {p.days_per_billion_tokens:,.3g} days per billion tokens",
             ]
         )
