@@ -210,6 +210,19 @@ def test_what_is_hardly_a_number_does_not_push_the_rest_aside(rule: Rule) -> Non
     assert all(0.5 < size < 1.5 for i, size in enumerate(sizes) if i != 4)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e-20])
+@pytest.mark.parametrize("name", ["scale", "muon", "sinkgd", "racs"])
+def test_a_first_gradient_that_is_hardly_a_number_makes_no_large_update(name: str, size: float) -> None:
+    """Its squares are about zero in fp32; the next gradient is updated as if it were the first."""
+    tiny, grad = random_grads((24, 16), 2)
+    zero = torch.zeros(24, 16)
+    after, _, _ = run_rule(RULES[name](), zero, [tiny * size], 1.0)
+    assert float(after.abs().max()) < 10
+    if name == "racs":
+        after, _, _ = run_rule(RULES[name](), zero, [tiny * size, grad], 1.0)
+        torch.testing.assert_close(-after, first_update(RULES[name](), grad))
+
+
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e6])
 @pytest.mark.parametrize("shape", [(200, 150), (150, 200), (180, 180)], ids=["tall", "wide", "square"])
 def test_the_rank_one_matrix_is_the_nearest(shape: tuple[int, int], size: float) -> None:
