@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,52 @@ def test_relora_is_compared_with_lora_and_full_training(script: Script, tmp_path
         assert arms["full"]["gap_recovered"][lora] == pytest.approx(1) and arms[lora]["merge_norm"] is None
     assert arms["ReLoRA"]["merge_cosine"] == pytest.approx(1, abs=1e-3)
     assert 0 < arms["ReLoRA, int8"]["merge_cosine"] < 1
+
+
+def test_optimizers_are_compared_over_batches(script: Script, tmp_path: Path) -> None:
+    """beta2 averages over as many tokens at every batch, also where AdamW has betas of its own."""
+    arguments = [tmp_path / "text.txt", "--config", tmp_path / "small.toml", "--tokens", 130, "--lr", 1e-3]
+    printed, record = script(
+        "compare_batches", *arguments, "--optimizers", "adamw", "racs", "--batches", 32, 64
+    )
+    assert "| 64 | 3 |" in printed and set(record["perplexity_change"]["racs"]) == {"32", "64"}
+    found = {}
+    for arm in ("adamw-64", "racs-64"):
+        path = next((tmp_path / "runs" / arm).rglob("config.toml"))
+        found[arm] = tomllib.loads(path.read_text())["optim"]
+    assert found["adamw-64"]["betas"] == [0.9, 0.998001]
+    assert found["racs-64"]["betas"] == [0.0, 0.81] and found["racs-64"]["adamw_betas"] == [0.9, 0.998001]
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        *((f"compare_{what}", "--jobs") for what in ("batches", "memory", "optimizers", "relora")),
+        ("compare_optimizers", "--timed-steps"),
+        ("compare_batches", "--batches"),
+        ("compare_relora", "--tokens"),
+    ],
+)
+def test_a_count_of_zero_is_refused_before_anything_is_trained(
+    name: str, option: str, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script(name, option, 0)
+    assert f"argument {option}: '0' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_curves_of_runs_that_diverged_are_drawn(script: Script, tmp_path: Path) -> None:
+    """One stopped early, with losses that are no numbers."""
+    comparison = importlib.import_module("comparison")
+    runs = []
+    for name, losses in (("good", [3.0, 2.0, 1.5, 1.4]), ("dead", [3.0, None])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "tokens": i * 64, "loss": loss}) for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        runs.append({"run": str(tmp_path / name), "val_loss": 1.4 if name == "good" else None})
+    for arms in ({"both": runs}, {"good": runs[:1], "dead": runs[1:]}, {"dead": runs[1:]}):
+        pytest.importorskip("matplotlib")
+        assert comparison.draw_curves(tmp_path / "curves.png", arms, "").exists()
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
