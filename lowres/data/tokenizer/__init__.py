@@ -1,6 +1,7 @@
 """Text as token ids, and back, whatever kind of tokenizer a user has.
 
 base                  what every tokenizer does; encoding on all cores in bounded memory
+streaming             text of ids that come one by one
 sentencepiece_model   tokenizer.model: SentencePiece, lossless or in the model's own form
 sentencepiece_file    what its file says
 huggingface           tokenizer.json of the `tokenizers` library
