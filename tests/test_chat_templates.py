@@ -21,6 +21,7 @@ from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.chat import BadRow, Example, Template, encode, encode_batch, open_template, prompt
 from lowres.data.chat import template as template_module
 from lowres.data.tokenizer import exported, train, with_chat_template
+from lowres.engine.cache import Reader, Rereading
 from lowres.errors import UserError
 from lowres.sample import Sampling
 from tests.helpers import lowres_here, make_config
@@ -650,6 +651,9 @@ class Scripted:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         self.read.append(tokens[0].tolist())
         return torch.eye(self._vocab_size)[[self._ids.pop(0)]]
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        return Rereading(self.logits)
 
 
 def test_a_conversation_is_what_the_template_makes_of_all_that_was_said(both: Both) -> None:

@@ -25,6 +25,7 @@ from lowres.data import FILE_NAMES, Data, TokenData, find_tokenizer, open_data, 
 from lowres.data.shards import Shard
 from lowres.data.tokenizer import Tokenizer, Vocabulary, base, huggingface, open_tokenizer, train
 from lowres.engine import Choice, make_engine
+from lowres.engine.cache import Reader, Rereading
 from lowres.errors import UserError
 from lowres.evaluate import evaluate
 from lowres.runs import open_run
@@ -728,6 +729,9 @@ def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> 
             found = torch.zeros(1, 500)
             found[0, tokenizer.bos_id if ids.shape[1] > 3 else 40] = 9.0
             return found
+
+        def reader(self, sequences: int, length: int) -> Reader:
+            return Rereading(self.logits)
 
     tokenizer, engine = opened(made["gpt2"]), cast(Any, Constant())
     text = sample(engine, tokenizer, "", Sampling(50, 8, temperature=0))

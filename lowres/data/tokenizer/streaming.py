@@ -10,6 +10,9 @@ from typing import Protocol
 
 
 class Stream(Protocol):
+    def begin(self, ids: Iterable[int]) -> str:
+        """The text of ids that stand before the others, as far as it is complete."""
+
     def add(self, ids: Iterable[int]) -> str:
         """The text that the next ids complete; it never ends inside a character."""
 
@@ -25,6 +28,9 @@ class ByTable:
         self._table, self._prefix, self._suffix = table, prefix, suffix
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._waits = ""  # what may be the suffix
+
+    def begin(self, ids: Iterable[int]) -> str:
+        return self.add(ids)
 
     def add(self, ids: Iterable[int]) -> str:
         table = self._table
@@ -48,14 +54,19 @@ class Late:
     """Of ids whose text may depend on all that follow: nothing before the end."""
 
     def __init__(self, decode: Callable[[Iterable[int]], str]) -> None:
-        self._decode, self._ids = decode, list[int]()
+        self._decode, self._ids, self._begun = decode, list[int](), ""
+
+    def begin(self, ids: Iterable[int]) -> str:
+        self._ids += ids
+        self._begun = self._decode(self._ids)
+        return self._begun
 
     def add(self, ids: Iterable[int]) -> str:
         self._ids += ids
         return ""
 
     def end(self) -> str:
-        return self._decode(self._ids)
+        return self._decode(self._ids).removeprefix(self._begun)
 
 
 class Each:
@@ -63,6 +74,9 @@ class Each:
 
     def __init__(self, decode: Callable[[Iterable[int]], str]) -> None:
         self._decode = decode
+
+    def begin(self, ids: Iterable[int]) -> str:
+        return self._decode(ids)
 
     def add(self, ids: Iterable[int]) -> str:
         return self._decode(ids)
