@@ -49,6 +49,7 @@ FLOORS = {
     "evaluate": 7,
     "baseline": 8,
     "sample": 7,
+    "samples": 6,
     "conversation": 8,
     "report": 7,
     "probe": 8,
