@@ -10,16 +10,14 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowres import __version__, checkpoint, disk, harness, memory, ranks, terminal
+from lowres import __version__, checkpoint, disk, harness, memory, ranks, session, terminal
 from lowres.config import Config
 from lowres.config_file import data_config, load_config, source_config, to_toml
-from lowres.conversation import Conversation
 from lowres.data import (
     inspect,
     overlap,
@@ -28,7 +26,6 @@ from lowres.data import (
     source_as_asked,
     source_of,
 )
-from lowres.data.chat import open_template
 from lowres.device import pick_device, prepare_cuda
 from lowres.errors import CheckFailed, UserError, first_line
 from lowres.exchange import FORMATS, export, import_model, open_model, with_model_of
@@ -38,7 +35,6 @@ from lowres.optim.overview import overview, table
 from lowres.probe import probe
 from lowres.reference import describe
 from lowres.runs import CHECKPOINTS, open_run
-from lowres.sample import Sampling, sample
 from lowres.scoring import score_run
 from lowres.speed import bench, with_random_tokens
 from lowres.stopping import Left, loud
@@ -258,15 +254,32 @@ def _add_exchange(commands: Commands) -> None:
 
 def _add_use(commands: Commands) -> None:
     """Commands that use a run without training it."""
-    sub = _command(commands, "sample", _sample, "Print text from a trained model.")
-    sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--prompt", metavar="TEXT", help="what is continued; with --chat, what is asked")
+    sub = _command(commands, "sample", _sample, "Print text from a trained model, as it is written.")
+    sub.add_argument(
+        "model", type=Path, metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder"
+    )
+    sub.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what is continued; several, given one by one, go on together; with --chat, what is asked",
+    )
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line; - is the input")
+    sub.add_argument("--interactive", action="store_true", help="continue every line that is typed")
     sub.add_argument(
         "--chat",
         action="store_true",
         help="answer the prompt, or without one every line of the input, with the chat template",
     )
     sub.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    sub.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text where this follows, and leave it out; give several for the first of them",
+    )
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
     sub.add_argument(
         "--temperature",
@@ -279,6 +292,7 @@ def _add_use(commands: Commands) -> None:
         "--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all tokens"
     )
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
+    sub.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
 
     sub = _command(commands, "eval", _eval, "Loss, perplexity, bits per byte; of pairs also accuracy.")
     sub.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -550,50 +564,12 @@ def _import(parsed: argparse.Namespace) -> None:
 
 
 def _sample(parsed: argparse.Namespace) -> None:
-    if parsed.prompt is None and not parsed.chat:
-        raise UserError("--prompt: give the text that is continued, or talk to the model with --chat")
-    if parsed.system is not None and not parsed.chat:
-        raise UserError("--system: only chats have it; give it with --chat")
-    config, engine, tokenizer = open_run(parsed.run)
-    how = Sampling(parsed.tokens, config.data.seq_len, parsed.temperature, parsed.top_k, parsed.seed)
-    if parsed.chat:
-        # what a run was tuned with came along with its tokenizer
-        asked = config.data.chat_template if config.objective.name == "pretrain" else None
-        if asked is None and tokenizer.has_text and tokenizer.chat_template is None:
-            raise UserError(f"--chat: {parsed.run} was not tuned, and has no chat template; leave it out")
-        template = open_template(asked, tokenizer)
-        for note in template.notes:
-            print(f"note: {note}", file=sys.stderr)
-        _talk(Conversation(engine, tokenizer, template, how, parsed.system), parsed.prompt)
-        return
-    if not tokenizer.has_text:
-        print(f"note: {parsed.run} has no tokenizer for text; a sample is ids", file=sys.stderr)
-    print(sample(engine, tokenizer, parsed.prompt, how))
-
-
-def _talk(conversation: Conversation, question: str | None) -> None:
-    """Print the answer to a question, or to each line of the input."""
-    noted = False
-    for text in _lines() if question is None else [question]:
-        print(conversation.answer(text), flush=True)
-        if conversation.cut_off and not noted:
-            noted = True
-            note = "this is longer than data.seq_len, so the model no longer sees the beginning"
-            print(f"note: {note}", file=sys.stderr)
-
-
-def _lines() -> Iterator[str]:
-    """The lines of the input that are not blank."""
-    shown = "> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            line = input(shown)
-        except EOFError:
-            return
-        except UnicodeDecodeError:
-            raise UserError("the input is not UTF-8; give it as that") from None
-        if line.strip():
-            yield line
+    keys = ("interactive", "chat", "system", "tokens", "temperature", "top_k", "stop", "seed")
+    asked = {key: getattr(parsed, key) for key in keys}
+    session.write(
+        parsed.model,
+        session.Asked(prompts=parsed.prompt, file=parsed.prompts, as_json=parsed.json, **asked),
+    )
 
 
 def _eval(parsed: argparse.Namespace) -> None:

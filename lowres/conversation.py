@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from lowres.data import Tokenizer
 from lowres.data.chat import BadRow, Message, Template, prompt
@@ -35,7 +35,7 @@ class Conversation:
         """What the model says to that. Raises UserError if the template refuses it."""
         return "".join(self.answering(text))
 
-    def answering(self, text: str) -> Iterator[str]:
+    def answering(self, text: str) -> Generator[str]:
         """The same, while it is written. If nobody waits for the end, what was written is the answer."""
         self._messages.append({"role": "user", "content": text})
         try:

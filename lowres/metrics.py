@@ -31,7 +31,7 @@ class StepLog:
     `step` (-1: all records), so a resumed run has every step exactly once.
 
     pending: records that could not be written; a checkpoint takes them along. digest: BLAKE2b of the file.
-    notes: on what is not as it was written, after opening.
+    newest: step of the last record in it, or -1. notes: on what is not as it was written, after opening.
     """
 
     @staticmethod
@@ -44,7 +44,8 @@ class StepLog:
     ) -> None:
         """pending, digest: of the checkpoint of this step. Raises DiskError."""
         self.path, self.pending, self.notes = path, list[Record](), list[str]()
-        self.last = step  # step of the last record
+        self.last = step  # step of the last record, or of the checkpoint
+        self.newest = -1
         self._file: FileIO | None = None
         self._digest = hashlib.blake2b(digest_size=16)
         if not ranks.is_first():
@@ -59,16 +60,17 @@ class StepLog:
     def digest(self) -> str:
         return self._digest.hexdigest()
 
-    def write(self, record: Record) -> None:
-        """Append one record. Raises DiskError; the record is then pending."""
+    def write(self, *records: Record) -> None:
+        """Append records of a step, all or none. Raises DiskError; the records are then pending."""
         if self._file is None:
             return
-        text = _line(record)
-        self.pending.append(record)
+        text = b"".join(map(_line, records))
+        before = len(self.pending)
+        self.pending += records
         with disk.named(self.path, "written"):
             disk.retried(lambda: self._append(text))
-        self.pending.pop()
-        self.last = record["step"]
+        del self.pending[before:]
+        self.last = self.newest = records[-1]["step"]
         self._digest.update(text)
 
     def sync(self) -> None:
@@ -101,6 +103,7 @@ class StepLog:
         if left != lines or not self.path.exists():
             disk.retried(lambda: disk.write_whole(self.path, content))
         self._digest.update(content)
+        self.newest = max((at for at in steps if at is not None and at <= step), default=-1)
         if step < 0:
             return
         # a kill may leave a last line that is incomplete

@@ -203,7 +203,8 @@ class Run:
             texts = [Conversation(engine, tokenizer, template, how).answer(prompt) for prompt in prompts]
         else:
             given = prompts if tokenizer.has_text else [""] * len(prompts)
-            texts = samples(engine, tokenizer, given, how)
+            # one seed for all would give similar texts, as the same random numbers choose their tokens
+            texts = samples(engine, tokenizer, given, how, [how.seed + i for i in range(len(prompts))])
         return [{"step": step, "prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
 
     # saving

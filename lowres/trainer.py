@@ -109,12 +109,12 @@ class _Loop:
             )
 
             # ---- once in a while: evaluate, sample, checkpoint (a resumed run did so before it stopped)
-            if self.step == 0 or self.step > self.resumed_at:
-                scores = self.evaluate() if _due(self.step, config.train.eval_every, total) else {}
-                if self.is_sampled():
-                    self.sample()
-                if self.step and (self.should_save(scores) or reason):
-                    self.save(scores.get("val_loss"))
+            fresh = self.step == 0 or self.step > self.resumed_at
+            scores = self.evaluate() if fresh and _due(self.step, config.train.eval_every, total) else {}
+            if self.is_sampled():
+                self.sample()
+            if fresh and self.step and (self.should_save(scores) or reason):
+                self.save(scores.get("val_loss"))
             run.look_after_saves(wait=bool(reason) or self.step >= total)
             if reason and self.step < total:
                 self.close()
@@ -196,18 +196,20 @@ class _Loop:
         return scores
 
     def is_sampled(self) -> bool:
-        """Whether samples are due after this step."""
-        config = self.run.config
+        """Whether samples are due after this step, and not there."""
+        config, log = self.run.config, self.run.samples
         due = self.step == self.total or _due(self.step, config.train.sample_every, self.total)
-        return bool(config.log.sample_tokens) and due
+        if log is None or not (due and config.log.sample_tokens):
+            return False
+        (there,) = ranks.total(log.newest == self.step)
+        return not there
 
     def sample(self) -> None:
         run = self.run
         with self.enough_memory("the samples"):
             found = run.sample(self.step, run.config.log.sample_tokens)
-        for record in found:
-            if run.samples is not None:
-                run.samples.write(record)
+        if run.samples is not None:
+            run.samples.write(*found)
         if self.step < self.total:  # the last ones are printed with the summary
             say(f"step {self.step}: wrote {_shortened(found[0]['text'])}")
 

@@ -23,6 +23,7 @@ from lowres.data.chat import template as template_module
 from lowres.data.tokenizer import exported, train, with_chat_template
 from lowres.engine.cache import Reader, Rereading
 from lowres.errors import UserError
+from lowres.runs import OpenRun
 from lowres.sample import Sampling
 from tests.helpers import lowres_here, make_config
 from tests.test_tokenizers import converted, sentencepiece_model
@@ -644,6 +645,8 @@ def test_the_day_is_always_the_same(both: Both, tmp_path: Path) -> None:
 class Scripted:
     """An engine that writes what it is told to, and keeps what it has read."""
 
+    fetched = 0
+
     def __init__(self, vocab_size: int, *ids: int) -> None:
         self._vocab_size, self._ids = vocab_size, list(ids)
         self.read: list[list[int]] = []
@@ -700,10 +703,18 @@ def test_the_command_talks(
     config = make_config(data={"chat_template": "tulu"}, train={"batch_tokens": 64})
     opened = {"config": config, "ids": ids}
 
-    def open_run(folder: Path) -> tuple[Any, Any, Tokenizer]:
-        return opened["config"], Scripted(both.ours.vocab_size, *cast(Any, opened["ids"])), both.ours
+    class Model:
+        tokenizer = both.ours
 
-    monkeypatch.setattr("lowres.cli.open_run", open_run)
+        @property
+        def config(self) -> Any:
+            return opened["config"]
+
+        def open(self, *_: object, **__: object) -> OpenRun:
+            engine = Scripted(both.ours.vocab_size, *cast(Any, opened["ids"]))
+            return OpenRun(self.config, cast(Any, engine), both.ours)
+
+    monkeypatch.setattr("lowres.session.find_model", lambda path: Model())
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n  \nwhy\n"))
     assert lowres_here("sample", tmp_path, "--chat", "--temperature", 0).stdout == "Hi there\na cat\n"
     once = lowres_here("sample", tmp_path, "--chat", "--prompt", "Hello", "--system", "Be", "--top-k", 1)

@@ -57,6 +57,7 @@ FLOORS = {
     "sweep": 8,
     "harness": 8,
     "start": 10,
+    "session": 10,
     "scoring": 11,
     "speed": 9,
     "trainer": 11,

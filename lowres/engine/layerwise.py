@@ -24,6 +24,7 @@ limit. Both are decided on the device: nothing here waits for the device before 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -661,6 +662,18 @@ class LayerwiseEngine:
     def fetched(self) -> int:
         """Bytes of weights that a forward pass copies to the GPU."""
         return sum(self.layout.units[name].weights for name in self.settings.homes.weights)
+
+    @_settled
+    def seconds_to_fetch(self) -> float:
+        """Measures the copies of a forward pass, without its computation."""
+        visits = [*self._forward_visits(), Visit(("head",))]
+        began = time.perf_counter()
+        self._residence.begin(visits)
+        for _ in visits:
+            with self._residence.visit():
+                pass
+        self._units_mover.finish()
+        return time.perf_counter() - began
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()

@@ -74,13 +74,20 @@ class _Stopped:
         return any(stop.startswith(text) for stop in self._stops)
 
 
-def samples(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], how: Sampling) -> list[str]:
-    """Each of the prompts continued, to the end of a document at most."""
+def samples(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    how: Sampling,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """Each of the prompts continued, to the end of a document at most. seeds: see `Generation`."""
     ids = [tokenizer.prompt(prompt) for prompt in prompts]
     streams = [tokenizer.stream() for _ in prompts]
     texts = [stream.begin(own) for stream, own in zip(streams, ids, strict=True)]
     reader = reader_for(engine, ids, how)
-    for part in parts(Generation(reader, ids, how, tokenizer.vocab_size, {tokenizer.end_id}), streams):
+    generation = Generation(reader, ids, how, tokenizer.vocab_size, {tokenizer.end_id}, seeds)
+    for part in parts(generation, streams):
         texts[part.prompt] += part.text
     return texts
 
