@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowres import checkpoint, metrics
+from lowres.catalogue import RULES
 from lowres.config import Config
 from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine
 from lowres.kernels import forms, loss, norm, product, quantise, rounding, swiglu, update
@@ -28,7 +29,6 @@ from lowres.memory import make_plans
 from lowres.meter import LiveTensors
 from lowres.model import Starts, initialize
 from lowres.rooms import GPU, Rooms
-from lowres.rules import RULES
 from lowres.runs import training_engine
 from tests.helpers import (
     CPU,
@@ -176,6 +176,10 @@ def test_int8_products_train_like_the_cpu(activations: str, distance: float, wgr
         ("fp32", "fira", "fp32"),
         ("fp32", "adamw", "int8"),
         ("fp32", "adam-mini", "int8"),
+        ("int8", "muon", "int8"),
+        ("int8", "scale", "int8"),
+        ("int8", "racs", "fp32"),
+        ("int8", "sinkgd", "fp32"),
     ],
 )
 def test_it_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
@@ -304,6 +308,8 @@ UPDATES: list[tuple[str, str, Mapping[str, object]]] = [
     ("adamw", "int8", {}),
     ("adam-mini", "int8", {}),
     ("adamw8bit", "int8", {}),
+    ("muon", "int8", {"limiter": 1.01}),
+    ("scale", "int8", {}),
 ]
 
 
