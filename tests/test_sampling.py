@@ -162,6 +162,24 @@ def test_a_token_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read[::3] == [23] + [2] * 29
 
 
+def test_what_does_not_fit_is_read_in_smaller_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if memory runs out in the second layer of a band, when the first has kept its keys."""
+    engine, sizes = engine_of(band=2), list[int]()
+    texts = {0: list(range(40)), 1: list(range(9))}
+    wanted = engine.reader(2, 40).logits(texts)
+    block = layerwise.block
+
+    def full(x: Tensor, *others: Any) -> Tensor:
+        sizes.append(x.shape[1])
+        if x.shape[1] > 15 and len(sizes) > 1:
+            raise torch.OutOfMemoryError
+        return block(x, *others)
+
+    monkeypatch.setattr(layerwise, "block", full)
+    torch.testing.assert_close(engine.reader(2, 40).logits(texts), wanted, rtol=0, atol=1e-6)
+    assert sizes[:4] == [49, 49, 24, 12] and set(sizes[4:]) == {12, 1}
+
+
 @pytest.mark.parametrize("length", [1, 2, 9, 16])
 def test_a_context_loses_its_older_half_when_it_is_full(length: int) -> None:
     """The cache and reading again write the same, and see what the rule says."""
