@@ -3,9 +3,10 @@
 # (int8_weight_only_quantized_training) in a bf16 model, with the two optimizers that its README names.
 #
 # A guess: the rounding is unbiased, and exact where there is nothing to round, as the README says. So a row does on
-# average what its gradients say, what has no gradient stays, and a learning rate of 0 changes nothing. Seen: codes are found with a scale in fp32, and the scale is
-# then rounded, to nearest, to the number format of the model. In bf16, where the next scale is 0.4 to 0.8 % away, it
-# does not follow what changes by less in a step, and what the codes lack stays in the row.
+# average what its gradients say, what has no gradient stays, and a learning rate of 0 changes nothing. Seen: codes are
+# found with a scale in fp32, and the scale is then rounded, to nearest, to the number format of the model. In bf16,
+# where the next scale is 0.4 to 0.8 % away, it does not follow what changes by less in a step, and all weights of the
+# row are off by what it lacks.
 # - With torchao's own AdamW8bit, pushed up by 0.05 % a step, the largest weight of a row does not move at all in 300
 #   steps. Instead all others of its row, whose gradients are zero, shrink by 14 %. Pushed down it moves half the way,
 #   and the others grow by 7 %.

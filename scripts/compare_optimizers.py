@@ -33,12 +33,12 @@ import records
 import torch
 from torch import Tensor
 
+from lowres.catalogue import RULES
 from lowres.config_file import load_config
 from lowres.engine import Choice, make_engine
 from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.rooms import Rooms
-from lowres.rules import RULES
 from lowres.storage import EMBEDDING, Unit
 
 
@@ -82,7 +82,6 @@ ARMS = {
 }
 # what is tried for AdamW beside its rate: beta2 for moments of 100 steps, of which one batch is 1 %
 TRIED = ("optim.weight_decay=0.1", "optim.betas=[0.9,0.99]", "optim.grad_clip=1.0")
-MOST_EXTENSIONS = 3  # how often a sweep may be extended beyond its first three rates
 
 
 def main() -> None:
@@ -96,7 +95,10 @@ def main() -> None:
 
     def tune(name: str) -> dict[str, Any]:
         overrides = [*common, *ARMS[name].overrides, *embed_lr(name, rates), f"run.seed={parsed.seeds[0]}"]
-        return best_point(parsed, name, [*overrides, f"optim.name={ARMS[name].optimizer}"])
+        overrides += [f"optim.name={ARMS[name].optimizer}"]
+        folder, lr = parsed.runs / "rates" / comparison.folder_of(name), ARMS[name].lr
+        assert isinstance(lr, float)
+        return comparison.best_rate(parsed.config, overrides, lr, parsed.tokens, folder)
 
     best: dict[str, dict[str, Any]] = {}
     tried: dict[str, float | None] = {}
@@ -198,25 +200,6 @@ def embed_lr(name: str, rates: Mapping[str, float]) -> list[str]:
     """AdamW's rate for embedding and head, if AdamW updates them."""
     kinds = RULES[ARMS[name].optimizer].kinds
     return [f"optim.embed_lr={rates['adamw']}"] if EMBEDDING not in kinds else []
-
-
-def best_point(parsed: argparse.Namespace, name: str, overrides: list[str]) -> dict[str, Any]:
-    """The best point of three rates, extended while the best rate is at the edge. Its key `rates` has all
-    validation losses by rate."""
-    lr = ARMS[name].lr
-    assert isinstance(lr, float)
-    grid = [lr / 2, lr, lr * 2]
-    folder = parsed.runs / "rates" / comparison.folder_of(name)
-    for _ in range(MOST_EXTENSIONS + 1):
-        values = ",".join(f"{rate:g}" for rate in grid)
-        found = comparison.points(parsed.config, overrides, f"optim.lr={values}", parsed.tokens, folder)
-        best = comparison.best_of(found)
-        place = found.index(best)
-        if 0 < place < len(grid) - 1:
-            break
-        grid = [grid[0] / 2, *grid] if place == 0 else [*grid, grid[-1] * 2]
-    print(f"{name}: lr {best['lr']:g}", file=sys.stderr, flush=True)
-    return best | {"rates": {f"{p['lr']:g}": p["val_loss"] for p in found}}
 
 
 def tune_further(

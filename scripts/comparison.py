@@ -23,6 +23,7 @@ from lowres import metrics
 from lowres.errors import CheckFailed, UserError
 from lowres.sweep import SWEEP
 
+MOST_EXTENSIONS = 3  # how often a sweep of rates may be extended beyond its first three
 SMOOTHED = 0.03  # share of a run over which a point of a training curve is averaged
 
 
@@ -61,6 +62,22 @@ def points(
         if point["error"] and not (Path(point["run"]) / "metrics.jsonl").exists():
             raise UserError(point["error"])
     return found
+
+
+def best_rate(config: Path, overrides: Sequence[str], lr: float, tokens: int, folder: Path) -> dict[str, Any]:
+    """The point with the best learning rate, of factors of two around lr, which go on until the best rate
+    lies between two others. Its key `rates` has all validation losses by rate."""
+    grid = [lr / 2, lr, lr * 2]
+    for _ in range(MOST_EXTENSIONS + 1):
+        values = ",".join(f"{rate:g}" for rate in grid)
+        found = points(config, overrides, f"optim.lr={values}", tokens, folder)
+        best = best_of(found)
+        place = found.index(best)
+        if 0 < place < len(grid) - 1:
+            break
+        grid = [grid[0] / 2, *grid] if place == 0 else [*grid, grid[-1] * 2]
+    print(f"{folder.name}: lr {best['lr']:g}, {best['val_loss']}", file=sys.stderr, flush=True)
+    return best | {"rates": {f"{p['lr']:g}": p["val_loss"] for p in found}}
 
 
 def over_seeds(

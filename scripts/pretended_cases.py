@@ -26,6 +26,7 @@ import gpu_rates  # noqa: E402
 import gpu_steps  # noqa: E402
 
 from lowres import checkpoint, memory, rooms  # noqa: E402
+from lowres.catalogue import RULES  # noqa: E402
 from lowres.config import Config  # noqa: E402
 from lowres.config_file import load_config, to_values  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
@@ -361,9 +362,11 @@ def cases() -> dict[str, Callable[[], str]]:
         found[f"{short} step"] = partial(train, preset)
         found[f"{short} evaluation"] = partial(evaluation, preset)
         found[f"{short} sampling"] = partial(sampling, preset)
-    for name in ("adamw", "adam-mini", "apollo", "apollo-mini", "galore", "fira", "sgd"):
+    for name in RULES:
         chosen = (bf16, f"optim.name={name}", "optim.lr=0.001")
         found[name] = partial(train, seven, *chosen, steps=(0, 1))
+    for name in ("muon", "scale"):
+        found[f"{name}, int8 momentum"] = partial(train, seven, f"optim.name={name}", steps=(0, 1))
     found["apollo svd"] = partial(
         train, seven, bf16, "optim.name=apollo", "optim.projection=svd", "optim.rank=256", steps=(0, 1)
     )
@@ -427,6 +430,8 @@ def cases() -> dict[str, Callable[[], str]]:
         short = preset.removeprefix("llama_")
         found[f"memory {short}"] = partial(live_memory, preset)
         found[f"memory {short}, int8 products"] = partial(live_memory, preset, int8)
+    for name in ("muon", "scale"):
+        found[f"memory 7b_24gb, {name}"] = partial(live_memory, "llama_7b_24gb", f"optim.name={name}")
     found["memory 1b_8gb, documents apart"] = partial(live_memory, "llama_1b_8gb", apart)
     for key in CARDS:
         found[f"card {key}"] = partial(card, key)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.catalogue import KEYS, RULES
 from lowres.config import Config, ModelConfig, OptimConfig
 from lowres.rooms import GPU, HOST, Rooms
-from lowres.rules import KEYS, RULES, Clock, Rule, Settings
+from lowres.rules import Clock, Rule, Settings, make
 from lowres.rules.limiter import NORM_FIELDS, limited
 from lowres.rules.moments import bitsandbytes_functional
 from lowres.storage import (
@@ -75,7 +76,7 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
         model.head_width,
         keys,
     )
-    return RULES[config.name].make(settings)
+    return make(config.name, settings)
 
 
 def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> Rule:
@@ -84,7 +85,7 @@ def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> 
     settings = Settings(
         config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_width, {}
     )
-    return RULES["adamw"].make(settings)
+    return make("adamw", settings)
 
 
 class Optimizer:
@@ -145,6 +146,10 @@ class Optimizer:
                 if spec.frozen:
                     fields[spec.name] |= {MERGED: (torch.float32, spec.shape)}
         return fields
+
+    def product_flops(self, spec: TensorSpec) -> int:
+        """Floating-point operations as in `Rule.product_flops`, of one update."""
+        return 0 if spec.frozen else self.group_of(spec).rule.product_flops(spec)
 
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The units named in `on_host` keep

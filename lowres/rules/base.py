@@ -19,10 +19,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowres.catalogue import Betas
 from lowres.storage import Fields, TensorSpec
 
 State = dict[str, Tensor]
-Betas = tuple[float, float]
 
 # names of state tensors: element-wise moments, and the norm of the last update, which a limiter reads
 EXP_AVG, EXP_AVG_SQ, MOMENTUM, UPDATE_NORM = "exp_avg", "exp_avg_sq", "momentum", "norm"
@@ -82,6 +82,11 @@ class Rule(ABC):
         grads are fp32 and become the directions. Returns one factor for each: fp32, a scalar or one number
         per row [m, 1] or column [1, n]. The learning rate is a multiplier in this factor and nowhere else.
         """
+
+    def product_flops(self, spec: TensorSpec) -> int:
+        """Floating-point operations of the matrix products of an update that are more than a constant times
+        the elements of the weight, so that a time per element does not contain them."""
+        return 0
 
     def describe(self, spec: TensorSpec) -> dict[str, str]:
         """What `lowres plan --optimizer` prints for a weight's state instead of its shape, by state key;

@@ -14,15 +14,14 @@ as many bytes, and fp32 on a CPU. State: one number per parameter; linear int8 i
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import Definition, Key, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunks, kind_of
 
@@ -31,19 +30,6 @@ from lowres.target import chunks, kind_of
 A, B, C = 3.4445, -4.775, 2.0315
 LEAST_NORM = 1e-7
 RMS_OF_ADAMW = 0.2
-STEPS = Key(
-    "newton_schulz_steps",
-    Annotated[int, Field(ge=1, le=20)],
-    "1 to 20",
-    "Steps of the iteration that orthogonalises.",
-)
-SPLIT = Key(
-    "split",
-    tuple[Annotated[int, Field(ge=1)], ...],
-    "rows, such as (4096, 1024, 1024)",
-    "Rows of each of the matrices that are fused in one parameter, such as query, key and value; () to "
-    "orthogonalise it as one. For the param group of such parameters.",
-)
 
 
 class MuonRule(Rule):
@@ -61,17 +47,16 @@ class MuonRule(Rule):
     def state_fields(self, spec: TensorSpec) -> Fields:
         return moment_fields(MOMENTUM, spec.shape, self.kept_in, linear=True)
 
+    def product_flops(self, spec: TensorSpec) -> int:
+        rows = self.split or spec.shape[:1]
+        return sum(orthogonalisation_flops(m, spec.shape[1], self.steps) for m in rows)
+
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
-        weight, _ = clock.moment_weights(self.betas)
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
-            moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
-            for part in flat_chunks(spec.numel, grad.device):
-                m = moment.read(part).lerp_(flat[part], weight)
-                moment.write(m, part)
-                flat[part].lerp_(m, self.betas[0])
+            self._average(spec, grad, state, clock)
             sizes = [math.sqrt(max(rows, spec.shape[1])) for rows in self.split or spec.shape[:1]]
             for part, size in zip(grad.split(self.split or spec.shape[0]), sizes, strict=True):
                 if not (clock.rehearsal and spec.shape in self._rehearsed):
@@ -83,18 +68,28 @@ class MuonRule(Rule):
                 self._rehearsed.add(spec.shape)
         return factors
 
+    def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
+        """Update the momentum, and turn the gradient into what is orthogonalised."""
+        weight, _ = clock.moment_weights(self.betas)
+        moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
+        for part in flat_chunks(spec.numel, grad.device):
+            m = moment.read(part).lerp_(flat[part], weight)
+            moment.write(m, part)
+            flat[part].lerp_(m, self.betas[0])
+
 
 def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:
     """Replace a matrix [m, n] by about U V^T of its singular value decomposition U S V^T; zero stays zero.
 
-    dtype: of the products, by default fp16 on CUDA, otherwise that of the matrix. Takes memory for the matrix
-    and two squares of its smaller side in this dtype, and for the same again of up to one square.
+    dtype: of the products, by default fp16 on CUDA, otherwise that of the matrix. Takes memory for a copy of
+    the matrix and three squares of its smaller side, in this dtype.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if dtype is None:
         dtype = torch.float16 if kind_of(matrix.device) == "cuda" else matrix.dtype
     # its spectral norm is then at most 1, so that nothing overflows in fp16
-    x = (wide / torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM)).to(dtype)
+    x = torch.empty_like(wide, dtype=dtype)
+    torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM), out=x)
     # columns are independent of each other
     parts = chunks(x.shape[1], x.shape[0])
     for _ in range(steps):
@@ -105,18 +100,13 @@ def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = N
     wide.copy_(x)
 
 
-register(
-    Definition(
-        name="muon",
-        about="orthogonalised momentum at AdamW's rates (arXiv 2502.16982)",
-        make=lambda s: MuonRule(s.betas, s.moments, s.keys[STEPS.name], s.keys.get(SPLIT.name) or None),
-        lr=1e-3,
-        betas=(0.95, 0.999),
-        keys={STEPS: 5},
-        class_keys={SPLIT: None},
-        reads=("betas",),
-        adamw_betas=(0.9, 0.999),
-        adamw_eps=1e-8,
-        class_name="Muon",
-    )
-)
+def orthogonalisation_flops(m: int, n: int, steps: int = 5) -> int:
+    """Floating-point operations of the products of `orthogonalise_` for a matrix [m, n]."""
+    side, length = min(m, n), max(m, n)
+    return steps * (4 * side * side * length + 2 * side**3)
+
+
+@makes("muon")
+def _make(settings: Settings) -> MuonRule:
+    steps, split = settings.keys["newton_schulz_steps"], settings.keys.get("split")
+    return MuonRule(settings.betas, settings.moments, steps, split or None)

@@ -11,13 +11,16 @@ Written from the paper.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from lowres.catalogue import GROWTH
 from lowres.rules import lowrank
 from lowres.rules.base import Betas, Clock, Rule, State
-from lowres.rules.limiter import GROWTH, NORM_FIELDS, limited
-from lowres.rules.registry import Definition, register
+from lowres.rules.limiter import NORM_FIELDS, limited
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 from lowres.target import row_chunks
 
@@ -28,6 +31,8 @@ TINY = 1e-30
 
 class RacsRule(Rule):
     """m + n numbers of state for a matrix [m, n], and one for the limiter."""
+
+    moments: ClassVar = {ROWS: False, COLUMNS: False}
 
     def __init__(self, betas: Betas, eps: float, limiter: float = GROWTH) -> None:
         """eps: the least size to divide by, as a fraction of the gradient's RMS. limiter: the largest growth
@@ -63,7 +68,8 @@ def rank_one(grad: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(q [m, 1], s [1, n]), with q s^T close to grad^2, and the mean of grad^2. q has about the size of 1."""
     m, n = grad.shape
     mean_square = lowrank.norms([grad])[0].square() / (m * n)
-    inverse = 1 / mean_square.clamp(min=TINY)
+    unit = mean_square.clamp(min=TINY)
+    inverse = 1 / unit
     q, s = grad.new_ones(m, 1), grad.new_zeros(1, n)
     parts = row_chunks(grad.shape, grad.device)
     for _ in range(FIXED_POINT_STEPS):
@@ -71,21 +77,12 @@ def rank_one(grad: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         for rows in parts:
             s.addmm_(q[rows].T, grad[rows].square().mul_(inverse))
         s.div_(q.square().sum().clamp(min=TINY))
-        below = s.square().sum().clamp(min=TINY)
-        q = torch.cat([grad[rows].square().mul_(inverse) @ s.T for rows in parts]).div_(below)
-    return (q, s * mean_square), mean_square
+        for rows in parts:
+            q[rows] = grad[rows].square().mul_(inverse) @ s.T
+        q.div_(s.square().sum().clamp(min=TINY))
+    return (q, s * unit), mean_square
 
 
-register(
-    Definition(
-        name="racs",
-        about="gradients scaled by running sizes of their rows and columns (arXiv 2502.07752)",
-        make=lambda s: RacsRule(s.betas, s.eps, s.limiter),
-        lr=1e-3,
-        betas=(0.0, 0.9),
-        limiter=GROWTH,
-        adamw_betas=(0.9, 0.999),
-        limits_itself=True,
-        class_name="RACS",
-    )
-)
+@makes("racs")
+def _make(settings: Settings) -> RacsRule:
+    return RacsRule(settings.betas, settings.eps, settings.limiter)

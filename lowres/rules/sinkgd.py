@@ -3,25 +3,19 @@
     X = G [m, n];  5 times:  rows of X to the norm sqrt(n), then its columns to sqrt(m)
     W <- W - lr X
 
-So every element of the update has an RMS of 1. Written from the paper.
+So the update has an RMS of 1, and so has each of its columns; its rows nearly. Written from the paper.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lowres.rules.base import Clock, Rule, State
-from lowres.rules.registry import Definition, Key, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
-LEAST_NORM = 1e-30
-STEPS = Key(
-    "sinkhorn_steps", Annotated[int, Field(ge=1)], "at least 1", "How often rows and columns are normalised."
-)
+LEAST_NORM = 1e-18  # the squares of smaller numbers are zero in fp32, which would make their rows the largest
 
 
 class SinkGdRule(Rule):
@@ -48,21 +42,12 @@ class SinkGdRule(Rule):
 
 
 def _to_rms_of_one(matrix: Tensor, axis: int) -> Tensor:
-    """By what to multiply the rows (axis 1) or columns (axis 0), so that each has an RMS of 1 or is zero."""
+    """By what to multiply the rows (axis 1) or columns (axis 0), so that each has an RMS of 1; those with
+    hardly any norm stay small."""
     norms = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
     return matrix.shape[axis] ** 0.5 / norms.clamp_(min=LEAST_NORM)
 
 
-register(
-    Definition(
-        name="sinkgd",
-        about="rows and columns of the gradient normalised in turns, no state (arXiv 2502.06742)",
-        make=lambda s: SinkGdRule(s.keys[STEPS.name]),
-        lr=1e-3,
-        keys={STEPS: 5},
-        reads=(),
-        adamw_betas=(0.9, 0.999),
-        adamw_eps=1e-8,
-        class_name="SinkGD",
-    )
-)
+@makes("sinkgd")
+def _make(settings: Settings) -> SinkGdRule:
+    return SinkGdRule(settings.keys["sinkhorn_steps"])
