@@ -62,10 +62,22 @@ from lowres.runs import (
     SUMMARY,
     config_of,
 )
+from lowres.samples import SAMPLES
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (
+    CONFIG,
+    *FILE_NAMES,
+    BASELINE,
+    METRICS,
+    SAMPLES,
+    EVENTS,
+    CHECKPOINTS,
+    SUMMARY,
+    "loss.png",
+    "profile",
+)
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -555,6 +567,9 @@ def _rehearse(run: Run) -> None:
             parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
+        if texts := len(config.log.sample_prompts) * bool(config.log.sample_tokens):
+            reader = parts.engine.reader(texts, config.data.seq_len)
+            reader.logits(dict.fromkeys(range(texts), batch[0, 1:].tolist()))
         run.rehearse_save()
     except RuntimeError as error:
         if not is_out_of_memory(error):
