@@ -37,6 +37,7 @@ from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
 from lowres.probe import probe
 from lowres.reference import describe
+from lowres.report import REPORT, write_report
 from lowres.runs import CHECKPOINTS, open_run
 from lowres.sample import Sampling, sample
 from lowres.scoring import score_run
@@ -46,6 +47,7 @@ from lowres.sweep import sweep
 from lowres.text import is_stream, list_files
 from lowres.text.words import summary
 from lowres.trainer import train
+from lowres.watch import watch
 
 Commands = argparse._SubParsersAction  # the type has no public name
 LOST = 128 + 13  # as a program that SIGPIPE ends
@@ -305,6 +307,22 @@ def _add_use(commands: Commands) -> None:
         "--checkpoint", type=_not_negative, metavar="STEP", help="of this step (default: the newest)"
     )
     sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
+
+    sub = _command(commands, "report", _report, "Write an HTML page about runs; see docs/watching.md.")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a sweep")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help=f"default: {REPORT} in the folder of the only run, otherwise in this one",
+    )
+
+    sub = _command(commands, "watch", _watch, "Show a run while it trains, in this terminal.")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run, which another process has")
+    sub.add_argument(
+        "--every", type=_positive_float, default=2.0, metavar="S", help="seconds between looks; default 2"
+    )
+    sub.add_argument("--once", action="store_true", help="look once, and end")
 
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"
@@ -641,6 +659,14 @@ def _export(parsed: argparse.Namespace) -> None:
     print("\n".join(found))
 
 
+def _report(parsed: argparse.Namespace) -> None:
+    print(f"report: {write_report(parsed.runs, parsed.out)}")
+
+
+def _watch(parsed: argparse.Namespace) -> None:
+    watch(parsed.run, parsed.every, parsed.once)
+
+
 def _folders(path: Path) -> list[Path]:
     """The checkpoints that a path means: itself, or those of a run."""
     if (path / checkpoint.MANIFEST).exists() or path.name.startswith(checkpoint.PREFIX):
@@ -674,4 +700,4 @@ def _config(parsed: argparse.Namespace) -> None:
 
 
 # commands whose result is what they print
-_PRINTING = (_plan, _bench, _sample, _eval, _list, _verify, _config)
+_PRINTING = (_plan, _bench, _sample, _eval, _list, _verify, _config, _watch)

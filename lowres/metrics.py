@@ -1,11 +1,12 @@
 """metrics.jsonl: one JSON object per line, written as a whole and flushed.
 
-A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, host_mem_gib,
-peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl and, if tokens stand for
-text, val_bits_per_byte. lr is the learning rate of the update that led to `step`; lr_over_batch is lr divided
-by the sequences in a batch; skipped is the number of units (embedding, blocks, head) that a step did not
-update because its loss or a gradient was not finite, or was a spike that is refused. A number that is not
-finite is null.
+A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, wall_s, peak_mem_gib, host_mem_gib,
+peak_rss_gib (`lowres.meter`), skipped, and every so often update/UNIT (`Optimizer.readings`); an evaluation
+has step, val_loss, val_ppl and, if tokens stand for text, val_bits_per_byte. lr is the learning rate of the
+update that led to `step`; lr_over_batch is lr divided by the sequences in a batch; wall_s is how many seconds
+the run has taken, with evaluations and saves, where a resumed run goes on from its last record; skipped is
+the number of units (embedding, blocks, head) that a step did not update because its loss or a gradient was
+not finite, or was a spike that is refused. A number that is not finite is null.
 
 Lines that cannot be read are passed over, kept, and counted: they never keep a run from going on.
 """
@@ -29,7 +30,7 @@ class MetricsLog:
     records), so a resumed run has every step exactly once.
 
     pending: records that could not be written; a checkpoint takes them along. digest: BLAKE2b of the file.
-    notes: on what is not as it was written, after opening.
+    wall_s: of the last record that has one. notes: on what is not as it was written, after opening.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class MetricsLog:
         """pending, digest: of the checkpoint of this step. Raises DiskError."""
         self.path, self.pending, self.notes = path, list[dict[str, Any]](), list[str]()
         self.last = step  # step of the last record
+        self.wall_s = 0.0
         self._file: FileIO | None = None
         self._digest = hashlib.blake2b(digest_size=16)
         if not ranks.is_first():
@@ -47,7 +49,7 @@ class MetricsLog:
             self._file = disk.open_to_write(path, os.O_APPEND)
         for record in pending:
             self.write(record)
-        self._look_for_gaps(step)
+        self._look_back(step)
 
     @property
     def digest(self) -> str:
@@ -62,7 +64,7 @@ class MetricsLog:
         with disk.named(self.path, "written"):
             disk.retried(lambda: self._append(text))
         self.pending.pop()
-        self.last = record["step"]
+        self.last, self.wall_s = record["step"], record.get("wall_s", self.wall_s)
         self._digest.update(text)
 
     def sync(self) -> None:
@@ -104,8 +106,13 @@ class MetricsLog:
         elif digest not in (None, self.digest):
             self.notes.append(f"{self.path}: was changed since step {step} was saved")
 
-    def _look_for_gaps(self, step: int) -> None:
-        logged = {record["step"] for record in read(self.path) if "loss" in record}
+    def _look_back(self, step: int) -> None:
+        """Find the last time, and missing steps."""
+        logged = set()
+        for record in read(self.path):
+            self.wall_s = record.get("wall_s", self.wall_s) or 0.0
+            if "loss" in record:
+                logged.add(record["step"])
         missing = [at for at in range(1, step + 1) if at not in logged]
         if missing:
             self.notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")

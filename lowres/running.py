@@ -7,6 +7,7 @@ the checkpoint at the end of the warm start.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -33,10 +34,11 @@ from lowres.health import Watch
 from lowres.meter import Meter
 from lowres.metrics import MetricsLog
 from lowres.objective import Pairs, Preference, make_objective
+from lowres.records import CHECKPOINTS, CONFIG, METRICS, PLAN
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, starts_of, training_engine
+from lowres.runs import starts_of, training_engine
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -84,6 +86,7 @@ class Run:
     events: Events
     identity: str  # see State
     kept: Kept
+    facts: dict[str, Any] = field(default_factory=dict)  # for plan.json, see `lowres.speed.facts`
     baseline: Baseline | None = None  # of pairs, if the objective has a reference
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
@@ -147,6 +150,17 @@ class Run:
         engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.most_windows, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
+        self._tell_plan()
+
+    def _tell_plan(self) -> None:
+        """Write the plan, and what is allocated, for those who look at the run; the run needs neither."""
+        if not ranks.is_first():
+            return
+        held = self.parts.rooms.held()
+        slabs = [{"name": name, "room": room, "bytes": size} for (name, room), size in held.items()]
+        content = self.facts | self.parts.plan.as_dict() | {"adapted": self.parts.adapted, "held": slabs}
+        with suppress(OSError):
+            disk.write_whole(self.folder / PLAN, json.dumps(content, indent=1).encode())
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint into place."""

@@ -5,10 +5,12 @@ tokenizer.model  a copy, so that the folder can be moved and still be used for s
                  tokenizer.json, or vocabulary.json
 metrics.jsonl    see lowres.metrics
 events.jsonl     see lowres.events
+plan.json        the memory plan of this part of the run, what is allocated, and lowres.speed.facts
 checkpoints/     see lowres.checkpoint; each also has the config and the tokenizer
 summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
 run.lock         see lowres.lock
+report.html      see lowres.report, if it was asked for
 old-1/           what was there before --restart
 """
 
@@ -29,11 +31,10 @@ from lowres.errors import UserError
 from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
+from lowres.records import CHECKPOINTS, CONFIG
 from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.sealed import Damaged
-
-CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:

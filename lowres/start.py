@@ -45,27 +45,23 @@ from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
-from lowres.events import EVENTS, Events
+from lowres.events import Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
 from lowres.objective import Pairs, has_reference
 from lowres.probe.fastest import choose
 from lowres.ranks import say
+from lowres.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, SUMMARY
 from lowres.resuming import continued, find_checkpoint, sequences_before
 from lowres.rooms import is_out_of_memory
 from lowres.running import Run
-from lowres.runs import (
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    config_of,
-)
+from lowres.runs import config_of
+from lowres.speed import facts
 from lowres.text import is_stream
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, PLAN, CHECKPOINTS, SUMMARY, "loss.png", "profile")
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -459,6 +455,7 @@ def _build(start: Start, log: Events) -> Run:
             good={state.step} if state else set(),
             best_step=best.step if best else None,
         ),
+        facts=facts(config, start.device),
     )
     run.build(start.device, config.relora.stored_at(start.step))
     key = state.baseline if state else None

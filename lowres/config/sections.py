@@ -629,7 +629,7 @@ class HealthConfig(Section):
 
 
 class LogConfig(Section):
-    """What the run prints."""
+    """What the run prints and records."""
 
     progress: bool = resumable(True)
     """Show a progress bar."""
@@ -637,3 +637,7 @@ class LogConfig(Section):
     """Prompt of the sample that is printed after the last step."""
     sample_tokens: Count = resumable(0)
     """Tokens of this sample; 0 = no sample."""
+    update_every: Count = resumable(10)
+    """Steps between readings of the size of the updates, update/... in the metrics: the RMS of the update of
+    the embedding, of each block and of the head, divided by the RMS of its weights; 0 = none. It changes no
+    result. DeepSpeed does not tell its updates."""
