@@ -30,7 +30,8 @@ class MetricsLog:
     records), so a resumed run has every step exactly once.
 
     pending: records that could not be written; a checkpoint takes them along. digest: BLAKE2b of the file.
-    wall_s: of the last record that has one. notes: on what is not as it was written, after opening.
+    wall_s: of the last record that has one. before: the last step and the last evaluation that the file had
+    before it was opened; -1 for none. notes: on what is not as it was written, after opening.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class MetricsLog:
         """pending, digest: of the checkpoint of this step. Raises DiskError."""
         self.path, self.pending, self.notes = path, list[dict[str, Any]](), list[str]()
         self.last = step  # step of the last record
+        self.before = -1, -1
         self.wall_s = 0.0
         self._file: FileIO | None = None
         self._digest = hashlib.blake2b(digest_size=16)
@@ -89,8 +91,13 @@ class MetricsLog:
 
     def _cut(self, step: int, digest: str | None) -> None:
         """Remove the records after a step. Lines between kept records stay even if they cannot be read."""
-        lines = _lines(self.path)
-        steps = [_step(line) for line in lines]
+        lines, steps, before = _lines(self.path), list[int | None](), [-1, -1]
+        for record in map(_record, lines):
+            steps.append(None if record is None else int(record["step"]))
+            if record is not None:
+                kind = "val_loss" in record
+                before[kind] = max(before[kind], record["step"])
+        self.before = before[0], before[1]
         last = max((i for i, at in enumerate(steps) if at is not None and at <= step), default=-1)
         left = [line for line, at in zip(lines[: last + 1], steps, strict=False) if at is None or at <= step]
         content = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in left)

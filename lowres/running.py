@@ -39,6 +39,7 @@ from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
 from lowres.runs import starts_of, training_engine
+from lowres.trackers import Opening, Trackers
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -91,10 +92,13 @@ class Run:
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
+    trackers: Trackers = field(init=False)
     _folder: int | None = None  # an open handle of the folder, which tells if it was moved
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.kept, self._has_room, again=ranks.size() == 1)
+        asked = self.config.log.all_trackers if ranks.is_first() else []
+        self.trackers = Trackers(asked, lambda text: self.events.say("note", text))
 
     def sequences_at(self, step: int) -> int:
         """Sequences trained on in the first `step` steps, for any step since the batch last changed."""
@@ -185,6 +189,15 @@ class Run:
         self.log = MetricsLog(self.folder / METRICS, step, pending, digest)
         for note in self.log.notes:
             self.events.say("note", f"note: {note}")
+        run, project = self.config.run, self.config.log.project
+        values = to_values(self.config)
+        opening = Opening(self.folder, run.name, self.identity, project, step, again=False, config=values)
+        self.trackers.begin(opening, self.log.before)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write a record of the metrics. Raises DiskError."""
+        self.log.write(record)
+        self.trackers.write(record)
 
     # saving
 
@@ -304,6 +317,7 @@ class Run:
             os.close(self._folder)
             self._folder = None
         self.log.close()
+        self.trackers.close()
 
     def require_folder(self) -> None:
         """Raise DiskError if the folder was deleted or moved."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowres import baseline, checkpoint, disk, memory, ranks
+from lowres import baseline, checkpoint, disk, memory, ranks, trackers
 from lowres.baseline import BASELINE
 from lowres.checkpoint import Kept, State
 from lowres.config import Config, DataConfig
@@ -52,16 +52,33 @@ from lowres.model import initialize
 from lowres.objective import Pairs, has_reference
 from lowres.probe.fastest import choose
 from lowres.ranks import say
-from lowres.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, SUMMARY
+from lowres.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, SAMPLES, SUMMARY
 from lowres.resuming import continued, find_checkpoint, sequences_before
 from lowres.rooms import is_out_of_memory
 from lowres.running import Run
 from lowres.runs import config_of
 from lowres.speed import facts
 from lowres.text import is_stream
+from lowres.trackers import TRACKERS
+from lowres.trackers.steps import KNOWN
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, PLAN, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (
+    *(
+        CONFIG,
+        *FILE_NAMES,
+        BASELINE,
+        METRICS,
+        EVENTS,
+        PLAN,
+        SAMPLES,
+        CHECKPOINTS,
+        SUMMARY,
+        "loss.png",
+        "profile",
+    ),
+    *(KNOWN, *(kind.left for kind in TRACKERS.values() if kind.left)),
+)
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -137,6 +154,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     resume: continue from the newest valid checkpoint. restart: begin again, and move aside what is there.
     """
     device = pick_device(config)
+    trackers.require(config.log.all_trackers)
     _meet(config, device)
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)

@@ -136,7 +136,7 @@ class _Loop:
             # ---- log
             wall = time.monotonic() - self.began
             record = _record(run, self.step, schedule, report, seconds, wall, batch)
-            run.log.write(record)
+            run.record(record)
             run.require_folder()
             self.bar.update()
             self.bar.set_postfix_str(_progress_text(record))
@@ -190,7 +190,7 @@ class _Loop:
             scores = run.evaluate()
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
-        run.log.write({"step": self.step, **scores, **mixed})
+        run.record({"step": self.step, **scores, **mixed})
         return scores
 
     def should_save(self, scores: dict[str, float]) -> bool:

@@ -36,6 +36,7 @@ FLOORS = {
     "checkpoint": 5,
     "records": 2,
     "view": 3,
+    "trackers": 2,
     "report": 4,
     "watch": 4,
     "events": 3,

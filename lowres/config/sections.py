@@ -35,6 +35,7 @@ from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
 from lowres.text import Source
 from lowres.text.source import CHATS, PAIRS, TEXT
+from lowres.trackers import TRACKERS
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -641,3 +642,17 @@ class LogConfig(Section):
     """Steps between readings of the size of the updates, update/... in the metrics: the RMS of the update of
     the embedding, of each block and of the head, divided by the RMS of its weights; 0 = none. It changes no
     result. DeepSpeed does not tell its updates."""
+    tensorboard: bool = resumable(False)
+    """Write the metrics for TensorBoard too, into the folder tensorboard of the run."""
+    trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], Field(strict=False)] = resumable(())
+    """Where the metrics go besides the run's folder; see docs/watching.md. tensorboard is the same as
+    log.tensorboard = true."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]*[A-Za-z0-9_][\w.-]*$", max_length=100)] = resumable(
+        "lowres"
+    )
+    """Name of the project in these trackers."""
+
+    @property
+    def all_trackers(self) -> list[str]:
+        """The trackers that are asked for, each once."""
+        return list(dict.fromkeys([*["tensorboard"] * self.tensorboard, *self.trackers]))
