@@ -4,9 +4,9 @@ curve   numbers as a curve of dots
 card    temperature and power of the graphics cards
 plain   a run in one line
 screen  a run on the whole terminal, with rich
-watch   looks again and again
+follow  looks again and again
 """
 
-from lowres.watch.watch import watch
+from lowres.watch.follow import watch
 
 __all__ = ["watch"]
