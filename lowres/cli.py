@@ -35,7 +35,7 @@ from lowres.exchange import FORMATS, export, import_model, open_model, with_mode
 from lowres.model import unit_specs
 from lowres.optim import make_optimizer
 from lowres.optim.overview import overview, table
-from lowres.probe import probe
+from lowres.probe import probe, step_flops
 from lowres.reference import describe
 from lowres.report import REPORT, write_report
 from lowres.runs import CHECKPOINTS, open_run
@@ -504,7 +504,7 @@ def _plan(parsed: argparse.Namespace) -> None:
             adapters = config.relora if part == memory.ADAPTERS else None
             specs = (spec for unit in unit_specs(config.model, adapters) for spec in unit.tensors)
             parts[part]["optimizer"] = overview(make_optimizer(config), specs)
-            tables.append(table(parts[part]["optimizer"]))
+            tables.append(table(parts[part]["optimizer"], step_flops(config, own)))
     values = plan.as_dict() | ({"parts": parts} if len(parts) > 1 else parts[next(iter(parts))])
     if parsed.probe and not plan.problems:
         found = probe(config, plan)

@@ -20,10 +20,12 @@ RATES = ("lr", "embed_lr", "norm_lr")
 
 @dataclass(frozen=True)
 class Defaults:
-    """Values of keys that are missing. lr: by the name of the optimizer."""
+    """Values of keys that are missing. lr, norm_lr: by the name of the optimizer; norm_lr has only those with
+    a rate of their own for norms."""
 
     optimizer: str
     lr: dict[str, float]
+    norm_lr: dict[str, float]
     batch_tokens: int
     seq_len: int
 
@@ -106,6 +108,9 @@ def _follow_file(
     optim.pop("lr_over_batch", None)
     optim["lr"] = lr * factor
     train.setdefault("batch_tokens", file_batch)
+    name = optim.get("name", defaults.optimizer)
+    if isinstance(name, str) and name in defaults.norm_lr:
+        optim.setdefault("norm_lr", defaults.norm_lr[name])
     for key in ("embed_lr", "norm_lr"):
         if f"optim.{key}" not in keys and _number(values, "optim", key):
             optim[key] *= factor

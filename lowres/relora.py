@@ -165,13 +165,15 @@ def forget(
     signed: its moments, as in `Rule.moments`.
 
     Both moments lose the same elements. If the second has another shape (Adam-mini's blocks), it is kept when
-    part of the first is kept: this can only make an update too small.
+    part of the first is kept: this can only make an update too small. Without a first moment (RACS) nothing
+    is kept: with the sizes of earlier gradients the first updates would be tiny, and the limiter would let
+    them grow by 1 % a step.
     """
     state = unit.state[spec.name]
     moments = [key for key in signed if key in state]
     if UPDATE_NORM in state:
         state[UPDATE_NORM].zero_()
-    if config.reset == "zero":
+    if config.reset == "zero" or not any(signed.values()):
         for key in moments:
             for part in (key, f"{key}.absmax"):
                 if part in state:

@@ -10,7 +10,7 @@ use `pytest -m gpu`.
 It needs a CUDA build of PyTorch, so a separate environment of 5.5 GB, and is not part of the tests:
 
     python -m venv /tmp/cuda
-    /tmp/cuda/bin/pip install torch numpy pydantic safetensors sentencepiece tqdm packaging
+    /tmp/cuda/bin/pip install torch numpy pydantic safetensors sentencepiece tqdm packaging pyyaml
     /tmp/cuda/bin/pip install --no-deps bitsandbytes
     /tmp/cuda/bin/python scripts/pretend_gpu.py
 

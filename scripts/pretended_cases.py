@@ -37,7 +37,7 @@ from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize, starting_with  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
-from lowres.rules import moments  # noqa: E402
+from lowres.rules import RULES, moments  # noqa: E402
 from lowres.runs import CHECKPOINTS, training_engine  # noqa: E402
 from lowres.sample import Sampling, sample  # noqa: E402
 
@@ -361,9 +361,11 @@ def cases() -> dict[str, Callable[[], str]]:
         found[f"{short} step"] = partial(train, preset)
         found[f"{short} evaluation"] = partial(evaluation, preset)
         found[f"{short} sampling"] = partial(sampling, preset)
-    for name in ("adamw", "adam-mini", "apollo", "apollo-mini", "galore", "fira", "sgd"):
+    for name in RULES:
         chosen = (bf16, f"optim.name={name}", "optim.lr=0.001")
         found[name] = partial(train, seven, *chosen, steps=(0, 1))
+    for name in ("muon", "scale"):
+        found[f"{name}, int8 momentum"] = partial(train, seven, f"optim.name={name}", steps=(0, 1))
     found["apollo svd"] = partial(
         train, seven, bf16, "optim.name=apollo", "optim.projection=svd", "optim.rank=256", steps=(0, 1)
     )
@@ -427,6 +429,8 @@ def cases() -> dict[str, Callable[[], str]]:
         short = preset.removeprefix("llama_")
         found[f"memory {short}"] = partial(live_memory, preset)
         found[f"memory {short}, int8 products"] = partial(live_memory, preset, int8)
+    for name in ("muon", "scale"):
+        found[f"memory 7b_24gb, {name}"] = partial(live_memory, "llama_7b_24gb", f"optim.name={name}")
     found["memory 1b_8gb, documents apart"] = partial(live_memory, "llama_1b_8gb", apart)
     for key in CARDS:
         found[f"card {key}"] = partial(card, key)

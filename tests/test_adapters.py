@@ -95,7 +95,7 @@ def test_every_optimizer_trains_adapters_alike_in_both_engines(name: str) -> Non
     keys: dict[str, Any] = {"optim__name": name, "optim__lr": 0.1 if name == "sgd" else 1e-3}
     if name != "sgd":
         keys["optim__eps"] = 1e-3
-    if name not in ("adamw", "adamw8bit", "adam-mini", "sgd"):
+    if "rank" in RULES[name].defaults:
         keys["optim__rank"] = 2
     found = []
     for engine_name in ("layerwise", "autograd"):

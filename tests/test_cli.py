@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lowres import metrics
 from lowres.cli import main
 from lowres.rules import RULES
+from lowres.storage import EMBEDDING, MATRIX, NORM
 from tests.helpers import lowres, lowres_here, train_and_kill
 
 STEP_KEYS = {
@@ -320,7 +321,8 @@ def test_plan_shows_what_every_tensor_gets(
     assert main(command) == 0
     before, _, after = capsys.readouterr().out.partition("\nrole ")
     assert "gpu peak" in before
-    lines = {line.split()[0]: line for line in after.splitlines()[1:]}
+    *listed, last = after.splitlines()[1:]
+    lines = {line.split()[0]: line for line in listed}
     assert list(lines) == [
         *("embedding", "attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down", "norm", "head")
     ]
@@ -328,14 +330,18 @@ def test_plan_shows_what_every_tensor_gets(
     plan = json.loads(capsys.readouterr().out)
     rows = {row["role"]: row for row in plan["optimizer"]}
     assert rows.keys() == lines.keys()
-    others = name if RULES[name].for_all else "adamw"
     for role, row in rows.items():
         embedding, matrix = role in ("embedding", "head"), len(row["shape"]) == 2
         assert row["tensors"] == (1 if embedding or role == "norm" else 2)
-        assert row["optimizer"] == (name if matrix and not embedding else others)
-        assert row["lr"] == (0.25 if embedding else RULES[name].lr)
+        kind = EMBEDDING if embedding else MATRIX if matrix else NORM
+        assert row["optimizer"] == (name if kind in RULES[name].kinds else "adamw")
+        own_rate = RULES[name].norm_lr if kind == NORM else None
+        assert row["lr"] == (0.25 if embedding else own_rate or RULES[name].lr)
         assert row["weight_decay"] == (0.1 if matrix and not embedding else 0)
         assert row["optimizer"] in lines[role] and lines[role].endswith(row["state"])
+    flops = sum(row["tensors"] * row["product_flops"] for row in rows.values())
+    assert last.startswith("in all: ") and (f"updates: {flops / 1e12:.3g} TFLOP" in last) == (flops > 0)
+    assert (flops > 0) == (name == "muon")
     # all of the state, except the count of updates of each unit
     state = sum(c["bytes"] for c in plan["components"] if c["name"] == "optimizer state")
     assert sum(row["tensors"] * row["state_bytes"] for row in rows.values()) + 4 * 256 == state
@@ -348,7 +354,12 @@ def test_plan_shows_what_every_tensor_gets(
         "apollo-mini": "exp_avg [1, 32], exp_avg_sq [1, 32], norm, random projection [16, 1] (no state)",
         "galore": "exp_avg [8, 32], exp_avg_sq [8, 32], projection [16, 8], refreshes",
         "fira": "exp_avg [8, 32], exp_avg_sq [8, 32], norm, projection [16, 8], refreshes",
+        "scale": "none",
+        "muon": "momentum fp32",
+        "sinkgd": "none",
+        "racs": "rows [16, 1], columns [1, 32], norm",
     }
+    assert rows["head"]["state"] == ("momentum fp32" if name in ("scale", "sgd") else rows["head"]["state"])
     assert rows["k"]["shape"] == [16, 32] and rows["k"]["state"] == wanted.get(name, rows["k"]["state"])
 
 

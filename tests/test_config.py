@@ -224,6 +224,30 @@ def test_overrides_of_tied_keys(
             assert f"optim.batch_policy is {wanted[3]}" in notes[0] and f"to {wanted[1]} seq" in notes[0]
 
 
+def test_the_rate_of_norms_follows_too(tmp_path: Path) -> None:
+    """A rate that the optimizer has by default changes as one that the file gives."""
+    path = tmp_path / "c.toml"
+    for given, keys, wanted in (
+        ("", "", 0.001),
+        ("", "optim.norm_lr=0.5", 0.5),
+        ("", "train.batch_tokens=8192", 0.001),
+        ("", "train.batch_tokens=8192 optim.batch_policy=linear", 0.002),
+        ("", "train.batch_tokens=16384 optim.batch_policy=sqrt", 0.002),
+        ("norm_lr = 0.004", "train.batch_tokens=8192 optim.batch_policy=linear", 0.008),
+        ("", "train.batch_tokens=8192 optim.batch_policy=linear optim.norm_lr=0.5", 0.5),
+        ("", "optim.lr=0.5", 0.001),
+        ("", "train.batch_tokens=8192 optim.batch_policy=linear optim.name=muon", None),
+    ):
+        path.write_text(f'[optim]\nname = "scale"\n{given}\n[train]\nbatch_tokens = 4096')
+        config, _ = load_config(path, keys.split())
+        assert config.optim.norm_lr == (wanted and pytest.approx(wanted)), (given, keys)
+    scale = parse_config({"optim": {"name": "scale", "batch_policy": "linear"}})[0]
+    start = {"batch_tokens": scale.train.batch_tokens, "lr": 0.001, "embed_lr": None, "norm_lr": 0.001}
+    train = scale.train.model_copy(update={"batch_tokens": 2 * scale.train.batch_tokens})
+    resumed, _, _ = follow_batch(scale.model_copy(update={"train": train}), scale, start)
+    assert (resumed.optim.lr, resumed.optim.norm_lr) == (0.002, 0.002)
+
+
 def test_rates_follow_the_batch_of_a_resumed_run() -> None:
     def of(lr: float, batch: int, policy: str = "linear", embed_lr: float | None = None) -> Config:
         optim = {"lr": lr, "batch_policy": policy} | ({"embed_lr": embed_lr} if embed_lr else {})
@@ -300,9 +324,16 @@ def test_defaults_of_deepspeed(tmp_path: Path) -> None:
             {"name": "apollo-mini"},
             "optim.name: apollo-mini does not work with DeepSpeed, which f",
         ),
-        ("optim", {"name": "galore"}, "optim.name: galore does not work with DeepSpeed"),
-        ("optim", {"name": "adam-mini"}, "use adamw, or memory.engine=layerwise"),
-        ("optim", {"name": "adamw8bit"}, "optim.name: adamw8bit does not work with DeepSpeed"),
+        *(
+            (
+                "optim",
+                {"name": name},
+                f"optim.name: {name} does not work with DeepSpeed, which flattens weights "
+                "and hides their shapes; use adamw, or memory.engine=layerwise",
+            )
+            for name in RULES
+            if name not in ("adamw", "apollo-mini")
+        ),
         ("optim", {"limiter": 1.01}, "optim.limiter: DeepSpeed has no limiter; use 0 with optim.grad_clip"),
         ("relora", {"enabled": True}, "relora.enabled: DeepSpeed cannot merge adapters"),
         ("deepspeed", {"offload_param": "cpu"}, "deepspeed.offload_param: stage 2 keeps whole weights on th"),

@@ -176,6 +176,10 @@ def test_int8_products_train_like_the_cpu(activations: str, distance: float, wgr
         ("fp32", "fira", "fp32"),
         ("fp32", "adamw", "int8"),
         ("fp32", "adam-mini", "int8"),
+        ("int8", "muon", "int8"),
+        ("int8", "scale", "int8"),
+        ("int8", "racs", "fp32"),
+        ("int8", "sinkgd", "fp32"),
     ],
 )
 def test_it_trains_like_the_cpu(weights: str, name: str, moments: str) -> None:
@@ -304,6 +308,8 @@ UPDATES: list[tuple[str, str, Mapping[str, object]]] = [
     ("adamw", "int8", {}),
     ("adam-mini", "int8", {}),
     ("adamw8bit", "int8", {}),
+    ("muon", "int8", {"limiter": 1.01}),
+    ("scale", "int8", {}),
 ]
 
 

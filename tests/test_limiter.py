@@ -12,7 +12,7 @@ from lowres.model import empty_units
 from lowres.rooms import Rooms
 from lowres.rules import RULES
 from lowres.rules.limiter import GROWTH, limited
-from lowres.storage import MATRIX, Unit
+from lowres.storage import BIAS, NORM, TensorSpec, Unit
 from tests.helpers import CPU, make_config, make_optimizer, make_units
 
 FACTOR = 1.05
@@ -43,6 +43,11 @@ def changes(
     return found, unit
 
 
+def limits(name: str, spec: TensorSpec) -> bool:
+    """Whether an optimizer updates a tensor itself, and not with AdamW."""
+    return (NORM if spec.kind == BIAS else spec.kind) in RULES[name].kinds
+
+
 SPIKE = [1.0] * 8 + [1000.0] + [1.0] * 3
 
 
@@ -50,7 +55,7 @@ SPIKE = [1.0] * 8 + [1000.0] + [1.0] * 3
 def test_a_spike_grows_no_update_by_more_than_the_factor(name: str) -> None:
     found, unit = changes(config_of(name, FACTOR), SPIKE)
     for spec in unit.spec.tensors:
-        limited_here = RULES[name].for_all or spec.kind == MATRIX
+        limited_here = limits(name, spec)
         assert ("norm" in unit.state[spec.name]) == limited_here, spec.name
         if limited_here and name != "fira":  # whose projected part passes
             norms = found[spec.name]
@@ -92,7 +97,7 @@ def test_the_learning_rate_is_no_growth(name: str) -> None:
     assert all(float(state["norm"]) > 0 for state in unit.state.values())
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw8bit", "galore"])
+@pytest.mark.parametrize("name", ["sgd", "adamw8bit", "galore", "scale", "racs"])
 def test_a_refused_step_is_not_remembered(name: str) -> None:
     config = config_of(name, FACTOR, betas=(0.0, 0.9))
     _, wanted = changes(config, [1.0, 1.0])
@@ -105,7 +110,7 @@ def test_a_refused_step_is_not_remembered(name: str) -> None:
 
 def test_nothing_to_limit_changes_nothing() -> None:
     """A limit that is never met leaves the weights of the same optimizer without one."""
-    for name in ("adamw", "adam-mini", "galore", "sgd"):
+    for name in ("adamw", "adam-mini", "galore", "sgd", "scale", "muon", "sinkgd"):
         free, _ = changes(config_of(name, 0), SPIKE)
         wide, _ = changes(config_of(name, 1e6), SPIKE)
         assert all(wide[key] == pytest.approx(free[key], rel=1e-5) for key in free)
@@ -135,14 +140,14 @@ def test_its_memory_is_planned_and_saved(name: str) -> None:
         tensors |= unit.tensors()  # what a checkpoint has
     limited_tensors = [key for key in tensors if key.endswith(".norm")]
     specs = [spec for unit in units.values() for spec in unit.spec.tensors]
-    assert len(limited_tensors) == sum(RULES[name].for_all or spec.kind == MATRIX for spec in specs)
+    assert len(limited_tensors) == sum(limits(name, spec) for spec in specs)
     slabs = sum(unit.state_slab.nbytes for unit in units.values() if unit.state_slab is not None)
     assert make_plan(config, CPU).size("optimizer state", "gpu") == slabs
 
 
 def test_defaults_are_the_published_ones() -> None:
     for name in RULES:
-        wanted = GROWTH if name in ("apollo", "apollo-mini", "fira") else 0
+        wanted = GROWTH if name in ("apollo", "apollo-mini", "fira", "racs") else 0
         assert parse_config({"optim": {"name": name}})[0].optim.limiter == wanted
     for value in (0.5, -1.0):
         with pytest.raises(UserError, match=r"^config: optim\.limiter: .* use a factor of at least 1"):

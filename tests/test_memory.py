@@ -9,15 +9,16 @@ import torch
 
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
-from lowres.memory import GIB, Plan, make_plan
+from lowres.memory import GIB, Choice, Plan, make_plan
 from lowres.meter import LiveTensors
 from lowres.model import initialize
-from lowres.rooms import GPU, HOST, Homes, Rooms
+from lowres.rooms import GPU, HOST, Component, Homes, Rooms
 from tests.helpers import CPU, LLAMA3, make_batch, make_config
 from tests.measuring import Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")  # planning needs no device
 MODEL = {"dim": 128, "n_layers": 4, "n_heads": 4, "ffn_dim": 344, "vocab_size": 1000}
+WIDE = {"dim": 512, "n_layers": 1, "ffn_dim": 1376}
 MIB = 1 << 20
 
 
@@ -78,6 +79,10 @@ VARIANTS: dict[str, dict[str, Mapping[str, object]]] = {
     "adam-mini bf16": {"optim": {"name": "adam-mini"}, "memory": {"moments": "bf16"}},
     "apollo": {"optim": {"name": "apollo"}},
     "galore": {"optim": {"name": "galore"}},
+    "muon int8": {"optim": {"name": "muon"}, "memory": {"moments": "int8"}},
+    # wide: matrices of more chunks than a trace runs
+    "muon bf16, wide": {"optim": {"name": "muon"}, "model": WIDE, "memory": {"moments": "bf16"}},
+    "racs, wide": {"optim": {"name": "racs"}, "model": WIDE},
     "stash on host": {"memory": {"stash_on": "host"}},
     "carry on host": {"memory": {"carry_on": "host", "compute": "bf16"}},
     "all on host": {"memory": ON_HOST},
@@ -269,6 +274,12 @@ def test_what_must_be_on_the_gpu_stays_there() -> None:
     assert plan.problems[0].startswith("memory.budget_gib: the run needs")
     wide = plan_7b(budget_gib=20.0, band=1, stash_on="gpu")
     assert "the stash (32.00 GiB); lower train.batch_tokens, raise memory.band" in wide.problems[0]
+
+
+def test_slots_that_do_not_fit_are_made_smaller() -> None:
+    slots = Component("transfer of layers", GPU, 8 * GIB)
+    (problem,) = Plan((slots,), Choice(1), 0, 1, {GPU: 4 * GIB, HOST: None}).problems
+    assert "raise memory.host_budget_gib" in problem and "memory.moments=int8" in problem
 
 
 @pytest.mark.parametrize("name, gpu, host", [("24gb", 20, 24), ("12gb", 10.5, 24), ("8gb", 6.5, 32)])

@@ -24,7 +24,11 @@ from lowres.rules.base import Rule, State
 from lowres.rules.fira import FiraRule
 from lowres.rules.galore import GaLoreRule
 from lowres.rules.lowrank import RandomProjection, SvdProjection, singular_vectors
+from lowres.rules.muon import MuonRule
+from lowres.rules.racs import RacsRule
+from lowres.rules.scale import ScaleRule
 from lowres.rules.sgd import SgdRule
+from lowres.rules.sinkgd import SinkGdRule
 from lowres.storage import TensorSpec
 from tests.helpers import CPU, ROOMS, SMALL, make_config, make_optimizer, make_units
 from tests.rules import BETAS, Waits, new_state, random_grads, run_rule, spec_of
@@ -159,6 +163,10 @@ def fira() -> FiraRule:
     return FiraRule(BETAS, 1e-6, SvdProjection(4, 3), 0.25)
 
 
+def scale() -> ScaleRule:
+    return ScaleRule(BETAS, 1e-8)
+
+
 def apollo_svd() -> ApolloRule:
     return ApolloRule(BETAS, 1e-6, SvdProjection(4, 3), scale=1.0, per_channel=True)
 
@@ -235,7 +243,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("make, each", [(mini, 5), (apollo, 6), (galore, 2), (fira, 15)])
+@pytest.mark.parametrize("make, each", [(mini, 5), (apollo, 6), (galore, 2), (fira, 15), (scale, 5)])
 def test_a_layers_update_is_a_few_launches(make: Callable[[], Rule], each: int) -> None:
     """Small tensors are processed together: one more matrix adds only its products and norms."""
     counts = []
@@ -324,6 +332,10 @@ def test_a_spike_is_limited_to_one_percent_growth(make: Callable[[], Rule]) -> N
         ApolloRule(BETAS, 1e-6, SvdProjection(4, 200), 1.0, per_channel=True),
         GaLoreRule(BETAS, 1e-6, SvdProjection(4, 200), 0.25),
         FiraRule(BETAS, 1e-6, SvdProjection(4, 200), 0.25),
+        scale(),
+        MuonRule(BETAS),
+        SinkGdRule(),
+        *(RacsRule(BETAS, 1e-8, limiter) for limiter in (0, 1.01)),
     ],
 )
 def test_a_refused_update_leaves_no_trace(rule: Rule) -> None:
@@ -364,13 +376,16 @@ def test_state_of_a_layer_of_llama_7b() -> None:
     """Memory after an update, without the weights: the state slab, and projections that stay."""
     model = {"preset": "7b", "n_layers": 1, "vocab_size": 2}
     held = {}
-    for name in ("apollo-mini", "adam-mini", "adamw"):
-        config, _ = parse_config({"model": model, "optim": {"name": name}})
+    lean = ("apollo-mini", "scale", "sinkgd", "racs")
+    for name in (*lean, "adam-mini", "adamw", "muon", "muon int8"):
+        optim, _, moments = name.partition(" ")
+        keys = {"model": model, "optim": {"name": optim}, "memory": {"moments": moments or "fp32"}}
+        config, _ = parse_config(keys)
         unit = empty_units(config.model, "int8", "bf16", ROOMS)["layers.0"]
         assert sum(spec.shape == (4096, 4096) for spec in unit.spec.tensors) == 4
         with LiveTensors() as live:
             optimizer = make_optimizer(config, {"layers.0": unit})
-            if name == "apollo-mini":  # for the others, pages of state would be written
+            if name == "apollo-mini":  # others would write pages of state, or overwrite the gradients
                 grads = {
                     s.name: torch.zeros(1).expand(s.shape) for s in unit.spec.tensors if len(s.shape) == 2
                 }
@@ -380,8 +395,9 @@ def test_state_of_a_layer_of_llama_7b() -> None:
                 optimizer.groups[0].rule.directions(specs, list(grads.values()), states, 1.0, clock)
                 del clock
         held[name] = live.current["gpu"] / sum(spec.numel for spec in unit.spec.tensors)
-    assert 0 < held["apollo-mini"] < 0.01
+    assert all(0 < held[name] < 0.01 for name in lean)
     assert abs(held["adamw"] - 8) < 0.01 and abs(held["adam-mini"] - 4) < 0.01
+    assert abs(held["muon"] - 4) < 0.01 and abs(held["muon int8"] - 1 - 4 / 256) < 0.001
 
 
 @pytest.mark.parametrize("decayed", [True, False])
@@ -440,7 +456,8 @@ def test_every_rule_describes_itself() -> None:
         if rule.class_name:
             made = getattr(optim_package, rule.class_name)
             assert made.definition is rule and made.__name__ in optim_package.__all__
-            assert set(inspect.signature(made).parameters) >= {"params", "lr", *(k.name for k in rule.keys)}
+            keys = {key.name for key in (*rule.keys, *rule.class_keys)}
+            assert set(inspect.signature(made).parameters) >= {"params", "lr", *keys}
     assert set(KEYS) <= set(fields)
 
 
@@ -461,6 +478,26 @@ def test_biases_are_updated_element_by_element(name: str) -> None:
     wanted = value - 1e-2 * grads[spec.name].sign()  # Adam's first update, for any size of gradient
     optimizer.update(unit, grads, 0, 1.0, torch.tensor(True))
     torch.testing.assert_close(value, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("key, values", [("betas", (0.5, 0.6)), ("eps", 10.0)])
+@pytest.mark.parametrize("name", RULES)
+def test_a_key_that_is_noted_as_unused_is_unused(name: str, key: str, values: object) -> None:
+    """And one that is not noted counts."""
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
+    results = []
+    for given in ({}, {key: values}):
+        config, notes = parse_config({"optim": {"name": name} | given, "model": SMALL.model_dump()})
+        units = make_units(config.model)
+        optimizer = make_optimizer(config, units)
+        for unit in units.values():
+            for step in range(2):
+                grads = {s.name: random_grads(s.shape, 2)[step] for s in unit.spec.tensors}
+                optimizer.update(unit, grads, step, 1.0, torch.tensor(True))
+        results.append({n: w.dense(torch.float32) for u in units.values() for n, w in u.weights.items()})
+    same = all(torch.equal(value, results[1][n]) for n, value in results[0].items())
+    assert same == any(note.startswith(f"optim.{key} is not used by {name}") for note in notes)
 
 
 def test_every_optimizer_is_built_or_refused_by_name() -> None:

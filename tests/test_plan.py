@@ -146,10 +146,15 @@ def test_int8_products_need_less_memory_than_a_copy_of_a_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny", "llama_1b_8gb", pytest.param("llama_7b_24gb", marks=pytest.mark.slow)]
+    "name, keys",
+    [
+        *(("tiny", ()), ("llama_1b_8gb", ())),
+        *(("llama_1b_8gb", ("model.n_layers=2", f"optim.name={rule}")) for rule in ("muon", "racs")),
+        pytest.param("llama_7b_24gb", (), marks=pytest.mark.slow),
+    ],
 )
-def test_and_with_all_chunks_of_every_loop(name: str) -> None:
-    check(f"configs/{name}.toml", "run", brief=False)
+def test_and_with_all_chunks_of_every_loop(name: str, keys: tuple[str, ...]) -> None:
+    check(f"configs/{name}.toml", "run", False, *keys)
 
 
 def test_what_the_plan_leaves_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +293,7 @@ def calls_to_plan(config: Config) -> int:
         plan = make_plan(config, CUDA)
         assert plan.table() and plan.as_dict()
         specs = (spec for unit in unit_specs(config.model) for spec in unit.tensors)
-        assert table(overview(make_optimizer(config), specs))
+        assert table(overview(make_optimizer(config), specs), 1)
 
     look()  # makes the traces, which do not depend on the number of layers
     calls = 0

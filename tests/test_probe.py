@@ -1,21 +1,31 @@
 """The probe: its counts compared with numbers by hand and with the engine's real copies."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowres import rooms
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
-from lowres.engine import make_engine
-from lowres.memory import GIB, make_plan
+from lowres.engine import Choice, make_engine
+from lowres.memory import GIB, Plan, make_plan
 from lowres.model import empty_units, initialize
-from lowres.probe import Rates, dequantised_elements, flops_per_token, predict, step_bytes
-from lowres.rooms import Rooms
+from lowres.probe import (
+    Probe,
+    Rates,
+    dequantised_elements,
+    flops_per_token,
+    predict,
+    step_bytes,
+    update_flops,
+)
+from lowres.probe import rates as measured
+from lowres.rooms import Homes, Rooms
 from tests.helpers import CPU, lowres_here, make_batch, make_config, make_optimizer
 
 CUDA = torch.device("cuda")  # no device is needed to count
@@ -88,6 +98,15 @@ def test_bytes_of_llama_7b() -> None:
     assert fetched == at_rest + weights - 250 * 2**20 - 2**14 + (2 * bands + bands + 2) * GIB
 
 
+def test_momentum_on_the_host_is_fetched_and_stored_once() -> None:
+    config, _ = load_config(CONFIGS / "llama_7b_24gb.toml", ["optim.name=muon"])
+    homes = Homes(state=frozenset(f"layers.{i}" for i in range(32)))
+    plan = Plan((), Choice(1, 1, homes), 0, config.train.batch_tokens, {})
+    # codes, a scale for 256 of them, two moments of two norms in fp32, and a count in a slot of 256 bytes
+    layer = 202_375_168 + 202_375_168 // 256 * 4 + 2 * 2 * 4 * 4096 + 256
+    assert step_bytes(config, plan, torch.bfloat16) == (32 * layer, 32 * layer)
+
+
 ON_HOST = {"weights_on": "host", "state_on": "host", "stash_on": "host", "carry_on": "host"}
 VARIANTS: dict[str, Mapping[str, object]] = {
     "gpu": {},
@@ -152,6 +171,7 @@ RATES = Rates(
     to_host_gb_s=10.0,
     dequantise_g_s=100.0,
     update_g_s=10.0,
+    update_products_tflops=None,
 )
 
 
@@ -173,6 +193,7 @@ def test_prediction_by_hand() -> None:
     assert found.beside_products_s == pytest.approx(1e5 * (4 * 4.0 + 2.0) * 1e-6)
     assert found.dequantise_s == pytest.approx(2 * matrices / 100e9)
     assert found.update_s == pytest.approx((matrices + 2 * head + 9 * 1024) / 10e9)
+    assert found.update_products_s == 0
     assert found.step_s == found.compute_s and found.transfer_s == 0 and found.limit == "compute"
     assert found.compute_s == pytest.approx(
         found.products_s + found.beside_products_s + found.dequantise_s + found.update_s
@@ -180,6 +201,40 @@ def test_prediction_by_hand() -> None:
     assert found.tokens_per_s == pytest.approx(1e5 / found.step_s)
     assert found.days_to_target == pytest.approx(50_000 * found.step_s / 86400)
     assert found.days_per_billion_tokens == pytest.approx(1e4 * found.step_s / 86400)
+
+
+def test_products_of_an_update_are_divided_by_their_own_rate() -> None:
+    """Muon's: 4 m^2 n + 2 m^3 for a matrix whose smaller side is m, in each of 5 steps."""
+    config, rates = planned(optim={"name": "muon"}), replace(RATES, update_products_tflops=20.0)
+    plan = make_plan(planned(), CUDA)
+    flops = 4 * 5 * (4 * 6 * 1024**3 + 3 * (4 * 1024**2 * 2048 + 2 * 1024**3))
+    assert update_flops(config) == flops and update_flops(planned()) == 0
+    found, without = predict(config, plan, rates, CUDA), predict(config, plan, RATES, CUDA)
+    assert found.update_products_s == pytest.approx(flops / 20e12) and without.update_products_s == 0
+    assert found.update_s == pytest.approx(without.update_s + flops / 20e12)
+    assert found.compute_s == pytest.approx(without.compute_s + flops / 20e12)
+    assert found.gflops_per_token == pytest.approx(
+        predict(planned(), plan, RATES, CUDA).gflops_per_token + flops / 1e5 / 1e9
+    )
+    printed = Probe(rates=rates, prediction=found, target_tokens=1, notes=[]).table()
+    assert "products of updates 20 TFLOPS" in printed
+    assert f"(of them products {flops / 20e12:.3g} s)" in printed
+
+
+@pytest.mark.parametrize("name", ["muon", "apollo-mini"])
+def test_the_rate_of_elements_is_without_the_products(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which 10^9 operations of a product take a second, and everything else one in all."""
+
+    def seconds(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        with FlopCounterMode(display=False) as counted:
+            work()
+        return 1 + (counted.get_total_flops() / 1e9 if name == "muon" else 0)
+
+    monkeypatch.setattr(measured, "_seconds", seconds)
+    _, update, products = measured._weights(make_config(optim={"name": name}), CPU, torch.float32)
+    assert update == 4 * 64 * 64 + 3 * 64 * 172 + 2 * 64
+    assert products == (pytest.approx(1e9) if name == "muon" else None)
 
 
 def test_transfers_hide_behind_the_computation_on_a_gpu_only() -> None:
@@ -206,15 +261,15 @@ def test_plan_with_a_probe() -> None:
         "tokens_per_s",
         "days_to_target",
     } <= numbers.keys()
-    assert all(value > 0 for key, value in numbers.items() if key not in NOTHING_MOVED), numbers
-    assert all(numbers[key] == 0 for key in NOTHING_MOVED)
+    assert all(value > 0 for key, value in numbers.items() if key not in NOT_DONE), numbers
+    assert all(numbers[key] == 0 for key in NOT_DONE)
     assert numbers["target_tokens"] == 400 * 4096
     assert found["probe"]["limit"] == "compute"
     # the vocabulary of the future tokenizer, not of the preset
     assert found["parameters"] < 2_000_000
 
 
-NOTHING_MOVED = ("to_gpu_gb", "to_host_gb", "transfer_s")
+NOT_DONE = ("to_gpu_gb", "to_host_gb", "transfer_s", "update_products_s")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

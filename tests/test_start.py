@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lowres.cli import main
 from lowres.config_file import load_config
 from lowres.engine import LayerwiseEngine
 from lowres.errors import UserError
-from lowres.rules import lowrank
+from lowres.rules import lowrank, muon
 from lowres.start import decide
 from tests.helpers import lowres_here
 
@@ -94,20 +95,27 @@ SMALL += ["train.steps=1", "train.eval_every=0", "memory.rehearse=true"]
 SHAPES = {(64, 64), (512, 64), (64, 512)}
 
 
-@pytest.mark.parametrize("name", ["galore", "fira"])
-@pytest.mark.parametrize("engine", ["layerwise", "autograd"])
+@pytest.mark.parametrize(
+    "name, engine",
+    [
+        *((name, engine) for name in ("galore", "fira") for engine in ("layerwise", "autograd")),
+        ("muon", "layerwise"),
+    ],
+)
 def test_decompositions_are_rehearsed_once_for_each_shape(
     name: str, engine: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
-    decompose = lowrank.singular_vectors
+    module: Any = muon if name == "muon" else lowrank
+    function = "orthogonalise_" if name == "muon" else "singular_vectors"
+    decompose = getattr(module, function)
 
-    def watched(grad: torch.Tensor, rank: int) -> torch.Tensor:
+    def watched(grad: torch.Tensor, number: int) -> Any:
         if not isinstance(grad, FakeTensor):  # of the plan
             shapes.append(tuple(grad.shape))
-        return decompose(grad, rank)
+        return decompose(grad, number)
 
-    monkeypatch.setattr(lowrank, "singular_vectors", watched)
+    monkeypatch.setattr(module, function, watched)
     keys = options(*SMALL, f"optim.name={name}", f"memory.engine={engine}")
     lowres_here("train", config, "--run", tmp_path / "run", *keys)
     # the rehearsal's, and then those of the first step

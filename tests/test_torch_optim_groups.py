@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowres.optim import Apollo, ApolloMini, Fira, GaLore
+from lowres.optim import RACS, Apollo, ApolloMini, Fira, GaLore, Muon, Scale, SinkGD
 from lowres.optim.torch_optim import ADAMW
 from tests.rules import Make, adam_mini
 
@@ -56,6 +56,12 @@ def test_groups_say_which_rule() -> None:
         (Fira, "refresh_every", 0),
         (adam_mini, "n_heads", 0),
         (adam_mini, "n_heads", 3),
+        *((make, "adamw_betas", (0.9,)) for make in (Muon, RACS)),
+        *((Muon, "split", value) for value in ((32, 0), 64)),
+        *((Muon, "newton_schulz_steps", value) for value in (0, 21, 5.0)),
+        (SinkGD, "sinkhorn_steps", 0),
+        (Scale, "tied", 1),
+        (RACS, "limiter", 0.5),
     ],
 )
 def test_bad_values_are_named(make: Make, key: str, value: object) -> None:
@@ -116,6 +122,92 @@ def test_odd_parameters_are_served() -> None:
         assert torch.equal(before[key], p) == (key == "frozen"), key
         assert p.isfinite().all()
     assert optimizer.state[odd["late"]]["step"] == 2
+
+
+def test_scale_has_roles_of_its_own() -> None:
+    """Embedding by column, head with a momentum; a tied embedding is a head if one says so."""
+    shapes = {
+        "embed_tokens.weight": (10, 4),
+        "x.weight": (8, 4),
+        "lm_head.weight": (10, 4),
+        "norm.weight": (4,),
+    }
+    named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in shapes.items()]
+    optimizer = Scale(named, lr=1.0)
+    assert [spec.role for spec in optimizer._parts[0].specs] == ["embedding", "matrix", "head", ADAMW]
+    (tied,) = Scale(named[:1], lr=1.0, tied=True)._parts
+    for name, p in named:
+        p.grad = torch.randn(shapes[name])
+    optimizer.step()
+    kept = {name: set(optimizer.state[p]) - {"step"} for name, p in named}
+    moments = {"exp_avg", "exp_avg_sq"}
+    assert list(kept.values()) == [set(), set(), {"momentum"}, moments]
+    assert set(tied.rules[0].state_fields(tied.specs[0])) == {"momentum"}
+    for name, axis in (("embed_tokens.weight", 0), ("x.weight", 1), ("lm_head.weight", 1)):
+        size = dict(named)[name].square().mean(axis)
+        torch.testing.assert_close(size, torch.ones_like(size))
+    by_role = Scale(
+        [{"params": [named[2][1]], "role": "embedding"}, {"params": [named[0][1]], "role": "head"}]
+    )
+    assert [part.specs[0].role for part in by_role._parts] == ["embedding", "head"]
+    with pytest.raises(ValueError, match="role: 'norm' is not known; use adamw, matrix, embedding or head"):
+        Scale([{"params": [named[1][1]], "role": "norm"}])
+    with pytest.raises(ValueError, match="role: 'head' is not known; use adamw or matrix"):
+        Muon([{"params": [named[1][1]], "role": "head"}])
+
+
+@pytest.mark.parametrize(
+    "name", ["attn.qkv.weight", "attn.c_attn.weight", "mlp.gate_up_proj.weight", "in_proj_weight"]
+)
+def test_muon_asks_what_is_fused(name: str) -> None:
+    fused = nn.Parameter(torch.zeros(32, 12))
+    with pytest.raises(ValueError, match=f"^{name}: seems to be several matrices in one; .* split"):
+        Muon([(name, fused)])
+    with pytest.raises(ValueError, match=rf"^{name}: has 32 rows, but split \(16, 8\) is for 24"):
+        Muon([{"params": [(name, fused)], "split": (16, 8)}])
+    SinkGD([(name, fused)])  # to which it does not matter
+    Muon([{"params": [(name, fused)], "role": ADAMW}])
+    parts = [nn.Parameter(torch.zeros(rows, 12)) for rows in (16, 8, 8)]
+    groups = [{"params": [(name, fused)], "split": (16, 8, 8)}, {"params": [*zip("abc", parts, strict=True)]}]
+    optimizer = Muon(groups, lr=1.0, weight_decay=0.1)
+    for _ in range(3):
+        fused.grad = torch.randn(32, 12)
+        for p, grad in zip(parts, fused.grad.split((16, 8, 8)), strict=True):
+            p.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(fused.detach(), torch.cat([p.detach() for p in parts]), rtol=0, atol=1e-5)
+    whole = Muon([{"params": [(name, fused)], "split": ()}], lr=1.0)
+    before = fused.detach().clone()
+    whole.step()
+    wanted = nn.Parameter(before.clone())
+    wanted.grad = fused.grad
+    Muon([("x", wanted)], lr=1.0).step()
+    assert torch.equal(fused, wanted)
+
+
+@pytest.mark.parametrize(
+    "make, keys",
+    [
+        (Muon, {"adamw_betas": (0.5, 0.6)}),
+        (RACS, {"adamw_betas": (0.5, 0.6)}),
+        (SinkGD, {"betas": (0.5, 0.6)}),
+    ],
+)
+def test_the_betas_of_adamw_can_be_given(make: Make, keys: dict[str, Any]) -> None:
+    """What the rule does not read is for AdamW; and no keyword is ignored."""
+    start, norm = torch.randn(8, 4), nn.Parameter(torch.ones(6))
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = make(
+        [{"params": [("x", ours)], "role": ADAMW, **keys}, {"params": [("norm", norm)]}], eps=1e-3
+    )
+    oracle = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.5, 0.6), eps=1e-3, weight_decay=0)
+    for _ in range(4):
+        ours.grad = theirs.grad = torch.randn(8, 4)
+        norm.grad = torch.randn(6)
+        optimizer.step()
+        oracle.step()
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=1e-6)
+    assert optimizer._parts[1].rules[0].betas == (0.9, 0.999)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ Values = dict[str, Any]
 RATE_DEFAULTS = rates.Defaults(
     optimizer=OptimConfig.model_fields["name"].default,
     lr={name: rule.lr for name, rule in RULES.items()},
+    norm_lr={name: rule.norm_lr for name, rule in RULES.items() if rule.norm_lr is not None},
     batch_tokens=TrainConfig.model_fields["batch_tokens"].default,
     seq_len=DataConfig.model_fields["seq_len"].default,
 )

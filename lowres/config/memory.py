@@ -42,9 +42,9 @@ class MemoryConfig(Section):
     of PyTorch, and updates too. The results differ by rounding; updates are the same bit for bit. auto: fused
     on CUDA and with INT8 products; on a CPU also where compute = auto measured that it is faster."""
     moments: Literal["fp32", "bf16", "int8"] = "fp32"
-    """Number format of optimizer moments that have one number per element of a matrix: both of AdamW, the
-    first of Adam-mini, and those of embedding and head with apollo. int8: in blocks of 256, with
-    bitsandbytes."""
+    """Number format of optimizer moments that have one number per element of a matrix: both of AdamW (also
+    where it updates only embedding and head), the first of Adam-mini, the momentum of sgd, muon and scale.
+    int8: in blocks of 256, with bitsandbytes; those of muon and scale without."""
     master: Literal["none", "host"] = "none"
     """host: keep a more precise copy of the block matrices in host memory. Updates change this copy, and the
     weights on the GPU are rounded from it to nearest, so no update is lost."""

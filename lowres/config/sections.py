@@ -33,6 +33,7 @@ from lowres.config.base import (
 )
 from lowres.rules import KEYS, RULES
 from lowres.rules.limiter import GROWTH
+from lowres.rules.registry import WITHOUT_NORMS
 from lowres.text import Source
 from lowres.text.source import CHATS, PAIRS, TEXT
 from lowres.trackers import TRACKERS
@@ -374,14 +375,25 @@ def _listed(names: Iterable[str], word: str = "or") -> str:
     return f"{', '.join(most)} {word} {last}" if most else last
 
 
+def _except(key: str, usual: object = None) -> str:
+    """Which optimizers have another default of a key of [optim] than the usual one, as part of a sentence."""
+    found: dict[object, list[str]] = {}
+    for rule in RULES.values():
+        if getattr(rule, key) != usual:
+            found.setdefault(getattr(rule, key), []).append(rule.name)
+    parts = [f"{value} for {_listed(names, 'and')}" for value, names in found.items()]
+    return f", but {' and '.join(parts)}" if parts else ""
+
+
 class GeneralOptim(Section):
     """The optimizer. Defaults that depend on its name are filled in when the config is read."""
 
     name: Annotated[str, OneOf(RULES)] = Field(
         default="apollo-mini",
         description="Updates the matrices of the blocks, and every other tensor too if it is "
-        f"{_listed(rule.name for rule in RULES.values() if rule.for_all)}; with the others, AdamW updates "
-        "embedding, head, norms and biases.",
+        f"{_listed(rule.name for rule in RULES.values() if rule.for_all)}, or embedding and head if it is "
+        f"{_listed(rule.name for rule in RULES.values() if rule.kinds == WITHOUT_NORMS)}; AdamW updates the "
+        "rest.",
     )
     lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate; default lr_over_batch times the batch if that is given, otherwise the optimizer's
@@ -396,17 +408,25 @@ class GeneralOptim(Section):
     lr_over_batch is given instead of lr, otherwise fixed."""
     embed_lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
     """Peak learning rate of embedding and head; default lr."""
-    norm_lr: Annotated[float, Field(gt=0)] | None = adjustable(None)
-    """Peak learning rate of norms and biases; default lr."""
-    betas: Betas | None = None
-    """Decay of the first and second moment; default (0.9, 0.999)."""
+    norm_lr: Annotated[float, Field(gt=0)] | None = adjustable(
+        None, description=f"Peak learning rate of norms and biases; default lr{_except('norm_lr')}."
+    )
+    betas: Betas | None = Field(
+        default=None,
+        description="Decay of the first and second moment; default (0.9, 0.999)"
+        f"{_except('betas', (0.9, 0.999))}.",
+    )
     eps: Rate | None = None
-    """Added to the denominator; the default depends on the optimizer."""
-    adamw_betas: Betas | None = None
-    """betas of the AdamW that updates embedding, head, norms and biases if the optimizer does not; default
-    betas."""
-    adamw_eps: Rate | None = None
-    """Added to the denominator in that AdamW; default eps."""
+    """Added to the denominator, or its least value; the default depends on the optimizer."""
+    adamw_betas: Betas | None = Field(
+        default=None,
+        description="betas of the AdamW that updates embedding, head, norms and biases if the optimizer does "
+        f"not; default betas{_except('adamw_betas')}.",
+    )
+    adamw_eps: Rate | None = Field(
+        default=None,
+        description=f"Added to the denominator in that AdamW; default eps{_except('adamw_eps')}.",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = adjustable(0.0)
     """Decoupled weight decay of the matrices (norms and biases have none)."""
     decay_embeddings: bool = True

@@ -169,6 +169,8 @@ _REMEDIES = {
     "carry": "lower train.batch_tokens",
     "gradient buffer": "lower memory.band; if it is auto, raise memory.host_budget_gib or lower "
     "train.batch_tokens, so that the stash fits the host with a smaller one",
+    "transfer of layers": "lower memory.band; if it is auto, raise memory.host_budget_gib, so that the stash "
+    "fits the host with a smaller one; or set memory.moments=int8",
     "activations inside a layer": "lower train.micro_batch or memory.band",
     "loss chunk": "lower memory.loss_chunk",
     "optimizer state": "set memory.moments=int8, or optim.name=apollo-mini, which needs almost none",

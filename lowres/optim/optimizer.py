@@ -152,6 +152,10 @@ class Optimizer:
                     fields[spec.name] |= {MERGED: (torch.float32, spec.shape)}
         return fields
 
+    def product_flops(self, spec: TensorSpec) -> int:
+        """Floating-point operations as in `Rule.product_flops`, of one update."""
+        return 0 if spec.frozen else self.group_of(spec).rule.product_flops(spec)
+
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The units named in `on_host` keep
         their state on the host."""

@@ -10,6 +10,7 @@ import torch
 from lowres.optim.optimizer import Optimizer
 from lowres.storage import TensorSpec, field_bytes
 
+GIB = 1 << 30
 KIND = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "int8", torch.int8: "int8"}
 
 
@@ -17,6 +18,7 @@ def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str
     """One row per role of a model's tensors, in their order.
 
     lr: the peak learning rate; 0 for frozen tensors. state_bytes: of one tensor, with alignment in the slab.
+    product_flops: as in `Rule.product_flops`, of one tensor.
     """
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for spec in specs:
@@ -30,13 +32,14 @@ def overview(optimizer: Optimizer, specs: Iterable[TensorSpec]) -> list[dict[str
             "weight_decay": 0.0 if spec.frozen else group.weight_decay,
             "state": _state(optimizer, spec),
             "state_bytes": sum(field_bytes(optimizer.state_fields(spec)).values()),
+            "product_flops": optimizer.product_flops(spec),
         }
         rows.setdefault((spec.role, spec.shape), new)["tensors"] += 1
     return list(rows.values())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a text table."""
+def table(rows: list[dict[str, Any]], step_flops: int) -> str:
+    """The rows as a text table, with a line for all of them. step_flops: operations of a whole step."""
     head = ["role", "tensors", "shape", "optimizer", "peak lr", "decay", "bytes each", "state"]
     cells = [
         [
@@ -53,13 +56,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
     words = (0, 2, 3, 7)  # the columns that are not numbers
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.ljust(width) if i in words else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in [head, *cells]
+    ]
+    return "\n".join([*lines, _in_all(rows, step_flops)])
+
+
+def _in_all(rows: list[dict[str, Any]], step_flops: int) -> str:
+    state, flops = (
+        sum(row["tensors"] * row[key] for row in rows) for key in ("state_bytes", "product_flops")
     )
+    text = f"in all: {state / GIB:.3g} GiB of state"
+    if flops:
+        text += (
+            f"; matrix products of the updates: {flops / 1e12:.3g} TFLOP, {flops / step_flops:.1%} of the "
+            "operations of a step"
+        )
+    return text
 
 
 def _state(optimizer: Optimizer, spec: TensorSpec) -> str:

@@ -4,9 +4,10 @@
 
 Parameter names decide which tensors the rule updates. With Apollo, ApolloMini, GaLore, Fira, Muon, SinkGD and
 RACS: all matrices except embeddings and heads. With Scale: these too, each in its own way. With AdamMini: all
-tensors whose role in a LLaMA model is known. AdamW updates the rest, including 1-D tensors. The group key
-`role` overrides this: {"params": ..., "role": "adamw"} or "matrix", for Scale also "embedding" or "head", and
-for AdamMini one of its roles. In a group without names, the rule updates all matrices.
+tensors whose role in a LLaMA model is known. AdamW updates the rest, including 1-D tensors, with the same eps
+and betas; with Muon and RACS, whose betas mean something else, with `adamw_betas`. The group key `role`
+overrides this: {"params": ..., "role": "adamw"} or "matrix", for Scale also "embedding" or "head", and for
+AdamMini one of its roles. In a group without names, the rule updates all matrices.
 
 Differences from the optimizers of torch:
 - bf16 parameters are written with stochastic rounding, from fp32 arithmetic and fp32 state. Loading does not
@@ -43,6 +44,7 @@ from lowres.storage import Dense, TensorSpec
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 ADAMW, MATRIX, NORM = "adamw", "matrix", "norm"
+ADAMW_BETAS = "adamw_betas"  # a keyword of the classes whose `betas` are no pair of AdamW's
 EMBEDDINGS = ("wte", "wpe")
 HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier")
 # several matrices in one parameter: query, key and value; gate and up
@@ -183,8 +185,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, p in zip(names, params, strict=True):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
-        betas, eps = self.definition.adamw(group["betas"], group["eps"])
-        settings = replace(self._settings(group), betas=betas, eps=eps)
+        settings = replace(self._settings(group), betas=_adamw_betas(group))
         own, adamw = self._rule(group), RULES["adamw"].make(settings)
         roles = self._roles(group, names)
         # a scalar is treated as a 1-D tensor with one element
@@ -239,10 +240,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         # parameters may have been added later, and may be on several devices
         together: dict[tuple[bool, torch.device, int], list[int]] = {}
         for i, (p, spec, rule) in enumerate(zip(group["params"], part.specs, part.rules, strict=True)):
-            betas, eps = group["betas"], group["eps"]  # some schedulers change them
-            if spec.role == ADAMW:
-                betas, eps = self.definition.adamw(betas, eps)
-            rule.betas, rule.eps = betas, eps
+            # some schedulers change them
+            rule.betas = _adamw_betas(group) if spec.role == ADAMW else group["betas"]
+            rule.eps = group["eps"]
             if p.grad is None:
                 continue
             if not self.state[p]:
@@ -486,12 +486,20 @@ def _growth(limiter: bool | float) -> float:
     return growth
 
 
+def _adamw_betas(group: dict[str, Any]) -> Betas:
+    """betas of the AdamW in a group: those of the rule, if these do not mean something else."""
+    betas: Betas = group.get(ADAMW_BETAS, group["betas"])
+    return betas
+
+
 def _check(group: dict[str, Any]) -> None:
-    """Check the keys that every optimizer has; a group may have its own values."""
-    lr, betas, moments = group["lr"], group["betas"], group["moments"]
-    pair = isinstance(betas, tuple | list) and len(betas) == 2
+    """Check the keys that several optimizers have; a group may have its own values."""
+    lr, moments = group["lr"], group["moments"]
     _require(lr >= 0, "lr", lr, "at least 0")
-    _require(pair and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+    for key in ("betas", ADAMW_BETAS):
+        betas = group.get(key, (0, 0))
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        _require(pair and all(0 <= beta < 1 for beta in betas), key, betas, "two numbers in [0, 1)")
     _require(group["eps"] > 0, "eps", group["eps"], "above 0")
     _require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
     _require(moments in KINDS, "moments", moments, "fp32, bf16 or int8")
@@ -503,6 +511,8 @@ def _torch_class(found: Definition) -> type[RuleOptimizer]:
     # a rank of None means a quarter of the smaller dimension of each matrix
     own = {key.name: value for keys in (found.keys, found.class_keys) for key, value in keys.items()}
     own |= {"limiter": True} if found.limits_itself else {}
+    # what the rule does not read is for AdamW
+    own |= {ADAMW_BETAS: found.adamw_betas} if found.adamw_betas and "betas" in found.reads else {}
     values = {"lr": found.lr, "betas": found.betas, "eps": found.eps, "weight_decay": 0.0}
     first = [inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     first += [inspect.Parameter(n, first[0].kind, default=value) for n, value in values.items()]
@@ -514,6 +524,8 @@ def _torch_class(found: Definition) -> type[RuleOptimizer]:
             f"limiter: the largest growth of an update's norm per step, as a factor; True is {GROWTH}, False "
             "is no limiter."
         )
+    if ADAMW_BETAS in own:
+        texts.append(f"{ADAMW_BETAS}: betas of the AdamW that updates the other tensors.")
     members = {
         "definition": found,
         "own": own,

@@ -20,7 +20,14 @@ from lowres.memory import Plan
 from lowres.probe.fastest import choose
 from lowres.probe.prediction import Prediction, Probe, predict
 from lowres.probe.rates import Rates, measure
-from lowres.probe.work import dequantised_elements, flops_per_token, model_flops_per_token, step_bytes
+from lowres.probe.work import (
+    dequantised_elements,
+    flops_per_token,
+    model_flops_per_token,
+    step_bytes,
+    step_flops,
+    update_flops,
+)
 
 __all__ = [
     "Prediction",
@@ -33,6 +40,8 @@ __all__ = [
     "predict",
     "probe",
     "step_bytes",
+    "step_flops",
+    "update_flops",
 ]
 
 

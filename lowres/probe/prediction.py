@@ -10,7 +10,14 @@ import torch
 from lowres.config import Config
 from lowres.memory import Plan
 from lowres.probe.rates import Rates
-from lowres.probe.work import backward_passes, dequantised_elements, flops_per_token, step_bytes
+from lowres.probe.work import (
+    backward_passes,
+    dequantised_elements,
+    flops_per_token,
+    step_bytes,
+    step_flops,
+    update_flops,
+)
 from lowres.storage import compute_dtype
 
 SECONDS_A_DAY = 86400
@@ -27,6 +34,7 @@ class Prediction:
     beside_products_s: float
     dequantise_s: float
     update_s: float
+    update_products_s: float  # of update_s, matrix products
     compute_s: float
     transfer_s: float
     step_s: float
@@ -55,7 +63,10 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
     dequantise = (
         dequantised_elements(config, compute) / (rates.dequantise_g_s * 1e9) if rates.dequantise_g_s else 0.0
     )
-    update = plan.parameters / (rates.update_g_s * 1e9)
+    update_products = (
+        update_flops(config) / (rates.update_products_tflops * 1e12) if rates.update_products_tflops else 0.0
+    )
+    update = plan.parameters / (rates.update_g_s * 1e9) + update_products
     compute_s = products + beside_products + dequantise + update
 
     # boundaries have the compute format of the planned device, which may not be in this machine
@@ -65,13 +76,14 @@ def predict(config: Config, plan: Plan, rates: Rates, device: torch.device) -> P
     transfer_s = max(directions) if device.type == "cuda" else sum(directions)
     step_s = max(compute_s, transfer_s) if device.type == "cuda" else compute_s + transfer_s
     return Prediction(
-        gflops_per_token=sum(flops.values()) / 1e9,
+        gflops_per_token=step_flops(config, plan) / tokens / 1e9,
         to_gpu_gb=fetched / 1e9,
         to_host_gb=stored / 1e9,
         products_s=products,
         beside_products_s=beside_products,
         dequantise_s=dequantise,
         update_s=update,
+        update_products_s=update_products,
         compute_s=compute_s,
         transfer_s=transfer_s,
         step_s=step_s,
@@ -104,6 +116,10 @@ class Probe:
         """For people."""
         r, p = self.rates, self.prediction
         dequantised = f"{r.dequantise_g_s:.3g}" if r.dequantise_g_s else "no"
+        products_rate = products_time = ""
+        if r.update_products_tflops:
+            products_rate = f"; products of updates {r.update_products_tflops:.3g} TFLOPS"
+            products_time = f" (of them products {p.update_products_s:.3g} s)"
         return "\n".join(
             [
                 *(f"note: {note}" for note in self.notes),
@@ -111,10 +127,10 @@ class Probe:
                 f"{r.backward_products_tflops:.3g}; other work {r.block_forward_us:.3g} and "
                 f"{r.block_backward_us:.3g} us per token and block, loss {r.loss_us:.3g} us per token",
                 f"copies to the GPU {r.to_gpu_gb_s:.3g} GB/s, to the host {r.to_host_gb_s:.3g} GB/s; "
-                f"{dequantised} G elements/s dequantised, {r.update_g_s:.3g} updated",
+                f"{dequantised} G elements/s dequantised, {r.update_g_s:.3g} updated{products_rate}",
                 f"a step: {p.gflops_per_token:.3g} GFLOPs per token; products {p.products_s:.3g} s, other "
                 f"work {p.beside_products_s:.3g} s, dequantising {p.dequantise_s:.3g} s, updates "
-                f"{p.update_s:.3g} s: compute {p.compute_s:.3g} s",
+                f"{p.update_s:.3g} s{products_time}: compute {p.compute_s:.3g} s",
                 f"transfers {p.to_gpu_gb:.3g} GB to the GPU, {p.to_host_gb:.3g} GB to the host: "
                 f"{p.transfer_s:.3g} s; {p.limit} {'limits' if p.limit == 'compute' else 'limit'} the step",
                 f"predicted: {p.tokens_per_s:,.4g} tokens/s, {p.days_to_target:,.3g} days for "

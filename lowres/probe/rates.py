@@ -53,7 +53,8 @@ class Rates:
     to_gpu_gb_s: float  # 10^9 bytes per second
     to_host_gb_s: float
     dequantise_g_s: float | None  # 10^9 elements per second
-    update_g_s: float  # the rule and the rounding into the stored format
+    update_g_s: float  # the rule without `Rule.product_flops`, and the rounding into the stored format
+    update_products_tflops: float | None  # these products; also None if they take no time that is seen
 
 
 def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
@@ -64,7 +65,7 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
         others = _beside_products(config, plan, device, compute)
         loss = _loss(config, plan, device, compute)
         to_gpu, to_host = _copies(device)
-        dequantise, update = _weights(config, device, compute)
+        dequantise, update, update_products = _weights(config, device, compute)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -83,6 +84,7 @@ def measure(config: Config, plan: Plan, device: torch.device) -> Rates:
         to_host_gb_s=to_host / 1e9,
         dequantise_g_s=None if dequantise is None else dequantise / 1e9,
         update_g_s=update / 1e9,
+        update_products_tflops=None if update_products is None else update_products / 1e12,
     )
 
 
@@ -292,8 +294,11 @@ def _copies(device: torch.device) -> tuple[float, float]:
     return size / to_gpu, size / to_host
 
 
-def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tuple[float | None, float]:
-    """Elements of a block per second: dequantised (None if they are used as stored), and updated."""
+def _weights(
+    config: Config, device: torch.device, compute: torch.dtype
+) -> tuple[float | None, float, float | None]:
+    """Elements of a block per second: dequantised (None if they are used as stored), and updated without the
+    rule's products; and operations per second of these."""
     rooms, kept = Rooms(device), config.memory
     config = config.model_copy(update={"model": _slice(config.model, config.data.seq_len, device)})
     unit = empty_units(config.model, kept.weights, kept.embeddings_kept_in, rooms)["layers.0"]
@@ -310,8 +315,14 @@ def _weights(config: Config, device: torch.device, compute: torch.dtype) -> tupl
         sum_of_squares(grads)
         optimizer.update(unit, grads, 0, 1.0, accepted)
 
+    flops = sum(optimizer.product_flops(spec) for spec in unit.spec.tensors)
     with torch.no_grad():
-        return dequantise, sum(s.numel for s in unit.spec.tensors) / _seconds(update, device)
+        optimizer.rehearsing = flops > 0  # after the first update, a rehearsal leaves the products out
+        without = _seconds(update, device)
+        optimizer.rehearsing = False
+        products = _seconds(update, device) - without if flops else 0.0
+    numel = sum(spec.numel for spec in unit.spec.tensors)
+    return dequantise, numel / without, flops / products if products > 0 else None
 
 
 def _dequantise(unit: Unit, device: torch.device, compute: torch.dtype) -> float:

@@ -52,6 +52,19 @@ def flops_per_token(
     }
 
 
+def update_flops(config: Config) -> int:
+    """Floating-point operations of the matrix products of a step's updates (`Rule.product_flops`)."""
+    optimizer = make_optimizer(config)
+    return sum(optimizer.product_flops(spec) for unit in unit_specs(config.model) for spec in unit.tensors)
+
+
+def step_flops(config: Config, plan: Plan) -> int:
+    """Floating-point operations of the hardware in a step, with as many windows as it can have."""
+    length, passes = config.data.seq_len, backward_passes(config)
+    parts = flops_per_token(config.model, length, plan.choice.band, config.memory.engine, passes)
+    return config.most_windows * length * sum(parts.values()) + update_flops(config)
+
+
 def model_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Floating-point operations per token that the mathematics of a step needs: 6 for each parameter of a
     matrix product, and causal attention three times (forward, and two gradients). Without what is computed

@@ -83,6 +83,11 @@ class Rule(ABC):
         per row [m, 1] or column [1, n]. The learning rate is a multiplier in this factor and nowhere else.
         """
 
+    def product_flops(self, spec: TensorSpec) -> int:
+        """Floating-point operations of the matrix products of an update that are more than a constant times
+        the elements of the weight, so that a time per element does not contain them."""
+        return 0
+
     def describe(self, spec: TensorSpec) -> dict[str, str]:
         """What `lowres plan --optimizer` prints for a weight's state instead of its shape, by state key;
         under the key "", what it prints about things that are not state."""

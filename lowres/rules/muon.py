@@ -59,17 +59,16 @@ class MuonRule(Rule):
     def state_fields(self, spec: TensorSpec) -> Fields:
         return moment_fields(MOMENTUM, spec.shape, self.kept_in, linear=True)
 
+    def product_flops(self, spec: TensorSpec) -> int:
+        rows = self.split or spec.shape[:1]
+        return sum(orthogonalisation_flops(m, spec.shape[1], self.steps) for m in rows)
+
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
-        weight, _ = clock.moment_weights(self.betas)
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
-            moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
-            for part in flat_chunks(spec.numel, grad.device):
-                m = moment.read(part).lerp_(flat[part], weight)
-                moment.write(m, part)
-                flat[part].lerp_(m, self.betas[0])
+            self._average(spec, grad, state, clock)
             sizes = [math.sqrt(max(rows, spec.shape[1])) for rows in self.split or spec.shape[:1]]
             for part, size in zip(grad.split(self.split or spec.shape[0]), sizes, strict=True):
                 if not (clock.rehearsal and spec.shape in self._rehearsed):
@@ -81,18 +80,28 @@ class MuonRule(Rule):
                 self._rehearsed.add(spec.shape)
         return factors
 
+    def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
+        """Update the momentum, and turn the gradient into what is orthogonalised."""
+        weight, _ = clock.moment_weights(self.betas)
+        moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
+        for part in flat_chunks(spec.numel, grad.device):
+            m = moment.read(part).lerp_(flat[part], weight)
+            moment.write(m, part)
+            flat[part].lerp_(m, self.betas[0])
+
 
 def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:
     """Replace a matrix [m, n] by about U V^T of its singular value decomposition U S V^T; zero stays zero.
 
-    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for the matrix
-    and two squares of its smaller side in this dtype, and for the same again of up to one square.
+    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for a copy of
+    the matrix and three squares of its smaller side, in this dtype.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if dtype is None:
         dtype = torch.bfloat16 if kind_of(matrix.device) == "cuda" else matrix.dtype
     # its spectral norm is then at most 1
-    x = (wide / torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM)).to(dtype)
+    x = torch.empty_like(wide, dtype=dtype)
+    torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM), out=x)
     # columns are independent of each other
     parts = chunks(x.shape[1], x.shape[0])
     for _ in range(steps):
@@ -101,6 +110,12 @@ def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = N
         for part in parts:
             x[:, part] = torch.addmm(x[:, part], step, x[:, part], beta=A)
     wide.copy_(x)
+
+
+def orthogonalisation_flops(m: int, n: int, steps: int = 5) -> int:
+    """Floating-point operations of the products of `orthogonalise_` for a matrix [m, n]."""
+    side, length = min(m, n), max(m, n)
+    return steps * (4 * side * side * length + 2 * side**3)
 
 
 register(

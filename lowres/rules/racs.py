@@ -11,6 +11,8 @@ Written from the paper.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ TINY = 1e-30
 
 class RacsRule(Rule):
     """m + n numbers of state for a matrix [m, n], and one for the limiter."""
+
+    moments: ClassVar = {ROWS: False, COLUMNS: False}
 
     def __init__(self, betas: Betas, eps: float, limiter: float = GROWTH) -> None:
         """eps: the least size to divide by, as a fraction of the gradient's RMS. limiter: the largest growth
@@ -63,7 +67,8 @@ def rank_one(grad: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(q [m, 1], s [1, n]), with q s^T close to grad^2, and the mean of grad^2. q has about the size of 1."""
     m, n = grad.shape
     mean_square = lowrank.norms([grad])[0].square() / (m * n)
-    inverse = 1 / mean_square.clamp(min=TINY)
+    unit = mean_square.clamp(min=TINY)
+    inverse = 1 / unit
     q, s = grad.new_ones(m, 1), grad.new_zeros(1, n)
     parts = row_chunks(grad.shape, grad.device)
     for _ in range(FIXED_POINT_STEPS):
@@ -71,9 +76,10 @@ def rank_one(grad: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         for rows in parts:
             s.addmm_(q[rows].T, grad[rows].square().mul_(inverse))
         s.div_(q.square().sum().clamp(min=TINY))
-        below = s.square().sum().clamp(min=TINY)
-        q = torch.cat([grad[rows].square().mul_(inverse) @ s.T for rows in parts]).div_(below)
-    return (q, s * mean_square), mean_square
+        for rows in parts:
+            q[rows] = grad[rows].square().mul_(inverse) @ s.T
+        q.div_(s.square().sum().clamp(min=TINY))
+    return (q, s * unit), mean_square
 
 
 register(

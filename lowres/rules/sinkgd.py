@@ -3,7 +3,7 @@
     X = G [m, n];  5 times:  rows of X to the norm sqrt(n), then its columns to sqrt(m)
     W <- W - lr X
 
-So every element of the update has an RMS of 1. Written from the paper.
+So the update has an RMS of 1, and so has each of its columns; its rows nearly. Written from the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lowres.rules.base import Clock, Rule, State
 from lowres.rules.registry import Definition, Key, register
 from lowres.storage import Fields, TensorSpec
 
-LEAST_NORM = 1e-30
+LEAST_NORM = 1e-18  # the squares of smaller numbers are zero in fp32, which would make their rows the largest
 STEPS = Key(
     "sinkhorn_steps", Annotated[int, Field(ge=1)], "at least 1", "How often rows and columns are normalised."
 )
@@ -48,7 +48,8 @@ class SinkGdRule(Rule):
 
 
 def _to_rms_of_one(matrix: Tensor, axis: int) -> Tensor:
-    """By what to multiply the rows (axis 1) or columns (axis 0), so that each has an RMS of 1 or is zero."""
+    """By what to multiply the rows (axis 1) or columns (axis 0), so that each has an RMS of 1; those with
+    hardly any norm stay small."""
     norms = torch.linalg.vector_norm(matrix, dim=axis, keepdim=True)
     return matrix.shape[axis] ** 0.5 / norms.clamp_(min=LEAST_NORM)
 

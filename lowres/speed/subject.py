@@ -20,7 +20,7 @@ from lowres.engine.common import MARKED, one_example_each
 from lowres.model import initialize
 from lowres.optim.schedule import factor
 from lowres.probe.fastest import choose
-from lowres.probe.work import backward_passes, flops_per_token
+from lowres.probe.work import step_flops
 from lowres.rooms import Rooms
 from lowres.runs import training_engine
 from lowres.storage import compute_dtype
@@ -67,9 +67,7 @@ class Subject:
     @property
     def hardware_flops_per_token(self) -> int:
         """Floating-point operations of a step per token, with what is computed again."""
-        config, kept = self.config, self.config.memory
-        band, passes = self.plan.choice.band, backward_passes(config)
-        return sum(flops_per_token(config.model, config.data.seq_len, band, kept.engine, passes).values())
+        return step_flops(self.config, self.plan) // (self.config.most_windows * self.config.data.seq_len)
 
     def sequences(self, micro_batches: int | None = None) -> int:
         """Sequences of a step of so many micro-batches; default: of a whole one."""
