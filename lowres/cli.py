@@ -82,6 +82,8 @@ def _run(parsed: argparse.Namespace) -> int:
             remedy = {
                 _prepare: "; start it again to go on",
                 _sample: "",
+                _watch: "",
+                _report: "; nothing was written; start it again",
                 _export: "; nothing was written; start it again",
                 _import: "; nothing is left of it; start it again",
             }.get(parsed.command, "; to continue, give a run --resume, or start a sweep again")

@@ -78,7 +78,7 @@ class Lines:
 
     def _objects(self, lines: bytes) -> list[dict[str, Any]]:
         try:  # the usual case, in one call
-            found = from_json(b"[" + lines.replace(b"\n", b",") + b"]")
+            found = from_json(b"[" + lines.replace(b"\n", b",") + b"]", cache_strings="keys")
         except ValueError:
             found = [_object(line) for line in lines.split(b"\n")]
         objects = [one for one in found if type(one) is dict]

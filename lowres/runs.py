@@ -10,6 +10,7 @@ checkpoints/     see lowres.checkpoint; each also has the config and the tokeniz
 summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
 run.lock         see lowres.lock
+trackers.json    with the folders tensorboard and wandb, if they were asked for; see lowres.trackers
 report.html      see lowres.report, if it was asked for
 old-1/           what was there before --restart
 """
