@@ -111,7 +111,9 @@ def differences(views: Sequence[View]) -> list[Row]:
     for view in views:
         own = {f"{s}.{key}": value for s, keys in settings(view).items() for key, value in keys.items()}
         flat.append(own | {key: value for key, value in versions(view).items() if key != "host"})
-    keys = dict.fromkeys(key for own in flat for key in own if key not in PLACES)
+    keys = dict.fromkeys(
+        key for own in flat for key in own if key not in PLACES and not key.startswith("log.")
+    )
     rows = [(key, [own.get(key, NOTHING) for own in flat]) for key in keys]
     return [(key, cells) for key, cells in rows if len(set(cells)) > 1]
 
