@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowres import disk, rates
+from lowres.catalogue import KEYS, RULES
 from lowres.config import (
     RATE_DEFAULTS,
     SCHEDULE_KEYS,
@@ -29,7 +30,6 @@ from lowres.config import (
     name_of_source,
 )
 from lowres.errors import UserError
-from lowres.rules import KEYS, RULES
 from lowres.text import hub_name, is_stream
 
 

@@ -15,13 +15,15 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from lowres.errors import CheckFailed, UserError
+
+if TYPE_CHECKING:  # most of this is for commands that need no PyTorch
+    import torch
+    from torch import Tensor
 
 # a rank may wait long while the first one tokenises a corpus; the launcher notices ranks that died
 PATIENCE = timedelta(days=7)
@@ -64,6 +66,9 @@ def say(line: str) -> None:
 
 def join(device: torch.device) -> None:
     """Connect to the other ranks and select this rank's GPU. Tensors in host memory always use gloo."""
+    import torch
+    import torch.distributed as dist
+
     if dist.is_initialized():
         return
     if device.type == "cuda":
@@ -83,28 +88,36 @@ def wait() -> None:
 
 def total(*numbers: float) -> list[float]:
     """The sum of each number over all ranks, the same on every rank."""
+    import torch
+
     sums = torch.tensor(numbers, dtype=torch.float64)
     return add(sums).tolist()
 
 
 def least(*numbers: float) -> list[float]:
     """The minimum of each number over all ranks, the same on every rank."""
+    import torch
+
     found = torch.tensor(numbers, dtype=torch.float64)
     if size() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
     return found.tolist()
 
 
 def add(tensor: Tensor) -> Tensor:
     """Replace a tensor in host memory by its sum over all ranks."""
     if size() > 1:
-        dist.all_reduce(tensor)
+        import torch.distributed
+
+        torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def share(rows: Tensor, filler: int) -> Tensor:
     """This rank's part of rows [n, ...] that all ranks have: every size()-th row. Rows of filler are added at
     the end, so that all parts have the same length."""
+    import torch
+
     missing = -len(rows) % size()
     whole = torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), filler)]) if missing else rows
     return whole[rank() :: size()]
@@ -120,6 +133,8 @@ def let_the_first_speak() -> None:
 def launch(arguments: list[str], gpus: int | None, hostfile: Path | None) -> int:
     """Run `lowres` with arguments once per GPU (default: all GPUs), on this machine or on the machines of a
     hostfile in DeepSpeed's format. Returns the exit code of the rank that failed first, or 0."""
+    import torch
+
     found = torch.cuda.device_count()
     if hostfile is None and gpus and 0 < found < gpus:
         raise UserError(f"--gpus: this machine has {found}, not {gpus}")

@@ -12,10 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from lowres.catalogue import EVERYTHING, ONLY_MATRICES, RULES, WEIGHT_FORMATS, WITHOUT_NORMS
 from lowres.config import PRESETS, Config, DataConfig, MixturePart, OneOf, Section
-from lowres.rules import RULES
-from lowres.rules.registry import EVERYTHING, ONLY_MATRICES, WITHOUT_NORMS
-from lowres.storage import FORMATS
 
 UPDATED = {ONLY_MATRICES: "matrices", WITHOUT_NORMS: "all but norms and biases", EVERYTHING: "every tensor"}
 
@@ -120,7 +118,7 @@ def _optimizers() -> Iterator[str]:
 
 def _formats() -> Iterator[str]:
     yield from _table(["`memory.weights`", "what it is", "also `memory.embeddings`"])
-    for found in FORMATS.values():
+    for found in WEIGHT_FORMATS.values():
         yield f"| `{found.name}` | {found.about} | {'yes' if found.any_shape else 'no'} |"
 
 

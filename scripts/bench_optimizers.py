@@ -20,13 +20,13 @@ from typing import Any
 import records
 import torch
 
+from lowres.catalogue import RULES
 from lowres.config import ModelConfig
 from lowres.config_file import parse_config
 from lowres.device import prepare_cuda
 from lowres.model import empty_units, initialize
 from lowres.optim import make_optimizer
 from lowres.rooms import Rooms
-from lowres.rules import RULES
 from lowres.storage import Unit
 
 

@@ -21,8 +21,8 @@ import comparison
 import records
 import torch
 
+from lowres.catalogue import RULES
 from lowres.config_file import load_config
-from lowres.rules import RULES
 
 BETA2 = 0.999
 

@@ -33,12 +33,12 @@ import records
 import torch
 from torch import Tensor
 
+from lowres.catalogue import RULES
 from lowres.config_file import load_config
 from lowres.engine import Choice, make_engine
 from lowres.model import empty_units, initialize
 from lowres.optim import Optimizer, make_optimizer
 from lowres.rooms import Rooms
-from lowres.rules import RULES
 from lowres.storage import EMBEDDING, Unit
 
 

@@ -26,6 +26,7 @@ import gpu_rates  # noqa: E402
 import gpu_steps  # noqa: E402
 
 from lowres import checkpoint, memory, rooms  # noqa: E402
+from lowres.catalogue import RULES  # noqa: E402
 from lowres.config import Config  # noqa: E402
 from lowres.config_file import load_config, to_values  # noqa: E402
 from lowres.device import pick_device  # noqa: E402
@@ -37,7 +38,7 @@ from lowres.meter import LiveTensors  # noqa: E402
 from lowres.model import initialize, starting_with  # noqa: E402
 from lowres.relora import start_adapters, tensors_before  # noqa: E402
 from lowres.rooms import GPU  # noqa: E402
-from lowres.rules import RULES, moments  # noqa: E402
+from lowres.rules import moments  # noqa: E402
 from lowres.runs import CHECKPOINTS, training_engine  # noqa: E402
 from lowres.sample import Sampling, sample  # noqa: E402
 

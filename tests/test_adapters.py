@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowres.catalogue import RULES
 from lowres.model import Dropout, lora
-from lowres.rules import RULES
 from tests.helpers import make_batch, relora_config, stored_tensors, with_adapters
 
 

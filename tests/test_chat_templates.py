@@ -699,7 +699,7 @@ def test_the_command_talks(
     def open_run(folder: Path) -> tuple[Any, Any, Tokenizer]:
         return opened["config"], Scripted(both.ours.vocab_size, *cast(Any, opened["ids"])), both.ours
 
-    monkeypatch.setattr("lowres.cli.open_run", open_run)
+    monkeypatch.setattr("lowres.cli.use.open_run", open_run)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n  \nwhy\n"))
     assert lowres_here("sample", tmp_path, "--chat", "--temperature", 0).stdout == "Hi there\na cat\n"
     once = lowres_here("sample", tmp_path, "--chat", "--prompt", "Hello", "--system", "Be", "--top-k", 1)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lowres import metrics
+from lowres.catalogue import RULES
 from lowres.cli import main
-from lowres.rules import RULES
 from lowres.storage import EMBEDDING, MATRIX, NORM
 from tests.helpers import lowres, lowres_here, train_and_kill
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from lowres.catalogue import RULES
 from lowres.config import PRESETS, Config
 from lowres.config_file import adjusted_keys, changed_keys, follow_batch, load_config, parse_config, to_toml
 from lowres.errors import UserError
 from lowres.reference import choices, describe, markdown
-from lowres.rules import RULES
 from lowres.storage import FORMATS
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from lowres.catalogue import RULES
 from lowres.config import ModelConfig
 from lowres.data.batches import IGNORED
 from lowres.engine import (
@@ -23,7 +24,6 @@ from lowres.meter import LiveTensors
 from lowres.model import Llama, Units, empty_units, initialize, unit_specs
 from lowres.optim import Optimizer
 from lowres.rooms import Homes, Rooms
-from lowres.rules import RULES
 from lowres.storage import Unit
 from lowres.target import planned_for
 from tests.helpers import (

@@ -11,6 +11,7 @@ ROOT = Path(lowres.__file__).parent
 # room -> floor; a package is one room
 FLOORS = {
     "errors": 0,
+    "catalogue": 1,
     "rng": 0,
     "rates": 0,
     "marks": 0,

@@ -777,7 +777,7 @@ def test_what_contradicts_the_model_is_one_line(
         seen.append(config.model)
         return SimpleNamespace(table=str)
 
-    monkeypatch.setattr("lowres.cli.bench", bench)
+    monkeypatch.setattr("lowres.cli.planning.bench", bench)
     lowres_here("bench", *start[1:4])
     assert seen[0].rope_factor == 8 and seen[0].dim == 64
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowres.catalogue import GROWTH, RULES
 from lowres.config import Config
 from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.memory import make_plan
 from lowres.model import empty_units
 from lowres.rooms import Rooms
-from lowres.rules import RULES
-from lowres.rules.limiter import GROWTH, limited
+from lowres.rules.limiter import limited
 from lowres.storage import BIAS, NORM, TensorSpec, Unit
 from tests.helpers import CPU, make_config, make_optimizer, make_units
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowres.optim as optim_package
+from lowres.catalogue import KEYS, RULES
 from lowres.config import OptimConfig
 from lowres.config_file import parse_config
 from lowres.errors import UserError
 from lowres.meter import LiveTensors
 from lowres.model import empty_units, unit_specs
 from lowres.optim import Clock, make_rule
-from lowres.rules import KEYS, RULES
 from lowres.rules.adam_mini import AdamMiniRule
 from lowres.rules.adamw import AdamWRule
 from lowres.rules.apollo import ApolloRule
@@ -507,5 +507,5 @@ def test_every_optimizer_is_built_or_refused_by_name() -> None:
         assert not notes
     config, notes = parse_config({"optim": {"name": "adamw8bit"}, "memory": {"moments": "bf16"}})
     assert config.memory.moments == "int8" and notes == ["memory.moments is int8 with adamw8bit"]
-    with pytest.raises(UserError, match="'adagrad' is not known; use one of adam-mini, adamw, "):
+    with pytest.raises(UserError, match="'adagrad' is not known; use one of adamw, adamw8bit, "):
         parse_config({"optim": {"name": "adagrad"}})

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowres.catalogue import RULES
 from lowres.model import unit_specs
 from lowres.optim import RACS, Apollo, ApolloMini, Fira, GaLore, Muon, Scale
 from lowres.optim.torch_optim import ADAMW
 from lowres.optim.torch_optim import CLASSES as REGISTERED
-from lowres.rules import RULES
 from tests.helpers import SMALL, make_config, make_optimizer, make_units
 from tests.rules import Make, Waits, adam_mini
 

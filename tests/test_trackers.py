@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import struct
+import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_a_tracker_that_is_new_to_a_run_gets_all(tmp_path: Path, fakes: list[Fak
 
 
 def test_one_that_fails_is_left_alone(tmp_path: Path, fakes: list[Fake]) -> None:
+    pytest.importorskip("tensorboard")
     notes: list[str] = []
     trackers = Trackers(["adding", "replacing"], notes.append)
     trackers.begin(opening(tmp_path), (-1, -1))
@@ -107,6 +109,9 @@ def test_one_that_fails_is_left_alone(tmp_path: Path, fakes: list[Fake]) -> None
     assert len(notes) == 1 and "adding" in notes[0] and "no connection" in notes[0]
     trackers.begin(opening(tmp_path, 2), (3, 0))  # a rollback does not try it again
     assert len(fakes) == 3 and len(notes) == 1
+    (tmp_path / "tensorboard").write_text("a file")  # so this cannot even be opened
+    Trackers(["tensorboard"], notes.append).begin(opening(tmp_path), (-1, -1))
+    assert len(notes) == 2 and "tensorboard" in notes[1]
 
 
 def test_names_of_numbers() -> None:
@@ -137,63 +142,66 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_tensorboard_shows_a_killed_run_once(config: Path, tmp_path: Path) -> None:
-    """And a tracker that fails hurts nothing: here one whose folder is a file."""
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
-    asked = [config, "--run", run, "--set", "log.tensorboard=true"]
-    train_and_kill(asked, after=17)
+    asked = [config, "--run", run]
+    keys = ("log.tensorboard=true", "train.eval_every=4", "train.checkpoint_every=4", "log.update_every=4")
+    asked += [part for key in (*keys, "train.steps=12") for part in ("--set", key)]
+    train_and_kill(asked, after=7)
     lowres_here("train", *asked, "--resume")
     records = [r for r in metrics.read(run / "metrics.jsonl") if "loss" in r]
     assert scalars(run, "train/loss") == [(r["step"], pytest.approx(r["loss"])) for r in records]
-    assert [step for step, _ in scalars(run, "val/loss")] == [0, 10, 20, 30]
-    assert [step for step, _ in scalars(run, "update/embed")] == [10, 20, 30]
+    assert [step for step, _ in scalars(run, "val/loss")] == [0, 4, 8, 12]
+    assert [step for step, _ in scalars(run, "update/embed")] == [4, 8, 12]
     times = [r["wall_s"] for r in records]
-    assert times == sorted(times) and times[0] > 0
-    lowres_here("train", *asked, "--restart", "--set", "train.steps=2")
-    assert [step for step, _ in scalars(run, "train/loss")] == [1, 2]
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "tensorboard").write_text("a file")
-    asked[2] = tmp_path / "other"
-    done = lowres_here("train", *asked, "--set", "train.steps=2")
-    assert "note: log.trackers: tensorboard" in done.stderr
-    assert len(metrics.read(tmp_path / "other" / "metrics.jsonl")) == 4
+    assert len(times) == 12 and times == sorted(times) and times[0] > 0  # it goes on where it was
+    lowres_here("train", *asked, "--restart", "--set", "train.steps=1")
+    assert [step for step, _ in scalars(run, "train/loss")] == [1]
 
 
-def resumed(folder: Path, name: str, pause: float = 0.0) -> None:
-    """Steps 1 to 6 in one process, killed, and 4 to 8 in the next. pause: seconds between them."""
-    notes: list[str] = []
-    first = Trackers([name], notes.append)
-    first.begin(opening(folder), (-1, -1))
-    for step in range(1, 7):
-        first.write(step_record(step))
-    first.close()
-    time.sleep(pause)
-    second = Trackers([name], notes.append)
-    second.begin(opening(folder, 3), (6, -1))
-    for step in range(4, 9):
-        second.write(step_record(step))
-    second.write({"step": 8, "val_loss": 4.0})
-    second.close()
-    assert not notes
+# a process of a run: its steps are done up to the first number, it was killed after the second, and it goes
+# on to the third
+PROCESS = """
+import sys
+from pathlib import Path
+from lowres.trackers import Opening, Trackers
+
+folder, (name, *numbers) = Path(sys.argv[1]), sys.argv[2:]
+step, killed, end = map(int, numbers)
+trackers = Trackers([name], sys.exit)
+opening = Opening(folder, "r", "0123456789abcdef", "tests", step, again=False, config={"optim": {"lr": 0.1}})
+trackers.begin(opening, (killed, -1))
+for now in range(max(step, 0) + 1, end + 1):
+    trackers.write({"step": now, "tokens": 8 * now, "loss": 5.0 - now / 10})
+trackers.write({"step": end, "val_loss": 4.0})
+trackers.close()
+assert "torch" not in sys.modules
+"""
 
 
-def test_trackio_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
-    for module in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
-        monkeypatch.delitem(sys.modules, module)  # it reads where its database is when it is imported
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))
-    resumed(tmp_path, "trackio")
+def resumed(folder: Path, name: str, **environment: str) -> None:
+    """Steps 1 to 6 in one process, and 4 to 8 in the next, each told as a run does."""
+    for step, killed, end in ((-1, -1, 6), (3, 6, 8)):
+        command = [sys.executable, "-c", PROCESS, str(folder), name, *map(str, (step, killed, end))]
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_trackio_offline(tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    resumed(tmp_path, "trackio", TRACKIO_DIR=str(tmp_path / "kept"))
     with sqlite3.connect(next((tmp_path / "kept").glob("*.db"))) as database:
         rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
-    assert trackio.__name__ == "trackio" and {row[0] for row in rows} == {"r-01234567"}
-    assert [row[1] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert {row[0] for row in rows} == {"r-01234567"}
+    assert [row[1] for row in rows] == [1, 2, 3, 4, 5, 6, 6, 7, 8, 8]
     assert json.loads(rows[0][2]) == {"train/tokens": 8, "train/loss": 4.9}
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    resumed(tmp_path, "wandb", pause=1.1)  # its files are named by the second in which they are begun
+    resumed(tmp_path, "wandb", WANDB_MODE="offline")
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{IDENTITY}.wandb"))
     histories = [row for file in files for row in wandb_history(file)]
     assert [row["_step"] for row in histories] == [*range(1, 9)]

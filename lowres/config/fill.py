@@ -17,13 +17,13 @@ from __future__ import annotations
 from typing import Any
 
 from lowres import rates
+from lowres.catalogue import RULES
 from lowres.config.sections import (
     DataConfig,
     OptimConfig,
     ReloraConfig,
     TrainConfig,
 )
-from lowres.rules import RULES
 
 Values = dict[str, Any]
 

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lowres.catalogue import WEIGHT_FORMATS
 from lowres.config.base import Gib, OneOf, Section, Size, resumable
-from lowres.storage import FORMATS
+
+FOR_EMBEDDINGS = [found.name for found in WEIGHT_FORMATS.values() if found.any_shape]
 
 
 class MemoryConfig(Section):
@@ -17,14 +19,14 @@ class MemoryConfig(Section):
     """layerwise: all micro-batches pass one layer before the next layer starts. autograd: the reference,
     which differentiates the whole model. deepspeed: AdamW with ZeRO and offload, on one or many GPUs; see
     [deepspeed]."""
-    weights: Annotated[str, OneOf(FORMATS)] = Field(
+    weights: Annotated[str, OneOf(WEIGHT_FORMATS)] = Field(
         default="int8",
         description="Number format of the matrices in the blocks; norms and biases are fp32. "
-        + " ".join(f"{found.name}: {found.about}." for found in FORMATS.values())
+        + " ".join(f"{found.name}: {found.about}." for found in WEIGHT_FORMATS.values())
         + " The default with deepspeed is fp32: these are master weights, and compute may be bf16. bf16 with "
         "deepspeed (needs moments = bf16) has no master weights and rounds to nearest.",
     )
-    embeddings: Annotated[str, OneOf(["auto", *(f.name for f in FORMATS.values() if f.any_shape)])] = "auto"
+    embeddings: Annotated[str, OneOf(["auto", *FOR_EMBEDDINGS])] = "auto"
     """Number format of embedding and head; auto: fp32 with fp32 weights, otherwise bf16."""
     compute: Literal["auto", "int8", "bf16", "fp32"] = "auto"
     """Number format of matrix products and activations. int8: the products of the blocks multiply the INT8
@@ -96,8 +98,8 @@ class MemoryConfig(Section):
                 raise ValueError(f"{key}: only for the layerwise engine; leave it out or change engine")
         if self.master != "none" and self.state_on == "gpu":
             raise ValueError("state_on: a master copy is in host memory; use host or auto, or master=none")
-        if self.master != "none" and FORMATS[self.weights].exact:
-            inexact = " or ".join(found.name for found in FORMATS.values() if not found.exact)
+        if self.master != "none" and WEIGHT_FORMATS[self.weights].exact:
+            inexact = " or ".join(found.name for found in WEIGHT_FORMATS.values() if not found.exact)
             raise ValueError(f"master: {self.weights} weights need no master copy; use weights={inexact}")
         return self
 
@@ -122,7 +124,7 @@ class MemoryConfig(Section):
 
     def _check_formats_of_deepspeed(self) -> None:
         """DeepSpeed has one format for all weights and for the state of its optimizer: fp32 or bf16."""
-        if not FORMATS[self.weights].any_shape:
+        if not WEIGHT_FORMATS[self.weights].any_shape:
             unknown = self.weights.upper()
             raise ValueError(
                 f"weights: DeepSpeed has no {unknown} weights; use fp32 or bf16, or engine=layerwise"
@@ -142,7 +144,7 @@ class MemoryConfig(Section):
     @property
     def embeddings_kept_in(self) -> str:
         if self.embeddings == "auto":
-            return "fp32" if FORMATS[self.weights].exact else "bf16"
+            return "fp32" if WEIGHT_FORMATS[self.weights].exact else "bf16"
         return self.embeddings
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model, field_validator, model_validator
 
+from lowres.catalogue import GROWTH, KEYS, RULES, WITHOUT_NORMS
 from lowres.config.base import (
     Batch,
     Count,
@@ -31,9 +32,6 @@ from lowres.config.base import (
     adjustable,
     resumable,
 )
-from lowres.rules import KEYS, RULES
-from lowres.rules.limiter import GROWTH
-from lowres.rules.registry import WITHOUT_NORMS
 from lowres.text import Source
 from lowres.text.source import CHATS, PAIRS, TEXT
 from lowres.trackers import TRACKERS

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.catalogue import KEYS, RULES
 from lowres.config import Config, ModelConfig, OptimConfig
 from lowres.rooms import GPU, HOST, Rooms
-from lowres.rules import KEYS, RULES, Clock, Rule, Settings
+from lowres.rules import Clock, Rule, Settings, make
 from lowres.rules.limiter import NORM_FIELDS, limited, update_norm
 from lowres.rules.moments import bitsandbytes_functional
 from lowres.storage import (
@@ -76,7 +77,7 @@ def make_rule(config: OptimConfig, model: ModelConfig, seed: int, moments: str =
         model.head_width,
         keys,
     )
-    return RULES[config.name].make(settings)
+    return make(config.name, settings)
 
 
 def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> Rule:
@@ -85,7 +86,7 @@ def _adamw(config: OptimConfig, model: ModelConfig, seed: int, moments: str) -> 
     settings = Settings(
         config.adamw_betas, config.adamw_eps, moments, seed, 0.0, model.dim, model.head_width, {}
     )
-    return RULES["adamw"].make(settings)
+    return make("adamw", settings)
 
 
 class Optimizer:

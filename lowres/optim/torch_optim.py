@@ -31,9 +31,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from lowres import rng
-from lowres.rules import RULES, Betas, Clock, Definition, Rule, Settings
+from lowres.catalogue import GROWTH, RULES, Betas, Definition
+from lowres.rules import Clock, Rule, Settings, make
 from lowres.rules.adam_mini import HEAD_ROLES, ROW_ROLES, describe_partition
-from lowres.rules.limiter import GROWTH
 from lowres.rules.moments import KINDS
 from lowres.rules.scale import EMBEDDING, HEAD
 from lowres.storage import EMBEDDING as EMBEDDING_KIND
@@ -119,7 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 TypeAdapter(key.type | None).validate_python(value, strict=True)
             except ValidationError:
                 _require(False, key.name, value, key.wanted)
-        return found.make(self._settings(group))
+        return make(found.name, self._settings(group))
 
     def _settings(self, group: dict[str, Any]) -> Settings:
         growth = _growth(group["limiter"]) if self.definition.limits_itself else 0.0
@@ -186,7 +186,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float64):
                 raise ValueError(f"{name}: is {p.dtype}; only fp32, bf16 and fp64 parameters are updated")
         settings = replace(self._settings(group), betas=_adamw_betas(group))
-        own, adamw = self._rule(group), RULES["adamw"].make(settings)
+        own, adamw = self._rule(group), make("adamw", settings)
         roles = self._roles(group, names)
         # a scalar is treated as a 1-D tensor with one element
         specs = [

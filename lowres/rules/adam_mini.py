@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import EVERYTHING, Definition, Settings, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import BIAS, LORA_A, LORA_B, NORM, Fields, TensorSpec
 
 HEAD_ROLES = ("q", "k")
@@ -112,17 +112,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + "s" * (number > 1)
 
 
+@makes("adam-mini")
 def _make(settings: Settings) -> AdamMiniRule:
     assert settings.head_dim is not None, "Adam-mini has a block for each attention head"
     return AdamMiniRule(settings.betas, settings.eps, settings.head_dim, settings.moments)
-
-
-register(
-    Definition(
-        name="adam-mini",
-        about="one second moment for each head, row or norm (arXiv 2406.16793)",
-        make=_make,
-        lr=1e-3,
-        kinds=EVERYTHING,
-    )
-)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import EVERYTHING, Definition, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 
@@ -46,22 +46,11 @@ class AdamWRule(Rule):
         return [lr / correction1 * clock.accepted] * len(grads)
 
 
-register(
-    Definition(
-        name="adamw",
-        about="AdamW (arXiv 1711.05101)",
-        make=lambda s: AdamWRule(s.betas, s.eps, s.moments),
-        lr=1e-3,
-        kinds=EVERYTHING,
-    )
-)
-register(
-    Definition(
-        name="adamw8bit",
-        about="AdamW with memory.moments = int8",
-        make=lambda s: AdamWRule(s.betas, s.eps, "int8"),
-        lr=1e-3,
-        kinds=EVERYTHING,
-        moments="int8",
-    )
-)
+@makes("adamw")
+def _adamw(settings: Settings) -> AdamWRule:
+    return AdamWRule(settings.betas, settings.eps, settings.moments)
+
+
+@makes("adamw8bit")
+def _adamw8bit(settings: Settings) -> AdamWRule:
+    return AdamWRule(settings.betas, settings.eps, "int8")

@@ -13,16 +13,16 @@ gradients (`limiter`).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lowres.catalogue import GROWTH
 from lowres.rules import lowrank
 from lowres.rules.base import Betas, Clock, State
-from lowres.rules.limiter import GROWTH, NORM_FIELDS, limit
-from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, Projection, rank_for
-from lowres.rules.registry import Definition, Key, Settings, register
+from lowres.rules.limiter import NORM_FIELDS, limit
+from lowres.rules.lowrank import LowRankRule, Projection, rank_for
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 
@@ -91,18 +91,6 @@ class ApolloRule(LowRankRule):
         return factors
 
 
-SCALE_FRONT = Key(
-    "scale_front", bool, "True or False", "Scale before the norm-growth limiter instead of after it."
-)
-PROJECTION = Key(
-    "projection",
-    Literal["random", "svd"],
-    "random or svd",
-    "random: random numbers, which are not stored. svd: the first singular vectors of the gradient, as in "
-    "galore and fira.",
-)
-
-
 def _make(settings: Settings, per_channel: bool) -> ApolloRule:
     keys, every = settings.keys, settings.keys["refresh_every"]
     rank = rank_for(settings)
@@ -122,30 +110,11 @@ def _make(settings: Settings, per_channel: bool) -> ApolloRule:
     )
 
 
-_SHARED = {REFRESH_EVERY: 200, SCALE_FRONT: False, PROJECTION: "random"}
-register(
-    Definition(
-        name="apollo",
-        about="Adam's scaling per channel, from a low-rank projection (arXiv 2412.05270)",
-        make=lambda s: _make(s, per_channel=True),
-        lr=1e-2,
-        eps=1e-6,
-        limiter=GROWTH,
-        keys={RANK: None, SCALE: 1.0, **_SHARED},
-        limits_itself=True,
-        class_name="Apollo",
-    )
-)
-register(
-    Definition(
-        name="apollo-mini",
-        about="APOLLO with rank 1 and one factor for the whole matrix; its state is two vectors and a norm",
-        make=lambda s: _make(s, per_channel=False),
-        lr=1e-2,
-        eps=1e-6,
-        limiter=GROWTH,
-        keys={RANK: 1, SCALE: 128.0, **_SHARED},
-        limits_itself=True,
-        class_name="ApolloMini",
-    )
-)
+@makes("apollo")
+def _apollo(settings: Settings) -> ApolloRule:
+    return _make(settings, per_channel=True)
+
+
+@makes("apollo-mini")
+def _apollo_mini(settings: Settings) -> ApolloRule:
+    return _make(settings, per_channel=False)

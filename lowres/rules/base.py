@@ -19,10 +19,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowres.catalogue import Betas
 from lowres.storage import Fields, TensorSpec
 
 State = dict[str, Tensor]
-Betas = tuple[float, float]
 
 # names of state tensors: element-wise moments, and the norm of the last update, which a limiter reads
 EXP_AVG, EXP_AVG_SQ, MOMENTUM, UPDATE_NORM = "exp_avg", "exp_avg_sq", "momentum", "norm"

@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowres.catalogue import GROWTH
 from lowres.rules import lowrank
 from lowres.rules.base import Betas, Clock, State
-from lowres.rules.limiter import GROWTH, NORM_FIELDS, limit
-from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, SvdProjection, rank_for
-from lowres.rules.registry import Definition, Settings, register
+from lowres.rules.limiter import NORM_FIELDS, limit
+from lowres.rules.lowrank import LowRankRule, SvdProjection, rank_for
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 
@@ -83,21 +84,7 @@ class FiraRule(LowRankRule):
                 grad.addmm_(p, low, alpha=self.scale)
 
 
+@makes("fira")
 def _make(settings: Settings) -> FiraRule:
     projection = SvdProjection(rank_for(settings), settings.keys["refresh_every"])
     return FiraRule(settings.betas, settings.eps, projection, settings.keys["scale"], settings.limiter)
-
-
-register(
-    Definition(
-        name="fira",
-        about="GaLore, plus the rest of the gradient scaled as in APOLLO (arXiv 2410.01623)",
-        make=_make,
-        lr=1e-2,
-        eps=1e-6,
-        limiter=GROWTH,
-        keys={RANK: None, SCALE: 0.25, REFRESH_EVERY: 200},
-        limits_itself=True,
-        class_name="Fira",
-    )
-)

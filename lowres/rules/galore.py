@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowres.rules import lowrank
 from lowres.rules.base import Betas, Clock, State
-from lowres.rules.lowrank import RANK, REFRESH_EVERY, SCALE, LowRankRule, SvdProjection, rank_for
-from lowres.rules.registry import Definition, Settings, register
+from lowres.rules.lowrank import LowRankRule, SvdProjection, rank_for
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 
@@ -44,19 +44,7 @@ class GaLoreRule(LowRankRule):
         return [lowrank.rate(lr, clock, self.betas) * self.scale] * len(grads)
 
 
+@makes("galore")
 def _make(settings: Settings) -> GaLoreRule:
     projection = SvdProjection(rank_for(settings), settings.keys["refresh_every"])
     return GaLoreRule(settings.betas, settings.eps, projection, settings.keys["scale"])
-
-
-register(
-    Definition(
-        name="galore",
-        about="Adam in the space of the gradient's first singular vectors (arXiv 2403.03507)",
-        make=_make,
-        lr=1e-2,
-        eps=1e-6,
-        keys={RANK: None, SCALE: 0.25, REFRESH_EVERY: 200},
-        class_name="GaLore",
-    )
-)

@@ -16,7 +16,6 @@ from lowres.rules import lowrank
 from lowres.rules.base import UPDATE_NORM, State
 from lowres.storage import Fields
 
-GROWTH = 1.01  # the published gamma
 # how fast the remembered norm may fall per step: otherwise one tiny gradient would keep the updates small
 # for a thousand steps, because growth is limited to 1 % per step
 SLOWEST_FALL = 0.5

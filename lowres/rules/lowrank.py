@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lowres import rng
 from lowres.rooms import Event
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Clock, Rule, State
-from lowres.rules.registry import Key, Settings
+from lowres.rules.registry import Settings
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunk_elements, kind_of
 
@@ -30,27 +29,6 @@ KEPT_PROJECTION = 1 << 14
 # projected numbers in a batch of tensors; above this a launch costs little compared with its work, and
 # memory matters more
 BATCH = 1 << 20
-
-RANK = Key(
-    "rank",
-    Annotated[int, Field(ge=1)],
-    "at least 1",
-    "Rank of the projected gradient, limited to the smaller dimension of each matrix; without a default, a "
-    "quarter of model.dim.",
-)
-SCALE = Key(
-    "scale",
-    Annotated[float, Field(gt=0)],
-    "above 0",
-    "apollo: the update is multiplied by the square root of this. galore, fira: factor on the update that is "
-    "projected back.",
-)
-REFRESH_EVERY = Key(
-    "refresh_every",
-    Annotated[int, Field(ge=1)],
-    "at least 1",
-    "Steps until a new projection is chosen.",
-)
 
 
 def is_tall(shape: tuple[int, ...]) -> bool:

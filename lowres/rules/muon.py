@@ -12,15 +12,14 @@ enough for it (arXiv 2509.23106). Written from the papers.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import Definition, Key, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunks, kind_of
 
@@ -29,19 +28,6 @@ from lowres.target import chunks, kind_of
 A, B, C = 3.4445, -4.775, 2.0315
 LEAST_NORM = 1e-7
 RMS_OF_ADAMW = 0.2
-STEPS = Key(
-    "newton_schulz_steps",
-    Annotated[int, Field(ge=1, le=20)],
-    "1 to 20",
-    "Steps of the iteration that orthogonalises.",
-)
-SPLIT = Key(
-    "split",
-    tuple[Annotated[int, Field(ge=1)], ...],
-    "rows, such as (4096, 1024, 1024)",
-    "Rows of each of the matrices that are fused in one parameter, such as query, key and value; () to "
-    "orthogonalise it as one. For the param group of such parameters.",
-)
 
 
 class MuonRule(Rule):
@@ -118,18 +104,7 @@ def orthogonalisation_flops(m: int, n: int, steps: int = 5) -> int:
     return steps * (4 * side * side * length + 2 * side**3)
 
 
-register(
-    Definition(
-        name="muon",
-        about="orthogonalised momentum at AdamW's rates (arXiv 2502.16982)",
-        make=lambda s: MuonRule(s.betas, s.moments, s.keys[STEPS.name], s.keys.get(SPLIT.name) or None),
-        lr=1e-3,
-        betas=(0.95, 0.999),
-        keys={STEPS: 5},
-        class_keys={SPLIT: None},
-        reads=("betas",),
-        adamw_betas=(0.9, 0.999),
-        adamw_eps=1e-8,
-        class_name="Muon",
-    )
-)
+@makes("muon")
+def _make(settings: Settings) -> MuonRule:
+    steps, split = settings.keys["newton_schulz_steps"], settings.keys.get("split")
+    return MuonRule(settings.betas, settings.moments, steps, split or None)

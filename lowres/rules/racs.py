@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowres.catalogue import GROWTH
 from lowres.rules import lowrank
 from lowres.rules.base import Betas, Clock, Rule, State
-from lowres.rules.limiter import GROWTH, NORM_FIELDS, limited
-from lowres.rules.registry import Definition, register
+from lowres.rules.limiter import NORM_FIELDS, limited
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 from lowres.target import row_chunks
 
@@ -82,16 +83,6 @@ def rank_one(grad: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (q, s * unit), mean_square
 
 
-register(
-    Definition(
-        name="racs",
-        about="gradients scaled by running sizes of their rows and columns (arXiv 2502.07752)",
-        make=lambda s: RacsRule(s.betas, s.eps, s.limiter),
-        lr=1e-3,
-        betas=(0.0, 0.9),
-        limiter=GROWTH,
-        adamw_betas=(0.9, 0.999),
-        limits_itself=True,
-        class_name="RACS",
-    )
-)
+@makes("racs")
+def _make(settings: Settings) -> RacsRule:
+    return RacsRule(settings.betas, settings.eps, settings.limiter)

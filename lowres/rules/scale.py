@@ -18,13 +18,10 @@ from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import WITHOUT_NORMS, Definition, Key, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 EMBEDDING, HEAD = "embedding", "head"  # roles
-TIED = Key(
-    "tied", bool, "True or False", "Whether the embedding is also the head; it is then updated as a head."
-)
 
 
 class ScaleRule(Rule):
@@ -65,15 +62,6 @@ class ScaleRule(Rule):
             flat[part] = m  # a copy, because the direction must not be the state itself
 
 
-register(
-    Definition(
-        name="scale",
-        about="gradients normalised per row, with momentum in the head only (arXiv 2506.16659)",
-        make=lambda s: ScaleRule(s.betas, s.eps, s.moments, bool(s.keys[TIED.name])),
-        lr=1e-3,
-        class_keys={TIED: False},
-        kinds=WITHOUT_NORMS,
-        norm_lr=1e-3,
-        class_name="Scale",
-    )
-)
+@makes("scale")
+def _make(settings: Settings) -> ScaleRule:
+    return ScaleRule(settings.betas, settings.eps, settings.moments, bool(settings.keys["tied"]))

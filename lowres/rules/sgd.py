@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Clock, Rule, State
 from lowres.rules.moments import Moment, flat_chunks, moment_fields
-from lowres.rules.registry import EVERYTHING, Definition, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 
@@ -43,13 +43,6 @@ class SgdRule(Rule):
         return [lr * clock.accepted.float()] * len(grads)
 
 
-register(
-    Definition(
-        name="sgd",
-        about="SGD with momentum betas[0]; with 0 it has no momentum and no state (Polyak, 1964)",
-        make=lambda s: SgdRule(s.betas[0], s.moments),
-        lr=0.1,
-        reads=("betas",),
-        kinds=EVERYTHING,
-    )
-)
+@makes("sgd")
+def _make(settings: Settings) -> SgdRule:
+    return SgdRule(settings.betas[0], settings.moments)

@@ -8,20 +8,14 @@ So the update has an RMS of 1, and so has each of its columns; its rows nearly. 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from lowres.rules.base import Clock, Rule, State
-from lowres.rules.registry import Definition, Key, register
+from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
 LEAST_NORM = 1e-18  # the squares of smaller numbers are zero in fp32, which would make their rows the largest
-STEPS = Key(
-    "sinkhorn_steps", Annotated[int, Field(ge=1)], "at least 1", "How often rows and columns are normalised."
-)
 
 
 class SinkGdRule(Rule):
@@ -54,16 +48,6 @@ def _to_rms_of_one(matrix: Tensor, axis: int) -> Tensor:
     return matrix.shape[axis] ** 0.5 / norms.clamp_(min=LEAST_NORM)
 
 
-register(
-    Definition(
-        name="sinkgd",
-        about="rows and columns of the gradient normalised in turns, no state (arXiv 2502.06742)",
-        make=lambda s: SinkGdRule(s.keys[STEPS.name]),
-        lr=1e-3,
-        keys={STEPS: 5},
-        reads=(),
-        adamw_betas=(0.9, 0.999),
-        adamw_eps=1e-8,
-        class_name="SinkGD",
-    )
-)
+@makes("sinkgd")
+def _make(settings: Settings) -> SinkGdRule:
+    return SinkGdRule(settings.keys["sinkhorn_steps"])

@@ -44,20 +44,13 @@ class Dense:
         return {"": self.value}
 
 
-ABOUT = {
-    "fp32": "4 bytes per parameter, exact updates",
-    "bf16": "2 bytes, updates computed in fp32 and rounded stochastically",
-}
 for name, dtype in DENSE_DTYPES.items():
     register(
         Format(
             name=name,
-            about=ABOUT[name],
             parts={"": name},
             fields=lambda shape, dtype=dtype: {"": (dtype, shape)},  # type: ignore[misc]
             over=lambda tensors: Dense(tensors[""]),
             dtype=dtype,
-            exact=dtype == torch.float32,
-            any_shape=True,
         )
     )

@@ -10,8 +10,8 @@ arithmetic would lose 70 % of an update of 3e-5 before it is rounded). All work 
 a write needs little memory beyond the weight. Random bits are named by element (`lowres.rng`), so the chunk
 size does not change any result.
 
-A format is one file in this package that ends with `register(Format(...))`. Config, plan, checkpoints and
-help find it in the registry.
+A format is one file in this package that ends with `register(Format(...))`. The catalogue
+(`lowres.catalogue.formats`) has what config and help say about it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lowres import rng
+from lowres.catalogue import WEIGHT_FORMATS
 from lowres.storage.specs import Fields
 from lowres.target import kind_of
 
@@ -63,21 +64,17 @@ class Storage(Protocol):
 class Format:
     """A number format for weights.
 
-    name: its name in `memory.weights`. about: one sentence for help and docs. parts: the tensors that store
+    name: its name in `memory.weights` and in the catalogue. parts: the tensors that store
     a weight: suffix to its name -> what the plan calls it. fields: the dtypes and shapes of these tensors,
     for the shape of a weight. over: makes a storage from such tensors. dtype: in which matrix products can
-    use the weight as stored, or None. exact: an update is stored without rounding. any_shape: also for
-    embedding, head and 1-D tensors; otherwise only for the matrices of the blocks.
+    use the weight as stored, or None.
     """
 
     name: str
-    about: str
     parts: Mapping[str, str]
     fields: Callable[[tuple[int, ...]], Fields]
     over: Callable[[Mapping[str, Tensor]], Storage]
     dtype: torch.dtype | None = None
-    exact: bool = False
-    any_shape: bool = False
 
 
 FORMATS: dict[str, Format] = {}
@@ -85,7 +82,7 @@ FORMATS: dict[str, Format] = {}
 
 def register(found: Format) -> None:
     """Make a format known under its name."""
-    assert found.name not in FORMATS, f"two formats are called {found.name}"
+    assert found.name in WEIGHT_FORMATS and found.name not in FORMATS, found.name
     FORMATS[found.name] = found
 
 

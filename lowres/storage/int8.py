@@ -51,8 +51,6 @@ class Int8:
 register(
     Format(
         name="int8",
-        about="codes with one scale per row, 1.001 to 1.008 bytes per parameter; only the change is rounded, "
-        "stochastically",
         parts={"": "int8 codes", ".scales": "scales"},
         fields=lambda shape: {"": (torch.int8, shape), ".scales": (torch.float32, (shape[0], 1))},
         over=lambda tensors: Int8(tensors[""], tensors[".scales"]),

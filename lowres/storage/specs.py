@@ -11,11 +11,24 @@ from dataclasses import dataclass
 
 import torch
 
-# the kinds: matrices of the blocks, embedding and head, and small tensors that are always fp32
-MATRIX, EMBEDDING, NORM, BIAS, ADAPTER = "matrix", "embedding", "norm", "bias", "adapter"
+from lowres.catalogue import ADAPTER, BIAS, EMBEDDING, MATRIX, NORM
+
 # the adapter of a matrix [m, n] is A [rank, n] and B [m, rank]; their roles are the role of the matrix plus
 # these endings
 LORA_A, LORA_B = ".lora_a", ".lora_b"
+
+__all__ = [
+    "ADAPTER",
+    "BIAS",
+    "EMBEDDING",
+    "LORA_A",
+    "LORA_B",
+    "MATRIX",
+    "NORM",
+    "Fields",
+    "TensorSpec",
+    "UnitSpec",
+]
 
 Fields = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape of a tensor
 

@@ -1,0 +1,39 @@
+"""What a config can name, without the code behind it: names, defaults, limits and texts.
+
+optimizers  the optimizers and their keys; `lowres.rules` has their arithmetic
+formats     the number formats of weights; `lowres.storage` has their storage
+
+Imports no PyTorch, so that help, completion and `lowres config` are there at once.
+"""
+
+from lowres.catalogue.formats import WEIGHT_FORMATS, WeightFormat
+from lowres.catalogue.optimizers import GROWTH, KEYS, RULES, Betas, Definition, Key
+from lowres.catalogue.tensors import (
+    ADAPTER,
+    BIAS,
+    EMBEDDING,
+    EVERYTHING,
+    MATRIX,
+    NORM,
+    ONLY_MATRICES,
+    WITHOUT_NORMS,
+)
+
+__all__ = [
+    "ADAPTER",
+    "BIAS",
+    "EMBEDDING",
+    "EVERYTHING",
+    "GROWTH",
+    "KEYS",
+    "MATRIX",
+    "NORM",
+    "ONLY_MATRICES",
+    "RULES",
+    "WEIGHT_FORMATS",
+    "WITHOUT_NORMS",
+    "Betas",
+    "Definition",
+    "Key",
+    "WeightFormat",
+]
