@@ -570,6 +570,9 @@ def _rehearse(run: Run) -> None:
             parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
+        if texts := len(config.log.sample_prompts) * bool(config.log.sample_tokens):
+            reader = parts.engine.reader(texts, config.data.seq_len)
+            reader.logits(dict.fromkeys(range(texts), batch[0, 1:].tolist()))
         run.rehearse_save()
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -42,6 +42,8 @@ from lowres.summary import finish
 MOST_ROLLBACKS = 3
 # parts of a mixture that are printed with an evaluation
 MOST_IN_A_LINE = 6
+# characters of a sample in a line
+MOST_OF_A_SAMPLE = 100
 
 
 def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart: bool = False) -> None:
@@ -107,11 +109,13 @@ class _Loop:
                 self.stopper.reason(self.longest + self.longest_save) if self.step > self.resumed_at else ""
             )
 
-            # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
-            if self.step == 0 or self.step > self.resumed_at:
-                scores = self.evaluate() if _due(self.step, config.train.eval_every, total) else {}
-                if self.step and (self.should_save(scores) or reason):
-                    self.save(scores.get("val_loss"))
+            # ---- once in a while: evaluate, sample, checkpoint (a resumed run did so before it stopped)
+            fresh = self.step == 0 or self.step > self.resumed_at
+            scores = self.evaluate() if fresh and _due(self.step, config.train.eval_every, total) else {}
+            if self.is_sampled():
+                self.sample()
+            if fresh and self.step and (self.should_save(scores) or reason):
+                self.save(scores.get("val_loss"))
             run.look_after_saves(wait=bool(reason) or self.step >= total)
             if reason and self.step < total:
                 self.close()
@@ -193,6 +197,24 @@ class _Loop:
         run.record({"step": self.step, **scores, **mixed})
         return scores
 
+    def is_sampled(self) -> bool:
+        """Whether samples are due after this step, and not there."""
+        config, log = self.run.config, self.run.samples
+        due = self.step == self.total or _due(self.step, config.train.sample_every, self.total)
+        if log is None or not (due and config.log.sample_tokens):
+            return False
+        (there,) = ranks.total(log.newest == self.step)
+        return not there
+
+    def sample(self) -> None:
+        run = self.run
+        with self.enough_memory("the samples"):
+            found = run.sample(self.step, run.config.log.sample_tokens)
+        if run.samples is not None:
+            run.samples.write(*found)
+        if self.step < self.total:  # the last ones are printed with the summary
+            say(f"step {self.step}: wrote {_shortened(found[0]['text'])}")
+
     def should_save(self, scores: dict[str, float]) -> bool:
         """Whether a checkpoint is due after this step. While the numbers are wrong, none is."""
         run, train = self.run, self.run.config.train
@@ -216,7 +238,7 @@ class _Loop:
         if step == self.saved:
             return
         before = time.monotonic()
-        run.log.sync()
+        run.sync_logs()
         if val_loss is not None and val_loss < (run.best.val_loss if run.best else math.inf):
             run.best, run.kept.best_step = Best(step=step, val_loss=val_loss), step
         run.save(step, val_loss)
@@ -277,7 +299,7 @@ class _Loop:
         self.in_step = False
         run.watch.go_back(state.watch)
         self.step = self.resumed_at = self.saved = self.good = state.step
-        run.log.close()
+        run.close_logs()
         run.open_log(state)
         self.ahead = self._ahead()
         self.bar.n = self.step
@@ -389,6 +411,12 @@ def _record(
 def _progress_text(record: dict[str, Any]) -> str:
     cycle = f"cycle {record['cycle']}, " if "cycle" in record else ""
     return f"{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {record['tokens_per_s']:,.0f} tokens/s"
+
+
+def _shortened(text: str) -> str:
+    """A text in one line, as far as it fits."""
+    shown = repr(text)
+    return shown if len(shown) <= MOST_OF_A_SAMPLE else f"{shown[:MOST_OF_A_SAMPLE]}..."
 
 
 def _mixture_text(record: dict[str, float]) -> str:

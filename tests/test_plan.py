@@ -34,8 +34,8 @@ from tests.measuring import PHASES, Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")
 MICRO_BATCHES = 2
-# components that no step allocates: of cuBLAS on the GPU, and of saving on the host
-NOT_OF_THE_STEP = ("cuBLAS workspace", "saving")
+# components that no step allocates: of cuBLAS on the GPU, of saving on the host, and of samples
+NOT_OF_THE_STEP = ("cuBLAS workspace", "saving", "sampling")
 
 
 def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan, Bytes]:
