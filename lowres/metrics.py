@@ -1,11 +1,12 @@
 """metrics.jsonl: one JSON object per line, written as a whole and flushed.
 
-A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, peak_mem_gib, host_mem_gib,
-peak_rss_gib (`lowres.meter`), skipped; an evaluation has step, val_loss, val_ppl and, if tokens stand for
-text, val_bits_per_byte. lr is the learning rate of the update that led to `step`; lr_over_batch is lr divided
-by the sequences in a batch; skipped is the number of units (embedding, blocks, head) that a step did not
-update because its loss or a gradient was not finite, or was a spike that is refused. A number that is not
-finite is null.
+A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, wall_s, peak_mem_gib, host_mem_gib,
+peak_rss_gib (`lowres.meter`), skipped, and every so often update/UNIT (`Optimizer.readings`); an evaluation
+has step, val_loss, val_ppl and, if tokens stand for text, val_bits_per_byte. lr is the learning rate of the
+update that led to `step`; lr_over_batch is lr divided by the sequences in a batch; wall_s is how many seconds
+the run has taken, with evaluations and saves, where a resumed run goes on from its last record; skipped is
+the number of units (embedding, blocks, head) that a step did not update because its loss or a gradient was
+not finite, or was a spike that is refused. A number that is not finite is null.
 
 Lines that cannot be read are passed over, kept, and counted: they never keep a run from going on.
 """
@@ -119,25 +120,46 @@ class StepLog:
 
 
 class MetricsLog(StepLog):
-    """The metrics of a run."""
+    """The metrics of a run. before: the last step and the last evaluation that the file had before it was
+    opened; -1 for none. wall_s: of the last record that has one."""
 
     def __init__(
         self, path: Path, step: int, pending: Iterable[Record] = (), digest: str | None = None
     ) -> None:
+        self.before, self.wall_s = _newest(path) if ranks.is_first() else (-1, -1), 0.0
         super().__init__(path, step, pending, digest)
         if ranks.is_first():
-            self._look_for_gaps(step)
+            self._look_back(step)
+
+    def write(self, *records: Record) -> None:
+        super().write(*records)
+        self.wall_s = records[-1].get("wall_s", self.wall_s)
 
     @staticmethod
     def is_record(record: Record) -> bool:
         numbers = all(value is None or isinstance(value, int | float) for value in record.values())
         return numbers and ("val_loss" in record or {"loss", "tokens"} <= record.keys())
 
-    def _look_for_gaps(self, step: int) -> None:
-        logged = {record["step"] for record in read(self.path) if "loss" in record}
+    def _look_back(self, step: int) -> None:
+        """Find the last time, and missing steps."""
+        logged = set()
+        for record in read(self.path):
+            self.wall_s = record.get("wall_s", self.wall_s) or 0.0
+            if "loss" in record:
+                logged.add(record["step"])
         missing = [at for at in range(1, step + 1) if at not in logged]
         if missing:
             self.notes.append(f"{self.path}: {_listed(missing, 'step')} of {step} missing")
+
+
+def _newest(path: Path) -> tuple[int, int]:
+    """The last step and the last evaluation in a file."""
+    found = [-1, -1]
+    for line in _lines(path):
+        if (record := _record(line, MetricsLog.is_record)) is not None:
+            kind = "val_loss" in record
+            found[kind] = max(found[kind], record["step"])
+    return found[0], found[1]
 
 
 def _listed(numbers: list[int], what: str) -> str:

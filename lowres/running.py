@@ -7,6 +7,7 @@ the checkpoint at the end of the warm start.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -35,12 +36,14 @@ from lowres.health import Watch
 from lowres.meter import Meter
 from lowres.metrics import MetricsLog, Record
 from lowres.objective import Pairs, Preference, make_objective
+from lowres.records import CHECKPOINTS, CONFIG, METRICS, PLAN, SAMPLES
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, starts_of, training_engine
+from lowres.runs import starts_of, training_engine
 from lowres.sample import Sampling, samples
-from lowres.samples import SAMPLES, SampleLog
+from lowres.samples import SampleLog
+from lowres.trackers import Opening, Trackers
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -88,15 +91,19 @@ class Run:
     events: Events
     identity: str  # see State
     kept: Kept
+    facts: dict[str, Any] = field(default_factory=dict)  # for plan.json, see `lowres.speed.facts`
     baseline: Baseline | None = None  # of pairs, if the objective has a reference
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
+    trackers: Trackers = field(init=False)
     samples: SampleLog | None = field(default=None, init=False)  # if there are any
     _folder: int | None = None  # an open handle of the folder, which tells if it was moved
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.kept, self._has_room, again=ranks.size() == 1)
+        asked = self.config.log.all_trackers if ranks.is_first() else []
+        self.trackers = Trackers(asked, lambda text: self.events.say("note", text))
 
     def sequences_at(self, step: int) -> int:
         """Sequences trained on in the first `step` steps, for any step since the batch last changed."""
@@ -152,6 +159,17 @@ class Run:
         engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.most_windows, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
+        self._tell_plan()
+
+    def _tell_plan(self) -> None:
+        """Write the plan, and what is allocated, for those who look at the run; the run needs neither."""
+        if not ranks.is_first():
+            return
+        held = self.parts.rooms.held()
+        slabs = [{"name": name, "room": room, "bytes": size} for (name, room), size in held.items()]
+        content = self.facts | self.parts.plan.as_dict() | {"adapted": self.parts.adapted, "held": slabs}
+        with suppress(OSError):
+            disk.write_whole(self.folder / PLAN, json.dumps(content, indent=1).encode())
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint into place."""
@@ -181,6 +199,15 @@ class Run:
             notes = self.samples.notes
         for note in self.log.notes + notes:
             self.events.say("note", f"note: {note}")
+        run, project = self.config.run, self.config.log.project
+        values = to_values(self.config)
+        opening = Opening(self.folder, run.name, self.identity, project, step, again=False, config=values)
+        self.trackers.begin(opening, self.log.before)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write a record of the metrics. Raises DiskError."""
+        self.log.write(record)
+        self.trackers.write(record)
 
     def close_logs(self) -> None:
         self.log.close()
@@ -325,6 +352,7 @@ class Run:
             os.close(self._folder)
             self._folder = None
         self.close_logs()
+        self.trackers.close()
 
     def require_folder(self) -> None:
         """Raise DiskError if the folder was deleted or moved."""

@@ -6,10 +6,13 @@ tokenizer.model  a copy, so that the folder can be moved and still be used for s
 metrics.jsonl    see lowres.metrics
 samples.jsonl    see lowres.samples; if there are samples
 events.jsonl     see lowres.events
+plan.json        the memory plan of this part of the run, what is allocated, and lowres.speed.facts
 checkpoints/     see lowres.checkpoint; each also has the config and the tokenizer
 summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
 run.lock         see lowres.lock
+trackers.json    with the folders tensorboard and wandb, if they were asked for; see lowres.trackers
+report.html      see lowres.report, if it was asked for
 old-1/           what was there before --restart
 """
 
@@ -33,12 +36,11 @@ from lowres.errors import UserError
 from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
+from lowres.records import CHECKPOINTS, CONFIG
 from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.sample import Generation, Part, Sampling, parts, reader_for
 from lowres.sealed import Damaged
-
-CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:

@@ -11,8 +11,6 @@ from pathlib import Path
 from lowres import metrics
 from lowres.metrics import Record, StepLog
 
-SAMPLES = "samples.jsonl"
-
 
 class SampleLog(StepLog):
     """The samples of a run."""

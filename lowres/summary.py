@@ -9,10 +9,9 @@ from typing import Any
 
 from lowres import __version__, disk, metrics, ranks, samples
 from lowres.errors import first_line
-from lowres.report import draw_loss
+from lowres.plots import draw_loss
+from lowres.records import METRICS, SAMPLES, SUMMARY
 from lowres.running import Run
-from lowres.runs import METRICS, SUMMARY
-from lowres.samples import SAMPLES
 
 
 def finish(run: Run, seconds: float) -> None:

@@ -90,6 +90,7 @@ class _Loop:
         self.saved = step
         self.saved_at = time.monotonic()
         self.longest, self.longest_save = 0.0, 0.0  # seconds
+        self.began = time.monotonic() - run.log.wall_s
         try:
             profile.require(self.total - step)
         except UserError as error:  # the run has begun, so it goes on
@@ -137,8 +138,9 @@ class _Loop:
             self.step += 1
 
             # ---- log
-            record = _record(run, self.step, schedule, report, seconds, batch)
-            run.log.write(record)
+            wall = time.monotonic() - self.began
+            record = _record(run, self.step, schedule, report, seconds, wall, batch)
+            run.record(record)
             run.require_folder()
             self.bar.update()
             self.bar.set_postfix_str(_progress_text(record))
@@ -192,7 +194,7 @@ class _Loop:
             scores = run.evaluate()
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
-        run.log.write({"step": self.step, **scores, **mixed})
+        run.record({"step": self.step, **scores, **mixed})
         return scores
 
     def is_sampled(self) -> bool:
@@ -377,7 +379,7 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _record(
-    run: Run, step: int, schedule: float, report: StepReport, seconds: float, batch: Batch
+    run: Run, step: int, schedule: float, report: StepReport, seconds: float, wall: float, batch: Batch
 ) -> dict[str, Any]:
     """The metrics of the step that has just been done; `step` counts it."""
     config = run.config
@@ -396,10 +398,12 @@ def _record(
         "lr_over_batch": lr / config.batch_sequences,
         "grad_norm": report.grad_norm,
         "tokens_per_s": tokens / seconds,
+        "wall_s": round(wall, 3),
         **run.parts.meter.readings(),
         "skipped": report.skipped,
         **packing,
         **report.readings,
+        **run.parts.relora.optimizer.readings(step),
         **(run.parts.relora.readings(step) if config.relora.enabled else {}),
     }
 

@@ -10,7 +10,7 @@ import pytest
 
 from lowres import checkpoint, disk, events, metrics, samples
 from lowres.engine.layerwise import LayerwiseEngine
-from lowres.samples import SAMPLES
+from lowres.records import SAMPLES
 from lowres.trainer import MOST_ROLLBACKS
 from tests.helpers import lowres_here
 

@@ -280,6 +280,24 @@ def _add_use(commands: Commands) -> None:
     )
     sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
 
+    sub = _command(
+        commands, "report", "looking:run_report", "Write an HTML page about runs; see docs/watching.md."
+    )
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a sweep")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help="default: report.html in the folder of the only run, otherwise in this one",
+    )
+
+    sub = _command(commands, "watch", "looking:run_watch", "Show a run while it trains, in this terminal.")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run, which another process has")
+    sub.add_argument(
+        "--every", type=_positive_float, default=2.0, metavar="S", help="seconds between looks; default 2"
+    )
+    sub.add_argument("--once", action="store_true", help="look once, and end")
+
     checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
         required=True, metavar="COMMAND"
     )

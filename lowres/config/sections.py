@@ -34,6 +34,7 @@ from lowres.config.base import (
 )
 from lowres.text import Source
 from lowres.text.source import CHATS, PAIRS, TEXT
+from lowres.trackers import TRACKERS
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -650,7 +651,7 @@ class HealthConfig(Section):
 
 
 class LogConfig(Section):
-    """What the run prints."""
+    """What the run prints and records."""
 
     progress: bool = resumable(True)
     """Show a progress bar."""
@@ -659,6 +660,24 @@ class LogConfig(Section):
     train.sample_every steps; the run keeps them in samples.jsonl. In tuning they are what a user says."""
     sample_tokens: Count = resumable(0)
     """Tokens of a sample, at most; 0 = no samples."""
+    update_every: Count = resumable(10)
+    """Steps between readings of the size of the updates, update/... in the metrics: the RMS of the update of
+    the embedding, of each block and of the head, divided by the RMS of its weights; 0 = none. It changes no
+    result. DeepSpeed does not tell its updates."""
+    tensorboard: bool = resumable(False)
+    """Write the metrics for TensorBoard too, into the folder tensorboard of the run."""
+    trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], Field(strict=False)] = resumable(())
+    """Where the metrics go besides the run's folder; see docs/watching.md. tensorboard is the same as
+    log.tensorboard = true."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]*[A-Za-z0-9_][\w.-]*$", max_length=100)] = resumable(
+        "lowres"
+    )
+    """Name of the project in these trackers."""
+
+    @property
+    def all_trackers(self) -> list[str]:
+        """The trackers that are asked for, each once."""
+        return list(dict.fromkeys([*["tensorboard"] * self.tensorboard, *self.trackers]))
 
     @property
     def sample_prompts(self) -> tuple[str, ...]:

@@ -145,6 +145,7 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
+    parts.append(str(bool(config.log.update_every)))
     key = (*parts, config.data.seq_len, config.packed, config.objective, kind, adapters is not None, compiled)
     if key not in tracers:
         tracers[key] = Tracer(config, kind, adapters, compiled)
@@ -204,6 +205,7 @@ class Tracer:
             steps.append(relora.start_step + relora.cycle_steps - 1)
         with self._without_memory(rooms) as live:
             optimizer = make_optimizer(self._cut(config, 1))
+            optimizer.measured_every = min(1, optimizer.measured_every)  # every step, if any
             watched = _Watched(Relora(relora, optimizer), live)
             engine = self._engine(rooms, Choice(1), watched)
             optimizer.attach(engine.units(), rooms)
