@@ -124,8 +124,8 @@ class State(Record):
     mixture: None if there is one source. passed: batches that rollbacks left out.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
     identity, which tells its checkpoints from others. baseline: the key of the one that the run has, see
-    `lowres.baseline`. metrics: digest of the records up to this step. pending: records that they could not
-    take.
+    `lowres.baseline`. metrics: digest of the records up to this step. pending: records that the metrics
+    and the samples could not take.
     """
 
     step: Count
@@ -143,7 +143,7 @@ class State(Record):
     run: str | None = None
     baseline: str | None = None
     metrics: str | None = None
-    pending: list[dict[str, int | float | None]] = Field(default_factory=list)
+    pending: list[dict[str, int | float | str | None]] = Field(default_factory=list)
 
 
 def passed_before(step: int, passed: Iterable[Passed]) -> int:

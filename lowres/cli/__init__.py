@@ -6,6 +6,7 @@ planning     plan, bench
 data         data inspect, overlap, prepare
 models       import, export
 use          sample, eval
+looking      report, watch
 checkpoints  checkpoint list, verify
 configs      config, and the config that a command was given
 tasks        options for tasks of lm-evaluation-harness
@@ -33,6 +34,8 @@ LOST = 128 + 13  # as a program that SIGPIPE ends
 REMEDIES = {
     "data:run_prepare": "; start it again to go on",
     "use:run_sample": "",
+    "looking:run_watch": "",
+    "looking:run_report": "; nothing was written; start it again",
     "models:run_export": "; nothing was written; start it again",
     "models:run_import": "; nothing is left of it; start it again",
 }
@@ -42,6 +45,7 @@ PRINTING = {
     "planning:run_bench",
     "use:run_sample",
     "use:run_eval",
+    "looking:run_watch",
     "checkpoints:run_list",
     "checkpoints:run_verify",
     "configs:run_config",
