@@ -68,6 +68,7 @@ FLOORS = {
     "session": 10,
     "scoring": 11,
     "speed": 9,
+    "explain": 9,
     "trainer": 11,
     "cli": 12,
     "__main__": 13,

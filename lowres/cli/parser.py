@@ -141,6 +141,18 @@ def _add_plan(commands: Commands) -> None:
         help='plan for a graphics card, such as "RTX 4090", and predict the speed from its data sheet',
     )
     sub.add_argument("--optimizer", action="store_true", help="show the optimizer and state of every tensor")
+    sub.add_argument(
+        "--explain",
+        action="store_true",
+        help="say what limits memory and speed, and plan the changes that would help most",
+    )
+    budget = sub.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--hours", type=_positive_float, metavar="H", help="with --explain: what size H hours train best"
+    )
+    budget.add_argument(
+        "--tokens", type=_positive, metavar="N", help="with --explain: what size N tokens train best"
+    )
 
     sub = _command(
         commands,

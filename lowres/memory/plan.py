@@ -140,8 +140,8 @@ class Plan:
             lines.append(
                 f"the numbers are for each of {self.crew.ranks} ranks, {self.crew.here} on a machine"
             )
-        if self._hosted() or not any(c.room == HOST for c in self.components):
-            lines.append(f"in host memory between uses: {self._hosted() or 'nothing'}")
+        if self.hosted() or not any(c.room == HOST for c in self.components):
+            lines.append(f"in host memory between uses: {self.hosted() or 'nothing'}")
         return "\n".join(lines)
 
     def _on_saving(self) -> str:
@@ -162,7 +162,8 @@ class Plan:
         """Seconds for which training waits for a save: beside training, and otherwise."""
         return self.peak(DISK) / COPIED, self.peak(DISK) * (1 / WRITTEN + 1 / WRITTEN)
 
-    def _hosted(self) -> str:
+    def hosted(self) -> str:
+        """What is in host memory between its uses, in words."""
         homes = self.choice.homes
         parts = {
             "weights of {} units": len(homes.weights),
