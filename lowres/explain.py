@@ -18,7 +18,7 @@ from lowres.config import Config
 from lowres.config_file import with_values
 from lowres.memory import GIB, Plan
 from lowres.model import count_parameters
-from lowres.outlook import is_continued, nearest_preset
+from lowres.outlook import as_keys, is_continued
 from lowres.probe import Prediction
 from lowres.probe.roofline import Estimate
 from lowres.rooms import GPU, HOST
@@ -307,11 +307,9 @@ def budget_in_words(
         )
     else:
         return ""
-    name, its = nearest_preset(goal)
     return (
         f"Budget: {what[0].lower() + what[1:]}, {pace.count(float(f'{goal.parameters:.2g}'))} parameters on "
-        f"{pace.count(float(f'{goal.tokens:.2g}'))} tokens are trained best: --set model.preset={name} "
-        f"--set train.tokens={its:_}"
+        f"{pace.count(float(f'{goal.tokens:.2g}'))} tokens are trained best{as_keys(goal)}"
     )
 
 

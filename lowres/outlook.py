@@ -13,6 +13,8 @@ from lowres.model import count_parameters
 
 # a pace is measured on so many steps and seconds; the first step of a process also warms up
 LEAST_STEPS, ENOUGH_SECONDS = 2, 10.0
+# a preset is proposed if a goal has not more parameters, or fewer, than by this factor
+NEAR = 2.5
 
 
 def outlook(
@@ -67,19 +69,20 @@ def is_continued(config: Config) -> bool:
 def goal(config: Config, tokens_per_s: float, seconds: float, machine: str = "this machine") -> str:
     """What is compute-optimal in some seconds on what reaches this rate with the config's model."""
     found = pace.optimal_in(seconds, count_parameters(config.model), tokens_per_s)
-    name, tokens = nearest_preset(found)
     return (
         f"{machine} trains {pace.count(_rounded(found.parameters))} parameters on "
-        f"{pace.count(_rounded(found.tokens))} tokens best (20 a parameter): --set model.preset={name} "
-        f"--set train.tokens={tokens:_}"
+        f"{pace.count(_rounded(found.tokens))} tokens best (20 a parameter){as_keys(found)}"
     )
 
 
-def nearest_preset(found: pace.Goal) -> tuple[str, int]:
-    """The preset that is closest to a goal, and the tokens that it takes for as many operations."""
+def as_keys(found: pace.Goal) -> str:
+    """How to set a goal: the nearest preset, with its tokens for as many operations; "" if none is near."""
     sizes = preset_sizes()
     name = pace.nearest(found.parameters, sizes)
-    return name, int(_rounded(found.operations / (pace.OPERATIONS * sizes[name])))
+    if not 1 / NEAR < sizes[name] / found.parameters < NEAR:
+        return ""
+    tokens = _rounded(found.operations / (pace.OPERATIONS * sizes[name]))
+    return f": --set model.preset={name} --set train.tokens={tokens:_.0f}"
 
 
 def _rounded(number: float) -> float:
