@@ -69,6 +69,7 @@ FLOORS = {
     "scoring": 11,
     "speed": 9,
     "explain": 9,
+    "doctor": 8,
     "trainer": 11,
     "cli": 12,
     "__main__": 13,

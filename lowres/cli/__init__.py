@@ -7,6 +7,7 @@ data         data inspect, overlap, prepare
 models       import, export
 use          sample, eval
 looking      report, watch
+machine      doctor, presets
 checkpoints  checkpoint list, verify
 configs      config, and the config that a command was given
 tasks        options for tasks of lm-evaluation-harness
@@ -35,6 +36,8 @@ REMEDIES = {
     "data:run_prepare": "; start it again to go on",
     "use:run_sample": "",
     "looking:run_watch": "",
+    "machine:run_doctor": "",
+    "machine:run_presets": "",
     "looking:run_report": "; nothing was written; start it again",
     "models:run_export": "; nothing was written; start it again",
     "models:run_import": "; nothing is left of it; start it again",
@@ -46,6 +49,8 @@ PRINTING = {
     "use:run_sample",
     "use:run_eval",
     "looking:run_watch",
+    "machine:run_doctor",
+    "machine:run_presets",
     "checkpoints:run_list",
     "checkpoints:run_verify",
     "configs:run_config",

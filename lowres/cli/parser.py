@@ -39,6 +39,15 @@ def make_parser() -> Parser:
     _add_exchange(commands)
     _add_use(commands)
     sub = _command(
+        commands, "doctor", "machine:run_doctor", "Check this machine, and say what to mend before a run."
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = _command(
+        commands, "presets", "machine:run_presets", "List what fits which graphics card, and how fast it is."
+    )
+    sub.add_argument("--card", metavar="NAME", help='of one card, such as "RTX 4090"')
+    sub.add_argument("--json", action="store_true", help="print JSON")
+    sub = _command(
         commands,
         "config",
         "configs:run_config",
