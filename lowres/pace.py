@@ -37,13 +37,17 @@ def in_words(seconds: float) -> str:
         (math.inf, YEAR, ",.1f", "years"),
     )
     size, form, unit = next(row[1:] for row in below if seconds < row[0])
-    return f"{seconds / size:{form}} {unit}".replace(".0 ", " ")
+    return _counted(f"{seconds / size:{form}}".removesuffix(".0"), unit)
+
+
+def _counted(number: str, unit: str) -> str:
+    return f"1 {unit.rstrip('s')}" if number == "1" and len(unit) > 3 else f"{number} {unit}"
 
 
 def per_billion(tokens_per_s: float) -> str:
     """How long a billion tokens take, always in days, so that cards compare."""
     days = 1e9 / tokens_per_s / DAY
-    return f"{days:.2g} days" if days < 99.5 else f"{days:,.0f} days"
+    return _counted(f"{days:.2g}" if days < 99.5 else f"{days:,.0f}", "days")
 
 
 def ends(now: datetime, seconds: float) -> str:

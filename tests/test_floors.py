@@ -69,6 +69,7 @@ FLOORS = {
     "scoring": 11,
     "speed": 9,
     "explain": 9,
+    "presets": 2,
     "doctor": 8,
     "trainer": 11,
     "cli": 12,

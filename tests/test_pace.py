@@ -3,10 +3,12 @@
 import json
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import lowres.outlook
 from lowres import pace
 from lowres.catalogue import CARDS, find_card, recognise
 from lowres.cli import main
@@ -15,7 +17,9 @@ from lowres.config_file import load_config
 from lowres.errors import UserError
 from lowres.memory import make_plan
 from lowres.outlook import Stopwatch, outlook, preset_sizes
+from lowres.probe import forecast
 from lowres.probe.roofline import estimate, version_of, why_not
+from lowres.start import _foretell
 from tests.helpers import lowres_here, make_config
 
 CUDA = torch.device("cuda")
@@ -38,6 +42,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
         (2 * 86400, "2 days"),
         (5.53 * 86400, "5.5 days"),
         (364.4 * 86400, "364 days"),
+        (365 * 86400, "1 year"),
         (500 * 86400, "1.4 years"),
         (float("inf"), "for ever"),
     ],
@@ -196,3 +201,22 @@ def test_presets_take_a_week_at_most(name: str, card: str) -> None:
     assert 6 < config.train.total_steps * own.step_s / pace.DAY < 7.5
     assert f"{config.train.total_steps:,} steps are predicted" in (CONFIGS / f"{name}.toml").read_text()
     assert card in (CONFIGS / f"{name}.toml").read_text()
+
+
+def test_a_run_says_how_long_it_takes(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowres.outlook, "ENOUGH_SECONDS", 0.0)
+    few = ("--set", "train.steps=6", "--set", "train.eval_every=0", "--set", "log.sample_tokens=0")
+    said = lowres_here("train", config, *few, "--run", tmp_path / "run").stderr
+    (line,) = (line for line in said.splitlines() if "measured on this machine" in line)
+    assert "per billion tokens; the rest of the run, 3,070 tokens, takes " in line and " and ends " in line
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_on_a_known_card_is_predicted_before_it_starts(
+    known: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(train={"steps": 100})
+    parts = SimpleNamespace(rooms=SimpleNamespace(device=CUDA), adapted=False, plan=make_plan(config, CUDA))
+    monkeypatch.setattr(forecast, "card_here", lambda: "RTX 4090" if known else None)
+    _foretell(SimpleNamespace(config=config, parts=parts))  # type: ignore[arg-type]
+    assert ("predicted for an RTX 4090 (INT8; from its data sheet" in capsys.readouterr().err) == known

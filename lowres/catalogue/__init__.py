@@ -3,6 +3,7 @@
 optimizers  the optimizers and their keys; `lowres.rules` has their arithmetic
 formats     the number formats of weights; `lowres.storage` has their storage
 cards       graphics cards, from their data sheets
+planned     what fits them and how fast it is; written by a script
 
 Imports no PyTorch, so that help, completion and `lowres config` are there at once.
 """
@@ -10,6 +11,8 @@ Imports no PyTorch, so that help, completion and `lowres config` are there at on
 from lowres.catalogue.cards import CARDS, CONSUMER, Card, find_card, recognise
 from lowres.catalogue.formats import WEIGHT_FORMATS, WeightFormat
 from lowres.catalogue.optimizers import GROWTH, KEYS, RULES, Betas, Definition, Key
+from lowres.catalogue.planned import Everything, Planned
+from lowres.catalogue.planned import read as read_planned
 from lowres.catalogue.tensors import (
     ADAPTER,
     BIAS,
@@ -39,8 +42,11 @@ __all__ = [
     "Betas",
     "Card",
     "Definition",
+    "Everything",
     "Key",
+    "Planned",
     "WeightFormat",
     "find_card",
+    "read_planned",
     "recognise",
 ]
