@@ -20,7 +20,7 @@ from lowres.memory import GIB, Plan
 from lowres.model import count_parameters
 from lowres.outlook import as_keys, is_continued
 from lowres.probe import Prediction
-from lowres.probe.roofline import Estimate
+from lowres.probe.roofline import BESIDE, Estimate
 from lowres.rooms import GPU, HOST
 from lowres.terminal import aligned
 
@@ -42,6 +42,7 @@ NAMES = {
     "update": "the update",
     "products of the update": "the products of the update",
     "transfers": "copies between GPU and host",
+    "launches": "launching kernels from Python, as the model or the micro-batch is small",
 }
 
 
@@ -269,14 +270,16 @@ def _largest(components: list[Any], peak: int) -> str:
 def speed_in_words(found: Estimate, machine: str) -> str:
     """Which term limits the speed, and what the copies cost."""
     step, copies = found.step_s, found.seconds.get("transfers", 0.0)
-    shares = sorted(((s, name) for name, s in found.seconds.items() if name != "transfers"), reverse=True)
+    shares = sorted(((s, name) for name, s in found.seconds.items() if name not in BESIDE), reverse=True)
     rest = ", ".join(f"{NAMES[name]} {s / step:.0%}" for s, name in shares[:MOST_PARTS] if s)
     if found.limit == "transfers":
         return (
-            f"Speed on {machine}: copies between GPU and host limit it, with {pace.in_words(copies)} a step; "
+            f"Speed on {machine}: the limit is copies between GPU and host, {pace.in_words(copies)} a step; "
             f"the computation waits for them ({rest}). A larger batch or less in host memory helps."
         )
-    text = f"Speed on {machine}: {NAMES[found.limit]} limit it. Of a step of {pace.in_words(step)}: {rest}."
+    text = (
+        f"Speed on {machine}: the limit is {NAMES[found.limit]}. Of a step of {pace.in_words(step)}: {rest}."
+    )
     if copies and "beside products" not in found.seconds:
         text += f" Copies between GPU and host take {pace.in_words(copies)} beside them, which costs nothing."
     return text

@@ -34,13 +34,16 @@ from lowres.memory import make_plan
 from lowres.probe.roofline import (
     GRADIENT_BYTES,
     KERNEL_BYTES,
+    KERNELS_EAGER,
+    KERNELS_FUSED,
+    LAUNCH_S,
     LOSS_EAGER,
     LOSS_FUSED,
     VERSIONS,
     Assumed,
     predict,
     seconds,
-    update_bytes,
+    traced_update,
 )
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "llama_7b_24gb.toml"
@@ -69,7 +72,9 @@ memory traffic of a step, bytes a parameter
 products of an update (Muon): lowres.probe.update_flops, at the rate of BF16 products
   dequantising blocks: PyTorch's operations 168 GB a step, by counting; fused 6; none with INT8 products
 transfers: lowres.probe.step_bytes of the plan for the memory of the card
-left out: launches, waits, evaluation, checkpoints
+launches: {KERNELS_FUSED} kernels of a block for a micro-batch in all directions, {KERNELS_EAGER} with PyTorch's
+  operations, and those of an update, {LAUNCH_S * 1e6:g} microseconds each: assumed; they limit small models only
+left out: waits, evaluation, checkpoints
 """.strip()
 
 
@@ -115,7 +120,7 @@ def main() -> None:
     parsed = parser.parse_args()
     assumed = Assumed(parsed.bf16_share, parsed.int8_share, parsed.attention_share, parsed.bandwidth_share)
     any_card = config_of(CARDS[parsed.cards[0]], parsed.overrides)
-    moved = {fused: update_bytes(any_card, fused) for fused in (True, False)}
+    moved = {fused: traced_update(any_card, fused) for fused in (True, False)}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     too_large: dict[str, str] = {}
     for name in parsed.cards:
@@ -137,7 +142,12 @@ def main() -> None:
     if parsed.json:
         cards = {name: asdict(CARDS[name]) for name in parsed.cards}
         record = {"assumed": asdict(assumed), "cards": cards, "set": parsed.overrides}
-        record |= {"update_bytes_a_parameter": {"fused": moved[True], "PyTorch's operations": moved[False]}}
+        record |= {
+            "update_bytes_a_parameter": {
+                "fused": moved[True].bytes,
+                "PyTorch's operations": moved[False].bytes,
+            }
+        }
         print(json.dumps(record | {"predicted": found, "does_not_fit": too_large}, indent=1))
         return
     print(table(found, too_large))

@@ -20,10 +20,10 @@ def test_terms_and_limits() -> None:
     card = roofline.CARDS["RTX 4090"]
     config = roofline.config_of(card)
     plan = make_plan(config, torch.device("cuda"))
-    moved = {fused: roofline.update_bytes(config, fused) for fused in (True, False)}
+    moved = {fused: roofline.traced_update(config, fused) for fused in (True, False)}
     # refused gradients set to zero 8, read for projections and norms 8; set to zero and read for the norm of
     # all 8; gradient, and code read and written 6
-    assert moved[True] == pytest.approx(30, rel=0.01)
+    assert moved[True].bytes == pytest.approx(30, rel=0.01)
     terms = [
         roofline.seconds(card, version, config, plan, WHOLE, moved[version.fused])
         for version in roofline.VERSIONS
@@ -44,15 +44,22 @@ def test_terms_and_limits() -> None:
     slow = fused | {"transfers": 1e3}
     assert roofline.predict(slow, 131072).limit == "transfers"
     assert roofline.predict(slow, 131072).tokens_per_s == pytest.approx(131.072)
+    # a small model waits for Python: two blocks, and a piece each of 90 kernels and some of the update
+    small = {"products": 1e-4, "update": 1e-4, "transfers": 0.0, "launches": 4e-3}
+    assert roofline.predict(small, 4096).limit == "launches"
+    assert roofline.predict(small, 4096).step_s == pytest.approx(4e-3)
+    pieces = 64 / plan.micro_batch
+    assert fused["launches"] == pytest.approx(32 * (pieces * 90 + moved[True].operations) * 8e-6)
+    assert 50 < moved[True].operations < moved[False].operations
 
 
 def test_the_update_of_muon() -> None:
     card = roofline.CARDS["RTX 4090"]
     muon = roofline.config_of(card, ["optim.name=muon", "memory.moments=fp32"])
-    update = roofline.update_bytes(muon, True)
+    update = roofline.traced_update(muon, True)
     # momentum and direction 12 each, norm 4, quotient 6, five times the result of a product copied 20, the
-    # last one copied to the gradient 6; and, as above, 8 + 8 + 6
-    assert update == pytest.approx(82, rel=0.01)
+    # last one copied to the gradient 6 and divided there 8; and, as above, 8 + 8 + 6
+    assert update.bytes == pytest.approx(90, rel=0.01)
     plan = make_plan(roofline.config_of(card), torch.device("cuda"))
     terms = roofline.seconds(card, roofline.VERSIONS[1], muon, plan, WHOLE, update)
     # 4 m^2 n + 2 m^3, five times

@@ -1,8 +1,8 @@
 """Predicts the speed of a planned step on a graphics card from its data sheet. Nothing here is measured.
 
 The time of a step is the sum of its products, attention, memory traffic and update; or that of the copies
-between GPU and host, which run beside them, if that is longer. Launches and waits are left out, so these are
-upper bounds at the assumed shares. `scripts/roofline.py --inputs` prints every number that goes in.
+between GPU and host or of the launches, which run beside them, if one is longer. Waits are left out, so these
+are upper bounds at the assumed shares. `scripts/roofline.py --inputs` prints every number that goes in.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ LOSS_EAGER, LOSS_FUSED = 54, 6  # bytes a logit
 # of an update, bytes a parameter that are not traced: the gradient is zeroed, and read for its norm; and the
 # kernel that stores the weight reads the gradient, and reads and writes the code
 GRADIENT_BYTES, KERNEL_BYTES = 8, 6
+# kernels of a block for a micro-batch in all directions, and seconds to launch one from Python: assumed
+KERNELS_FUSED, KERNELS_EAGER, LAUNCH_S = 90, 200, 8e-6
+# terms that run beside all others
+BESIDE = ("transfers", "launches")
 # bytes for each dequantised element; without fused kernels by counting, 168 GB for 7B in two directions
 DEQUANTISED_FUSED, DEQUANTISED_EAGER = 3, 168e9 / 6.476e9 / 2
 
@@ -113,8 +117,7 @@ def version_of(config: Config) -> Version:
 def estimate(config: Config, plan: Plan, card: Card, version: Version | None = None) -> Estimate:
     """A planned step on a card. version: default as the config says."""
     version = version or version_of(config)
-    update = update_bytes(config, version.fused)
-    terms = seconds(card, version, config, plan, Assumed(), update)
+    terms = seconds(card, version, config, plan, Assumed(), traced_update(config, version.fused))
     return predict(terms, config.most_windows * config.data.seq_len)
 
 
@@ -128,13 +131,14 @@ class _Traffic(TorchDispatchMode):
 
     def __init__(self, ignored: tuple[Any, ...]) -> None:
         super().__init__()
-        self.ignored, self.bytes = ignored, 0
+        self.ignored, self.bytes, self.operations = ignored, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if func.is_view or func in self.ignored or any(word in str(func) for word in ("empty", "prim.")):
             return result
+        self.operations += 1
         replaced = _tensors_in(args[0] if func in OVERWRITING else kwargs.get("out"))
         read = [t for t in _tensors_in((args, kwargs)) if all(t is not other for other in replaced)]
         self.bytes += sum(t.nbytes for t in (*read, *_tensors_in(result)))
@@ -145,8 +149,16 @@ def _tensors_in(found: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
 
-def update_bytes(config: Config, fused: bool) -> float:
-    """Bytes a parameter that the update of a block reads and writes."""
+@dataclass(frozen=True)
+class Update:
+    """The update of a block: bytes a parameter that it reads and writes, and its operations."""
+
+    bytes: float
+    operations: int
+
+
+def traced_update(config: Config, fused: bool) -> Update:
+    """The update of a block, without running it."""
     model = config.model.model_copy(update={"n_layers": 1, "vocab_size": 2})
     one, rooms = config.model_copy(update={"model": model}), Rooms(torch.device("cpu"))
     optimizer, kept = make_optimizer(one), config.memory
@@ -158,13 +170,14 @@ def update_bytes(config: Config, fused: bool) -> float:
         with _Traffic(PRODUCTS if update_flops(one) else ()) as traffic:
             optimizer.update(unit, grads, 0, 1.0, accepted)
     numel = sum(spec.numel for spec in unit.spec.tensors)
-    return traffic.bytes / numel + GRADIENT_BYTES + (KERNEL_BYTES if fused else 0)
+    moved = traffic.bytes / numel + GRADIENT_BYTES + (KERNEL_BYTES if fused else 0)
+    return Update(moved, traffic.operations)
 
 
 def seconds(
-    card: Card, version: Version, config: Config, plan: Plan, assumed: Assumed, update: float
+    card: Card, version: Version, config: Config, plan: Plan, assumed: Assumed, update: Update
 ) -> dict[str, float]:
-    """Seconds of a step by term. update: bytes a parameter that it reads and writes."""
+    """Seconds of a step by term."""
     model, tokens, passes = config.model, config.most_windows * config.data.seq_len, backward_passes(config)
     flops = flops_per_token(model, config.data.seq_len, plan.choice.band, passes=passes)
     rate = {"bf16": card.bf16 * assumed.bf16 * 1e12, "int8": card.int8 * assumed.int8 * 1e12}
@@ -187,14 +200,17 @@ def seconds(
         dequantised = elements * (DEQUANTISED_FUSED if version.fused else DEQUANTISED_EAGER)
     bandwidth = card.bandwidth * assumed.bandwidth * 1e9
     fetched, stored = step_bytes(config, plan, torch.bfloat16)
+    kernels = KERNELS_FUSED if version.fused else KERNELS_EAGER
+    pieces = math.ceil(config.most_windows / plan.micro_batch)
     return {
         "products": tokens * products,
         "head": tokens * flops["head"] / rate["bf16"],
         "attention": tokens * flops["attention"] / (card.bf16 * assumed.attention * 1e12),
         "memory traffic": (tokens * (layers * (passing + gradients) + logits) + dequantised) / bandwidth,
-        "update": plan.parameters * update / bandwidth,
+        "update": plan.parameters * update.bytes / bandwidth,
         "products of the update": update_flops(config) / rate["bf16"],
         "transfers": max(fetched, stored) / (card.pcie * 1e9),
+        "launches": layers * (pieces * kernels + update.operations) * LAUNCH_S,
     }
 
 
@@ -204,9 +220,9 @@ def _in_bf16(config: Config) -> Config:
 
 def predict(terms: dict[str, float], tokens: int) -> Estimate:
     """Tokens per second, and the largest term."""
-    compute = sum(time for name, time in terms.items() if name != "transfers")
-    step = max(compute, terms["transfers"])
-    limit = "transfers"
-    if compute >= terms["transfers"]:
-        limit = max((name for name in terms if name != "transfers"), key=lambda name: terms[name])
+    compute = sum(time for name, time in terms.items() if name not in BESIDE)
+    limit = max((name for name in BESIDE if name in terms), key=lambda name: terms[name])
+    step = max(compute, terms[limit])
+    if compute >= terms[limit]:
+        limit = max((name for name in terms if name not in BESIDE), key=lambda name: terms[name])
     return Estimate(tokens / step, limit, terms[limit] / step, terms)
