@@ -98,9 +98,9 @@ def test_words_on_memory_and_speed() -> None:
     assert phase and own[phase[1]] == max(own.values())
     terms = {"products": 3.0, "head": 1.0, "update": 0.5, "transfers": 2.0}
     assert explain.speed_in_words(predict(terms, 100), "it") == (
-        "Speed on it: the limit is the products of the blocks. Of a step of 4.5 s: the products of the blocks "
-        "67%, the products of the head 22%, the update 11%. Copies between GPU and host take 2 s beside "
-        "them, which costs nothing."
+        "Speed on it: the limit is the products of the blocks. Of a step of 4.5 s: the products of the "
+        "blocks 67%, the products of the head 22%, the update 11%. Copies between GPU and host take 2 s "
+        "beside them, which costs nothing."
     )
     waiting = explain.speed_in_words(predict(terms | {"transfers": 9.0}, 100), "it")
     assert "the limit is copies between GPU and host, 9 s a step" in waiting
