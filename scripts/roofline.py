@@ -73,8 +73,8 @@ products of an update (Muon): lowres.probe.update_flops, at the rate of BF16 pro
   dequantising blocks: PyTorch's operations 168 GB a step, by counting; fused 6; none with INT8 products
 transfers: lowres.probe.step_bytes of the plan for the memory of the card
 launches, {LAUNCH_S * 1e6:g} microseconds each, assumed; a limit of small models only
-  {KERNELS_FUSED} kernels of a block for a micro-batch in all directions, or {KERNELS_EAGER} operations of PyTorch
-  and the operations of an update
+  {KERNELS_FUSED} kernels of a block for a micro-batch in all directions, or {KERNELS_EAGER} operations of
+  PyTorch, and those of an update
 left out: waits, evaluation, checkpoints
 """.strip()
 
