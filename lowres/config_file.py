@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowres import disk, rates
-from lowres.catalogue import KEYS, RULES
+from lowres.catalogue import KEYS, RULES, hub_name, is_stream
 from lowres.config import (
     RATE_DEFAULTS,
     SCHEDULE_KEYS,
@@ -30,7 +30,6 @@ from lowres.config import (
     name_of_source,
 )
 from lowres.errors import UserError
-from lowres.text import hub_name, is_stream
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:

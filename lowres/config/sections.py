@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, create_model, field_validator, model_validator
 
-from lowres.catalogue import GROWTH, KEYS, RULES, WITHOUT_NORMS
+from lowres.catalogue import CHATS, GROWTH, KEYS, PAIRS, RULES, TEXT, WITHOUT_NORMS, Source
 from lowres.config.base import (
     Batch,
     Count,
@@ -32,8 +32,6 @@ from lowres.config.base import (
     adjustable,
     resumable,
 )
-from lowres.text import Source
-from lowres.text.source import CHATS, PAIRS, TEXT
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
