@@ -31,6 +31,14 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def keys() -> dict[str, list[str]]:
+    """Every `section.key`, with the values that it can have, if they are a fixed list of names."""
+    sections = ((name, model) for name, model in _sections() if "." not in name)
+    return {
+        f"{name}.{key}": choices(info) for name, model in sections for key, info in model.model_fields.items()
+    }
+
+
 def markdown() -> str:
     """The same as tables, plus tables of the optimizers, the number formats and the presets."""
     lines = ["# Reference", "", "Written by `python scripts/write_docs.py` from the code; do not edit.", ""]

@@ -8,6 +8,7 @@ models       import, export
 use          sample, eval
 checkpoints  checkpoint list, verify
 configs      config, and the config that a command was given
+completion   completion, and what a shell asks for with it
 tasks        options for tasks of lm-evaluation-harness
 
 The file of a command is imported when the command runs.
@@ -45,6 +46,7 @@ PRINTING = {
     "checkpoints:run_list",
     "checkpoints:run_verify",
     "configs:run_config",
+    "completion:run_completion",
 }
 
 
@@ -52,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     with terminal.guard() as (out, _), loud():
         parsed = make_parser().parse_args(arguments)
+        if parsed.command is None:
+            parsed.help()
+            return 0
         code = _run(parsed)
     if code == 0 and out.lost is not None and parsed.command in PRINTING:
         if not isinstance(out.lost, BrokenPipeError):
