@@ -24,7 +24,7 @@ from lowres.config_file import (
     with_values,
 )
 from lowres.data import Data, MixedData, record_of_one
-from lowres.errors import UserError
+from lowres.errors import UserError, command
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
 from lowres.text import is_stream
 
@@ -79,7 +79,7 @@ def find_checkpoint(
     if not state.data:
         raise UserError(
             f"--resume: {folder} holds an imported model, which has no data and no optimizer state; start a "
-            f"run from it with --init-from {folder} and another --run DIR"
+            f"run from it: {command('lowres', 'train', 'CONFIG', '--init-from', folder, '--run', 'DIR')}"
         )
     return path, state, damaged
 

@@ -14,10 +14,11 @@ old-1/           what was there before --restart
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from lowres import checkpoint, events, memory
-from lowres.checkpoint import State
+from lowres.checkpoint import CHECKPOINTS, State
 from lowres.config import Config
 from lowres.config_file import load_resolved, parse_config, with_values
 from lowres.data import Tokenizer, find_tokenizer, open_tokenizer
@@ -25,7 +26,7 @@ from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.common import MARKED
 from lowres.engine.zero import ZeroEngine
-from lowres.errors import UserError
+from lowres.errors import UserError, command
 from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
@@ -33,7 +34,7 @@ from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.sealed import Damaged
 
-CONFIG, METRICS, CHECKPOINTS, SUMMARY = "config.toml", "metrics.jsonl", "checkpoints", "summary.json"
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -148,7 +149,9 @@ def newest(folder: Path, only: Path | None = None) -> tuple[Config, Path, State]
         raise UserError(f"{folder} has no checkpoint that can be used: {path} is damaged ({problem}){more}")
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
-    raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
+    raise UserError(
+        f"{folder} has no valid checkpoint yet; go on: {command('lowres', 'train', folder, '--resume')}"
+    )
 
 
 def identities(folder: Path) -> set[str]:
@@ -163,6 +166,18 @@ def config_of(folder: Path, state: State | None) -> Config:
     # what has no value is left to its default, as in a file
     given = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in state.config.items()}
     return parse_config(given, f"{folder}: the config in its checkpoint")[0]
+
+
+def config_in(folder: Path) -> Config:
+    """The config that a run wrote last: config.toml, or if that is lost that of its newest checkpoint."""
+    try:
+        return load_resolved(folder / CONFIG)
+    except UserError:
+        for found in reversed(checkpoint.find(folder / CHECKPOINTS)):
+            with suppress(OSError, Damaged):
+                if (state := checkpoint.load_state(found)).config is not None:
+                    return config_of(folder, state)
+        raise
 
 
 def tokenizer_of(folder: Path, found: Path) -> Path:

@@ -44,7 +44,7 @@ from lowres.data import (
 from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
-from lowres.errors import DoesNotFit, UserError
+from lowres.errors import DoesNotFit, UserError, command
 from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
 from lowres.health import Watch
@@ -241,7 +241,7 @@ def _meet(config: Config, device: torch.device) -> None:
     if ranks.size() > 1 and streams:
         raise UserError(
             f"data.source: {streams[0]} is a stream, and several ranks need a prepared folder; make one with "
-            f"`lowres data prepare {streams[0]} OUT`"
+            f"`{command('lowres', 'data', 'prepare', streams[0], 'OUT')}`"
         )
     if engine == "deepspeed":
         zero.require(config, device)

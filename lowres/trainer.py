@@ -25,14 +25,14 @@ from lowres.data.ahead import ReadAhead
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.data.chat.chat_data import padding_of
 from lowres.engine import StepReport
-from lowres.errors import CheckFailed, DoesNotFit, UserError
+from lowres.errors import CheckFailed, DoesNotFit, UserError, command
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
-from lowres.runs import CHECKPOINTS
+from lowres.runs import CHECKPOINTS, CONFIG
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
@@ -49,7 +49,8 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
     again, and move aside what is there."""
     if resume and not restart and is_finished(config, folder):
         if ranks.is_first():
-            print(f"{folder} is finished; to continue it, raise train.steps")
+            longer = f"{_again(folder)} --set train.steps=N"
+            print(f"{folder} is finished; to train it for longer, up to N steps: {longer}")
         return
     began = time.monotonic()
     profile = RunProfile(profiled if ranks.is_first() else 0, folder)
@@ -57,6 +58,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         profile.require(config.train.total_steps)
     require_folder(folder)
     with ExitStack() as stack:
+        stack.enter_context(_saying_how_to_go_on(folder))
         if ranks.is_first() and (note := stack.enter_context(lock.held(folder)).note):
             say(f"note: {note}")
         run, step = begin(config, folder, resume, restart)
@@ -74,6 +76,22 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
             run.events.say("stopped", loop.what_is_saved(reason), step=loop.step, saved=loop.saved)
             return
         finish(run, time.monotonic() - began)
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Add to an interruption what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        begun = (folder / CONFIG).exists()
+        error.add_note(f"to go on: {_again(folder)}" if begun else "nothing of the run was written")
+        raise
+
+
+def _again(folder: Path) -> str:
+    """The command that continues a run."""
+    return command("lowres", "train" if ranks.size() == 1 else "launch", folder, "--resume")
 
 
 class _Loop:
@@ -287,7 +305,7 @@ class _Loop:
 
     def what_is_saved(self, reason: str) -> str:
         """The last line of a run that was asked to stop."""
-        again = "to go on, repeat the command with --resume"
+        again = f"to go on: {_again(self.run.folder)}"
         if self.saved == self.step:
             return f"stopped by {reason}: step {self.step} is saved; {again}"
         last = f"step {self.saved} is the last that is saved" if self.saved else "nothing is saved"

@@ -7,6 +7,7 @@ saving    saving while training goes on
 """
 
 from lowres.checkpoint.folder import (
+    CHECKPOINTS,
     DAMAGED,
     MANIFEST,
     PREFIX,
@@ -26,7 +27,15 @@ from lowres.checkpoint.folder import (
     verify,
     write,
 )
-from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
+from lowres.checkpoint.kept import (
+    Kept,
+    find,
+    free_bytes,
+    newest_state,
+    newest_valid,
+    require_disk,
+    require_outside,
+)
 from lowres.checkpoint.saving import Saved, Saver
 from lowres.checkpoint.tensors import (
     DTYPES,
@@ -40,6 +49,7 @@ from lowres.checkpoint.tensors import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "DAMAGED",
     "DTYPES",
     "MANIFEST",
@@ -70,6 +80,7 @@ __all__ = [
     "pieces_of",
     "read_header",
     "require_disk",
+    "require_outside",
     "step_folder",
     "step_of",
     "verify",

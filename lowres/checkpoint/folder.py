@@ -31,6 +31,7 @@ from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, checked, parse, seal, unseal
 
 FORMAT = 2
+CHECKPOINTS = "checkpoints"  # in the folder of a run
 MANIFEST, STATE = "manifest.json", "state.json"
 PREFIX, UNFINISHED, DELETED, DAMAGED = "step_", ".unfinished", ".deleted", ".damaged"
 TENSORS = ".safetensors"

@@ -30,10 +30,11 @@ from lowres.errors import UserError, first_line
 from lowres.stopping import Left, loud
 
 LOST = 128 + 13  # as a program that SIGPIPE ends
-# what to do after a Ctrl-C
+# what to do after a Ctrl-C, if the command does not say it itself
 REMEDIES = {
+    "training:run_launch": "; if the run has begun, go on with --resume",
+    "training:run_sweep": "; start it again to go on",
     "data:run_prepare": "; start it again to go on",
-    "use:run_sample": "",
     "models:run_export": "; nothing was written; start it again",
     "models:run_import": "; nothing is left of it; start it again",
 }
@@ -84,8 +85,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            remedy = "; to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted{REMEDIES.get(parsed.command, remedy)}")
+            own = [f"; {note}" for note in getattr(error, "__notes__", [])]
+            _complain(f"interrupted{''.join(own) or REMEDIES.get(parsed.command, '')}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()

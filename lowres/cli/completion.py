@@ -100,7 +100,7 @@ def _words(line: str) -> list[str]:
     """The words of a command line whose last one is not finished, as it is at the cursor."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, ""
-    words = []
+    words: list[str] = []
     try:
         words.extend(lexer)
     except ValueError:  # inside quotes

@@ -53,8 +53,8 @@ def make_parser() -> Parser:
         COMPLETION,
         "completion:run_completion",
         "Print what makes a shell complete commands, options and keys.",
-        epilog='bash: eval "$(lowres completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc, after compinit; '
-        "fish: lowres completion fish > ~/.config/fish/completions/lowres.fish",
+        epilog='bash: eval "$(lowres completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc, '
+        "after compinit; fish: lowres completion fish > ~/.config/fish/completions/lowres.fish",
     )
     sub.add_argument("shell", nargs="?", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     sub.add_argument("--line", help=argparse.SUPPRESS)  # print what may stand at the end of this command line

@@ -18,7 +18,7 @@ import yaml
 from lowres import __version__, disk, events, metrics
 from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
-from lowres.errors import UserError
+from lowres.errors import UserError, command
 from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
@@ -211,13 +211,14 @@ def _spread(values: list[int], count: int) -> list[int]:
 
 
 def _versions(model: TrainedModel, dtype: str) -> list[str]:
+    step = model.state.step
     started = [event for event in events.read(model.run) if event.get("event") == "started"]
     trained = started[-1] if started else {}
     return [
         "## Versions",
         f"Trained with lowres {trained.get('lowres', __version__)} and PyTorch "
         f"{trained.get('torch', torch.__version__)}; exported by lowres {__version__} with "
-        f"`lowres export {model.run.name} ... --dtype {dtype} --checkpoint {model.state.step}`.",
+        f"`{command('lowres', 'export', model.run.name, 'OUT', '--dtype', dtype, '--checkpoint', step)}`.",
     ]
 
 
