@@ -4,8 +4,6 @@ The command line prints the message without a traceback and exits with `exit_cod
 is a bug in lowres and keeps its traceback.
 """
 
-import shlex
-
 
 class UserError(Exception):
     """Bad input: a config key, a file, a device or data that the user can fix."""
@@ -23,11 +21,6 @@ class CheckFailed(UserError):  # noqa: N818
     """A check that the user asked for found something wrong (`checkpoint verify`)."""
 
     exit_code = 1
-
-
-def command(*words: object) -> str:
-    """A command line for the user to repeat, quoted where a shell needs it."""
-    return shlex.join(map(str, words))
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowres.catalogue import EVERYTHING, ONLY_MATRICES, RULES, WEIGHT_FORMATS, WITHOUT_NORMS
-from lowres.config import PRESETS, Config, DataConfig, MixturePart, OneOf, Section
+from lowres.config import PRESET_VOCAB, PRESETS, Config, DataConfig, MixturePart, ModelConfig, OneOf, Section
 
 UPDATED = {ONLY_MATRICES: "matrices", WITHOUT_NORMS: "all but norms and biases", EVERYTHING: "every tensor"}
 
@@ -131,9 +131,14 @@ def _formats() -> Iterator[str]:
 
 
 def _presets() -> Iterator[str]:
-    yield from _table(["`model.preset`", "dim", "ffn_dim", "n_layers", "n_heads"])
+    vocabularies = (PRESET_VOCAB, 4096, 0)
+    heads = [f"M parameters with a vocabulary of {size:,}" for size in vocabularies[:2]]
+    heads.append("without embedding and head")
+    yield from _table(["`model.preset`", "dim", "ffn_dim", "n_layers", "n_heads", *heads])
     for name, shape in PRESETS.items():
-        yield f"| `{name}` | {' | '.join(str(number) for number in shape)} |"
+        model = ModelConfig(preset=name)
+        sizes = [f"{model.parameters(size) / 1e6:,.2f}" for size in vocabularies]
+        yield f"| `{name}` | {' | '.join([*map(str, shape), *sizes])} |"
 
 
 def _table(head: list[str]) -> list[str]:

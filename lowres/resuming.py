@@ -24,9 +24,10 @@ from lowres.config_file import (
     with_values,
 )
 from lowres.data import Data, MixedData, record_of_one
-from lowres.errors import UserError, command
+from lowres.errors import UserError
 from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
 from lowres.text import is_stream
+from lowres.wording import command
 
 # keys that say where the data are; their fingerprints say what they are
 DATA_KEYS = (

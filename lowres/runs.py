@@ -26,13 +26,14 @@ from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
 from lowres.engine import Engine, make_engine
 from lowres.engine.common import MARKED
 from lowres.engine.zero import ZeroEngine
-from lowres.errors import UserError, command
+from lowres.errors import UserError
 from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
 from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.sealed import Damaged
+from lowres.wording import command
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 

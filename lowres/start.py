@@ -44,7 +44,7 @@ from lowres.data import (
 from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
-from lowres.errors import DoesNotFit, UserError, command
+from lowres.errors import DoesNotFit, UserError
 from lowres.events import EVENTS, Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
 from lowres.health import Watch
@@ -63,6 +63,7 @@ from lowres.runs import (
     config_of,
 )
 from lowres.text import is_stream
+from lowres.wording import command, counted
 
 # what --restart moves aside
 HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
@@ -522,15 +523,14 @@ def _announce(run: Run) -> None:
     config, plan = run.config, run.parts.plan
     lr = config.optim.lr or 0
     say(
-        f"{plan.parameters / 1e6:.2f} M parameters on {run.parts.rooms.device.type}: {config.memory.engine} "
+        f"{config.model.size} on {run.parts.rooms.device.type}: {config.memory.engine} "
         f"engine, {config.memory.weights} weights, {config.optim.name}"
     )
     say(
         f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
-        f"({config.batch_sequences} sequences in micro-batches of {plan.micro_batch}), "
+        f"({counted(config.batch_sequences, 'sequence')} in micro-batches of {plan.micro_batch}), "
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
-        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB "
-        "on the host"
+        f"plan {plan.in_words(run.parts.rooms.device)}"
     )
 
 
@@ -566,4 +566,4 @@ def _rehearse(run: Run) -> None:
     finally:
         parts.relora.optimizer.rehearsing = False
     peak = parts.meter.readings()["peak_mem_gib"]
-    say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
+    say(f"rehearsed a step: peak {peak:.2f} GiB{' on the GPU' if parts.rooms.device.type == 'cuda' else ''}")

@@ -13,6 +13,7 @@ from lowres.report import draw_loss
 from lowres.running import Run
 from lowres.runs import METRICS, SUMMARY
 from lowres.sample import Sampling, sample
+from lowres.wording import counted
 
 
 def finish(run: Run, seconds: float) -> None:
@@ -44,7 +45,7 @@ def finish(run: Run, seconds: float) -> None:
     summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
     if text is not None:
         summary["sample"] = text
-        print(f"--- a sample after {run.config.train.total_steps} steps ---\n{text}\n---")
+        print(f"--- a sample after {counted(run.config.train.total_steps, 'step')} ---\n{text}\n---")
     disk.store(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
     run.events.write("finished", step=run.config.train.total_steps)
     try:

@@ -25,7 +25,7 @@ from lowres.data.ahead import ReadAhead
 from lowres.data.batches import IGNORED, inputs_and_targets
 from lowres.data.chat.chat_data import padding_of
 from lowres.engine import StepReport
-from lowres.errors import CheckFailed, DoesNotFit, UserError, command
+from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
@@ -37,6 +37,7 @@ from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
 from lowres.summary import finish
+from lowres.wording import command, counted
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
@@ -258,8 +259,9 @@ class _Loop:
     def why_dead(self, verdict: Verdict, report: StepReport) -> str:
         guess = f" (guessing evenly is {math.log(self.run.config.model.vocab):.3f})"
         level = "" if self.run.is_of_pairs else guess
+        steps = counted(self.run.watch.seen.bad, "bad step")
         return (
-            f"training: the run is dead: {self.run.watch.seen.bad} bad steps in a row (health.patience is "
+            f"training: the run is dead: {steps} in a row (health.patience is "
             f"{self.run.config.health.patience}); step {self.step}: {verdict.bad}; loss {report.loss:.3f}"
             f"{level}, gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
         )

@@ -15,6 +15,7 @@ FLOORS = {
     "rng": 0,
     "rates": 0,
     "marks": 0,
+    "wording": 0,
     "terminal": 0,
     "disk": 1,
     "sealed": 1,

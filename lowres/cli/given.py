@@ -6,7 +6,8 @@ import argparse
 import tomllib
 from pathlib import Path
 
-from lowres.errors import UserError, command
+from lowres.errors import UserError
+from lowres.wording import command
 
 
 def is_run(path: Path) -> bool:

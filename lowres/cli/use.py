@@ -16,6 +16,7 @@ from lowres.errors import UserError
 from lowres.runs import open_run
 from lowres.sample import Sampling, sample
 from lowres.scoring import score_run
+from lowres.wording import counted
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
@@ -97,7 +98,7 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot)
     if found.shortened:
         ranks.say(
-            f"note: {found.shortened:,} requests are longer than the context of the model, which saw their "
-            f"last {found.context:,} tokens"
+            f"note: {counted(found.shortened, 'request is', 'requests are')} longer than the context of the "
+            f"model, which saw their last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())

@@ -22,6 +22,7 @@ from lowres.config.checks import check
 from lowres.config.fill import RATE_DEFAULTS, engine_defaults, fill
 from lowres.config.memory import DeepspeedConfig, MemoryConfig
 from lowres.config.sections import (
+    PRESET_VOCAB,
     PRESETS,
     SCHEDULE_KEYS,
     SHAPE_KEYS,
@@ -41,6 +42,7 @@ from lowres.config.sections import (
 
 __all__ = [
     "PRESETS",
+    "PRESET_VOCAB",
     "RATE_DEFAULTS",
     "SCHEDULE_KEYS",
     "SHAPE_KEYS",

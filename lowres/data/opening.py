@@ -30,12 +30,13 @@ from lowres.data.tokenised import ids_of, open_corpus
 from lowres.data.tokenizer import Tokenizer, open_tokenizer
 from lowres.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from lowres.data.validation import VAL_SOURCE, check_overlap, size_notes
-from lowres.errors import UserError, command
+from lowres.errors import UserError
 from lowres.ranks import say
 from lowres.text import Listing, Source, documents, is_stream, list_files, with_form
 from lowres.text.listing import part_to_evaluate
 from lowres.text.source import TEXT, as_source
 from lowres.text.words import summary
+from lowres.wording import command
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22

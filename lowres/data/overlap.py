@@ -22,6 +22,7 @@ from lowres.text import TRAIN, Marks, Source, numbered_documents
 from lowres.text.documents import places
 from lowres.text.listing import part_to_evaluate
 from lowres.text.source import TEXT
+from lowres.wording import counted
 
 _SINGLE = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
@@ -62,7 +63,7 @@ class Overlap:
         if self.short:
             made.append(f"{share(self.short)} have fewer than {self.ngram} words, so they cannot share any")
         if self.bad_rows:
-            made.append(f"{self.bad_rows:,} rows are no chats or pairs, and were not compared")
+            made.append(f"{counted(self.bad_rows, 'row')} without chats or pairs, which were not compared")
         return made + [f'example: {place}: "{text}"' for place, text in self.examples]
 
 

@@ -17,6 +17,7 @@ from lowres.data.validation import Accepts, Choice, Validation, own_split
 from lowres.text import Marks, Source, is_stream, list_files, numbered_documents
 from lowres.text.documents import Skipped, places
 from lowres.text.source import TRAIN, VALIDATION
+from lowres.wording import counted
 
 LOOKAHEAD_CHARS = 20_000_000
 # a token of ordinary text has 3 to 5
@@ -133,7 +134,7 @@ def _damaged(skipped: Skipped) -> list[str]:
     """What data.damaged = "skip" left out, in a line."""
     if not skipped:
         return []
-    files = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+    files = counted(len(skipped), "file is", "files are")
     first = "; ".join([*skipped.values()][:_EXAMPLES])
     more = f"; and {len(skipped) - _EXAMPLES:,} more" if len(skipped) > _EXAMPLES else ""
     return [f"{files} damaged, and left out from there on: {first}{more}"]

@@ -25,6 +25,7 @@ from lowres.errors import UserError
 from lowres.text import VALIDATION, Source, without_surrogates
 from lowres.text.documents import Skipped, files_of, rows_of
 from lowres.text.source import TEXT
+from lowres.wording import counted
 
 # whether a document is what it should be; its place, for messages
 Accepts = Callable[[str, Callable[[], str]], bool]
@@ -124,7 +125,9 @@ class Choice:
             what = f"{len(chosen):,} {self._form} held out"
             return Validation([*chosen.values()], [*chosen], {}, what, places=places)
         if len(chosen) >= _LEAST_DOCUMENTS and room - left >= _LEAST_FILLED * room:
-            return Validation([*chosen.values()], [*chosen], {}, f"{len(chosen):,} documents held out")
+            return Validation(
+                [*chosen.values()], [*chosen], {}, f"{counted(len(chosen), 'document')} held out"
+            )
         return self._ends.made()
 
 
@@ -204,9 +207,9 @@ def own_split(source: Source, skipped: Skipped, accepts: Accepts | None = None) 
     documents = [document for of_file in kept for document in of_file]
     if not documents:
         return None
-    where = f"{len(files):,} file{'s' if len(files) > 1 else ''}"
+    where = counted(len(files), "file")
     what = f"{len(documents):,} {'documents' if source.form == TEXT else source.form} of the source's own "
-    what += f"validation split ({where})" + (f" without {bad:,} bad rows" if bad else "")
+    what += f"validation split ({where})" + (f" without {counted(bad, 'bad row')}" if bad else "")
     if cut:
         what += f", which is longer: the first {sum(sizes):,} characters are taken, spread over its files"
     hashes, texts, places = (list(column) for column in zip(*documents, strict=True))

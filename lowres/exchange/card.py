@@ -18,13 +18,14 @@ import yaml
 from lowres import __version__, disk, events, metrics
 from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
-from lowres.errors import UserError, command
+from lowres.errors import UserError
 from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
 from lowres.runs import CONFIG, METRICS
 from lowres.text import is_stream
 from lowres.text.source import hub_name
+from lowres.wording import command
 
 README, PICTURE = "README.md", "loss.png"
 _ROWS, _COLUMNS = 10, 60  # of the table of losses; of the curve

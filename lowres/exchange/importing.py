@@ -20,7 +20,7 @@ from lowres.checkpoint import NotFinite, Start, State
 from lowres.config import RATE_DEFAULTS, Config
 from lowres.config_file import overridden, parse_config, rates_of, to_toml, to_values, with_values
 from lowres.data import Tokenizer, open_tokenizer
-from lowres.errors import UserError, command
+from lowres.errors import UserError
 from lowres.events import Events
 from lowres.exchange.stored import (
     StoredModel,
@@ -36,6 +36,7 @@ from lowres.model import count_parameters, storage_kinds, unit_specs
 from lowres.ranks import say
 from lowres.runs import CHECKPOINTS, CONFIG
 from lowres.storage import Unit, field_bytes, weight_fields
+from lowres.wording import command
 
 CONTEXT = 2048  # data.seq_len of a model that is meant for longer sequences
 _SPARE = 1 << 20  # bytes for everything but weights and tokenizer
