@@ -418,7 +418,7 @@ def to_toml(config: Config) -> str:
     lines = []
     for section, keys in to_values(config).items():
         lines.append(f"[{section}]")
-        tables = {key: value for key, value in keys.items() if value and _is_list_of_tables(value)}
+        tables = {key: value for key, value in keys.items() if is_list_of_tables(value)}
         # JSON strings, numbers, booleans and flat lists are TOML too
         lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key not in tables]
         for key, rows in tables.items():
@@ -429,8 +429,9 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _is_list_of_tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+def is_list_of_tables(value: Any) -> bool:
+    """Whether TOML writes a value as [[...]]."""
+    return bool(value) and isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

@@ -30,7 +30,7 @@ FLOORS = {
     "rules": 3,
     "config": 4,
     "config_file": 5,
-    "reference": 5,
+    "reference": 6,
     "model": 5,
     "optim": 5,
     "objective": 5,

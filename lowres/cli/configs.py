@@ -8,7 +8,8 @@ import json
 from lowres import ranks
 from lowres.cli.given import require_config
 from lowres.config import Config
-from lowres.config_file import load_config, to_toml
+from lowres.config_file import load_config
+from lowres.reference import commented
 
 
 def load(parsed: argparse.Namespace) -> Config:
@@ -23,4 +24,4 @@ def load(parsed: argparse.Namespace) -> Config:
 
 
 def run_config(parsed: argparse.Namespace) -> None:
-    print(to_toml(load(parsed) if parsed.config else Config()), end="")
+    print(commented(load(parsed) if parsed.config else Config()), end="")

@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         commands,
         "config",
         "configs:run_config",
-        "Print a resolved config, or the defaults without CONFIG.",
+        "Print a config with the documentation of every key, or the defaults without CONFIG.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.tell_more = _all_keys
