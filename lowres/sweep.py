@@ -38,7 +38,13 @@ SWEEP, LOG, TASKS = "sweep.json", "train.log", "tasks.json"
 # keys whose values are columns of every table
 SHOWN_ANYWAY = ("optim.lr", "optim.lr_over_batch")
 # keys that may change when a run is resumed, but not if its loss is compared with other runs
-COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps", "data.mixture")
+COMPARED = (
+    "train.tokens",
+    "train.batch_tokens",
+    "schedule.cooldown_steps",
+    "schedule.decay_steps",
+    "data.mixture",
+)
 
 
 def parse_grid(grids: list[str]) -> dict[str, list[Any]]:

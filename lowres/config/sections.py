@@ -509,17 +509,20 @@ class ScheduleConfig(Section):
     """cosine, linear: decays to min_ratio. sawtooth: as cosine, but every cycle starts with a new warm-up.
     wsd: constant, then a linear cooldown."""
     warmup_steps: Count | None = None
-    """Steps of linear learning-rate warm-up; at most a tenth of the run, which is the default."""
+    """Steps of linear learning-rate warm-up; at most a tenth of decay_steps, which is the default."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The same as a fraction of the run, without a limit."""
+    """The same as a fraction of decay_steps; at least one step is at the peak."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Lowest learning rate of the decay, as a fraction of the peak."""
+    decay_steps: Positive | None = adjustable(None)
+    """Steps at whose end the rate is lowest; it stays there. Default: the whole run. A run that is resumed to
+    train for longer keeps the end that it had, see docs/resuming.md. Not for constant."""
     cycle_steps: Positive = 1000
     """sawtooth: steps in a cycle."""
     rewarmup_steps: Positive = 50
     """sawtooth: steps of warm-up at the start of a cycle."""
     cooldown_steps: Count | None = resumable(None)
-    """wsd: steps of the final cooldown; default a fifth of the run."""
+    """wsd: steps of the final cooldown; default a fifth of decay_steps."""
 
 
 class ReloraConfig(Section):
