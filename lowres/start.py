@@ -67,6 +67,8 @@ from lowres.wording import command, counted
 
 # what --restart moves aside
 HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+# passes over a text that are nearly as good as new text
+WORTHWHILE = 4
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -179,6 +181,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         notes += _on_the_mixture(config, data, state)
     elif isinstance(data, ChatData):
         notes += _on_the_chats(config, data)
+    notes += _on_the_passes(config, data, state)
     notes += of_length + use_kernels(config, device)
     plans = _check_room(config, device, folder)
     if origin is not None:
@@ -348,6 +351,24 @@ def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> lis
             at = step + (sequence - start) // batch
             notes.append(f"data.mixture.{name}: is used up after step {at}; the others take its place")
     return notes
+
+
+def _on_the_passes(config: Config, data: Data, state: State | None) -> list[str]:
+    """A note on how often a run reads its data, if that is more than once."""
+    length, step = data.length(), state.step if state else 0
+    if length is None:
+        return []
+    used = sequences_before(state, config) if state else 0
+    passes = (used + (config.train.total_steps - step) * config.batch_sequences) / length
+    if passes <= 1:
+        return []
+    note = f"the run reads its {data.train_tokens:,} training tokens {passes:,.3g} times"
+    if passes > WORTHWHILE:
+        note += (
+            f"; after about {WORTHWHILE} times a text teaches little more (arXiv 2305.16264): give more "
+            f"text, or set train.epochs={WORTHWHILE}"
+        )
+    return [note]
 
 
 def _on_the_chats(config: Config, data: ChatData) -> list[str]:

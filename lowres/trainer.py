@@ -16,8 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lowres import checkpoint, disk, lock, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
@@ -29,6 +27,7 @@ from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
+from lowres.progress import Progress
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
@@ -115,7 +114,7 @@ class _Loop:
         self.profile = profile
         self.ahead = self._ahead()
         silent = not (run.config.log.progress and ranks.is_first())
-        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=True if silent else None)
+        self.progress = Progress(self.total, step, silent)
 
     def go(self) -> str:
         """Train to the end, or until something asks to stop; returns what that was, or ""."""
@@ -155,8 +154,7 @@ class _Loop:
             record = _record(run, self.step, schedule, report, seconds, batch)
             run.log.write(record)
             run.require_folder()
-            self.bar.update()
-            self.bar.set_postfix_str(_progress_text(record))
+            self.progress.update(self.step, _progress_text(record, run.epochs_at(self.step)))
             if "merge_cosine" in record:
                 say(f"step {self.step}: {_merge_text(record)}")
             if text := self.profile.report():
@@ -298,8 +296,7 @@ class _Loop:
         run.log.close()
         run.open_log(state)
         self.ahead = self._ahead()
-        self.bar.n = self.step
-        self.bar.refresh()
+        self.progress.go_back(self.step)
         text = f"went back to step {self.step}; the batch of step {at + 1} is passed over"
         run.events.say("rolled back", text, step=self.step, passed=at + 1, reason=spike)
 
@@ -314,12 +311,12 @@ class _Loop:
         return f"stopped by {reason}: the numbers of step {self.step} were wrong, so {last}; {again}"
 
     def close(self) -> None:
-        self.bar.close()
+        self.progress.close()
 
     def leave(self, error: UserError | OSError) -> None:
         """End because of an error, and save first what would be lost."""
         run = self.run
-        self.bar.close()
+        self.progress.close()
         if isinstance(error, OSError):
             error = UserError(f"{error}; {disk.remedy(error)}")
         note = ""
@@ -402,9 +399,12 @@ def _record(
     }
 
 
-def _progress_text(record: dict[str, Any]) -> str:
+def _progress_text(record: dict[str, Any], epochs: float | None) -> str:
+    """epochs: passes over the data so far, where their length is known."""
     cycle = f"cycle {record['cycle']}, " if "cycle" in record else ""
-    return f"{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {record['tokens_per_s']:,.0f} tokens/s"
+    epoch = "" if epochs is None else f"epoch {epochs:.2f}, "
+    speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+    return f"{epoch}{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed}"
 
 
 def _mixture_text(record: dict[str, float]) -> str:
