@@ -35,8 +35,9 @@ def prepare_cuda() -> None:
         os.environ[SETTINGS[0]] = f"expandable_segments:True{exact}"
     # A kernel may split a long sum, and by default adds the parts in bf16 if the result is bf16. That would
     # affect activations, the gradients of adapters' inputs, and weight gradients that PyTorch computes
-    # (autograd and deepspeed engines). Layer-major weight gradients are fp32 products.
+    # (autograd and deepspeed engines). Layer-major weight gradients are fp32 products. Of fp16 are Muon's.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def lacks_bf16() -> bool:

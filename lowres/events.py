@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from lowres import __version__, disk, ranks
-
-EVENTS = "events.jsonl"
+from lowres.records import EVENTS
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

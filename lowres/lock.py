@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from lowres.disk import DiskError, what_failed
+from lowres.disk import DiskError, read_whole, what_failed
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, checked, parse
 from lowres.terminal import clean
@@ -67,6 +67,15 @@ def held(folder: Path, what: str = "in use", name: str = LOCK) -> Iterator[Held]
         with contextlib.suppress(OSError):  # something is in it
             for each in reversed(made):
                 each.rmdir()
+
+
+def holder(folder: Path, name: str = LOCK) -> Holder | None:
+    """Who has a folder, as far as the lock's file says; a killed process leaves it behind. It touches no
+    lock."""
+    try:
+        return checked(parse(read_whole(folder / name, follow=False, limit=4096)), Holder)
+    except (OSError, Damaged):
+        return None
 
 
 def _take(path: Path, made: list[Path], what: str) -> tuple[int | None, str | None]:

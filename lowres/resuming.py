@@ -26,7 +26,8 @@ from lowres.config_file import (
 from lowres.data import Data, MixedData, record_of_one
 from lowres.errors import UserError
 from lowres.optim.schedule import factor
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, SUMMARY, config_of, identities
+from lowres.records import CHECKPOINTS, CONFIG, METRICS, SUMMARY
+from lowres.runs import config_of, identities
 from lowres.text import is_stream
 from lowres.wording import command
 

@@ -7,6 +7,7 @@ the checkpoint at the end of the warm start.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -24,19 +25,25 @@ from lowres.baseline import Baseline
 from lowres.checkpoint import Best, Kept, Mixture, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
 from lowres.config_file import to_toml, to_values
+from lowres.conversation import Conversation
 from lowres.data import ChatData, Data, MixedData
+from lowres.data.chat import open_template
 from lowres.engine import Engine
 from lowres.errors import CheckFailed
 from lowres.evaluate import evaluate_pairs, evaluate_parts
 from lowres.events import Events
 from lowres.health import Watch
 from lowres.meter import Meter
-from lowres.metrics import MetricsLog
+from lowres.metrics import MetricsLog, Record
 from lowres.objective import Pairs, Preference, make_objective
+from lowres.records import CHECKPOINTS, CONFIG, METRICS, PLAN, SAMPLES
 from lowres.relora import Relora, start_adapters, tensors_before
 from lowres.rooms import Rooms
 from lowres.rules.base import UPDATE_NORM
-from lowres.runs import CHECKPOINTS, CONFIG, METRICS, starts_of, training_engine
+from lowres.runs import starts_of, training_engine
+from lowres.sample import Sampling, samples
+from lowres.samples import SampleLog
+from lowres.trackers import Opening, Trackers
 
 # host memory that stays free beside a snapshot
 SPARE = 2 << 30
@@ -84,14 +91,19 @@ class Run:
     events: Events
     identity: str  # see State
     kept: Kept
+    facts: dict[str, Any] = field(default_factory=dict)  # for plan.json, see `lowres.speed.facts`
     baseline: Baseline | None = None  # of pairs, if the objective has a reference
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
+    trackers: Trackers = field(init=False)
+    samples: SampleLog | None = field(default=None, init=False)  # if there are any
     _folder: int | None = None  # an open handle of the folder, which tells if it was moved
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.kept, self._has_room, again=ranks.size() == 1)
+        asked = self.config.log.all_trackers if ranks.is_first() else []
+        self.trackers = Trackers(asked, lambda text: self.events.say("note", text))
 
     def sequences_at(self, step: int) -> int:
         """Sequences trained on in the first `step` steps, for any step since the batch last changed."""
@@ -152,6 +164,17 @@ class Run:
         engine, relora = training_engine(config, plan, rooms, adapted, starts)
         engine.reserve(config.most_windows, config.data.seq_len, training=True)
         self.parts = Parts(plan, rooms, engine, relora, Meter(rooms), adapted)
+        self._tell_plan()
+
+    def _tell_plan(self) -> None:
+        """Write the plan, and what is allocated, for those who look at the run; the run needs neither."""
+        if not ranks.is_first():
+            return
+        held = self.parts.rooms.held()
+        slabs = [{"name": name, "room": room, "bytes": size} for (name, room), size in held.items()]
+        content = self.facts | self.parts.plan.as_dict() | {"adapted": self.parts.adapted, "held": slabs}
+        with suppress(OSError):
+            disk.write_whole(self.folder / PLAN, json.dumps(content, indent=1).encode())
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint into place."""
@@ -173,9 +196,48 @@ class Run:
         """Continue the metrics from a checkpoint, or begin them."""
         step, found = (state.step, state) if state else (-1, None)
         pending, digest = (found.pending, found.metrics) if found else ([], None)
-        self.log = MetricsLog(self.folder / METRICS, step, pending, digest)
-        for note in self.log.notes:
+        of_samples = [record for record in pending if SampleLog.is_record(record)]
+        pending = [record for record in pending if record not in of_samples]
+        self.log, notes = MetricsLog(self.folder / METRICS, step, pending, digest), list[str]()
+        if self.config.log.sample_tokens or of_samples or (self.folder / SAMPLES).exists():
+            self.samples = SampleLog(self.folder / SAMPLES, step, of_samples)
+            notes = self.samples.notes
+        for note in self.log.notes + notes:
             self.events.say("note", f"note: {note}")
+        run, project = self.config.run, self.config.log.project
+        values = to_values(self.config)
+        opening = Opening(self.folder, run.name, self.identity, project, step, again=False, config=values)
+        self.trackers.begin(opening, self.log.before)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write a record of the metrics. Raises DiskError."""
+        self.log.write(record)
+        self.trackers.write(record)
+
+    def close_logs(self) -> None:
+        self.log.close()
+        if self.samples is not None:
+            self.samples.close()
+
+    def sync_logs(self) -> None:
+        """Wait until the disk has all records. Raises DiskError."""
+        self.log.sync()
+        if self.samples is not None:
+            self.samples.sync()
+
+    def sample(self, step: int, tokens: int) -> list[Record]:
+        """Samples of all prompts with the present weights, of so many tokens at most."""
+        config, engine, tokenizer = self.config, self.parts.engine, self.data.tokenizer
+        prompts = config.log.sample_prompts
+        how = Sampling(tokens, config.data.seq_len, seed=config.run.seed)
+        if config.objective.name != "pretrain":
+            template = open_template(config.data.chat_template, tokenizer)
+            texts = [Conversation(engine, tokenizer, template, how).answer(prompt) for prompt in prompts]
+        else:
+            given = prompts if tokenizer.has_text else [""] * len(prompts)
+            # one seed for all would give similar texts, as the same random numbers choose their tokens
+            texts = samples(engine, tokenizer, given, how, [how.seed + i for i in range(len(prompts))])
+        return [{"step": step, "prompt": p, "text": text} for p, text in zip(prompts, texts, strict=True)]
 
     # saving
 
@@ -197,7 +259,7 @@ class Run:
             run=self.identity,
             baseline=None if self.baseline is None else self.baseline.key,
             metrics=self.log.digest if self.log.last == step else None,
-            pending=self.log.pending,
+            pending=self.log.pending + (self.samples.pending if self.samples else []),
         )
 
     def _mixture(self, step: int) -> Mixture | None:
@@ -294,7 +356,8 @@ class Run:
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
-        self.log.close()
+        self.close_logs()
+        self.trackers.close()
 
     def require_folder(self) -> None:
         """Raise DiskError if the folder was deleted or moved."""
@@ -318,8 +381,9 @@ class Run:
                 disk.write_whole(place / CONFIG, to_toml(self.config).encode())
                 for name, content in self._tokenizer().items():
                     disk.write_whole(place / name, content)
-                if (self.folder / METRICS).exists() and not (place / METRICS).exists():
-                    shutil.copyfile(self.folder / METRICS, place / METRICS)
+                for name in (METRICS, SAMPLES):
+                    if (self.folder / name).exists() and not (place / name).exists():
+                        shutil.copyfile(self.folder / name, place / name)
                 return place
             except (OSError, NotFinite):
                 continue

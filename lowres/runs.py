@@ -4,38 +4,45 @@ config.toml      the resolved config
 tokenizer.model  a copy, so that the folder can be moved and still be used for sampling and evaluation; or
                  tokenizer.json, or vocabulary.json
 metrics.jsonl    see lowres.metrics
+samples.jsonl    see lowres.samples; if there are samples
 events.jsonl     see lowres.events
+plan.json        the memory plan of this part of the run, what is allocated, and lowres.speed.facts
 checkpoints/     see lowres.checkpoint; each also has the config and the tokenizer
 summary.json     final values, written last: it exists only if the run is finished
 loss.png         if matplotlib is installed
 run.lock         see lowres.lock
+trackers.json    with the folders tensorboard and wandb, if they were asked for; see lowres.trackers
+report.html      see lowres.report, if it was asked for
 old-1/           what was there before --restart
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lowres import checkpoint, events, memory
-from lowres.checkpoint import CHECKPOINTS, State
+from lowres.checkpoint import State
 from lowres.config import Config
 from lowres.config_file import load_resolved, parse_config, with_values
 from lowres.data import Tokenizer, find_tokenizer, open_tokenizer
 from lowres.device import lacks_bf16, pick_device, prepare_cuda, use_kernels
-from lowres.engine import Engine, make_engine
+from lowres.engine import Engine, LayerwiseEngine, make_engine
 from lowres.engine.common import MARKED
 from lowres.engine.zero import ZeroEngine
 from lowres.errors import UserError
 from lowres.model import Starts, Units, empty_units, starting_with
 from lowres.optim import Optimizer, make_optimizer
 from lowres.ranks import say
+from lowres.records import CHECKPOINTS, CONFIG
 from lowres.relora import Relora
 from lowres.rooms import Rooms
+from lowres.sample import Generation, Part, Sampling, parts, reader_for
 from lowres.sealed import Damaged
 from lowres.wording import command
-
-CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -86,29 +93,106 @@ def training_engine(
     return engine_of(config, units, relora, plan, rooms, starts), relora
 
 
-def open_run(
-    folder: str | Path, device: str | None = None, packed: bool = True
-) -> tuple[Config, Engine, Tokenizer]:
-    """A trained model for sampling and evaluation: the weights of the newest valid checkpoint, no optimizer.
-    The weights of a deepspeed run are ordinary ones too, and the layerwise engine uses them. packed: whether
-    a sequence may hold several documents, which data.document_mask then keeps apart."""
+class OpenRun(NamedTuple):
+    """A trained model in use. config: of its run. engine: computes with its weights, see
+    `lowres.engine.Engine` for `logits`, `reader`, `evaluate` and `log_probabilities`. tokenizer: text as ids,
+    and back."""
+
+    config: Config
+    engine: LayerwiseEngine
+    tokenizer: Tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        tokens: int = 200,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 50,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[Part]:
+        """What follows the prompts, part by part as it is written:
+
+            for part in open_run("runs/mine").generate("def ", stop=["\n\n"]):
+                print(part.text, end="", flush=True)
+
+        Each prompt is continued as it would be alone. As many as there is memory for go on together, see
+        `open_run`. tokens: at most so many of each; the model sees the last data.seq_len at most, see
+        `lowres.sample.tokens`. temperature, top_k, seed: see `Sampling`. stop: strings that end a text and
+        are not part of it. Raises UserError, or DoesNotFit.
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids = [self.tokenizer.prompt(prompt) for prompt in asked]
+        how = Sampling(tokens, self.config.data.seq_len, temperature, top_k, seed)
+        together = self.engine.settings.texts
+        for start in range(0, len(ids), together):
+            for part in self._generated(ids[start : start + together], how, stop):
+                yield replace(part, prompt=start + part.prompt)
+
+    def _generated(self, ids: Sequence[list[int]], how: Sampling, stop: Sequence[str]) -> Iterator[Part]:
+        streams = [self.tokenizer.stream() for _ in ids]
+        for stream, own in zip(streams, ids, strict=True):
+            stream.begin(own)
+        reader, tokenizer = reader_for(self.engine, ids, how), self.tokenizer
+        generation = Generation(reader, ids, how, tokenizer.vocab_size, {tokenizer.end_id})
+        return parts(generation, streams, stop)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model on the disk. config: of its run, as it is used here. load: gives its weights to an
+    engine."""
+
+    config: Config
+    tokenizer: Tokenizer
+    adapted: bool
+    load: Callable[[Engine], None]
+
+    def open(self, texts: int = 1, length: int | None = None, evaluates: bool = True) -> OpenRun:
+        """Plan its use, and read its weights. texts, length, evaluates: see `memory.plan_use`. Raises
+        DoesNotFit if there is no way to sample."""
+        config, device = self.config, pick_device(self.config)
+        for note in use_kernels(config, device):
+            say(f"note: {note}")
+        rooms = Rooms(device)
+        plan = memory.plan_use(config, device, self.adapted, texts, length, evaluates)
+        if not evaluates:
+            memory.require_fit(plan)
+        units = make_units(config, plan, rooms, self.adapted)
+        engine = engine_of(config, units, None, plan, rooms, starts_of(config, self.tokenizer))
+        assert isinstance(engine, LayerwiseEngine)
+        self.load(engine)
+        return OpenRun(config, engine, self.tokenizer)
+
+
+def open_run(folder: str | Path, device: str | None = None, packed: bool = True, texts: int = 1) -> OpenRun:
+    """A trained model for sampling and evaluation: the weights of the newest valid checkpoint of a run, or of
+    the checkpoint that is given, no optimizer. Whichever engine has trained it, the layer-major one uses it.
+
+    device: instead of run.device. packed: whether a sequence may hold several documents, which
+    data.document_mask then keeps apart. texts: as many as `generate` shall continue together, if there is
+    memory for their keys and values. Raises UserError.
+    """
+    return find_run(folder, device, packed).open(texts)
+
+
+def find_run(folder: str | Path, device: str | None = None, packed: bool = True) -> Trained:
+    """The model that `open_run` opens."""
     prepare_cuda()
-    folder = Path(folder)
-    config, found, state = newest(folder)
+    folder, only = Path(folder), None
+    if (folder / checkpoint.MANIFEST).exists():
+        folder, only = folder.absolute().parent.parent, folder
+    config, found, state = newest(folder, only)
     if device:
         config = with_values(config, "run", device=device)
-    config = _for_use(config)
+    config = as_used(config)
     if not packed:
         config = with_values(config, "data", document_mask=False)
-    for note in use_kernels(config, pick_device(config)):
-        say(f"note: {note}")
-    rooms, adapted = Rooms(pick_device(config)), config.relora.stored_at(state.step)
-    plan = memory.make_plan(config, rooms.device, on_this_machine=True, adapted=adapted)
-    units = make_units(config, plan, rooms, adapted)
     tokenizer = open_tokenizer(tokenizer_of(folder, found), form="own")
-    engine = engine_of(config, units, None, plan, rooms, starts_of(config, tokenizer))
-    load_weights(engine, found)
-    return config, engine, tokenizer
+    return Trained(
+        config, tokenizer, config.relora.stored_at(state.step), lambda engine: load_weights(engine, found)
+    )
 
 
 def load_weights(engine: Engine, found: Path) -> None:
@@ -117,9 +201,9 @@ def load_weights(engine: Engine, found: Path) -> None:
         checkpoint.load_unit(found, unit.spec.name, unit.weight_tensors(), all_used=False)
 
 
-def _for_use(config: Config) -> Config:
+def as_used(config: Config) -> Config:
     """The config of a trained run, changed for the device on which it is used."""
-    changes = {"engine": "layerwise"} if config.memory.engine == "deepspeed" else {}
+    changes = {"engine": "layerwise"} if config.memory.engine != "layerwise" else {}
     if config.run.device != "cpu" and lacks_bf16():
         changes["compute"] = "fp32"
     return with_values(config, "memory", **changes)
@@ -148,6 +232,10 @@ def newest(folder: Path, only: Path | None = None) -> tuple[Config, Path, State]
         path, problem = damaged[0]
         more = f", and {len(damaged) - 1} more" if damaged[1:] else ""
         raise UserError(f"{folder} has no checkpoint that can be used: {path} is damaged ({problem}){more}")
+    if (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} is a Hugging Face folder; make a run of it with `lowres import {folder} RUN`"
+        )
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
     raise UserError(

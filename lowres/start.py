@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowres import baseline, checkpoint, disk, memory, ranks
+from lowres import baseline, checkpoint, disk, memory, ranks, trackers
 from lowres.baseline import BASELINE
 from lowres.checkpoint import Kept, State
 from lowres.config import Config, DataConfig
@@ -45,28 +45,41 @@ from lowres.data.batches import BEGINS
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
-from lowres.events import EVENTS, Events
+from lowres.events import Events
 from lowres.exchange import StoredModel, initialize_from, open_model, require_ids, with_model_of
 from lowres.health import Watch
 from lowres.model import initialize
 from lowres.objective import Pairs, has_reference
 from lowres.probe.fastest import choose
 from lowres.ranks import say
+from lowres.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, SAMPLES, SUMMARY
 from lowres.resuming import continued, find_checkpoint, sequences_before
 from lowres.rooms import is_out_of_memory
 from lowres.running import Run
-from lowres.runs import (
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    config_of,
-)
+from lowres.runs import config_of
+from lowres.speed import facts
 from lowres.text import is_stream
+from lowres.trackers import TRACKERS
+from lowres.trackers.steps import KNOWN
 from lowres.wording import command, counted
 
 # what --restart moves aside
-HISTORY = (CONFIG, *FILE_NAMES, BASELINE, METRICS, EVENTS, CHECKPOINTS, SUMMARY, "loss.png", "profile")
+HISTORY = (
+    *(
+        CONFIG,
+        *FILE_NAMES,
+        BASELINE,
+        METRICS,
+        EVENTS,
+        PLAN,
+        SAMPLES,
+        CHECKPOINTS,
+        SUMMARY,
+        "loss.png",
+        "profile",
+    ),
+    *(KNOWN, *(kind.left for kind in TRACKERS.values() if kind.left)),
+)
 # passes over a text that are nearly as good as new text
 WORTHWHILE = 4
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
@@ -144,6 +157,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     resume: continue from the newest valid checkpoint. restart: begin again, and move aside what is there.
     """
     device = pick_device(config)
+    trackers.require(config.log.all_trackers)
     _meet(config, device)
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
@@ -481,6 +495,7 @@ def _build(start: Start, log: Events) -> Run:
             good={state.step} if state else set(),
             best_step=best.step if best else None,
         ),
+        facts=facts(config, start.device),
     )
     run.build(start.device, config.relora.stored_at(start.step))
     key = state.baseline if state else None
@@ -576,6 +591,9 @@ def _rehearse(run: Run) -> None:
             parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
+        if texts := len(config.log.sample_prompts) * bool(config.log.sample_tokens):
+            reader = parts.engine.reader(texts, config.data.seq_len)
+            reader.logits(dict.fromkeys(range(texts), batch[0, 1:].tolist()))
         run.rehearse_save()
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""What a finished run leaves: a summary, the loss curve, and a sample for the user."""
+"""What a finished run leaves: a summary, the loss curve, and its last samples for the user."""
 
 from __future__ import annotations
 
@@ -7,28 +7,20 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lowres import __version__, disk, metrics, ranks
+from lowres import __version__, disk, metrics, ranks, samples
 from lowres.errors import first_line
-from lowres.report import draw_loss
+from lowres.plots import draw_loss
+from lowres.records import METRICS, SAMPLES, SUMMARY
 from lowres.running import Run
-from lowres.runs import METRICS, SUMMARY
-from lowres.sample import Sampling, sample
 from lowres.wording import counted
 
 
 def finish(run: Run, seconds: float) -> None:
-    """Write the summary and the loss curve; print a sample."""
-    asked, text = run.config.log, None
-    if asked.sample_tokens:
-        text = sample(
-            run.parts.engine,
-            run.data.tokenizer,
-            asked.sample_prompt if run.data.tokenizer.has_text else "",
-            Sampling(asked.sample_tokens, run.config.data.seq_len, seed=run.config.run.seed),
-        )
+    """Write the summary and the loss curve; print the last samples."""
     if not ranks.is_first():
         return
     total = run.config.train.total_steps
+    texts = [one["text"] for one in samples.read(run.folder / SAMPLES) if one["step"] == total]
     summary: dict[str, Any] = {}
     first, last = None, None
     for record in metrics.read(run.folder / METRICS):
@@ -50,11 +42,12 @@ def finish(run: Run, seconds: float) -> None:
         "wall_seconds": seconds,
         "versions": _versions(),
     }
-    if text is not None:
-        summary["sample"] = text
-        print(f"--- a sample after {counted(run.config.train.total_steps, 'step')} ---\n{text}\n---")
+    if texts:
+        summary["sample"] = texts[0]
+        told = "\n---\n".join(texts)
+        print(f"--- a sample after {counted(total, 'step')} ---\n{told}\n---")
     disk.store(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
-    run.events.write("finished", step=run.config.train.total_steps)
+    run.events.write("finished", step=total)
     try:
         picture = draw_loss(run.folder)
     except Exception as error:  # the run is finished, and a picture is only that

@@ -31,7 +31,7 @@ from lowres.config_file import (
     with_places,
 )
 from lowres.errors import CheckFailed, UserError
-from lowres.report import draw_sweep
+from lowres.plots import draw_sweep
 from lowres.stopping import Stopper
 
 SWEEP, LOG, TASKS = "sweep.json", "train.log", "tasks.json"

@@ -42,6 +42,8 @@ from lowres.wording import command, counted
 MOST_ROLLBACKS = 3
 # parts of a mixture that are printed with an evaluation
 MOST_IN_A_LINE = 6
+# characters of a sample in a line
+MOST_OF_A_SAMPLE = 100
 
 
 def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart: bool = False) -> None:
@@ -106,6 +108,7 @@ class _Loop:
         self.saved = step
         self.saved_at = time.monotonic()
         self.longest, self.longest_save = 0.0, 0.0  # seconds
+        self.began = time.monotonic() - run.log.wall_s
         try:
             profile.require(self.total - step)
         except UserError as error:  # the run has begun, so it goes on
@@ -124,11 +127,13 @@ class _Loop:
                 self.stopper.reason(self.longest + self.longest_save) if self.step > self.resumed_at else ""
             )
 
-            # ---- once in a while: evaluate, checkpoint (a resumed run did both before it stopped)
-            if self.step == 0 or self.step > self.resumed_at:
-                scores = self.evaluate() if _due(self.step, config.train.eval_every, total) else {}
-                if self.step and (self.should_save(scores) or reason):
-                    self.save(scores.get("val_loss"))
+            # ---- once in a while: evaluate, sample, checkpoint (a resumed run did so before it stopped)
+            fresh = self.step == 0 or self.step > self.resumed_at
+            scores = self.evaluate() if fresh and _due(self.step, config.train.eval_every, total) else {}
+            if self.is_sampled():
+                self.sample()
+            if fresh and self.step and (self.should_save(scores) or reason):
+                self.save(scores.get("val_loss"))
             run.look_after_saves(wait=bool(reason) or self.step >= total)
             if reason and self.step < total:
                 self.close()
@@ -151,8 +156,9 @@ class _Loop:
             self.step += 1
 
             # ---- log
-            record = _record(run, self.step, schedule, report, seconds, batch)
-            run.log.write(record)
+            wall = time.monotonic() - self.began
+            record = _record(run, self.step, schedule, report, seconds, wall, batch)
+            run.record(record)
             run.require_folder()
             self.progress.update(self.step, _progress_text(record, run.epochs_at(self.step)))
             if "merge_cosine" in record:
@@ -205,8 +211,26 @@ class _Loop:
             scores = run.evaluate()
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
-        run.log.write({"step": self.step, **scores, **mixed})
+        run.record({"step": self.step, **scores, **mixed})
         return scores
+
+    def is_sampled(self) -> bool:
+        """Whether samples are due after this step, and not there."""
+        config, log = self.run.config, self.run.samples
+        due = self.step == self.total or _due(self.step, config.train.sample_every, self.total)
+        if log is None or not (due and config.log.sample_tokens):
+            return False
+        (there,) = ranks.total(log.newest == self.step)
+        return not there
+
+    def sample(self) -> None:
+        run = self.run
+        with self.enough_memory("the samples"):
+            found = run.sample(self.step, run.config.log.sample_tokens)
+        if run.samples is not None:
+            run.samples.write(*found)
+        if self.step < self.total:  # the last ones are printed with the summary
+            say(f"step {self.step}: wrote {_shortened(found[0]['text'])}")
 
     def should_save(self, scores: dict[str, float]) -> bool:
         """Whether a checkpoint is due after this step. While the numbers are wrong, none is."""
@@ -231,7 +255,7 @@ class _Loop:
         if step == self.saved:
             return
         before = time.monotonic()
-        run.log.sync()
+        run.sync_logs()
         if val_loss is not None and val_loss < (run.best.val_loss if run.best else math.inf):
             run.best, run.kept.best_step = Best(step=step, val_loss=val_loss), step
         run.save(step, val_loss)
@@ -293,7 +317,7 @@ class _Loop:
         self.in_step = False
         run.watch.go_back(state.watch)
         self.step = self.resumed_at = self.saved = self.good = state.step
-        run.log.close()
+        run.close_logs()
         run.open_log(state)
         self.ahead = self._ahead()
         self.progress.go_back(self.step)
@@ -372,7 +396,7 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _record(
-    run: Run, step: int, schedule: float, report: StepReport, seconds: float, batch: Batch
+    run: Run, step: int, schedule: float, report: StepReport, seconds: float, wall: float, batch: Batch
 ) -> dict[str, Any]:
     """The metrics of the step that has just been done; `step` counts it."""
     config = run.config
@@ -391,10 +415,12 @@ def _record(
         "lr_over_batch": lr / config.batch_sequences,
         "grad_norm": report.grad_norm,
         "tokens_per_s": tokens / seconds,
+        "wall_s": round(wall, 3),
         **run.parts.meter.readings(),
         "skipped": report.skipped,
         **packing,
         **report.readings,
+        **run.parts.relora.optimizer.readings(step),
         **(run.parts.relora.readings(step) if config.relora.enabled else {}),
     }
 
@@ -405,6 +431,12 @@ def _progress_text(record: dict[str, Any], epochs: float | None) -> str:
     epoch = "" if epochs is None else f"epoch {epochs:.2f}, "
     speed = f"{record['tokens_per_s']:,.0f} tokens/s"
     return f"{epoch}{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed}"
+
+
+def _shortened(text: str) -> str:
+    """A text in one line, as far as it fits."""
+    shown = repr(text)
+    return shown if len(shown) <= MOST_OF_A_SAMPLE else f"{shown[:MOST_OF_A_SAMPLE]}..."
 
 
 def _mixture_text(record: dict[str, float]) -> str:

@@ -3,9 +3,9 @@
     python scripts/compare_batches.py [SOURCE] [--optimizers adamw adam-mini] [--batches 1024 8192 32768]
 
 SOURCE: as for `lowres train`, default stdlib. For each batch, both optimizers get a sweep of rates of their
-own, over all tokens, and a beta2 that averages over as many tokens as 0.999 does at the first batch. Prints a
-table and writes benchmarks/results/batches.json and .png. Runs are kept in runs/compare_batches; finished
-runs are not repeated, interrupted runs continue.
+own, over all tokens, and a beta2, also of the AdamW for other tensors, that averages over as many tokens as
+its default does at the first batch. Prints a table and writes benchmarks/results/batches.json and .png. Runs
+are kept in runs/compare_batches; finished runs are not repeated, interrupted runs continue.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import torch
 from lowres.catalogue import RULES
 from lowres.config_file import load_config
 
-BETA2 = 0.999
-
 
 def main() -> None:
     parsed = arguments()
@@ -34,9 +32,11 @@ def main() -> None:
 
     def tune(arm: str) -> dict[str, Any]:
         name, batch = arms[arm]
-        times = batch / parsed.batches[0]
-        betas = [RULES[name].betas[0], round(BETA2**times, 6)]
-        overrides = [*common, f"optim.name={name}", f"train.batch_tokens={batch}", f"optim.betas={betas}"]
+        times, found = batch / parsed.batches[0], RULES[name]
+        overrides = [*common, f"optim.name={name}", f"train.batch_tokens={batch}"]
+        for key, betas in (("betas", found.betas), ("adamw_betas", found.adamw_betas)):
+            if betas:
+                overrides.append(f"optim.{key}={[betas[0], round(betas[1] ** times, 6)]}")
         # a first guess; the sweep goes on where it is wrong
         lr = float(f"{parsed.lr * math.sqrt(times):.2g}")
         folder = parsed.runs / comparison.folder_of(arm)
@@ -46,7 +46,9 @@ def main() -> None:
     first, *others = parsed.optimizers
     gaps = {
         name: {
-            batch: math.expm1(best[f"{name}, {batch}"]["val_loss"] - best[f"{first}, {batch}"]["val_loss"])
+            batch: math.expm1(
+                comparison.val_loss(best[f"{name}, {batch}"]) - comparison.val_loss(best[f"{first}, {batch}"])
+            )
             for batch in parsed.batches
         }
         for name in others
@@ -82,9 +84,9 @@ def row(
     gaps: Mapping[str, Mapping[int, float]],
 ) -> list[str]:
     points = [best[f"{name}, {batch}"] for name in parsed.optimizers]
-    cells = [f"{point['lr']:g}: {point['val_loss']:.3f}" for point in points]
+    cells = [f"{point['lr']:g}: {comparison.val_loss(point):.3f}" for point in points]
     changes = [f"{100 * gap[batch]:+.1f} %" for gap in gaps.values()]
-    return [f"{batch:,}", f"{parsed.tokens // batch:,}", *cells, *changes]
+    return [f"{batch:,}", f"{math.ceil(parsed.tokens / batch):,}", *cells, *changes]
 
 
 def draw(path: Path, gaps: Mapping[str, Mapping[int, float]], title: str) -> Path | None:
@@ -112,14 +114,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare_relora.toml"))
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "adam-mini"], choices=RULES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 8192, 32768], help="in tokens")
-    parser.add_argument("--tokens", type=int, default=1 << 22, help="of a run")
+    parser.add_argument(
+        "--batches",
+        type=comparison.above_zero,
+        nargs="+",
+        default=[1024, 8192, 32768],
+        help="in tokens",
+    )
+    parser.add_argument("--tokens", type=comparison.above_zero, default=1 << 22, help="of a run")
     parser.add_argument(
         "--lr", type=float, default=0.002, help="middle of the first sweep at the first batch"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=comparison.above_zero, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_batches"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/batches.json"))
     return parser.parse_args()

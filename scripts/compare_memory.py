@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("configs/tiny.toml"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=comparison.above_zero, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_memory"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/int8_SUBJECT.json")
     parsed = parser.parse_args()

@@ -168,7 +168,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare all optimizers on the same text with equal tokens.")
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare.toml"))
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="of a run")
+    parser.add_argument("--tokens", type=comparison.above_zero, default=1 << 20, help="of a run")
     parser.add_argument(
         "--lr", action="append", default=[], type=given_rate, metavar="NAME=RATE", help="instead of a sweep"
     )
@@ -177,9 +177,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=ARMS, metavar="NAME", help=", ".join(ARMS))
-    parser.add_argument("--timed-steps", type=int, default=15)
+    parser.add_argument("--timed-steps", type=comparison.above_zero, default=15)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=comparison.above_zero, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_optimizers"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/optimizers.json"))
     return parser.parse_args()

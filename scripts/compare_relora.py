@@ -12,6 +12,7 @@ runs/compare_relora; finished runs are not repeated, interrupted runs continue.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare ReLoRA, LoRA and full training with equal tokens.")
     parser.add_argument("source", nargs="?", default="stdlib")
     parser.add_argument("--config", type=Path, default=Path("configs/compare_relora.toml"))
-    parser.add_argument("--tokens", type=int, default=5 << 19, help="of a run")
+    parser.add_argument("--tokens", type=comparison.above_zero, default=5 << 19, help="of a run")
     parser.add_argument("--lr", type=float, default=0.004, help="of full training and the warm start")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     # 4 of 96 is about the ratio of 128 to the 4,096 of a 7B; three cycles can add up to a change of rank 12
@@ -143,7 +144,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--factors", type=float, nargs="+", default=[2, 4], help="relora.lr_factor to try")
     parser.add_argument("--only", nargs="+", choices=[*AGAINST, FULL], metavar="NAME", help="of the arms")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="section.key=value")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=comparison.above_zero, default=1, help="runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_relora"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relora.json"))
     return parser.parse_args()
@@ -152,7 +153,8 @@ def arguments() -> argparse.Namespace:
 def recovered(summaries: Mapping[str, dict[str, Any]], lora: str, name: str) -> float:
     """How much of the gap between an arm with LoRA and full training another arm recovers, as a fraction."""
     loss = {arm: found["mean_val_loss"] for arm, found in summaries.items()}
-    return float((loss[lora] - loss[name]) / (loss[lora] - loss[FULL]))
+    gap = loss[lora] - loss[FULL]
+    return float((loss[lora] - loss[name]) / gap) if gap else math.nan
 
 
 def survival(runs: list[dict[str, Any]]) -> dict[str, float | None]:

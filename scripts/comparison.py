@@ -7,6 +7,7 @@ a `lowres sweep` over seeds in its own folder: it can be resumed, and a finished
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -33,6 +34,13 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}") from None
+
+
+def above_zero(text: str) -> int:
+    """Parse a whole number above 0 from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def in_parallel(work: Callable[[str], Any], names: Iterable[str], jobs: int) -> dict[str, Any]:
@@ -96,6 +104,11 @@ def best_of(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return min(found, key=lambda p: math.inf if p["val_loss"] is None else p["val_loss"])
 
 
+def val_loss(run: Mapping[str, Any]) -> float:
+    """Validation loss of a point; NaN if it diverged or failed."""
+    return math.nan if run["val_loss"] is None else float(run["val_loss"])
+
+
 def folder_of(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name)
 
@@ -107,7 +120,7 @@ def summarise(
     pairs of the same seed: mean, and standard error of the mean (None for one pair)."""
     found: dict[str, dict[str, Any]] = {}
     for name, runs in arms.items():
-        losses = [math.nan if run["val_loss"] is None else run["val_loss"] for run in runs]
+        losses = [val_loss(run) for run in runs]
         mean = statistics.fmean(losses)
         found[name] = {"val_loss": losses, "mean_val_loss": mean, "perplexity": math.exp(mean)}
         found[name]["spread"] = statistics.stdev(losses) if len(losses) > 1 else None
@@ -158,16 +171,20 @@ def draw_curves(path: Path, arms: Mapping[str, list[dict[str, Any]]], title: str
     plot = figure.subplots()
     lowest, highest = math.inf, -math.inf
     for i, (name, runs) in enumerate(arms.items()):
-        losses = [statistics.fmean(step) for step in zip(*map(_losses, runs), strict=True)]
+        # a run that diverged may have stopped before the others
+        losses = [statistics.fmean(step) for step in zip(*map(_losses, runs), strict=False)]
         smooth = _smooth(losses)
-        tokens = [r["tokens"] for r in _records(runs[0])]
+        tokens = [r["tokens"] for r in _records(runs[0])][: len(losses)]
         colour, style = colormaps["tab10"](i % 10), "--" if i >= 10 else "-"
         plot.plot(tokens, smooth, style, color=colour, lw=1.2, label=name)
         ends = [run["val_loss"] for run in runs if run["val_loss"] is not None]
         plot.plot([tokens[-1] * 1.01] * len(ends), ends, "_", color=colour, ms=9)
-        lowest = min([lowest, *ends, *smooth])
-        highest = max(highest, smooth[len(smooth) // 8])  # where the steep part is over
-    plot.set_ylim(lowest - 0.03 * (highest - lowest), highest)
+        finite = [loss for loss in (*ends, *smooth) if math.isfinite(loss)]
+        lowest = min([lowest, *finite])
+        start = smooth[len(smooth) // 8]  # where the steep part is over
+        highest = max(highest, start if math.isfinite(start) else highest)
+    if lowest < highest:
+        plot.set_ylim(lowest - 0.03 * (highest - lowest), highest)
     plot.set(xlabel="tokens", title=title)
     plot.set_ylabel("training loss (nats a token); marks: validation at the end")
     plot.grid(alpha=0.3)

@@ -14,7 +14,19 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
-from lowres.kernels import forms, groups, loss, norm, product, quantise, rotary, rounding, swiglu, update
+from lowres.kernels import (
+    blocks,
+    forms,
+    groups,
+    loss,
+    norm,
+    product,
+    quantise,
+    rotary,
+    rounding,
+    swiglu,
+    update,
+)
 from lowres.kernels.gpu import product as gpu_product
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -123,6 +135,17 @@ def test_round_to_bf16(monkeypatch: Any) -> None:
     x[:6] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 3.3e38])
     for start in 0, 123, 2**32 - 7, 2**33 + 5:
         both(monkeypatch, rounding.round_to_bf16, x, torch.empty(5000, dtype=torch.bfloat16), KEY, start)
+
+
+@pytest.mark.parametrize("numel", [1, 256, 257, 9000])
+def test_blocks_that_share_a_scale(monkeypatch: Any, numel: int) -> None:
+    count = -(-numel // blocks.BLOCK)
+    size = torch.tensor([1.0, 0.0, 1e-38, 1e30, 1e-3]).repeat(count)[:count].repeat_interleave(blocks.BLOCK)
+    stored = random_codes(numel), random(count).abs()
+    both(monkeypatch, blocks.expand, *stored)
+    for accepted, start in (True, 0), (True, 2**32 - 7), (False, 5):
+        values = random(numel) * size[:numel]
+        both(monkeypatch, blocks.store, values, *stored, torch.tensor(accepted), KEY, start)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -21,7 +21,9 @@ from lowres.data import Tokenizer, open_tokenizer
 from lowres.data.chat import BadRow, Example, Template, encode, encode_batch, open_template, prompt
 from lowres.data.chat import template as template_module
 from lowres.data.tokenizer import exported, train, with_chat_template
+from lowres.engine.cache import Reader, Rereading
 from lowres.errors import UserError
+from lowres.runs import OpenRun
 from lowres.sample import Sampling
 from tests.helpers import lowres_here, make_config
 from tests.test_tokenizers import converted, sentencepiece_model
@@ -643,6 +645,8 @@ def test_the_day_is_always_the_same(both: Both, tmp_path: Path) -> None:
 class Scripted:
     """An engine that writes what it is told to, and keeps what it has read."""
 
+    fetched = 0
+
     def __init__(self, vocab_size: int, *ids: int) -> None:
         self._vocab_size, self._ids = vocab_size, list(ids)
         self.read: list[list[int]] = []
@@ -650,6 +654,9 @@ class Scripted:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         self.read.append(tokens[0].tolist())
         return torch.eye(self._vocab_size)[[self._ids.pop(0)]]
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        return Rereading(self.logits)
 
 
 def test_a_conversation_is_what_the_template_makes_of_all_that_was_said(both: Both) -> None:
@@ -696,10 +703,18 @@ def test_the_command_talks(
     config = make_config(data={"chat_template": "tulu"}, train={"batch_tokens": 64})
     opened = {"config": config, "ids": ids}
 
-    def open_run(folder: Path) -> tuple[Any, Any, Tokenizer]:
-        return opened["config"], Scripted(both.ours.vocab_size, *cast(Any, opened["ids"])), both.ours
+    class Model:
+        tokenizer = both.ours
 
-    monkeypatch.setattr("lowres.cli.use.open_run", open_run)
+        @property
+        def config(self) -> Any:
+            return opened["config"]
+
+        def open(self, *_: object, **__: object) -> OpenRun:
+            engine = Scripted(both.ours.vocab_size, *cast(Any, opened["ids"]))
+            return OpenRun(self.config, cast(Any, engine), both.ours)
+
+    monkeypatch.setattr("lowres.session.find_model", lambda path: Model())
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\n  \nwhy\n"))
     assert lowres_here("sample", tmp_path, "--chat", "--temperature", 0).stdout == "Hi there\na cat\n"
     once = lowres_here("sample", tmp_path, "--chat", "--prompt", "Hello", "--system", "Be", "--top-k", 1)

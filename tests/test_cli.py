@@ -22,6 +22,7 @@ STEP_KEYS = {
     "lr_over_batch",
     "grad_norm",
     "tokens_per_s",
+    "wall_s",
     "peak_mem_gib",
     "host_mem_gib",
     "peak_rss_gib",
@@ -42,7 +43,9 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     evaluations = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 31))
     assert [r["step"] for r in evaluations] == [0, 10, 20, 30]
-    assert all(r.keys() == STEP_KEYS for r in steps) and all(r.keys() == VAL_KEYS for r in evaluations)
+    updates = {f"update/{unit}" for unit in ("embed", "layers.0", "layers.1", "head")}
+    assert all(r.keys() == STEP_KEYS | (set() if r["step"] % 10 else updates) for r in steps)
+    assert all(r.keys() == VAL_KEYS for r in evaluations)
     assert steps[-1]["tokens"] == 30 * 1024
     assert all(abs(r["lr_over_batch"] - r["lr"] / 16) < 1e-12 for r in steps)
     assert all(r["skipped"] == 0 for r in steps)

@@ -109,6 +109,57 @@ def test_relora_is_compared_with_lora_and_full_training(script: Script, tmp_path
     assert 0 < arms["ReLoRA, int8"]["merge_cosine"] < 1
 
 
+def test_optimizers_are_compared_over_batches(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """beta2 averages over as many tokens at every batch, also where AdamW has betas of its own. An arm that
+    diverged at every rate is in the table."""
+    comparison, found = importlib.import_module("comparison"), {}
+
+    def best_rate(_: Path, overrides: list[str], lr: float, tokens: int, folder: Path) -> dict[str, Any]:
+        found[folder.name] = [setting for setting in overrides if "betas" in setting]
+        return {"lr": lr, "val_loss": None if folder.name == "racs-64" else 2.0, "rates": {}}
+
+    monkeypatch.setattr(comparison, "best_rate", best_rate)
+    arguments = ["--config", tmp_path / "small.toml", "--tokens", 130, "--optimizers", "adamw", "racs"]
+    printed, record = script("compare_batches", *arguments, "--batches", 32, 64)
+    assert "| 64 | 3 |" in printed and "nan" in printed
+    assert record["perplexity_change"]["racs"]["32"] == 0
+    assert found["adamw-64"] == ["optim.betas=[0.9, 0.998001]"]
+    assert found["racs-64"] == ["optim.betas=[0.0, 0.81]", "optim.adamw_betas=[0.9, 0.998001]"]
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        *((f"compare_{what}", "--jobs") for what in ("batches", "memory", "optimizers", "relora")),
+        ("compare_optimizers", "--timed-steps"),
+        ("compare_batches", "--batches"),
+        ("compare_relora", "--tokens"),
+    ],
+)
+def test_a_count_of_zero_is_refused_before_anything_is_trained(
+    name: str, option: str, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script(name, option, 0)
+    assert f"argument {option}: '0' is not a whole number above 0" in capsys.readouterr().err
+
+
+def test_curves_of_runs_that_diverged_are_drawn(script: Script, tmp_path: Path) -> None:
+    """One stopped early, with losses that are no numbers."""
+    comparison = importlib.import_module("comparison")
+    runs = []
+    for name, losses in (("good", [3.0, 2.0, 1.5, 1.4]), ("dead", [3.0, None])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "tokens": i * 64, "loss": loss}) for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        runs.append({"run": str(tmp_path / name), "val_loss": 1.4 if name == "good" else None})
+    for arms in ({"both": runs}, {"good": runs[:1], "dead": runs[1:]}, {"dead": runs[1:]}):
+        pytest.importorskip("matplotlib")
+        assert comparison.draw_curves(tmp_path / "curves.png", arms, "").exists()
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/compare_relora.py", "stdlib", "--config", "none.toml"]
     command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--factors", "2"]

@@ -146,7 +146,7 @@ def test_a_card_without_bf16_computes_in_fp32_or_not_at_all(
     assert remedy in line and "\n" not in line
     assert pick_device(make_config(memory={"compute": "fp32"})).type == "cuda"
     # a trained run has no --set
-    assert pick_device(runs._for_use(make_config(memory=kept, optim=name))).type == "cuda"
+    assert pick_device(runs.as_used(make_config(memory=kept, optim=name))).type == "cuda"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (12, 0)])
@@ -156,4 +156,4 @@ def test_a_card_with_bf16_takes_every_config(
     card(monkeypatch, "RTX", *capability)
     for compute in ("auto", "bf16", "fp32"):
         config = make_config(memory={"compute": compute})
-        assert pick_device(config).type == "cuda" and runs._for_use(config) == config
+        assert pick_device(config).type == "cuda" and runs.as_used(config) == config

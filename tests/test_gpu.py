@@ -23,7 +23,7 @@ from lowres import checkpoint, metrics
 from lowres.catalogue import RULES
 from lowres.config import Config
 from lowres.engine import AutogradEngine, EngineSettings, LayerwiseEngine
-from lowres.kernels import forms, loss, norm, product, quantise, rounding, swiglu, update
+from lowres.kernels import blocks, forms, loss, norm, product, quantise, rounding, swiglu, update
 from lowres.kernels.quantise import Quantised
 from lowres.memory import make_plans
 from lowres.meter import LiveTensors
@@ -126,6 +126,10 @@ def test_kernels_give_the_results_of_the_cpu(shape: tuple[int, int], dtype: torc
         lambda c, s, d, f: update.int8_update(c, s, d, f, None, key), codes, scales, direction, row
     )
     same += on_both(lambda v, d, f: update.bf16_update(v, d, f, None, key), x.bfloat16(), direction, row)
+    momentum = codes.view(-1), torch.rand(-(-codes.numel() // blocks.BLOCK), generator=generator)
+    same += on_both(blocks.expand, *momentum)
+    arguments = direction.view(-1), *momentum, torch.tensor(True)
+    same += on_both(lambda v, c, a, on: blocks.store(v, c, a, on, key, 9), *arguments)
     same += on_both(rounding.int8_fill, x, codes, scales)
     same += on_both(rounding.dequantise, codes, scales, x)
     same += on_both(quantise.quantise_rows, x, weight)

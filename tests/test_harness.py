@@ -204,7 +204,7 @@ def test_answers_are_those_of_the_exported_folder(
         bare.save(str(tmp_path / "tokenizer.json"))
         tokenizer = open_tokenizer(tmp_path)
         theirs = HFLM(theirs.model, tokenizer=fast(bare), **HF)
-    ours = RunModel(engine, tokenizer, LENGTH, 5 * LENGTH)
+    ours = RunModel(engine, tokenizer, LENGTH, 5 * LENGTH, sequences=2)
     pairs = [Asked((row["question"], answer)) for row in QUESTIONS for answer in row["choices"]]
     # what the model itself would say, so that some answers are the likeliest
     ending = {"until": ["\n", "cat"], "max_gen_toks": 9, "top_p": 0.9}

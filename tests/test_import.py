@@ -587,7 +587,7 @@ def test_an_imported_model_is_a_run_that_has_not_begun(
         (("import", config, tmp_path / "b"), "is a file; give a run"),
         (
             ("train", config, "--run", run, "--resume"),
-            "holds an imported model.* start a run from it with --init-from",
+            "holds an imported model.* start a run from it: lowres train CONFIG --init-from",
         ),
     ):
         error = lowres_here(*arguments, code=2).stderr

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowres import rng
 from lowres.device import use_kernels, wants_kernels
 from lowres.kernels import (
+    blocks,
     forms,
     groups,
     loss,
@@ -121,6 +122,23 @@ def test_number_formats_give_the_same_bits(shape: tuple[int, int], dtype: torch.
     assert_equal(
         both(lambda o: rounding.round_to_bf16(wide, o, KEY, 11), torch.zeros(len(wide), dtype=torch.bfloat16))
     )
+
+
+@pytest.mark.parametrize("numel", [1, 255, 256, 257, 5 * 256, 9000])
+def test_blocks_that_share_a_scale_give_the_same_bits(numel: int) -> None:
+    """Blocks of ordinary numbers, of zeros, of numbers too small for an inverse, and of very large ones."""
+    count = -(-numel // blocks.BLOCK)
+    size = torch.tensor([1.0, 0.0, 1e-38, 1e30, 1e-3]).repeat(count)[:count].repeat_interleave(blocks.BLOCK)
+    values = torch.randn(numel) * size[:numel]
+    codes, absmax = torch.randint(-127, 128, (numel,), dtype=torch.int8), torch.rand(count)
+    assert_equal(both(blocks.expand, codes, absmax))
+    for accepted in (True, False):
+        stored = both(
+            lambda c, a, v, on: blocks.store(v, c, a, on, KEY, 2**32 - 7),
+            *(codes, absmax, values, torch.tensor(accepted)),
+        )
+        assert_equal(stored)
+        assert torch.equal(stored[0][0], codes) is not accepted or numel == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowres.kernels.blocks import BLOCK
 from lowres.kernels.groups import GROUP
 from lowres.kernels.quantise import Quantised
 from lowres.kernels.update import PER_COLUMN, PER_ROW, SCALAR
@@ -28,7 +29,7 @@ triton = pytest.importorskip("triton", reason="needs Triton (Linux)")
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 ROOT = Path(__file__).parent.parent
-NAMES = ["groups", "loss", "norm", "product", "quantise", "rotary", "rounding", "swiglu", "update"]
+NAMES = ["blocks", "groups", "loss", "norm", "product", "quantise", "rotary", "rounding", "swiglu", "update"]
 KIB = 1024
 # compute capability -> shared memory of a block (CUDA's programming guide), and the instruction that
 # multiplies INT8 matrices there
@@ -165,6 +166,9 @@ def updates(modules: dict[str, ModuleType], n: int) -> None:
         modules["update"].bf16_update(value, empty(rows, n), factor, mode, decay, key)
     modules["update"].int8_update(*stored, empty(rows, n), empty(1), SCALAR, None, key)
     modules["rounding"].round_to_bf16(empty(n), empty(n, dtype=torch.bfloat16), key, 7)
+    moment = codes(n), empty(-(-n // BLOCK))
+    modules["blocks"].expand(*moment, empty(n))
+    modules["blocks"].store(empty(n), *moment, empty(1, dtype=torch.bool)[0], key, 7)
 
 
 def rows_of(modules: dict[str, ModuleType], n: int, dtype: torch.dtype) -> None:

@@ -267,7 +267,8 @@ def test_an_update_does_not_wait_for_the_device(name: str, weights: str) -> None
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes", reason="pip install lowres[eightbit]")
     optim: dict[str, object] = {"name": name.removesuffix(" svd"), "limiter": 1.01, "weight_decay": 0.1}
-    config = make_config(optim=optim | ({"projection": "svd"} if name == "apollo svd" else {}))
+    optim |= {"projection": "svd"} if name == "apollo svd" else {}
+    config = make_config(optim=optim, log={"update_every": 1})
     units = make_units(config.model, weights)
     optimizer = make_optimizer(config, units)
     for step in range(2):  # singular vectors are computed in the first step

@@ -34,13 +34,13 @@ from tests.measuring import PHASES, Bytes, build, held, phases, planned
 
 CUDA = torch.device("cuda")
 MICRO_BATCHES = 2
-# components that no step allocates: of cuBLAS on the GPU, and of saving on the host
-NOT_OF_THE_STEP = ("cuBLAS workspace", "saving")
+# components that no step allocates: of cuBLAS on the GPU, of saving on the host, and of samples
+NOT_OF_THE_STEP = ("cuBLAS workspace", "saving", "sampling")
 
 
 def whole_step(path: str, part: str, brief: bool, *overrides: str) -> tuple[Plan, Bytes]:
     """The plan of a part of a run, and the memory of a step of it. brief: see `target.planned_for`."""
-    config, _ = load_config(path, list(overrides))
+    config, _ = load_config(path, [*overrides, "log.update_every=1"])  # this step measures its updates
     config = config.with_vocab(config.model.vocab_size or config.data.vocab_size or 0)
     plan, rooms, adapted = make_plans(config, CUDA)[part], Rooms(CPU), part == ADAPTERS
     relora, length = config.relora, config.data.seq_len

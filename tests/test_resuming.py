@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowres import checkpoint, disk, events, metrics
+from lowres import checkpoint, disk, events, metrics, samples
 from lowres.engine.layerwise import LayerwiseEngine
+from lowres.records import SAMPLES
 from lowres.trainer import MOST_ROLLBACKS
 from tests.helpers import lowres_here
 
@@ -167,6 +168,59 @@ def test_a_record_that_the_disk_did_not_take_comes_back(
     resumed = trained(config, run, "--resume")
     assert "missing" not in resumed.stderr
     same(run, straight)
+
+
+SAMPLED = [
+    "--set",
+    "train.sample_every=2",
+    "--set",
+    "log.sample_tokens=5",
+    "--set",
+    'log.sample_prompt=["def ", "class "]',
+]
+
+
+def test_samples_are_kept_once(
+    config: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends a run, and they change nothing else."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = trained(config, whole, *SAMPLED)
+    wanted = (whole / SAMPLES).read_bytes()
+    found = samples.read(whole / SAMPLES)
+    assert [one["step"] for one in found] == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
+    assert all(one["text"].startswith(one["prompt"]) for one in found)
+    assert len({one["text"] for one in found}) > 5
+    assert f"after 8 steps ---\n{found[-2]['text']}\n---\n{found[-1]['text']}\n---\n" in done.stdout
+    assert f"step 2: wrote {found[2]['text']!r}" in done.stderr
+    same(whole, straight)
+
+    # a kill between the last samples and their checkpoint
+    shutil.copytree(whole, run)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step_00000008")
+    (run / SAMPLES).write_bytes(wanted[:-9])
+    trained(config, run, *SAMPLED, "--resume")
+    assert (run / SAMPLES).read_bytes() == wanted
+    same(run, straight)
+
+    # a disk that is full when the samples of a step are written, or its metrics: then they are drawn later
+    monkeypatch.setattr(disk, "PAUSES", ())
+    for log, before in ((samples.SampleLog, 3), (metrics.MetricsLog, 5)):
+        run, append, left = tmp_path / log.__name__, log._append, [before]
+
+        def full(self: metrics.StepLog, text: bytes, append: Any = append, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            append(self, text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "_append", full)
+            assert "Step 6 is saved" in trained(config, run, *SAMPLED, code=2).stderr
+        trained(config, run, *SAMPLED, "--resume")
+        assert (run / SAMPLES).read_bytes() == wanted
+        same(run, straight)
 
 
 def test_what_cannot_be_saved_in_its_folder_is_saved_elsewhere(

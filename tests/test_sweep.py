@@ -9,7 +9,7 @@ import pytest
 
 from lowres import metrics
 from lowres.cli import main
-from lowres.report import _loss_axis, draw_loss, draw_sweep
+from lowres.plots import _loss_axis, draw_loss, draw_sweep
 from lowres.sweep import parse_grid, table
 from tests.helpers import lowres_here
 

@@ -24,7 +24,9 @@ from lowres.config_file import load_config
 from lowres.data import FILE_NAMES, Data, TokenData, find_tokenizer, open_data, open_text, prepare
 from lowres.data.shards import Shard
 from lowres.data.tokenizer import Tokenizer, Vocabulary, base, huggingface, open_tokenizer, train
+from lowres.data.tokenizer.streaming import Late
 from lowres.engine import Choice, make_engine
+from lowres.engine.cache import Reader, Rereading
 from lowres.errors import UserError
 from lowres.evaluate import evaluate
 from lowres.runs import open_run
@@ -266,6 +268,28 @@ _OPENED: dict[Path, Tokenizer] = {}
 
 def opened(path: Path) -> Tokenizer:
     return _OPENED.setdefault(path, open_tokenizer(path))
+
+
+IDS = st.lists(st.integers(-1, 430) | st.sampled_from([3, 5, 200, 233, 235, 259]), max_size=30)
+
+
+def check_stream(tokenizer: Tokenizer, ids: list[int], begun: int) -> None:
+    """All parts together are the text, and what has been given out is never taken back."""
+    stream, whole = tokenizer.stream(), tokenizer.decode(ids)
+    begun = 0 if isinstance(stream, Late) else begun
+    found = stream.begin(ids[:begun])
+    for i in ids[begun:]:
+        found += stream.add([i])
+        assert whole.startswith(found)
+    assert found + stream.end() == whole
+
+
+@MANY
+@given(ids=IDS, begun=st.integers(0, 4))
+def test_text_comes_in_whole_characters(
+    kind: tuple[Tokenizer, library.Tokenizer], ids: list[int], begun: int
+) -> None:
+    check_stream(kind[0], ids, begun)
 
 
 def test_lone_surrogates_become_replacement_characters(made: dict[str, Path]) -> None:
@@ -606,6 +630,15 @@ def test_own_form_gives_the_ids_of_sentencepiece(model: Path, text: str) -> None
         tokenizer.chunk_chars = size
 
 
+@MANY
+@given(ids=IDS, begun=st.integers(0, 4), form=st.sampled_from(["own", "exact"]))
+def test_text_of_sentencepiece_comes_in_whole_characters(
+    model: Path, ids: list[int], begun: int, form: Any
+) -> None:
+    tokenizer = own(model) if form == "own" else _OPENED.setdefault(model / form, open_tokenizer(model, form))
+    check_stream(tokenizer, ids, begun)
+
+
 def own(path: Path) -> Tokenizer:
     return _OPENED.setdefault(path, open_tokenizer(path, form="own"))
 
@@ -728,6 +761,9 @@ def test_a_sample_ends_where_the_next_document_begins(made: dict[str, Path]) -> 
             found = torch.zeros(1, 500)
             found[0, tokenizer.bos_id if ids.shape[1] > 3 else 40] = 9.0
             return found
+
+        def reader(self, sequences: int, length: int) -> Reader:
+            return Rereading(self.logits)
 
     tokenizer, engine = opened(made["gpt2"]), cast(Any, Constant())
     text = sample(engine, tokenizer, "", Sampling(50, 8, temperature=0))

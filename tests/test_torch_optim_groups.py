@@ -48,6 +48,7 @@ def test_groups_say_which_rule() -> None:
         (Apollo, "betas", (0.9,)),
         (Apollo, "betas", 0.9),
         (Apollo, "eps", 0.0),
+        *((make, key, float("inf")) for make in (Muon, Scale) for key in ("lr", "eps", "weight_decay")),
         (Apollo, "weight_decay", -0.1),
         (Apollo, "moments", "fp8"),
         (Apollo, "projection", "gauss"),
@@ -59,9 +60,9 @@ def test_groups_say_which_rule() -> None:
         *((make, "adamw_betas", (0.9,)) for make in (Muon, RACS)),
         *((Muon, "split", value) for value in ((32, 0), 64)),
         *((Muon, "newton_schulz_steps", value) for value in (0, 21, 5.0)),
-        (SinkGD, "sinkhorn_steps", 0),
+        *((SinkGD, "sinkhorn_steps", value) for value in (0, 21)),
         (Scale, "tied", 1),
-        (RACS, "limiter", 0.5),
+        *((RACS, "limiter", value) for value in (0.5, float("inf"))),
     ],
 )
 def test_bad_values_are_named(make: Make, key: str, value: object) -> None:
@@ -124,6 +125,31 @@ def test_odd_parameters_are_served() -> None:
     assert optimizer.state[odd["late"]]["step"] == 2
 
 
+@pytest.mark.parametrize("make", [Apollo, GaLore, Fira, Muon, Scale, SinkGD, RACS])
+def test_a_matrix_without_elements_is_left_alone(make: Make) -> None:
+    empty, other = nn.Parameter(torch.zeros(0, 8)), nn.Parameter(torch.zeros(4, 8))
+    optimizer = make([("x.weight", empty), ("y.weight", other)])
+    empty.grad, other.grad = torch.zeros(0, 8), torch.randn(4, 8)
+    optimizer.step()
+    assert other.any() and not optimizer.state[empty]
+    make([("x.weight", empty), ("y.weight", other)]).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name, role",
+    [
+        ("tok_emb.weight", "embedding"),  # minGPT
+        ("token_emb.emb.weight", "embedding"),  # x-transformers
+        ("shared.weight", "embedding"),  # T5, BART
+        ("unembed.weight", "head"),
+        ("ensemble.weight", "matrix"),
+    ],
+)
+def test_embeddings_and_heads_of_other_models(name: str, role: str) -> None:
+    (part,) = Scale([(name, nn.Parameter(torch.zeros(8, 4)))])._parts
+    assert part.specs[0].role == role
+
+
 def test_scale_has_roles_of_its_own() -> None:
     """Embedding by column, head with a momentum; a tied embedding is a head if one says so."""
     shapes = {
@@ -165,6 +191,8 @@ def test_muon_asks_what_is_fused(name: str) -> None:
         Muon([(name, fused)])
     with pytest.raises(ValueError, match=rf"^{name}: has 32 rows, but split \(16, 8\) is for 24"):
         Muon([{"params": [(name, fused)], "split": (16, 8)}])
+    with pytest.raises(ValueError, match=r"split \(4, 4, 4\) is for 12; .* Conv1D, needs split=\(\) or role"):
+        Muon([{"params": [(name, fused)], "split": (4, 4, 4)}])
     SinkGD([(name, fused)])  # to which it does not matter
     Muon([{"params": [(name, fused)], "role": ADAMW}])
     parts = [nn.Parameter(torch.zeros(rows, 12)) for rows in (16, 8, 8)]

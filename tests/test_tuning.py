@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from lowres import checkpoint, metrics
+from lowres import checkpoint, metrics, samples
 from lowres.baseline import key_of
 from lowres.data import ChatData
 from tests.helpers import CPU, lowres_here, make_config, make_units
@@ -79,17 +79,19 @@ def test_instructions_then_preferences(world: Path) -> None:
         data={"source": str(world / "chats.jsonl"), "chat_template": "tulu"},
         objective={"name": "sft"},
         schedule={"name": "linear", "warmup_ratio": 0.1, "min_ratio": 0.0},
-        train={"batch_tokens": 16 * 48, "epochs": 4.0, "eval_every": 50},
+        train={"batch_tokens": 16 * 48, "epochs": 4.0, "eval_every": 50, "sample_every": 50},
+        log={"progress": False, "sample_tokens": 12, "sample_prompt": "say red then cold"},
     )
     lowres_here("train", sft, "--init-from", world / "base", "--run", world / "sft")
     tuned = last(world / "sft")
     assert 4 * 300 / 16 <= tuned["step"] <= 4 * 400 / 16
     assert tuned["val_loss"] < 0.5 * tuned["first_val_loss"]
     assert 0 < tuned["padding"] < 0.5 and 0 < tuned["targets"] < 16 * 48
-    asked = lowres_here(
-        "sample", world / "sft", "--chat", "--prompt", "say red then cold", "--temperature", 0, "--tokens", 12
-    ).stdout
-    assert asked.strip()
+    question = ("--chat", "--prompt", "say red then cold", "--tokens", 12)
+    asked = lowres_here("sample", world / "sft", *question).stdout
+    written = samples.read(world / "sft" / "samples.jsonl")
+    assert asked.strip() and written[-1]["text"] == asked.strip()
+    assert [one["step"] for one in written] == [*range(0, tuned["step"], 50), tuned["step"]]
 
     dpo = toml(
         world / "dpo.toml",

@@ -117,7 +117,10 @@ NEWTON_SCHULZ_STEPS = Key(
     "Steps of the iteration that orthogonalises.",
 )
 SINKHORN_STEPS = Key(
-    "sinkhorn_steps", Annotated[int, Field(ge=1)], "at least 1", "How often rows and columns are normalised."
+    "sinkhorn_steps",
+    Annotated[int, Field(ge=1, le=20)],
+    "1 to 20",
+    "How often rows and columns are normalised.",
 )
 # of classes
 SPLIT = Key(

@@ -7,7 +7,6 @@ saving    saving while training goes on
 """
 
 from lowres.checkpoint.folder import (
-    CHECKPOINTS,
     DAMAGED,
     MANIFEST,
     PREFIX,
@@ -49,7 +48,6 @@ from lowres.checkpoint.tensors import (
 )
 
 __all__ = [
-    "CHECKPOINTS",
     "DAMAGED",
     "DTYPES",
     "MANIFEST",

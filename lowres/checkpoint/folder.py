@@ -31,7 +31,6 @@ from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, checked, parse, seal, unseal
 
 FORMAT = 2
-CHECKPOINTS = "checkpoints"  # in the folder of a run
 MANIFEST, STATE = "manifest.json", "state.json"
 PREFIX, UNFINISHED, DELETED, DAMAGED = "step_", ".unfinished", ".deleted", ".damaged"
 TENSORS = ".safetensors"
@@ -125,8 +124,8 @@ class State(Record):
     mixture: None if there is one source. passed: batches that rollbacks left out.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
     identity, which tells its checkpoints from others. baseline: the key of the one that the run has, see
-    `lowres.baseline`. metrics: digest of the records up to this step. pending: records that they could not
-    take.
+    `lowres.baseline`. metrics: digest of the records up to this step. pending: records that the metrics
+    and the samples could not take.
     """
 
     step: Count
@@ -144,7 +143,7 @@ class State(Record):
     run: str | None = None
     baseline: str | None = None
     metrics: str | None = None
-    pending: list[dict[str, int | float | None]] = Field(default_factory=list)
+    pending: list[dict[str, int | float | str | None]] = Field(default_factory=list)
 
 
 def passed_before(step: int, passed: Iterable[Passed]) -> int:

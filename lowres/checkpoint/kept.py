@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowres.checkpoint.folder import (
-    CHECKPOINTS,
     DAMAGED,
     DELETED,
     PREFIX,
@@ -27,6 +26,7 @@ from lowres.checkpoint.folder import (
     step_of,
 )
 from lowres.errors import DoesNotFit, UserError
+from lowres.records import CHECKPOINTS
 from lowres.sealed import Damaged
 
 

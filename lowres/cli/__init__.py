@@ -6,6 +6,7 @@ planning     plan, bench
 data         data inspect, overlap, prepare
 models       import, export
 use          sample, eval
+looking      report, watch
 checkpoints  checkpoint list, verify
 configs      config, and the config that a command was given
 completion   completion, and what a shell asks for with it
@@ -35,6 +36,7 @@ REMEDIES = {
     "training:run_launch": "; if the run has begun, go on with --resume",
     "training:run_sweep": "; start it again to go on",
     "data:run_prepare": "; start it again to go on",
+    "looking:run_report": "; nothing was written; start it again",
     "models:run_export": "; nothing was written; start it again",
     "models:run_import": "; nothing is left of it; start it again",
 }
@@ -44,6 +46,7 @@ PRINTING = {
     "planning:run_bench",
     "use:run_sample",
     "use:run_eval",
+    "looking:run_watch",
     "checkpoints:run_list",
     "checkpoints:run_verify",
     "configs:run_config",

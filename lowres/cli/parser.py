@@ -222,15 +222,34 @@ def _add_exchange(commands: Commands) -> None:
 
 def _add_use(commands: Commands) -> None:
     """Commands that use a run without training it."""
-    sub = _command(commands, "sample", "use:run_sample", "Print text from a trained model.")
-    sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--prompt", metavar="TEXT", help="what is continued; with --chat, what is asked")
+    sub = _command(
+        commands, "sample", "use:run_sample", "Print text from a trained model, while it is written."
+    )
+    sub.add_argument(
+        "model", type=Path, metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder"
+    )
+    sub.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what is continued; several, given one by one, go on together; with --chat, what is asked",
+    )
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt on each line; - is the input")
+    sub.add_argument("--interactive", action="store_true", help="continue every line that is typed")
     sub.add_argument(
         "--chat",
         action="store_true",
         help="answer the prompt, or without one every line of the input, with the chat template",
     )
     sub.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    sub.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text where this follows, and leave it out; give several for the first of them",
+    )
     sub.add_argument("--tokens", type=_positive, default=200, metavar="N")
     sub.add_argument(
         "--temperature",
@@ -243,6 +262,7 @@ def _add_use(commands: Commands) -> None:
         "--top-k", type=_not_negative, default=50, metavar="K", help="0 chooses among all tokens"
     )
     sub.add_argument("--seed", type=_not_negative, default=0, metavar="S")
+    sub.add_argument("--json", action="store_true", help="print a JSON object for each prompt")
 
     sub = _command(
         commands, "eval", "use:run_eval", "Loss, perplexity, bits per byte; of pairs also accuracy."
@@ -274,6 +294,24 @@ def _add_use(commands: Commands) -> None:
         "--checkpoint", type=_not_negative, metavar="STEP", help="of this step (default: the newest)"
     )
     sub.add_argument("--shard-size", metavar="SIZE", help="most bytes in a file of weights; default 5GB")
+
+    sub = _command(
+        commands, "report", "looking:run_report", "Write an HTML page about runs; see docs/watching.md."
+    )
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of a sweep")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help="default: report.html in the folder of the only run, otherwise in this one",
+    )
+
+    sub = _command(commands, "watch", "looking:run_watch", "Show a run while it trains, in this terminal.")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of the run, which another process has")
+    sub.add_argument(
+        "--every", type=_positive_float, default=2.0, metavar="S", help="seconds between looks; default 2"
+    )
+    sub.add_argument("--once", action="store_true", help="look once, and end")
 
     checkpoints = _add_commands(commands.add_parser("checkpoint", help="Look at checkpoints."))
     for name, function, text in (

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Run all checks, in this order."""
-    for one in (_batch, _chats, _cycle, _stash, _deepspeed):
+    for one in (_batch, _chats, _samples, _cycle, _stash, _deepspeed):
         one(config)
 
 
@@ -37,6 +37,13 @@ def _chats(config: Config) -> None:
     if name == "dpo" and data.text_key is not None:
         raise ValueError(
             "data.text_key: pairs have the columns chosen and rejected, and maybe prompt; leave it out"
+        )
+
+
+def _samples(config: Config) -> None:
+    if config.train.sample_every and not config.log.sample_tokens:
+        raise ValueError(
+            "train.sample_every: log.sample_tokens is 0, so there are no samples; set it to 100, say"
         )
 
 

@@ -32,6 +32,7 @@ from lowres.config.base import (
     adjustable,
     resumable,
 )
+from lowres.trackers import TRACKERS
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
 PRESETS: dict[str, tuple[int, int, int, int]] = {
@@ -615,6 +616,9 @@ class TrainConfig(Section):
     """Steps between evaluations (also before the first and after the last step); 0 = never."""
     eval_tokens: Count = resumable(131072)
     """Validation tokens per evaluation; 0 = all of them."""
+    sample_every: Count = resumable(0)
+    """Steps between samples of what the model writes (also before the first and after the last step); 0 =
+    only after the last, if log.sample_tokens asks for it."""
     checkpoint_every: Count = resumable(500)
     """Steps between checkpoints; 0 = only one at the end."""
     keep_checkpoints: Count = resumable(2)
@@ -665,11 +669,34 @@ class HealthConfig(Section):
 
 
 class LogConfig(Section):
-    """What the run prints."""
+    """What the run prints and records."""
 
     progress: bool = resumable(True)
     """Show a progress bar."""
-    sample_prompt: str = resumable("")
-    """Prompt of the sample that is printed after the last step."""
+    sample_prompt: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = resumable("")
+    """Prompt of the samples, or a list of several prompts. They are continued after the last step, and every
+    train.sample_every steps; the run keeps them in samples.jsonl. In tuning they are what a user says."""
     sample_tokens: Count = resumable(0)
-    """Tokens of this sample; 0 = no sample."""
+    """Tokens of a sample, at most; 0 = no samples."""
+    update_every: Count = resumable(10)
+    """Steps between readings of the size of the updates, update/... in the metrics: the RMS of the update of
+    the embedding, of each block and of the head, divided by the RMS of its weights; 0 = none. It changes no
+    result. DeepSpeed does not tell its updates."""
+    tensorboard: bool = resumable(False)
+    """Write the metrics for TensorBoard too, into the folder tensorboard of the run."""
+    trackers: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], Field(strict=False)] = resumable(())
+    """Where the metrics go besides the run's folder; see docs/watching.md. tensorboard is the same as
+    log.tensorboard = true."""
+    project: Annotated[str, Field(pattern=r"^[\w.-]*[A-Za-z0-9_][\w.-]*$", max_length=100)] = resumable(
+        "lowres"
+    )
+    """Name of the project in these trackers."""
+
+    @property
+    def all_trackers(self) -> list[str]:
+        """The trackers that are asked for, each once."""
+        return list(dict.fromkeys([*["tensorboard"] * self.tensorboard, *self.trackers]))
+
+    @property
+    def sample_prompts(self) -> tuple[str, ...]:
+        return (self.sample_prompt,) if isinstance(self.sample_prompt, str) else self.sample_prompt

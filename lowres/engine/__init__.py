@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowres.config import Config
 from lowres.engine.autograd import AutogradEngine
+from lowres.engine.cache import Reader
 from lowres.engine.common import Choice, EngineSettings, StepReport, Updater
 from lowres.engine.layerwise import LayerwiseEngine
 from lowres.model import Starts, Units, is_adapted
@@ -27,6 +28,7 @@ __all__ = [
     "Engine",
     "EngineSettings",
     "LayerwiseEngine",
+    "Reader",
     "StepReport",
     "make_engine",
 ]
@@ -76,6 +78,11 @@ class Engine(Protocol):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """fp32 [B, V]: logits of the token after tokens int64 [B, T]."""
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        """What answers as `logits` does for that many sequences that grow, up to `length` tokens; in the
+        layer-major engine without reading again what it has read, see `lowres.engine.cache`. It allocates its
+        memory now."""
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         """Every unit, in the order of the forward pass. A unit is complete and valid until the next one is

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
+from lowres.engine.cache import Reader, Rereading
 from lowres.engine.common import (
     Documents,
     EngineSettings,
@@ -182,6 +183,10 @@ class AutogradEngine:
         self._load()
         documents = documents_of(tokens, self.settings.starts)
         return self.model(tokens.to(self.device), documents=documents)[:, -1].float()
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        """It remembers nothing."""
+        return Rereading(self.logits)
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()

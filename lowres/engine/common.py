@@ -33,18 +33,19 @@ class Updater(Protocol):
 @dataclass(frozen=True)
 class Choice:
     """What the plan decides if the config says "auto". band: layers that are recomputed and differentiated
-    together. homes: where units, stash and carry live."""
+    together. homes: where units, stash and carry live. texts: that are sampled together."""
 
     micro_batch: int
     band: int = 1
     homes: Homes = field(default_factory=Homes)
+    texts: int = 1
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """The settings of an engine, in addition to model, weights and optimizer.
 
-    micro_batch, band, homes: see `Choice`; the units must have been made with the same homes. compute:
+    micro_batch, band, homes, texts: see `Choice`; the units must have been made with the same homes. compute:
     number format of the activations. loss_chunk: tokens whose logits exist at one time. stash_dtype: see
     `boundaries.make_encoding`. exact_forward: if the stash is lossy, the forward pass continues from the
     exact values instead of the stored ones. grad_clip: largest global gradient norm; if not 0, the
@@ -75,6 +76,7 @@ class EngineSettings:
     fused: bool = False
     starts: Starts | None = None
     objective: Objective | None = None
+    texts: int = 1
 
     @classmethod
     def of(
@@ -109,6 +111,7 @@ class EngineSettings:
             int8 or kept.kernels == "fused" or (kept.kernels == "auto" and on_gpu and forms.possible(CUDA)),
             starts,
             make_objective(config.objective),
+            choice.texts,
         )
 
     @property

@@ -33,7 +33,7 @@ from lowres.kernels.product import along_sum, multiply
 from lowres.kernels.quantise import Quantised, quantise_columns, quantise_rows
 from lowres.kernels.rotary import rotate
 from lowres.kernels.swiglu import swiglu, swiglu_backward, swiglu_quantised
-from lowres.model import Dropout, Operations, Positions, lora, split_heads
+from lowres.model import Dropout, Operations, Places, lora, split_heads
 from lowres.storage import Int8, Storage, TensorSpec
 
 
@@ -326,7 +326,7 @@ class FusedOperations(Operations):
     def gated(self, gate: Tensor, up: Tensor, weight: Any, valued: bool) -> Tensor:
         return self._node(_Gated(), [weight], [gate, up], valued)[0]
 
-    def rotate(self, x: Tensor, positions: Positions) -> Tensor:
+    def rotate(self, x: Tensor, positions: Places) -> Tensor:
         rotated = _Rotate.apply(x, positions.cos, positions.sin)
         return split_heads(rotated, positions.cos.shape[-1])
 

@@ -24,6 +24,7 @@ limit. Both are decided on the device: nothing here waits for the device before 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
+from lowres.engine.cache import CachedReader, KVCache, NewTokens, Reader
 from lowres.engine.common import (
     Documents,
     EngineSettings,
@@ -78,6 +80,9 @@ from lowres.rooms import HOST, Mover, Rooms
 from lowres.storage import LORA_A, LORA_B, Unit
 from lowres.target import chunks, kind_of
 
+# new tokens of a KV cache that pass a layer together
+READ_TOKENS = 2048
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Score = Callable[[slice, Tensor, Tensor], None]  # see `LayerwiseEngine._score`
@@ -119,6 +124,7 @@ class LayerwiseEngine:
         self.compute, self.device, self.rooms = settings.compute, rooms.device, rooms
         self.dropout = Dropout(settings.dropout, settings.seed)
         self._sequences, self._tokens = Size(settings.micro_batch), Size(settings.loss_chunk)
+        self._read_tokens = Size(READ_TOKENS)
         self._additions = Additions()
         if self.device.type == "cuda":
             adds_wide()  # now, because it waits for the device
@@ -610,10 +616,64 @@ class LayerwiseEngine:
         for _ in self.bands:
             with self._residence.visit() as units:
                 x = self._through(x, self._working(units), positions)
+        return self._logits_after(x[:, -1])
+
+    def _logits_after(self, x: Tensor) -> Tensor:
+        """fp32 [S, V] of the token after x [S, D], the output of the last band; the visit of the head."""
         with self._residence.visit() as units:
             (w,) = self._working(units)
-            normed = rms_norm(x[:, -1], w["norm"], self.config.norm_eps)
+            normed = rms_norm(x, w["norm"], self.config.norm_eps)
             return matmul_wide(normed, self._head_matrix(w, None).value.T)
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        (slab,) = self.rooms.make(self.layout.cache(sequences, length))
+        tables = self._rotary_tables(length)
+        cache = KVCache(slab, self.config, self.compute, (sequences, length), (tables.cos, tables.sin))
+        return CachedReader(cache, self._extend, self.settings.starts)
+
+    @_settled
+    @torch.no_grad()
+    def _extend(self, cache: KVCache, new: NewTokens) -> Tensor:
+        """Read new tokens of a cache; returns the logits [S, V] after the last one of each sequence."""
+        self.rooms.phase = "sampling"
+        self._residence.begin([*self._forward_visits(), Visit(("head",))])
+        with self._residence.visit() as (embed,):
+            x = embed.weights[EMBEDDING_NAME].rows(new.ids, self.compute)
+        first = 0
+        for band in self.bands:
+            with self._residence.visit() as units:
+                work = partial(self._extend_band, x, self._working(units), first, cache)
+                self._read_tokens.each(len(x), work)
+            first += len(band)
+        found = self._logits_after(x[new.last])
+        self.rooms.phase = ""
+        return found
+
+    def _extend_band(
+        self, x: Tensor, layers: list[dict[str, Any]], first: int, cache: KVCache, piece: slice
+    ) -> None:
+        """Take some of the new tokens x [N, D] through a band, in place. first: its first layer."""
+        h = x[piece].unsqueeze(0)
+        for i, w in enumerate(layers, first):
+            h = block(h, w, cache.positions(i, piece), self.config, self._weights.operations)
+        x[piece] = h[0]  # needs no memory, so until here nothing has changed
+
+    @property
+    def fetched(self) -> int:
+        """Bytes of weights that a forward pass copies to the GPU."""
+        return sum(self.layout.units[name].weights for name in self.settings.homes.weights)
+
+    @_settled
+    def seconds_to_fetch(self) -> float:
+        """Measures the copies of a forward pass, without its computation."""
+        visits = [*self._forward_visits(), Visit(("head",))]
+        began = time.perf_counter()
+        self._residence.begin(visits)
+        for _ in visits:
+            with self._residence.visit():
+                pass
+        self._units_mover.finish()
+        return time.perf_counter() - began
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()

@@ -145,6 +145,12 @@ class Layout:
         """cos and sin."""
         return Slab("rotary tables", GPU, 2 * 4 * length * self.model.head_width)
 
+    def cache(self, sequences: int, length: int) -> Slab:
+        """Keys and values of so many tokens of each sequence, in all layers."""
+        model = self.model
+        numbers = 2 * model.n_layers * model.kv_heads * model.head_width
+        return Slab("keys and values", GPU, sequences * length * numbers * self.settings.compute.itemsize)
+
     def fixed(self, length: int) -> tuple[Slab, ...]:
         """Slabs that do not depend on homes."""
         return self.copies(), *self.gradients(), self.rotary(length)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
+from lowres.engine.cache import Reader, Rereading
 from lowres.engine.common import Documents, Limits, StepReport, apart, documents_of, split, weighed_batch
 from lowres.errors import UserError
 from lowres.model import Llama, Starts, storage_kinds, unit_specs
@@ -372,6 +373,10 @@ class ZeroEngine:
         self._engine.eval()
         documents = documents_of(tokens, self.starts)
         return self._engine(tokens.to(self.device), documents=documents)[:, -1].float()
+
+    def reader(self, sequences: int, length: int) -> Reader:
+        """It remembers nothing."""
+        return Rereading(self.logits)
 
     # weights and state between steps
 

@@ -15,6 +15,7 @@ gguf_file   a GGUF file, for llama.cpp
 gguf_weights    its number formats, and what they cost
 gguf_tokenizer  its tokenizer
 importing   a model as a run that has not begun
+using       a model in use, as it is on the disk
 target      what is exported appears whole or not at all
 """
 
@@ -27,12 +28,14 @@ from lowres.exchange.stored import (
     require_ids,
     with_model_of,
 )
+from lowres.exchange.using import find_model
 
 __all__ = [
     "FORMATS",
     "Imported",
     "StoredModel",
     "export",
+    "find_model",
     "import_model",
     "initialize_from",
     "open_model",

@@ -22,7 +22,7 @@ from lowres.errors import UserError
 from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
-from lowres.runs import CONFIG, METRICS
+from lowres.records import CONFIG, METRICS
 from lowres.text import is_stream
 from lowres.text.source import hub_name
 from lowres.wording import command

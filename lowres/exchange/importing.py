@@ -110,6 +110,14 @@ def import_model(path: str | Path, out: Path, overrides: list[str]) -> Imported:
 
 def _resolved(origin: StoredModel, out: Path, overrides: list[str]) -> tuple[Config, Tokenizer]:
     """The config of the run, and its tokenizer."""
+    config, tokenizer = config_for(origin, overrides)
+    # the copy says its form and the ends of documents itself
+    own = str(out.absolute() / tokenizer.file_name)
+    return with_values(config, "data", tokenizer=own, tokenizer_form="own", bos=None, eos=None), tokenizer
+
+
+def config_for(origin: StoredModel, overrides: list[str]) -> tuple[Config, Tokenizer]:
+    """A config with which a model can be used, and its tokenizer. Raises UserError."""
     values = overridden({"run": {}, "data": {}, "train": {}}, overrides)
     data, train = values["data"], values["train"]
     trained = origin.config.data.seq_len if isinstance(origin, TrainedModel) else None
@@ -134,9 +142,7 @@ def _resolved(origin: StoredModel, out: Path, overrides: list[str]) -> tuple[Con
         )
     tokenizer = open_tokenizer(given, asked.tokenizer_form or "own", asked.bos, asked.eos)
     require_ids(origin, tokenizer)
-    # the copy says its form and the ends of documents itself
-    own = str(out.absolute() / tokenizer.file_name)
-    return with_values(config, "data", tokenizer=own, tokenizer_form="own", bos=None, eos=None), tokenizer
+    return config, tokenizer
 
 
 class _Units:

@@ -21,7 +21,7 @@ from lowres.data import Tokenizer
 from lowres.data.batches import IGNORED
 from lowres.engine import Engine
 from lowres.errors import UserError
-from lowres.sample import Sampling, continued
+from lowres.sample import Generation, Part, Sampling, parts, reader_for
 
 # lengths of batches are multiples of this: an engine makes its boundaries again if the length changes
 LENGTHS = 32
@@ -36,11 +36,18 @@ Request = tuple[Any, list[int], list[int]]
 class RunModel(TemplateLM):
     """asked: whether a request has come. shortened: see `Scores`."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, context: int, batch_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        context: int,
+        batch_tokens: int,
+        sequences: int = 1,
+    ) -> None:
         """context: tokens that the model may see. batch_tokens: that are processed together, at most, but one
-        sequence at least."""
+        sequence at least. sequences: that are continued together."""
         super().__init__()
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._sequences = engine, tokenizer, sequences
         self._context, self._batch_tokens = context, batch_tokens
         self.asked, self.shortened = False, 0
 
@@ -111,10 +118,26 @@ class RunModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         self.asked = True
-        bar = tqdm(requests, desc="generating", unit=" answers", disable=None)
-        return [self._generated(seed, *request.args) for seed, request in enumerate(bar)]
+        # those that go on in the same way, and of them the longest first
+        groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, list[int]]]] = {}
+        for i, request in enumerate(requests):
+            ids, how, stops = self._continuation(*request.args)
+            groups.setdefault((how, stops), []).append((i, ids))
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generating", unit=" answers", disable=None) as bar:
+            for (how, stops), group in groups.items():
+                group.sort(key=lambda one: -len(one[1]))
+                for start in range(0, len(group), self._sequences):
+                    numbers, prompts = zip(*group[start : start + self._sequences], strict=True)
+                    for part in self._generated(prompts, how, stops, numbers):
+                        texts[numbers[part.prompt]] += part.text
+                        bar.update(bool(part.end))
+        return texts
 
-    def _generated(self, seed: int, text: str, options: dict[str, Any]) -> str:
+    def _continuation(
+        self, text: str, options: dict[str, Any]
+    ) -> tuple[list[int], Sampling, tuple[str, ...]]:
+        """The tokens that a request goes on from, and how. Raises UserError if it cannot be done."""
         options = normalize_gen_kwargs(options)
         greedy = not options["do_sample"]
         for key in sorted(options.keys() - _UNDERSTOOD):
@@ -131,18 +154,21 @@ class RunModel(TemplateLM):
             )
         context = self.tok_encode(text) or [self.prefix_token_id]
         self.shortened += len(context) > self._context - most
-        context = context[most - self._context :]
         temperature = 0.0 if greedy else options.get("temperature", 1.0)
-        ids: list[int] = []
-        how = Sampling(most, self._context, temperature, options.get("top_k", 50), seed)
-        tokenizer, stops = self._tokenizer, {self._tokenizer.end_id}
-        for token in continued(self._engine, context, tokenizer.vocab_size, stops, how):
-            ids.append(token)
-            answer = self._tokenizer.decode(ids)
-            ends = [answer.index(end) for end in options["until"] if end and end in answer]
-            if ends:
-                return answer[: min(ends)]
-        return self._tokenizer.decode(ids)
+        how = Sampling(most, self._context, temperature, options.get("top_k", 50))
+        return context[most - self._context :], how, tuple(filter(None, options["until"]))
+
+    def _generated(
+        self,
+        prompts: Sequence[list[int]],
+        how: Sampling,
+        stops: Sequence[str],
+        seeds: Sequence[int],
+    ) -> Iterator[Part]:
+        tokenizer, ends = self._tokenizer, {self._tokenizer.end_id}
+        reader = reader_for(self._engine, prompts, how)
+        generation = Generation(reader, prompts, how, tokenizer.vocab_size, ends, seeds)
+        return parts(generation, [tokenizer.stream() for _ in prompts], stops)
 
 
 def _padded(rows: list[list[int]], length: int) -> Tensor:

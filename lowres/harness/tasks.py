@@ -21,6 +21,8 @@ from lowres.engine import Engine
 from lowres.errors import UserError, first_line
 
 PACKAGE = "lm_eval>=0.4.12"
+# continuations that are written together, if there is memory
+TEXTS = 8
 # of samples from which the standard error of a perplexity is estimated; that of an accuracy needs none
 _BOOTSTRAPS = 1000
 
@@ -93,9 +95,11 @@ def score(
     tokenizer: Tokenizer,
     limit: int | None = None,
     examples: int | None = None,
+    texts: int = 1,
 ) -> Scores:
     """The scores of the model of a run. limit: questions of each task, at most. examples: shown before each
-    question, instead of the number that a task says (a task that says 0 keeps it). Raises UserError."""
+    question, instead of the number that a task says (a task that says 0 keeps it). texts: continuations that
+    are written together. Raises UserError."""
     if not tokenizer.has_text:
         raise UserError("--tasks: the run has ids without text, and the questions of tasks are text")
     from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -105,7 +109,8 @@ def score(
 
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no fork of this process
     context = config.model.max_positions or config.data.seq_len
-    model = RunModel(engine, tokenizer, context, config.batch_sequences * config.data.seq_len)
+    batch_tokens = config.batch_sequences * config.data.seq_len
+    model = RunModel(engine, tokenizer, context, batch_tokens, texts)
     with _to_stderr():
         for task in tasks["tasks"].values():
             own = task.get_config("num_fewshot")

@@ -46,6 +46,7 @@ KINDS = {
     "int8": marks.UPDATE,
     "bf16_update": marks.UPDATE,
     "bf16": marks.UPDATE,
+    "blocks": marks.UPDATE,
     "int8_fill": marks.UPDATE,
     "dequantise": marks.DEQUANTISE,
     "quantise_rows": marks.QUANTISE,

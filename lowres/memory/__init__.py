@@ -14,7 +14,7 @@ choice      the search for what fits
 """
 
 from lowres.engine import Choice
-from lowres.memory.choice import ADAPTERS, make_plan, make_plans
+from lowres.memory.choice import ADAPTERS, make_plan, make_plans, plan_use
 from lowres.memory.plan import DISK, GIB, Crew, Plan, host_bytes, require_fit, require_machine
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "host_bytes",
     "make_plan",
     "make_plans",
+    "plan_use",
     "require_fit",
     "require_machine",
 ]

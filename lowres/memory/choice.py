@@ -27,6 +27,8 @@ BANDS = (1, 2, 4, 8)
 # memory on a GPU that no plan lists: kernels that are loaded at their first use, the cuBLAS workspace of the
 # thread that runs autograd, and gaps between the allocator's blocks
 LEFT_TO_CUDA = GIB
+# of a weight: how much longer it takes to copy it to the GPU than to read it there
+COPY_COST = 16
 # for the deepspeed engine: changes that may make a config fit, from the smallest to the largest
 _STAGE_3 = {"deepspeed.stage": 3, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_param": "cpu"}
 _BF16 = {"memory.weights": "bf16", "memory.moments": "bf16"}
@@ -66,12 +68,7 @@ def make_plan(
     ranks the smallest of theirs. adapted: with the adapters of ReLoRA. crew: default: the started ranks.
     """
     crew = crew or Crew(ranks.size(), ranks.size_here())
-    found: dict[str, int | None] = {GPU: None, HOST: None}
-    if on_this_machine:
-        least = ranks.least(_free_on(device), host_bytes() or 0)
-        found = {room: int(size) or None for room, size in zip(found, least, strict=True)}
-    asked = {GPU: config.memory.budget_gib, HOST: config.memory.host_budget_gib}
-    budgets = {room: found[room] if gib is None else int(gib * GIB) for room, gib in asked.items()}
+    budgets = _budgets(config, device, on_this_machine)
     if (host := budgets[HOST]) is not None:
         budgets[HOST] = host // crew.here
     plan = _first_that_fits(config, device, budgets, adapted, crew)
@@ -83,6 +80,100 @@ def make_plan(
         if other not in (None, config) and (crew.ranks == 1 or other.memory.engine == "deepspeed"):
             others.append((_named(config, keys), _first_that_fits(other, device, budgets, adapted, crew)))
     return replace(plan, alternatives=tuple(others))
+
+
+def plan_use(
+    config: Config,
+    device: torch.device,
+    adapted: bool = False,
+    texts: int = 1,
+    length: int | None = None,
+    evaluates: bool = True,
+    on_this_machine: bool = True,
+) -> Plan:
+    """The plan of a trained model that is only used, by the layer-major engine: as few weights on the host as
+    possible.
+
+    texts: to sample; as many of them together as is fastest (`Choice.texts`), where each has up to `length`
+    tokens, by default data.seq_len. evaluates: whether it is also evaluated.
+    """
+    length = length or config.data.seq_len
+    users = _Users(config, device, _budgets(config, device, on_this_machine), adapted, length, evaluates)
+    while True:
+        plans = [users.plan_of(texts >> i) for i in reversed(range(texts.bit_length()))]
+        fitting = [plan for plan in plans if not plan.problems]
+        if fitting:
+            return min(fitting, key=lambda plan: users.seconds(plan, texts))
+        if not users.lower():
+            return plans[0]
+
+
+class _Users:
+    """The search for a plan of a model that is used."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        budgets: dict[str, int | None],
+        adapted: bool,
+        length: int,
+        evaluates: bool,
+    ) -> None:
+        self.config, self.budgets, self.length, self.evaluates = config, budgets, length, evaluates
+        self.footprint = Footprint(config, device, config.relora if adapted else None, 1)
+        asked, most = config.train.micro_batch, config.most_windows
+        useful = USEFUL_TOKENS[device.type] // config.data.seq_len
+        self.micro_batch = max(1, min(most, useful if asked == "auto" else asked)) if evaluates else 1
+        self.carry = False
+        tied = config.model.tie_embeddings  # used at both ends of the model, so it stays
+        self.units = (*self.footprint.blocks, "head", *(() if tied else ("embed",)))
+
+    def lower(self) -> bool:
+        """Whether there is a way to need less memory, which is taken."""
+        if self.micro_batch > 1:
+            self.micro_batch //= 2
+            return True
+        if self.evaluates and not self.carry:
+            self.carry = True
+            return True
+        return False
+
+    def plan_of(self, texts: int) -> Plan:
+        """With the fewest units on the host that fit; if none do, with all."""
+        low, high = 0, len(self.units)
+        if self.config.memory.weights_on != "auto":
+            low = high = high if self.config.memory.weights_on == "host" else 0
+        while low < high:
+            middle = (low + high) // 2
+            if self._plan(texts, middle).problems:
+                low = middle + 1
+            else:
+                high = middle
+        return self._plan(texts, low)
+
+    def _plan(self, texts: int, hosted: int) -> Plan:
+        homes = Homes(weights=frozenset(self.units[:hosted]), carry=self.carry)
+        choice = Choice(self.micro_batch, 1, homes, texts)
+        found = self.footprint.in_use(choice, self.length, self.evaluates)
+        return Plan(found, choice, self.footprint.parameters, self.config.train.batch_tokens, self.budgets)
+
+    def seconds(self, plan: Plan, texts: int) -> float:
+        """For one token of all texts, in relation to other plans: the bytes that are read."""
+        passes = -(-texts // plan.choice.texts)
+        sizes = {name: sum(own.values()) for name, own in self.footprint.weights.items()}
+        copied = sum(sizes[name] for name in plan.choice.homes.weights)
+        return passes * (copied * COPY_COST + sum(sizes.values()))
+
+
+def _budgets(config: Config, device: torch.device, on_this_machine: bool) -> dict[str, int | None]:
+    """Bytes that a run may use, by room; None is no limit."""
+    found: dict[str, int | None] = {GPU: None, HOST: None}
+    if on_this_machine:
+        least = ranks.least(_free_on(device), host_bytes() or 0)
+        found = {room: int(size) or None for room, size in zip(found, least, strict=True)}
+    asked = {GPU: config.memory.budget_gib, HOST: config.memory.host_budget_gib}
+    return {room: found[room] if gib is None else int(gib * GIB) for room, gib in asked.items()}
 
 
 def _free_on(device: torch.device) -> int:
@@ -255,4 +346,9 @@ class _Planner:
 
     def plan(self, choice: Choice) -> Plan:
         found, batch = self.footprint.components(choice), self.config.train.batch_tokens
-        return Plan(found, choice, self.footprint.parameters, batch, self.budgets, self.crew)
+        kept, length = self.footprint.bytes_of_a_token, self.config.data.seq_len
+        return Plan(
+            *(found, choice, self.footprint.parameters, batch, self.budgets, self.crew),
+            kept_of_a_token=kept,
+            seq_len=length,
+        )

@@ -7,6 +7,7 @@ operations from traces. What DeepSpeed allocates is in `lowres.engine.zero_memor
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -99,6 +100,9 @@ class Footprint:
             found = self._deepspeed(choice)
         elif self.config.memory.engine == "layerwise":
             found = self._at_rest(choice.homes) + self._layerwise(choice)
+            if self.config.log.sample_tokens:
+                texts = replace(choice, texts=len(self.config.log.sample_prompts))
+                found += self._sampling(texts, self.config.data.seq_len)
         else:
             found = self._at_rest(choice.homes) + self._autograd(choice)
         if self.device.type == "cuda":
@@ -109,6 +113,40 @@ class Footprint:
         found.append(Component("checkpoint", DISK, self.at_rest))
         return tuple(c for c in found if c.bytes)
 
+    def in_use(self, choice: Choice, length: int, evaluates: bool) -> tuple[Component, ...]:
+        """Everything that is alive while the layer-major engine uses a trained model: to sample choice.texts
+        texts of so many tokens, and maybe to evaluate, on as many sequences as in a step."""
+        layout = self.layout(choice.micro_batch, choice.band)
+        homes, sequences, seq_len = choice.homes, self.config.most_windows, self.config.data.seq_len
+        slabs = [layout.slots(layout.hosted(homes)), layout.copies()]
+        found = self._at_rest(homes, used=True) + self._sampling(choice, length)
+        if evaluates:
+            kept = layout.boundaries(sequences, seq_len, 0, 0, homes.carry)
+            slabs += [layout.rotary(seq_len), *kept.all()]
+            phases = self.trace.phases(choice.micro_batch, choice.band, sequences > choice.micro_batch)
+            found += [
+                Component("activations inside a layer", GPU, phases["forward"], "forward"),
+                Component("loss chunk", GPU, phases["loss"], "loss"),
+            ]
+        if self.device.type == "cuda":
+            found.append(Component("cuBLAS workspace", GPU, CUBLAS_WORKSPACE))
+        return tuple(c for c in found + _listed(slabs) if c.bytes)
+
+    def _sampling(self, choice: Choice, length: int) -> list[Component]:
+        """What it takes to sample choice.texts texts of so many tokens together."""
+        layout = self.layout(choice.micro_batch, choice.band)
+        made = layout.cache(choice.texts, length).total, layout.rotary(length).total
+        reading = self.trace.reading(choice.texts, length, choice.band)
+        return [
+            Component("keys and values", GPU, sum(made), "sampling"),
+            Component("reading tokens", GPU, reading, "sampling"),
+        ]
+
+    @property
+    def bytes_of_a_token(self) -> int:
+        """Keys and values of a token in all layers."""
+        return self.layout(1, 1).cache(1, 1).total
+
     def movable(self, layout: Layout, hosted: Hosted, stash_on_host: int, carry_on_host: bool) -> int:
         """Bytes on the GPU of everything that may live there or on the host, and of the slots to move it.
         All of it is always alive, so the peaks of two choices that differ only in homes differ by this."""
@@ -117,9 +155,10 @@ class Footprint:
         )
         return self.at_rest - hosted.total + sum(slab.total for slab in slabs if slab.room == GPU)
 
-    def _at_rest(self, homes: Homes) -> list[Component]:
+    def _at_rest(self, homes: Homes, used: bool = False) -> list[Component]:
+        """Weights, and state unless they are only used."""
         found: dict[tuple[str, str], int] = {}
-        for parts, on_host in ((self.weights, homes.weights), (self.state, homes.state)):
+        for parts, on_host in ((self.weights, homes.weights), (self.state, homes.state))[: 1 if used else 2]:
             for unit, components in parts.items():
                 for name, size in components.items():
                     key = (name, HOST if unit in on_host else GPU)

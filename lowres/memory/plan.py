@@ -40,6 +40,8 @@ class Plan:
     budgets: dict[str, int | None]  # bytes by room; None is no limit
     crew: Crew = Crew()
     alternatives: tuple[tuple[str, Plan], ...] = ()  # settings that may fit if this does not
+    kept_of_a_token: int = 0  # bytes of its keys and values when texts are sampled
+    seq_len: int = 0
 
     @property
     def micro_batch(self) -> int:
@@ -99,6 +101,7 @@ class Plan:
             "gpu_peak_bytes": self.peak(GPU),
             "host_peak_bytes": self.peak(HOST),
             "disk_bytes_per_checkpoint": self.peak(DISK),
+            "kv_bytes_per_token": self.kept_of_a_token,
             "save_pause_s": dict(zip(("beside", "waiting"), self.pauses(), strict=True)),
             "components": [vars(c) for c in self.components],
             "fits": not self.problems,
@@ -136,7 +139,7 @@ class Plan:
             limit = "" if budget is None else f"   budget {budget / GIB:.2f}"
             name = "disk per checkpoint" if room == DISK else f"{room} peak"
             lines.append(f"{name:<44}{self.peak(room) / GIB:>10.3f}{limit}")
-        lines.append(self._on_saving())
+        lines += [self._on_saving(), self._on_sampling()]
         pieces = counted(self.choice.micro_batch, "sequence")
         lines.append(
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
@@ -157,6 +160,13 @@ class Plan:
             f"{written:.1f} s for the disk (at {COPIED / 1e9:g} and {WRITTEN / 1e9:g} GB/s)"
         )
 
+    def _on_sampling(self) -> str:
+        whole = self.kept_of_a_token * self.seq_len
+        return (
+            f"sampling: keys and values take {self.kept_of_a_token / 1024:,.4g} KiB a token of a text, "
+            f"{whole / GIB:.3f} GiB for data.seq_len"
+        )
+
     def pauses(self) -> tuple[float, float]:
         """Seconds for which training waits for a save: beside training, and otherwise."""
         return self.peak(DISK) / COPIED, self.peak(DISK) * (1 / WRITTEN + 1 / WRITTEN)
@@ -174,6 +184,7 @@ class Plan:
 
 _SMALLER = "lower train.micro_batch or take a smaller model.preset"
 _REMEDIES = {
+    "keys and values": "sample fewer or shorter texts",
     "stash": "lower train.batch_tokens, raise memory.band or set memory.stash_dtype=int8",
     "carry": "lower train.batch_tokens",
     "gradient buffer": "lower memory.band; if it is auto, raise memory.host_budget_gib or lower "

@@ -145,6 +145,7 @@ def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
+    parts.append(str(bool(config.log.update_every)))
     key = (*parts, config.data.seq_len, config.packed, config.objective, kind, adapters is not None, compiled)
     if key not in tracers:
         tracers[key] = Tracer(config, kind, adapters, compiled)
@@ -165,6 +166,7 @@ class Tracer:
         self.updates = cache(self._updates)
         self.block = cache(self._block)
         self.loss = cache(self._loss)
+        self.reading = cache(self._reading)
 
     def phases(self, micro_batch: int, band: int, several: bool) -> dict[str, int]:
         """Peak bytes beyond the slabs by phase of a layer-major step, except the update. several: whether a
@@ -183,6 +185,17 @@ class Tracer:
             self._take_step(engine, live, shape, 2 if several else 1, 0)
             return _beyond_slabs(live, rooms)
 
+    def _reading(self, texts: int, length: int, band: int) -> int:
+        """Peak bytes beyond the slabs while texts are sampled: when a whole context is new, and when it is
+        new after half of another."""
+        rooms = Rooms(_CPU)
+        with self._without_memory(rooms) as live:
+            engine = self._engine(rooms, Choice(1, band), None)
+            reader = engine.reader(texts, length)
+            for ids in ([0] * length, [0] * (length // 2) + [1] * (length - length // 2)):
+                reader.logits(dict.fromkeys(range(texts), ids))
+            return _beyond_slabs(live, rooms)["sampling"]
+
     def _updates(self) -> Updates:
         """Traces the first step, a step that replaces projections, and a step that merges."""
         rooms, config = Rooms(_CPU), _installed(self._config)
@@ -192,6 +205,7 @@ class Tracer:
             steps.append(relora.start_step + relora.cycle_steps - 1)
         with self._without_memory(rooms) as live:
             optimizer = make_optimizer(self._cut(config, 1))
+            optimizer.measured_every = min(1, optimizer.measured_every)  # every step, if any
             watched = _Watched(Relora(relora, optimizer), live)
             engine = self._engine(rooms, Choice(1), watched)
             optimizer.attach(engine.units(), rooms)
@@ -205,7 +219,7 @@ class Tracer:
     def _without_memory(self, rooms: Rooms) -> AbstractContextManager[Traced]:
         return without_memory(self._kind, rooms, brief=True, compiled=self._compiled)
 
-    def _engine(self, rooms: Rooms, choice: Choice, updater: Updater) -> LayerwiseEngine:
+    def _engine(self, rooms: Rooms, choice: Choice, updater: Updater | None) -> LayerwiseEngine:
         config, kept = self._cut(self._config, choice.band), self._config.memory
         units = empty_units(
             config.model, kept.weights, kept.embeddings_kept_in, rooms, adapters=self._adapters

@@ -2,6 +2,7 @@
 
 block      one block: the table of its tensors, and the arithmetic
 documents  attention and positions of documents that share a sequence and do not see each other
+cached     and of new tokens, after those whose keys and values are kept
 lora       low-rank adapters of its matrices
 tensors    every tensor of a whole model: specification, initial values, memory
 llama      the whole model as an ordinary `nn.Module`, used as the reference
@@ -10,6 +11,7 @@ llama      the whole model as an ordinary `nn.Module`, used as the reference
 from lowres.model.block import (
     PLAIN,
     Operations,
+    Places,
     Weight,
     attention,
     block,
@@ -25,6 +27,7 @@ from lowres.model.block import (
     rotate,
     split_heads,
 )
+from lowres.model.cached import CachedPositions, Segment
 from lowres.model.documents import Lengths, Positions, Starts, lengths_of, starting_with
 from lowres.model.llama import Llama
 from lowres.model.lora import Dropout, fresh_adapter
@@ -47,11 +50,14 @@ __all__ = [
     "HEAD_NAME",
     "INIT_STD",
     "PLAIN",
+    "CachedPositions",
     "Dropout",
     "Lengths",
     "Llama",
     "Operations",
+    "Places",
     "Positions",
+    "Segment",
     "Starts",
     "Units",
     "Weight",

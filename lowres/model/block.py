@@ -25,10 +25,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lowres.config import ModelConfig
-from lowres.model.documents import Positions, attend
+from lowres.model.cached import CachedPositions
+from lowres.model.documents import Positions
 from lowres.storage import BIAS, MATRIX, NORM
 
 Shape = Callable[[ModelConfig], tuple[int, ...]]
+# where the tokens of x are, and what they attend to
+Places = Positions | CachedPositions
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ class Operations:
         product = F.silu(gate) * up
         return linear(product, weight) if valued else weight.last(product)
 
-    def rotate(self, x: Tensor, positions: Positions) -> Tensor:
+    def rotate(self, x: Tensor, positions: Places) -> Tensor:
         """x [B, T, H * E] with rotary position embedding, as [B, H, T, E]. x may be overwritten."""
         return rotate(split_heads(x, positions.cos.shape[-1]), positions.cos, positions.sin)
 
@@ -226,19 +229,17 @@ PLAIN = Operations()
 
 
 def attention(
-    x: Tensor, w: Weights, positions: Positions, config: ModelConfig, ops: Operations = PLAIN
+    x: Tensor, w: Weights, positions: Places, config: ModelConfig, ops: Operations = PLAIN
 ) -> Tensor:
     """Norm and causal self-attention of x [B, T, D], without the residual."""
     q, k, v = ops.products(x, w, "attn_norm", ("q", "k", "v"), config)
     q = ops.rotate(heads(q, w, "q", config), positions)  # [B, H, T, E]
     k = ops.rotate(heads(k, w, "k", config), positions)  # [B, K, T, E]
     v = split_heads(heads(v, w, "v", config), config.head_width)
-    return ops.product(attend(q, k, v, positions.lengths), w["o"])
+    return ops.product(positions.attend(q, k, v), w["o"])
 
 
-def block(
-    x: Tensor, w: Weights, positions: Positions, config: ModelConfig, ops: Operations = PLAIN
-) -> Tensor:
+def block(x: Tensor, w: Weights, positions: Places, config: ModelConfig, ops: Operations = PLAIN) -> Tensor:
     """One transformer block, x [B, T, D] to [B, T, D]. `w` holds its weights by role."""
     x, y = block_terms(x, w, positions, config, ops)
     return x + y
@@ -252,7 +253,7 @@ def not_recomputed(config: ModelConfig) -> tuple[str, ...]:
 def block_terms(
     x: Tensor,
     w: Weights,
-    positions: Positions,
+    positions: Places,
     config: ModelConfig,
     ops: Operations = PLAIN,
     recomputed: bool = False,

@@ -62,6 +62,10 @@ class Positions(NamedTuple):
         cos, sin = (torch.cat([table[:n] for n in lengths]).view(shape) for table in self[:2])
         return Positions(cos, sin, lengths)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `attend`."""
+        return attend(q, k, v, self.lengths)
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None) -> Tensor:
     """Causal attention [B, T, H * E] of q [B, H, T, E] to k and v [B, K, T, E], inside documents."""

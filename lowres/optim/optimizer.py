@@ -6,6 +6,7 @@ made for (`Definition.kinds`); AdamW updates the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from lowres.catalogue import KEYS, RULES
 from lowres.config import Config, ModelConfig, OptimConfig
 from lowres.rooms import GPU, HOST, Rooms
 from lowres.rules import Clock, Rule, Settings, make
-from lowres.rules.limiter import NORM_FIELDS, limited
+from lowres.rules.limiter import NORM_FIELDS, limited, update_norm
 from lowres.rules.moments import bitsandbytes_functional
 from lowres.storage import (
     ADAPTER,
@@ -101,12 +102,17 @@ class Optimizer:
         master: str | None = None,
         adapter_lr: float | None = None,
         followed: str | None = None,
+        measured_every: int = 0,
     ) -> None:
         """moments: number format of element-wise moments. master: number format of the master copy of the
         block matrices, or None. adapter_lr: peak learning rate of adapters; default as for matrices.
-        followed: the unit that keeps the sum of its merges."""
+        followed: the unit that keeps the sum of its merges. measured_every: steps between readings of the
+        size of the updates; 0 for none."""
         assert config.lr is not None and config.limiter is not None
         self.seed, self.master, self.followed = seed, master, followed
+        self.measured_every = measured_every
+        # fp64 [2] by unit, on the host: squared norms of its last measured update, and of its weights
+        self._sizes: dict[str, Tensor] = {}
         self.rehearsing = False  # whether updates are refused ones that should need as much memory as any
         known, rule = RULES[config.name], make_rule(config, model, seed, moments)
         growth = 0.0 if known.limits_itself else config.limiter
@@ -154,6 +160,12 @@ class Optimizer:
     def attach(self, units: Iterable[Unit], rooms: Rooms, on_host: Collection[str] = ()) -> None:
         """Give every unit its state before the first update, all zero. The units named in `on_host` keep
         their state on the host."""
+        units = list(units)
+        if self.measured_every:
+            with rooms.allocate_in(HOST):
+                sizes = torch.zeros(len(units), 2, dtype=torch.float64)
+                sizes = sizes.pin_memory() if rooms.device.type == "cuda" else sizes
+            self._sizes = {unit.spec.name: own for unit, own in zip(units, sizes, strict=True)}
         for unit in units:
             fields = self.unit_fields(unit.spec)
             if any(dtype == torch.uint8 for own in fields.values() for dtype, _ in own.values()):
@@ -182,11 +194,30 @@ class Optimizer:
             refused = ~accepted
             for grad in grads.values():
                 grad.masked_fill_(refused, 0.0)
+        sizes = None
+        if self._measures(step):
+            sizes = torch.zeros(2, dtype=torch.float64, device=accepted.device)
         for group in self.groups:
             specs = [spec for spec in trained if group.has(spec)]
             if specs:
                 clock = clocks[-1] if ADAPTER in group.kinds else clocks[0]
-                self._update_group(group, unit, specs, grads, schedule, clock)
+                self._update_group(group, unit, specs, grads, schedule, clock, sizes)
+        if sizes is not None:
+            self._sizes[unit.spec.name].copy_(sizes, non_blocking=True)
+
+    def _measures(self, step: int) -> bool:
+        """Whether the update after `step` completed ones is measured."""
+        due = self.measured_every and (self.rehearsing or (step + 1) % self.measured_every == 0)
+        return bool(due and self._sizes)
+
+    def readings(self, step: int) -> dict[str, float]:
+        """What to log after `step` steps: of every unit the RMS of its update, before rounding and without
+        weight decay, divided by the RMS of the weights that it changed. Empty if the step was not measured.
+        They are there as soon as the results of the step are."""
+        if not self._measures(step - 1):
+            return {}
+        pairs = {name: own.tolist() for name, own in self._sizes.items()}
+        return {f"update/{name}": (u / w) ** 0.5 if w else math.nan for name, (u, w) in pairs.items()}
 
     def _update_group(
         self,
@@ -196,7 +227,9 @@ class Optimizer:
         grads: Mapping[str, Tensor],
         schedule: float,
         clock: Clock,
+        sizes: Tensor | None,
     ) -> None:
+        """sizes: gets the squared norms of updates and weights added, if the step is measured."""
         lr = group.lr * schedule
         directions = [grads[spec.name] for spec in specs]
         states = [unit.state[spec.name] for spec in specs]
@@ -210,6 +243,9 @@ class Optimizer:
             factors = group.rule.directions(specs, directions, states, lr, clock)
         decay = lr * group.weight_decay * clock.accepted.float() if group.weight_decay else None
         for spec, direction, factor in zip(specs, directions, factors, strict=True):
+            if sizes is not None:
+                size = update_norm(direction, factor).double().square()
+                sizes += torch.stack([size, unit.square(spec.name)])
             key = rng.make_key(self.seed, "rounding", spec.name, clock.step)
             unit.apply(spec.name, direction, factor, decay, key)
 
@@ -220,4 +256,7 @@ def make_optimizer(config: Config) -> Optimizer:
     master = kept.master_dtype if kept.master == "host" else None
     adapter_lr = (config.optim.lr or 0) * config.relora.lr_factor
     followed = f"layers.{config.model.n_layers // 2}" if config.relora.log_rank else None
-    return Optimizer(config.optim, config.model, config.run.seed, kept.moments, master, adapter_lr, followed)
+    return Optimizer(
+        *(config.optim, config.model, config.run.seed, kept.moments, master, adapter_lr, followed),
+        config.log.update_every,
+    )

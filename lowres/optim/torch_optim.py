@@ -24,6 +24,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +46,8 @@ Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, An
 
 ADAMW, MATRIX, NORM = "adamw", "matrix", "norm"
 ADAMW_BETAS = "adamw_betas"  # a keyword of the classes whose `betas` are no pair of AdamW's
-EMBEDDINGS = ("wte", "wpe")
-HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier")
+EMBEDDINGS = ("wte", "wpe", "shared")  # and what has "embed" or the word "emb" in its name
+HEADS = ("lm_head", "head", "output", "embed_out", "unembed", "score", "classifier")
 # several matrices in one parameter: query, key and value; gate and up
 FUSED = ("qkv", "query_key_value", "c_attn", "gate_up", "in_proj")
 LLAMA_ROLES = {
@@ -165,7 +166,11 @@ class RuleOptimizer(torch.optim.Optimizer):
             if spec.role != MATRIX:
                 continue
             if split and sum(split) != rows:
-                raise ValueError(f"{spec.name}: has {rows} rows, but split {split} is for {sum(split)}")
+                turned = "; a weight [in, out], as of Conv1D, needs split=() or role='adamw'"
+                raise ValueError(
+                    f"{spec.name}: has {rows} rows, but split {split} is for {sum(split)}"
+                    f"{turned if sum(split) == spec.shape[1] else ''}"
+                )
             if split is None and any(part in spec.name for part in FUSED):
                 raise ValueError(
                     f"{spec.name}: seems to be several matrices in one; put it into a group with split, "
@@ -243,7 +248,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             # some schedulers change them
             rule.betas = _adamw_betas(group) if spec.role == ADAMW else group["betas"]
             rule.eps = group["eps"]
-            if p.grad is None:
+            if p.grad is None or not p.numel():
                 continue
             if not self.state[p]:
                 fields = rule.state_fields(spec)
@@ -462,7 +467,7 @@ def _role(name: str) -> str:
     module = _module(name)
     if module in HEADS:
         return HEAD
-    if module in EMBEDDINGS or "embed" in module:
+    if module in EMBEDDINGS or "embed" in module or "emb" in module.split("_"):
         return EMBEDDING
     return ADAMW if "norm" in module else MATRIX
 
@@ -482,7 +487,7 @@ def _require(holds: bool, key: str, value: object, wanted: str) -> None:
 def _growth(limiter: bool | float) -> float:
     """The factor for a value of `limiter`; 0 is no limiter."""
     growth = GROWTH if limiter is True else float(limiter)
-    _require(growth == 0 or growth >= 1, "limiter", limiter, "True, False or at least 1")
+    _require(growth == 0 or 1 <= growth < inf, "limiter", limiter, "True, False or at least 1")
     return growth
 
 
@@ -495,13 +500,13 @@ def _adamw_betas(group: dict[str, Any]) -> Betas:
 def _check(group: dict[str, Any]) -> None:
     """Check the keys that several optimizers have; a group may have its own values."""
     lr, moments = group["lr"], group["moments"]
-    _require(lr >= 0, "lr", lr, "at least 0")
+    _require(0 <= lr < inf, "lr", lr, "at least 0 and finite")
     for key in ("betas", ADAMW_BETAS):
         betas = group.get(key, (0, 0))
         pair = isinstance(betas, tuple | list) and len(betas) == 2
         _require(pair and all(0 <= beta < 1 for beta in betas), key, betas, "two numbers in [0, 1)")
-    _require(group["eps"] > 0, "eps", group["eps"], "above 0")
-    _require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "at least 0")
+    _require(0 < group["eps"] < inf, "eps", group["eps"], "above 0 and finite")
+    _require(0 <= group["weight_decay"] < inf, "weight_decay", group["weight_decay"], "at least 0 and finite")
     _require(moments in KINDS, "moments", moments, "fp32, bf16 or int8")
 
 

@@ -40,12 +40,12 @@ def limited(
     directions: list[Tensor], factors: list[Tensor], states: list[State], accepted: Tensor, growth: float
 ) -> list[Tensor]:
     """Factors with which factor * direction stays within `growth`; shapes as in `base.Rule.directions`."""
-    norms = torch.stack([_update_norm(d, f) for d, f in zip(directions, factors, strict=True)])
+    norms = torch.stack([update_norm(d, f) for d, f in zip(directions, factors, strict=True)])
     excess = limit(norms, states, accepted, growth)
     return [factor / e for factor, e in zip(factors, excess.unbind(), strict=True)]
 
 
-def _update_norm(direction: Tensor, factor: Tensor) -> Tensor:
+def update_norm(direction: Tensor, factor: Tensor) -> Tensor:
     """Norm of factor * direction, a scalar, without a second tensor of its size."""
     if factor.dim() == 0:
         return lowrank.norms([direction])[0] * factor

@@ -25,15 +25,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowres import rng
 from lowres.errors import UserError
+from lowres.kernels import blocks
+from lowres.kernels.blocks import BLOCK
 from lowres.kernels.rounding import round_to_bf16
 from lowres.rules.base import Clock, State
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunk_elements, chunks
 
 KINDS = ("fp32", "bf16", "int8")
-BLOCK = 256  # elements that share a scale in int8
-# of linear int8: the largest code, and the smallest absmax whose inverse fp32 has
-LARGEST, SMALLEST = 127, 1e-36
 
 
 def moment_fields(key: str, shape: tuple[int, ...], kind: str, linear: bool = False) -> Fields:
@@ -47,9 +46,9 @@ def moment_fields(key: str, shape: tuple[int, ...], kind: str, linear: bool = Fa
         return {key: (torch.float32, shape)}
     if kind == "bf16":
         return {key: (torch.bfloat16, shape)}
-    blocks = -(-torch.Size(shape).numel() // BLOCK)
+    count = -(-torch.Size(shape).numel() // BLOCK)
     codes = torch.int8 if linear else torch.uint8
-    return {key: (codes, shape), f"{key}.absmax": (torch.float32, (blocks,))}
+    return {key: (codes, shape), f"{key}.absmax": (torch.float32, (count,))}
 
 
 def flat_chunks(numel: int, device: torch.device) -> list[slice]:
@@ -82,7 +81,7 @@ class Moment:
                 self.value[part], absmax=self.absmax[_blocks(part)], code=self.map, blocksize=BLOCK
             )
         if self.dtype == torch.int8:
-            return _per_block(self.value[part].float(), self.absmax[_blocks(part)] / LARGEST)
+            return blocks.expand(self.value[part], self.absmax[_blocks(part)])
         return self.value[part]
 
     def write(self, values: Tensor, part: slice) -> None:
@@ -92,17 +91,11 @@ class Moment:
         elif self.dtype == torch.uint8:
             codes, scale = self.functional.quantize_blockwise(values, code=self.map, blocksize=BLOCK)
             # the signed map ends at -0.993 and 1, so a negative absmax would shrink with every refused update
-            self._keep(part, codes, scale.absmax)
+            for kept, new in ((self.value[part], codes), (self.absmax[_blocks(part)], scale.absmax)):
+                torch.where(self.accepted, new, kept, out=kept)
         elif self.dtype == torch.int8:
-            largest = _absmax(values)
-            scaled = _per_block(values.clone(), LARGEST / largest.clamp(min=SMALLEST))
-            codes = rng.round_to_integer(scaled, self.rounding, part.start).clamp_(-LARGEST, LARGEST)
-            self._keep(part, codes.to(torch.int8), largest)
-
-    def _keep(self, part: slice, codes: Tensor, absmax: Tensor) -> None:
-        """Store codes and scales if the update is accepted."""
-        for kept, new in ((self.value[part], codes), (self.absmax[_blocks(part)], absmax)):
-            torch.where(self.accepted, new, kept, out=kept)
+            own = self.value[part], self.absmax[_blocks(part)]
+            blocks.store(values, *own, self.accepted, self.rounding, part.start)
 
 
 def bitsandbytes_functional() -> ModuleType:
@@ -126,23 +119,6 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     """fp32 [256], ascending. Cached, because the copy to a device waits for the device."""
     with _disable_current_modes():  # it outlives the trace of a plan, whose tensors have no memory
         return bitsandbytes_functional().create_dynamic_map(signed=signed).to(device)
-
-
-def _absmax(values: Tensor) -> Tensor:
-    """The largest magnitude of each block of flat values; the last block may be short."""
-    whole = values.numel() // BLOCK * BLOCK
-    found = torch.linalg.vector_norm(values[:whole].view(-1, BLOCK), float("inf"), dim=1)
-    if whole == values.numel():
-        return found
-    return torch.cat([found, torch.linalg.vector_norm(values[whole:], float("inf")).view(1)])
-
-
-def _per_block(values: Tensor, factors: Tensor) -> Tensor:
-    """Multiply each block of flat values by its factor, in place."""
-    whole = values.numel() // BLOCK * BLOCK
-    values[:whole].view(-1, BLOCK).mul_(factors[: whole // BLOCK, None])
-    values[whole:].mul_(factors[-1])
-    return values
 
 
 def _blocks(part: slice) -> slice:

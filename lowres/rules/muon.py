@@ -5,8 +5,10 @@
 
 Newton-Schulz moves all singular values of U to about 1. The factor gives an update the RMS of AdamW's, so
 AdamW's learning rate carries over. The arithmetic is that of `torch.optim.Muon` with `match_rms_adamw`, but
-products are fp32 on a CPU, where bf16 may be much slower. State: one number per parameter; linear int8 is
-enough for it (arXiv 2509.23106). Written from the papers.
+not in bf16: Newton-Schulz also lifts the rounding errors of a gradient, and where its rank is low, as with
+few tokens, they become a large part of the update. Products are fp16 on CUDA, with an eighth of the error in
+as many bytes, and fp32 on a CPU. State: one number per parameter; linear int8 is enough for it (arXiv
+2509.23106). Written from the papers.
 """
 
 from __future__ import annotations
@@ -79,13 +81,13 @@ class MuonRule(Rule):
 def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:
     """Replace a matrix [m, n] by about U V^T of its singular value decomposition U S V^T; zero stays zero.
 
-    dtype: of the products, by default bf16 on CUDA, otherwise that of the matrix. Takes memory for a copy of
+    dtype: of the products, by default fp16 on CUDA, otherwise that of the matrix. Takes memory for a copy of
     the matrix and three squares of its smaller side, in this dtype.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if dtype is None:
-        dtype = torch.bfloat16 if kind_of(matrix.device) == "cuda" else matrix.dtype
-    # its spectral norm is then at most 1
+        dtype = torch.float16 if kind_of(matrix.device) == "cuda" else matrix.dtype
+    # its spectral norm is then at most 1, so that nothing overflows in fp16
     x = torch.empty_like(wide, dtype=dtype)
     torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM), out=x)
     # columns are independent of each other

@@ -27,6 +27,7 @@ from lowres.target import row_chunks
 ROWS, COLUMNS = "rows", "columns"  # state
 FIXED_POINT_STEPS = 5
 TINY = 1e-30
+SMALLEST = torch.finfo(torch.float32).tiny  # mean square that fp32 has with all digits
 
 
 class RacsRule(Rule):
@@ -50,15 +51,16 @@ class RacsRule(Rule):
         accepted, factors = clock.accepted.float(), []
         for grad, state in zip(grads, states, strict=True):
             found, mean_square = rank_one(grad)
-            # a first value is taken whole; a gradient of zero has no scales
+            # a first value is taken whole; a gradient whose squares are about zero has no scales
             first = clock.accepted & (state[ROWS].amax() == 0)
-            share = torch.where(mean_square > 0, torch.where(first, 1.0, weight), 0.0)
+            share = torch.where(mean_square >= SMALLEST, torch.where(first, 1.0, weight), 0.0)
             for key, new in zip((ROWS, COLUMNS), found, strict=True):
                 state[key].lerp_(new, share)
             rows, columns = (state[key].sqrt() for key in (ROWS, COLUMNS))
             least = self.eps * mean_square.sqrt()
             grad.div_(columns.clamp_(min=least.clamp(min=TINY)))
-            factors.append(accepted / rows.clamp_(min=self.eps))
+            # before there are any scales, nothing moves
+            factors.append(accepted * (rows.amax() > 0) / rows.clamp(min=self.eps))
         if self.limiter:
             factors = limited(grads, factors, states, clock.accepted, self.limiter)
         return [factor * lr for factor in factors]

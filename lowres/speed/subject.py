@@ -62,10 +62,7 @@ class Subject:
     @property
     def products_in(self) -> str:
         """Number format of the matrix products of the blocks: fp32, bf16 or int8."""
-        kept = self.config.memory
-        if kept.compute == "int8":
-            return "int8"
-        return "bf16" if compute_dtype(kept.activations_in, self.device) == torch.bfloat16 else "fp32"
+        return products_in(self.config, self.device)
 
     @property
     def hardware_flops_per_token(self) -> int:
@@ -95,6 +92,14 @@ class Subject:
         began = time.perf_counter()
         report = self.engine.step(batch, step, schedule, pairs=pairs)
         return time.perf_counter() - began, report.loss
+
+
+def products_in(config: Config, device: torch.device) -> str:
+    """Number format of the matrix products of the blocks: fp32, bf16 or int8."""
+    kept = config.memory
+    if kept.compute == "int8":
+        return "int8"
+    return "bf16" if compute_dtype(kept.activations_in, device) == torch.bfloat16 else "fp32"
 
 
 def with_random_tokens(config: Config) -> Config:

@@ -98,6 +98,16 @@ class Unit:
         chunks = row_chunks(weight.shape, master.device)
         weight.fill((rows.start, master[rows].float()) for rows in chunks)
 
+    def square(self, name: str) -> Tensor:
+        """Squared norm of a weight, fp64 scalar on the device. It needs the memory of a chunk."""
+        stored, device = self.weights[name].tensors(), self.weights_slab.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for rows in row_chunks(self.weights[name].shape, device):
+            part = FORMATS[self.kinds[name]].over({key: tensor[rows] for key, tensor in stored.items()})
+            flat = part.dense(torch.float32).reshape(-1)
+            total += torch.dot(flat, flat)
+        return total
+
     def weight_tensors(self) -> dict[str, Tensor]:
         """The stored tensors of the weights: all that a trained model needs."""
         return {

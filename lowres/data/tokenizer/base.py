@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowres.data.tokenizer.companions import Companions
+from lowres.data.tokenizer.streaming import ByTable, Stream
 from lowres.errors import UserError
 from lowres.text import without_surrogates
 
@@ -153,6 +154,10 @@ class Tokenizer(ABC):
         UTF-8, which a model may produce, give U+FFFD."""
         table = self._bytes_of
         return b"".join(table[i] for i in ids if 0 <= i < len(table)).decode("utf-8", "replace")
+
+    def stream(self) -> Stream:
+        """Decodes ids as they come."""
+        return ByTable(self._bytes_of)
 
     def token_bytes(self) -> Tensor:
         """int64 [vocab_size]: number of UTF-8 bytes that each token stands for (control tokens: 0)."""

@@ -26,6 +26,7 @@ import numpy as np
 from lowres.data.tokenizer.base import SPACE, Special, Tokenizer, threads
 from lowres.data.tokenizer.companions import Companions, read_beside
 from lowres.data.tokenizer.ends import find_ends, template
+from lowres.data.tokenizer.streaming import ByTable, Late, Stream
 from lowres.errors import UserError, first_line
 from lowres.sealed import Damaged, parse, seal, unseal
 
@@ -126,6 +127,11 @@ class JsonTokenizer(Tokenizer):
             return text
         text = super().decode(ids)
         return text.removeprefix(" ") if self._strips else text
+
+    def stream(self) -> Stream:
+        if not self._by_table:
+            return Late(self.decode)
+        return ByTable(self._bytes_of, " " if self._strips else "")
 
     def content_with(self, companions: Companions) -> bytes:
         return _written(with_companions(parse(self.core), companions))

@@ -35,6 +35,7 @@ from lowres.data.tokenizer.sentencepiece_file import (
     split_record,
     with_record,
 )
+from lowres.data.tokenizer.streaming import ByTable, Stream
 from lowres.errors import UserError
 from lowres.sealed import seal, unseal
 
@@ -121,6 +122,11 @@ class SentencePieceTokenizer(Tokenizer):
         if not self.spec.adds_prefix:
             return text
         return text.removesuffix(" ") if self.spec.is_suffix else text.removeprefix(" ")
+
+    def stream(self) -> Stream:
+        added = " " if self.spec.adds_prefix else ""
+        prefix, suffix = ("", added) if self.spec.is_suffix else (added, "")
+        return ByTable(self._bytes_of, prefix, suffix)
 
     def content_with(self, companions: Companions) -> bytes:
         return with_record(self.core, seal(companions.model_dump()))

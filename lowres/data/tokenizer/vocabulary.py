@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lowres.data.tokenizer.base import Tokenizer
+from lowres.data.tokenizer.streaming import Each, Stream
 from lowres.errors import UserError
 from lowres.sealed import Damaged, Record, seal, unseal
 
@@ -62,6 +63,9 @@ class Vocabulary(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(f"<{i}>" for i in ids)
+
+    def stream(self) -> Stream:
+        return Each(self.decode)
 
     def with_ends(self, ids: np.ndarray) -> np.ndarray:
         ids = super().with_ends(ids)

@@ -108,6 +108,45 @@ API void bf16_round(const float *x, bf16 *out, int64_t k0, int64_t k1, int64_t s
         put_stochastically(out[i], x[i], random_bits((uint32_t)(start + i), (uint32_t)k0, (uint32_t)k1));
 }
 
+// Linear codes in blocks that share a scale: see lowres/kernels/blocks.py.
+static const int64_t BLOCK = 256;
+
+API void blocks_expand(const int8_t *codes, const float *absmax, float *out, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
+        const float scale = absmax[begin / BLOCK] / 127.0f;
+#pragma omp simd
+        for (int64_t j = begin; j < end; j++) out[j] = (float)codes[j] * scale;
+    }
+}
+
+API void blocks_store(const float *values, int8_t *codes, float *absmax, const bool *accepted, int64_t k0,
+                      int64_t k1, int64_t start, int64_t n) {
+    if (!*accepted) return;
+#pragma omp parallel for schedule(static)
+    for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        const int64_t end = begin + BLOCK < n ? begin + BLOCK : n;
+        int32_t bits = 0, code[BLOCK];
+#pragma omp simd reduction(max : bits)
+        for (int64_t j = begin; j < end; j++) {
+            int32_t m = magnitude(values[j]);
+            bits = m > bits ? m : bits;
+        }
+        const float largest = float_of(bits), inverse = 127.0f / (largest < 1e-36f ? 1e-36f : largest);
+        absmax[begin / BLOCK] = largest;
+#pragma omp simd
+        for (int64_t j = begin; j < end; j++)
+            code[j - begin] = round_to_integer(values[j] * inverse,
+                                               random_bits((uint32_t)(start + j), (uint32_t)k0, (uint32_t)k1));
+#pragma omp simd
+        for (int64_t j = begin; j < end; j++) {
+            const int32_t c = code[j - begin];
+            codes[j] = (int8_t)(c < -127 ? -127 : (c > 127 ? 127 : c));
+        }
+    }
+}
+
 template <class T> static void int8_fill(const T *values, int8_t *codes, float *scales, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < rows; i++) {

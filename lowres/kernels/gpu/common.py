@@ -15,6 +15,7 @@ from lowres.marks import mark
 # what a profile counts a kernel as, by its file
 KINDS = {
     "update": marks.UPDATE,
+    "blocks": marks.UPDATE,
     "rounding": marks.DEQUANTISE,
     "quantise": marks.QUANTISE,
     "product": marks.GEMM,
