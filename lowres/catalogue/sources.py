@@ -28,6 +28,7 @@ class Source:
     token_dtype: str | None = None
     commit: str | None = None
     form: str = TEXT
+    encoding: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What determines the documents, besides the name: all that is not its default."""

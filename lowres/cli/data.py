@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from lowres import ranks
 from lowres.config_file import data_config, source_config
@@ -11,6 +12,7 @@ from lowres.data import inspect, overlap, prepare, refuse_ends, source_as_asked,
 from lowres.errors import UserError
 from lowres.text import is_stream, list_files
 from lowres.text.words import summary
+from lowres.wording import counted
 
 
 def run_inspect(parsed: argparse.Namespace) -> None:
@@ -23,6 +25,11 @@ def run_overlap(parsed: argparse.Namespace) -> None:
     train, evaluation = (source_as_asked(source_config(*given)) for given in sources)
     found = overlap(train, evaluation, parsed.ngram, progress=not parsed.json)
     print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
+
+
+def _amount(made: dict[str, Any], part: str) -> str:
+    tokens, documents = made[f"{part}_tokens"], made[f"{part}_documents"]
+    return f"{counted(tokens, 'token')} in {counted(documents, 'document')}"
 
 
 def run_prepare(parsed: argparse.Namespace) -> None:
@@ -52,6 +59,6 @@ def run_prepare(parsed: argparse.Namespace) -> None:
     for note in made["notes"]:
         ranks.say(f"note: {note}")
     print(
-        f"{parsed.out}: {made['train_tokens']:,} training tokens, {made['val_tokens']:,} for "
-        f"validation, {made['vocab_size']} pieces"
+        f"{parsed.out}: {_amount(made, 'train')} for training, {_amount(made, 'val')} for validation, "
+        f"{made['vocab_size']:,} pieces"
     )

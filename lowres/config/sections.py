@@ -16,7 +16,8 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lowres.catalogue import CHATS, GROWTH, KEYS, PAIRS, RULES, TEXT, WITHOUT_NORMS, Source
 from lowres.config.base import (
@@ -189,6 +190,17 @@ class ModelConfig(Section):
         return self.vocab_size or PRESET_VOCAB
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except LookupError:
+        raise PydanticCustomError(
+            "encoding", "is no encoding of text that Python knows; use one such as cp1252, latin-1 or utf-16"
+        ) from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
@@ -231,6 +243,9 @@ class DataConfig(Section):
     separator: str | None = None
     """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
     has some. Empty: a text file is one document."""
+    encoding: Encoding | None = None
+    """How text files are encoded that are not UTF-8, such as cp1252, latin-1 or utf-16; default: they are
+    damaged, see there."""
     include: Patterns = ()
     """Only read files whose path below the source matches one of these globs, in any case; a glob without /
     is for the file's name."""
@@ -243,8 +258,8 @@ class DataConfig(Section):
     """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
     and count them."""
     damaged: Literal["refuse", "skip"] = "refuse"
-    """What to do about a file that cannot be read to its end: stop, or leave out the rest of it, and say
-    so."""
+    """What to do about a file that cannot be read to its end, or is not UTF-8: stop, or leave out the rest of
+    it, and say so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
     shuffle_blocks: Annotated[Size, Field(ge=1, le=1024)] = 4

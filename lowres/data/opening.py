@@ -260,6 +260,7 @@ def source_of(config: DataConfig, name: str | None = None, form: str = TEXT) -> 
         config.max_left_out,
         config.token_dtype,
         form=form,
+        encoding=config.encoding,
     )
 
 

@@ -104,11 +104,12 @@ def survey(
     choice = Choice(stream, source.form) if hold_out and not own else None
     sample, met, marks = EvenSample(SAMPLE_CHARS), set[int](), Marks()
     place = places(source, part, marks)
-    characters, complete = 0, True
+    characters, complete, found, last = 0, True, 0, 0
     with tqdm(desc="reading", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
         for row, text in numbered_documents(source, 0, part, skipped, marks):
             characters += len(text)
             bar.update(len(text))
+            found, last = found + 1, row + 1
             if accepts and not accepts(text, partial(place, row)):
                 continue
             sample.add(text)
@@ -127,6 +128,8 @@ def survey(
     if listed and listed.part(VALIDATION) and part == TRAIN and not hold_out:
         notes.append("the source's own validation split is not used, as there is another validation text")
     notes += _damaged(skipped | of_split)
+    if blank := (marks.rows or last) - found:
+        notes.append(f"left out: {counted(blank, 'row')} without text")
     return Survey(characters, complete, sample.blocks, validation, len(met), skipped, notes)
 
 
