@@ -41,7 +41,8 @@ from lowres.data import (
     open_tokenizer,
     with_tokenizer,
 )
-from lowres.data.batches import BEGINS
+from lowres.data.batches import BEGINS, count_targets
+from lowres.data.validation import too_few
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
@@ -568,6 +569,12 @@ def _announce(run: Run) -> None:
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
         f"plan {plan.in_words(run.parts.rooms.device)}"
     )
+    if config.train.eval_every and not run.is_of_pairs:
+        tokens = sum(map(count_targets, run.validation.values()))
+        most = " (train.eval_tokens)" * (0 < config.train.eval_tokens <= tokens)
+        say(f"every {counted(config.train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}")
+        if warning := too_few(tokens):
+            say(warning)
 
 
 def _rehearse(run: Run) -> None:

@@ -64,6 +64,13 @@ def test_a_run_that_is_redirected(
     passes = re.search(r"note: the run reads its [\d,]+ training tokens ([\d.]+) times$", done.stderr, re.M)
     assert passes and float(passes[1]) == pytest.approx(8 * 1024 / epoch, rel=0.01)
     assert re.search(r"^validation loss ([\d.]+) -> ([\d.]+) in \d+ s$", done.stdout, re.M)
+    # a tenth of it is for validation: how many tokens, in training and after
+    [tokens] = re.findall(r"^every 10 steps: evaluated on (\d+) tokens$", done.stderr, re.M)
+    assert int(tokens) == json.loads(manifest.read_text())["val_tokens"] - 1 < 1000
+    said = lowres_here("eval", run)
+    assert said.stdout.endswith(f"bits per byte, over {tokens} tokens\n")
+    for stream in (done.stderr, said.stderr):
+        assert f"warning: only {tokens} validation tokens, whose loss is known to about 0.1" in stream
     # longer, without another evaluation
     more = ("--set", "train.steps=30", "--set", "train.eval_every=0")
     done = lowres_here("train", run, "--resume", *more)

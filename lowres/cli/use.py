@@ -41,8 +41,10 @@ def _scores_text(scores: dict[str, float]) -> str:
         shown = (f"{name.replace('_', ' ')} {scores[f'val_{name}']:.4f}" for name in told)
         return f"loss {scores['val_loss']:.4f}, accuracy {scores['val_accuracy']:.1%}, {', '.join(shown)}"
     bits = scores.get("val_bits_per_byte")
-    return f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, " + (
-        "no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte"
+    return (
+        f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
+        + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
+        + f", over {scores['val_tokens']:,} tokens"
     )
 
 

@@ -35,6 +35,8 @@ OWN_CHARS = 16_000_000
 VAL_SOURCE = "data.val_source"
 # the loss of so many tokens is known to about 0.01 nats (a token's varies by 2 to 3)
 FEW_TOKENS = 50_000
+# ... and of so many to about 0.1 nats, which hides what most settings change
+TOO_FEW_TOKENS = 1000
 # with more text than this, VAL_CHARS limits the validation text, so more candidates are not needed
 _CANDIDATE_CHARS = int(VAL_CHARS / VAL_PART)
 # whole documents that are fewer, or fill less of the room, say little of the others
@@ -240,13 +242,27 @@ def check_overlap(found: int, documents: int, allowed: float, what: str) -> list
     return [line]
 
 
+def noise(tokens: int) -> float:
+    """To about how many nats the loss of so many tokens is known."""
+    return 3 / max(1, tokens) ** 0.5
+
+
+def too_few(tokens: int) -> str | None:
+    """A warning, if the loss of so many validation tokens says next to nothing."""
+    if tokens >= TOO_FEW_TOKENS:
+        return None
+    return (
+        f"warning: only {counted(tokens, 'validation token')}, whose loss is known to about "
+        f"{noise(tokens):.2f} nats: judge nothing by it; give more text, or set {VAL_SOURCE}"
+    )
+
+
 def size_notes(tokens: int, what: str, kind: str = "tokens") -> list[str]:
     """How large the validation data are, and whether that is little."""
     line = f"validation: {tokens:,} {kind}, {what}"
     if tokens >= FEW_TOKENS:
         return [line]
-    noise = 3 / max(1, tokens) ** 0.5
     return [
-        f"{line}; so few that its loss is known to about {noise:.2f} nats: give more text"
+        f"{line}; so few that its loss is known to about {noise(tokens):.2f} nats: give more text"
         + ("" if what == VAL_SOURCE else f", or set {VAL_SOURCE}")
     ]
