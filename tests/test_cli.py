@@ -67,14 +67,13 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     scores = json.loads(lowres_here("eval", run, "--json").stdout)
     assert abs(scores["val_loss"] - evaluations[-1]["val_loss"]) < 0.3  # all of the data, not 2,048 tokens
     assert json.loads(lowres_here("eval", run, "--data", prepared, "--json").stdout) == scores
-    source = shutil.copy(prepared / "data.json", tmp_path / "text.txt")
+    source, table = shutil.copy(prepared / "data.json", tmp_path / "text.txt"), tmp_path / "table.jsonl"
     other = json.loads(lowres_here("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
     said, tokens = lowres_here("eval", run), f"{scores['val_tokens']:,}"
     assert re.fullmatch(f"loss .*, over {tokens} tokens\\n", said.stdout)
     assert f"all {tokens} validation tokens; in training train.eval_tokens = 2,048 limited" in said.stderr
     # how another source is read
-    table = run.parent / "table.jsonl"
     table.write_text("".join(json.dumps({"id": "x", "words": f"words {i}"}) + "\n" for i in range(40)))
     assert "data.text_key" in lowres_here("eval", run, "--data", table, code=2).stderr
     given = ("--set", "data.text_key=words")
