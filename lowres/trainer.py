@@ -386,8 +386,7 @@ class _Loop:
                 "and go on with --resume"
             )
         return (
-            f". Step {self.step} is saved in {place}, where the folder is now; go on with --run {place} "
-            "--resume"
+            f". Step {self.step} is saved in {place}, where the folder is now; to go on: {_again(place)}"
         )
 
 
