@@ -248,9 +248,11 @@ def _with_end_of_schedule(config: Config, saved: Config, state: State) -> tuple[
     peak, total = config.optim.lr or 0, config.train.total_steps
     if ours.warmup_steps is None and ours.warmup_ratio is None and state.step >= saved.warmup_steps:
         config = with_values(config, "schedule", warmup_steps=saved.warmup_steps)  # it is over
-    now, stretched = (peak * factor(one, state.step) for one in (kept, config))
-    if asked or now / MOST_CHANGE <= stretched <= now * MOST_CHANGE:
+    now, stretched = (peak * factor(one, state.step) for one in (saved if asked else kept, config))
+    if now / MOST_CHANGE <= stretched <= now * MOST_CHANGE:
         return config, []
+    if asked:
+        return config, [f"the learning rate goes from {now:.3g} to {stretched:.3g} at once"]
     another = f"schedule.decay_steps={total} takes it from {now:.3g} to {stretched:.3g} at once"
     if not ours.min_ratio:
         raise UserError(

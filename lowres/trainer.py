@@ -385,9 +385,7 @@ class _Loop:
                 f". Step {self.step} is saved in {saved}: move this folder into {run.folder / CHECKPOINTS}/ "
                 "and go on with --resume"
             )
-        return (
-            f". Step {self.step} is saved in {place}, where the folder is now; to go on: {_again(place)}"
-        )
+        return f". Step {self.step} is saved in {place}, where the folder is now; to go on: {_again(place)}"
 
 
 def _due(step: int, every: int, total: int) -> bool:
