@@ -162,6 +162,15 @@ def test_a_gradient_of_low_rank_is_not_lost_in_rounding_errors(
     assert float((matrix - wanted).norm() / wanted.norm()) < most
 
 
+def test_rows_of_small_numbers_keep_their_digits_in_fp16() -> None:
+    """Also in a matrix so large that its elements are small beside its norm: fp16 has digits down to 6e-5."""
+    matrix = torch.randn(128, 1024) * torch.logspace(0, -3.5, 128)[:, None]
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    wanted = (u * polynomial(values / values.norm(), 5) @ v)[-16:]
+    orthogonalise_(matrix, dtype=torch.float16)
+    assert float((matrix[-16:] - wanted).norm() / wanted.norm()) < 2e-3
+
+
 def test_the_rms_of_an_update_is_that_of_adamw() -> None:
     """0.2 for a matrix of full rank, whatever its shape and its gradient's size."""
     for shape in ((64, 64), (32, 256), (256, 32)):

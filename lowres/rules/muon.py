@@ -29,6 +29,9 @@ from lowres.target import chunks, kind_of
 # steps, and leaves all of them between about 0.7 and 1.2
 A, B, C = 3.4445, -4.775, 2.0315
 LEAST_NORM = 1e-7
+# What is multiplied is this many times as large: a large matrix of norm 1 has elements that fp16 would keep
+# with few digits. A power of two changes no other digit, and squares of what is at most 64 fit into fp16.
+ENLARGED = 64.0
 RMS_OF_ADAMW = 0.2
 
 
@@ -87,17 +90,17 @@ def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = N
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if dtype is None:
         dtype = torch.float16 if kind_of(matrix.device) == "cuda" else matrix.dtype
-    # its spectral norm is then at most 1, so that nothing overflows in fp16
+    # its spectral norm is then at most ENLARGED, so that nothing overflows in fp16
     x = torch.empty_like(wide, dtype=dtype)
-    torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM), out=x)
+    torch.div(wide, torch.linalg.vector_norm(matrix).clamp(min=LEAST_NORM) / ENLARGED, out=x)
     # columns are independent of each other
     parts = chunks(x.shape[1], x.shape[0])
     for _ in range(steps):
         square = x @ x.T
-        step = torch.addmm(square, square, square, beta=B, alpha=C)
+        step = torch.addmm(square, square, square, beta=B / ENLARGED**2, alpha=C / ENLARGED**4)
         for part in parts:
             x[:, part] = torch.addmm(x[:, part], step, x[:, part], beta=A)
-    wide.copy_(x)
+    wide.copy_(x).div_(ENLARGED)
 
 
 def orthogonalisation_flops(m: int, n: int, steps: int = 5) -> int:
