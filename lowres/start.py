@@ -269,6 +269,7 @@ def _meet(config: Config, device: torch.device) -> None:
 
 def require_folder(folder: Path) -> None:
     """Raise UserError if there cannot be a folder of this name, or if nothing may be written there."""
+    checkpoint.require_outside(folder, "--run")
     there = folder.absolute()
     while not (there.exists() or there.is_symlink()):
         there = there.parent

@@ -150,7 +150,9 @@ def test_nothing_is_exported_among_checkpoints(place: str, finished: Path) -> No
     before = checkpoint.find(finished / "checkpoints")
     refused = lowres_here("export", finished, finished / place, code=2).stderr
     assert "is inside" in refused and "keeps its checkpoints" in refused
-    lowres_here("import", finished, finished / place, code=2)
+    config = finished.parent / "config of mine.toml"
+    for others in (("import", finished), ("data", "prepare", config), ("train", config, "--run")):
+        assert "is inside" in lowres_here(*others, finished / place, code=2).stderr
     assert before == checkpoint.find(finished / "checkpoints") and not (finished / place).exists()
 
 

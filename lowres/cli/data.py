@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from lowres import ranks
+from lowres.checkpoint import require_outside
 from lowres.config_file import data_config, source_config
 from lowres.data import inspect, overlap, prepare, refuse_ends, source_as_asked, source_of
 from lowres.errors import UserError
@@ -34,6 +35,7 @@ def _amount(made: dict[str, Any], part: str) -> str:
 
 def run_prepare(parsed: argparse.Namespace) -> None:
     config = data_config(parsed.source, parsed.set)
+    require_outside(parsed.out, "OUT")
     for key in ("val_source", "seq_len", "cache", "document_mask", "mixture"):
         if key in config.model_fields_set:
             raise UserError(
