@@ -27,7 +27,7 @@ from lowres.errors import CheckFailed, DoesNotFit, UserError
 from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
-from lowres.progress import Progress
+from lowres.progress import Bar
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
@@ -117,7 +117,7 @@ class _Loop:
         self.profile = profile
         self.ahead = self._ahead()
         silent = not (run.config.log.progress and ranks.is_first())
-        self.progress = Progress(self.total, step, silent)
+        self.bar = Bar("step", total=self.total, done=step, shown=not silent, leave=True)
 
     def go(self) -> str:
         """Train to the end, or until something asks to stop; returns what that was, or ""."""
@@ -160,7 +160,7 @@ class _Loop:
             record = _record(run, self.step, schedule, report, seconds, wall, batch)
             run.record(record)
             run.require_folder()
-            self.progress.update(self.step, _progress_text(record, run.epochs_at(self.step)))
+            self.bar.update(1, _progress_text(record, run.epochs_at(self.step)))
             if "merge_cosine" in record:
                 say(f"step {self.step}: {_merge_text(record)}")
             if text := self.profile.report():
@@ -320,7 +320,7 @@ class _Loop:
         run.close_logs()
         run.open_log(state)
         self.ahead = self._ahead()
-        self.progress.go_back(self.step)
+        self.bar.go_back(self.step)
         text = f"went back to step {self.step}; the batch of step {at + 1} is passed over"
         run.events.say("rolled back", text, step=self.step, passed=at + 1, reason=spike)
 
@@ -335,12 +335,12 @@ class _Loop:
         return f"stopped by {reason}: the numbers of step {self.step} were wrong, so {last}; {again}"
 
     def close(self) -> None:
-        self.progress.close()
+        self.bar.close()
 
     def leave(self, error: UserError | OSError) -> None:
         """End because of an error, and save first what would be lost."""
         run = self.run
-        self.progress.close()
+        self.bar.close()
         if isinstance(error, OSError):
             error = UserError(f"{error}; {disk.remedy(error)}")
         note = ""

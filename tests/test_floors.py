@@ -47,7 +47,7 @@ FLOORS = {
     "running": 9,
     "resuming": 9,
     "summary": 10,
-    "progress": 10,
+    "progress": 2,
     "exchange": 9,
     "metrics": 5,
     "device": 6,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowres import progress
-from lowres.progress import Progress
+from lowres.progress import Bar
 from tests.helpers import lowres_here
 
 
@@ -27,14 +27,19 @@ def test_a_log_gets_a_line_a_minute(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", err)
         patch.setattr(time, "monotonic", lambda: now[0])
-        said = Progress(1000, 4, silent)
-        for step in range(5, 20):
-            said.update(step, f"loss {step}")
-            now[0] += 25
-        said.close()
+        with Bar("step", total=1000, done=4, shown=not silent) as bar:
+            for step in range(5, 20):
+                bar.update(1, f"loss {step}")
+                now[0] += 25
+        with Bar("reading", "chars", shown=not silent) as bar:
+            for _ in range(6):
+                now[0] += 25
+                bar.update(25_000)
     lines = [line for line in err.getvalue().splitlines() if line.startswith("step ")]
     steps = [] if silent or stream is Terminal else [5, 8, 11, 14, 17]
     assert lines == [f"step {step} of 1,000: loss {step}" for step in steps]
+    chars = [line for line in err.getvalue().splitlines() if line.startswith("reading ")]
+    assert chars == ["reading 75.0k chars", "reading 150k chars"] * bool(steps)
     assert bool(err.getvalue()) == (not silent)
 
 

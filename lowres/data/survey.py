@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-
-from tqdm import tqdm
 
 from lowres.data.hashes import content_hash
 from lowres.data.validation import Accepts, Choice, Validation, own_split
+from lowres.progress import Bar
 from lowres.text import Marks, Source, is_stream, list_files, numbered_documents
 from lowres.text.documents import Skipped, places
 from lowres.text.source import TRAIN, VALIDATION
@@ -40,11 +38,6 @@ class Survey:
     overlap: int = 0
     skipped: Skipped = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def quiet_bar(progress: bool) -> dict[str, Any]:
-    """Options of a progress bar that disappears at the end and is shown only on terminals."""
-    return {"disable": None if progress else True, "leave": False}
 
 
 class EvenSample:
@@ -74,7 +67,7 @@ def sample(source: Source, limit: int, lookahead: int, progress: bool) -> tuple[
     """At most `limit` characters of a source, spread evenly over it, how many were read, and whether these
     are all. lookahead: how many characters to read of a stream."""
     found, characters = EvenSample(limit), 0
-    with tqdm(desc="sampling", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+    with Bar("sampling", "chars", shown=progress) as bar:
         for _, text in numbered_documents(source):
             found.add(text)
             characters += len(text)
@@ -105,7 +98,7 @@ def survey(
     sample, met, marks = EvenSample(SAMPLE_CHARS), set[int](), Marks()
     place = places(source, part, marks)
     characters, complete, found, last = 0, True, 0, 0
-    with tqdm(desc="reading", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+    with Bar("reading", "chars", shown=progress) as bar:
         for row, text in numbered_documents(source, 0, part, skipped, marks):
             characters += len(text)
             bar.update(len(text))
