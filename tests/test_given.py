@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowres import checkpoint, metrics, trainer
-from lowres.config_file import load_resolved
+from lowres.config_file import changed_config, load_config, load_resolved
 from tests.helpers import lowres_here
 
 SHORT = ["--set", "train.steps=6", "--set", "train.eval_every=0", "--set", "train.checkpoint_every=2"]
@@ -65,6 +65,31 @@ def test_a_run_goes_on_without_its_config(finished: Path, tmp_path: Path, lost: 
     refused = lowres_here("train", run, "--resume", "--run", tmp_path / "other", code=2).stderr
     assert refused == f"lowres: --run: {run} is the run to resume; leave --run out, or give a config\n"
     assert "--init-from" in lowres_here("train", run, "--resume", "--init-from", finished, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "",
+        "train.steps=7",
+        "train.tokens=999424 schedule.cooldown_steps=3",
+        "train.batch_tokens=32768",
+        "optim.lr=0.5",
+        "optim.lr_over_batch=0.001 optim.batch_policy=fixed",  # what a run has resolved stays
+        "optim.batch_policy=sqrt train.batch_tokens=65536",
+        "optim.lr=0.02 train.batch_tokens=65536",
+        "data.source=stdlib",
+        "health.spikes=rollback train.micro_batch=1",
+    ],
+)
+def test_what_a_run_wrote_changes_as_its_config_does(changed: str) -> None:
+    """--set on a resolved config, in which all keys are explicit."""
+    paths = sorted(Path("configs").glob("*.toml"))
+    assert len(paths) > 10
+    for path in paths:
+        written, _ = load_config(path)
+        found = changed_config(written, changed.split(), "")[0]
+        assert found == load_config(path, changed.split())[0], path
 
 
 def test_what_is_printed_can_be_typed(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
