@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lowres import disk, ranks
 from lowres.config import Config
@@ -28,6 +27,7 @@ from lowres.data.chat.chat_data import ChatData
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.evaluate import sums_of_examples
+from lowres.progress import Bar
 from lowres.sealed import Damaged, Record, seal, unseal
 from lowres.storage import ADAPTER, Unit, compute_dtype
 
@@ -97,10 +97,8 @@ def compute(engine: Engine, data: ChatData, sequences: int, key: str, kept: Path
     sums[: len(known)] = known
     ranks.add(sums)
     done = int(ranks.total(len(known) // 2)[0])
-    silent, saved = not (progress and ranks.is_first()), time.monotonic()
-    with tqdm(
-        total=total, initial=done, desc="baseline", unit=" pairs", disable=True if silent else None
-    ) as bar:
+    saved = time.monotonic()
+    with Bar("baseline", "pairs", total, done, shown=progress and ranks.is_first(), leave=True) as bar:
         try:
             while done < total:
                 training = done < first

@@ -11,13 +11,14 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lowres import disk, rates
-from lowres.catalogue import KEYS, RULES
+from lowres.catalogue import KEYS, RULES, hub_name, is_stream
 from lowres.config import (
     RATE_DEFAULTS,
     SCHEDULE_KEYS,
@@ -30,7 +31,6 @@ from lowres.config import (
     name_of_source,
 )
 from lowres.errors import UserError
-from lowres.text import hub_name, is_stream
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
@@ -52,19 +52,51 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     for section in Config.model_fields:
         if section in values and not isinstance(values[section], dict):
             raise UserError(f"config {path}: {section} must be a section, written [{section}]")
-    keys = {override.partition("=")[0].strip() for override in overrides or []}
+    notes = _leave_to_origin(values, overrides or [], path)
+    values, changes = _changed(values, overrides or [], str(path))
+    config, more = parse_config(values, str(path))
+    return config, notes + changes + more
+
+
+def changed_config(config: Config, overrides: list[str], origin: str) -> tuple[Config, list[str]]:
+    """A resolved config with `section.key=value` overrides, and notes on these. origin: what it is, for
+    messages. Raises UserError."""
+    values, changes = _changed(to_values(config), overrides, origin)
+    found, _ = parse_config(values, origin)
+    return found, changes + _notes(found, overridden({}, overrides))
+
+
+def _changed(values: dict[str, Any], overrides: list[str], origin: str) -> tuple[dict[str, Any], list[str]]:
+    """The sections of a config, which are changed by overrides, and notes. Raises UserError."""
+    keys = _keys_of(overrides)
     data = values.get("data")
     if isinstance(data, dict) and keys & {"data.source", "data.mixture"}:
         for key in ("source", "mixture", "val_source"):  # they belong together, and one is replaced
             data.pop(key, None)
     file = copy.deepcopy(values)
-    values = engine_defaults(overridden(values, overrides or []))
+    values = engine_defaults(overridden(values, overrides))
     try:
-        changes = rates.retie(file, values, keys, RATE_DEFAULTS)
+        return values, rates.retie(file, values, keys, RATE_DEFAULTS)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    config, notes = parse_config(values, str(path))
-    return config, changes + notes
+        raise UserError(f"{origin}: {error}") from None
+
+
+def _keys_of(overrides: list[str]) -> set[str]:
+    return {override.partition("=")[0].strip() for override in overrides}
+
+
+def _leave_to_origin(values: dict[str, Any], overrides: list[str], path: Path) -> list[str]:
+    """Take what a model that is given with `--init-from` decides out of the config of a run, which has every
+    key: they are no wishes of the user. Returns notes."""
+    given = values.get("model", {})
+    every = {key for key, field in ModelConfig.model_fields.items() if field.default is not None}
+    if "run.init_from" not in _keys_of(overrides) or not every <= given.keys():
+        return []
+    del values["model"]
+    if values.get("run", {}).get("init_from"):  # the tokenizer came with the other model
+        for key in ("tokenizer", "tokenizer_form"):
+            values.get("data", {}).pop(key, None)
+    return [f"[model] of {path} has every key, as a run writes it; the model of --init-from takes its place"]
 
 
 def data_config(source: str, overrides: list[str]) -> DataConfig:
@@ -293,7 +325,25 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}.{message}" if location else message
     kinds = [e["msg"] for e in error.errors() if e["loc"][: len(location)] == first["loc"][: len(location)]]
     given = first.get("input")
-    return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r})"
+    remedy = f"; write {meant}" if (meant := _meant(given, first["type"])) else ""
+    return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r}){remedy}"
+
+
+# how other languages write what TOML writes otherwise
+BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+
+
+def _meant(given: Any, kind: str) -> str | None:
+    """How TOML writes what was meant by a value of a wrong type, if that is clear. kind: of the error."""
+    if kind == "bool_type" and isinstance(given, str):
+        return BOOLEANS.get(given.lower())
+    if kind == "bool_type" and given in (0, 1):
+        return "true" if given else "false"
+    if kind == "int_type":
+        with suppress(ValueError, OverflowError):
+            number = float(given.replace(",", "")) if isinstance(given, str) else float(given)
+            return str(int(number)) if number == int(number) else None
+    return None
 
 
 def _notes(config: Config, values: dict[str, Any]) -> list[str]:
@@ -368,7 +418,7 @@ def to_toml(config: Config) -> str:
     lines = []
     for section, keys in to_values(config).items():
         lines.append(f"[{section}]")
-        tables = {key: value for key, value in keys.items() if value and _is_list_of_tables(value)}
+        tables = {key: value for key, value in keys.items() if is_list_of_tables(value)}
         # JSON strings, numbers, booleans and flat lists are TOML too
         lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items() if key not in tables]
         for key, rows in tables.items():
@@ -379,8 +429,9 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _is_list_of_tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+def is_list_of_tables(value: Any) -> bool:
+    """Whether TOML writes a value as [[...]]."""
+    return bool(value) and isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:

@@ -17,8 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from lowres.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:  # most of this is for commands that need no PyTorch
@@ -61,6 +59,8 @@ def is_first_here() -> bool:
 def say(line: str) -> None:
     """Print a line for the user, on the first rank only: to stderr, above a progress bar."""
     if is_first():
+        from tqdm import tqdm
+
         tqdm.write(line, file=sys.stderr)
 
 

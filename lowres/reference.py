@@ -1,11 +1,14 @@
-"""The reference of all config keys, from the code: text for `lowres config --help`, Markdown for the docs.
+"""The reference of all config keys, from the code: text for `lowres config --help`, Markdown for the docs,
+and the comments of a config.
 
 `python scripts/write_docs.py` writes docs/reference.md; a test fails when that file is out of date.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import textwrap
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -13,8 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowres.catalogue import EVERYTHING, ONLY_MATRICES, RULES, WEIGHT_FORMATS, WITHOUT_NORMS
-from lowres.config import PRESETS, Config, DataConfig, MixturePart, OneOf, Section
+from lowres.config import PRESET_VOCAB, PRESETS, Config, DataConfig, MixturePart, ModelConfig, OneOf, Section
+from lowres.config_file import is_list_of_tables, to_values
 
+WIDTH = 100  # of a comment
 UPDATED = {ONLY_MATRICES: "matrices", WITHOUT_NORMS: "all but norms and biases", EVERYTHING: "every tensor"}
 
 
@@ -29,6 +34,65 @@ def describe() -> str:
             lines.append(f"  {key}{shown}{allowed}: {text}")
         lines.append("")
     return "\n".join(lines)
+
+
+def commented(config: Config) -> str:
+    """A config as TOML that reads back as the same config, with the documentation of every key. Keys that
+    have their default are comments too."""
+    values = to_values(config)
+    live = _live(values)
+    lines: list[str] = []
+    for section, model in _sections():
+        if "." in section:
+            continue
+        lines += [*_comment(_about(model)), f"[{section}]", ""]
+        for key, _, found, text in _keys(section, model):
+            value = values[section].get(key)
+            if is_list_of_tables(value):
+                continue
+            lines += _comment(f"{text} ({' | '.join(found)})" if found else text)
+            shown = f"{key} = {'...' if value is None else json.dumps(value)}"
+            lines += [shown if key in live.get(section, ()) else f"# {shown}", ""]
+        for key, value in values[section].items():
+            if is_list_of_tables(value):
+                for row in value:
+                    lines += [f"[[{section}.{key}]]", *(f"{k} = {json.dumps(v)}" for k, v in row.items()), ""]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _live(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The keys without which the config would be another one."""
+    plain = to_values(Config())
+    live = {
+        section: {key: value for key, value in keys.items() if plain[section].get(key) != value}
+        for section, keys in values.items()
+    }
+    while True:
+        found = to_values(Config.model_validate(copy.deepcopy(live)))
+        # what another key implies, but is not so here
+        missing = [
+            (section, key)
+            for section, keys in values.items()
+            for key, value in keys.items()
+            if found[section].get(key) != value and key not in live[section]
+        ]
+        if not missing:
+            return live
+        for section, key in missing:
+            live[section][key] = values[section][key]
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+
+
+def keys() -> dict[str, list[str]]:
+    """Every `section.key`, with the values that it can have, if they are a fixed list of names."""
+    sections = ((name, model) for name, model in _sections() if "." not in name)
+    return {
+        f"{name}.{key}": choices(info) for name, model in sections for key, info in model.model_fields.items()
+    }
 
 
 def markdown() -> str:
@@ -123,9 +187,14 @@ def _formats() -> Iterator[str]:
 
 
 def _presets() -> Iterator[str]:
-    yield from _table(["`model.preset`", "dim", "ffn_dim", "n_layers", "n_heads"])
+    vocabularies = (PRESET_VOCAB, 4096, 0)
+    heads = [f"M parameters with a vocabulary of {size:,}" for size in vocabularies[:2]]
+    heads.append("without embedding and head")
+    yield from _table(["`model.preset`", "dim", "ffn_dim", "n_layers", "n_heads", *heads])
     for name, shape in PRESETS.items():
-        yield f"| `{name}` | {' | '.join(str(number) for number in shape)} |"
+        model = ModelConfig(preset=name)
+        sizes = [f"{model.parameters(size) / 1e6:,.2f}" for size in vocabularies]
+        yield f"| `{name}` | {' | '.join([*map(str, shape), *sizes])} |"
 
 
 def _table(head: list[str]) -> list[str]:

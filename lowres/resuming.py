@@ -25,9 +25,11 @@ from lowres.config_file import (
 )
 from lowres.data import Data, MixedData, record_of_one
 from lowres.errors import UserError
+from lowres.optim.schedule import factor
 from lowres.records import CHECKPOINTS, CONFIG, METRICS, SUMMARY
 from lowres.runs import config_of, identities
 from lowres.text import is_stream
+from lowres.wording import command
 
 # keys that say where the data are; their fingerprints say what they are
 DATA_KEYS = (
@@ -41,6 +43,10 @@ DATA_KEYS = (
     "data.shuffle_blocks",
     "data.chat_template",
 )
+
+
+# by this factor the next step's learning rate may change because a run has become longer
+MOST_CHANGE = 1.1
 
 
 def find_checkpoint(
@@ -80,7 +86,7 @@ def find_checkpoint(
     if not state.data:
         raise UserError(
             f"--resume: {folder} holds an imported model, which has no data and no optimizer state; start a "
-            f"run from it with --init-from {folder} and another --run DIR"
+            f"run from it: {command('lowres', 'train', 'CONFIG', '--init-from', folder, '--run', 'DIR')}"
         )
     return path, state, damaged
 
@@ -118,6 +124,7 @@ def continued(
     """The config of a resumed run; what its rates follow from; the settings that change the mathematics, with
     their values before and after; and notes. Raises UserError if it asks for another run."""
     config = as_chosen(config, saved)
+    config = _with_schedule_of(config, saved)
     config, notes, started_with = follow_batch(
         config, saved, state.start.model_dump() if state else rates_of(saved)
     )
@@ -131,6 +138,8 @@ def continued(
             if state.validation not in (None, data.validation_fingerprint):
                 notes.append("the validation text is not that of before, so validation losses do not compare")
         config = _with_tokens_left(config, state)
+        config, longer = _with_end_of_schedule(config, saved, state)
+        notes += longer
         _require_not_passed(config, state, folder)
         config, lowered = _with_micro_batch(config, state)
         at = f"from step {state.step} on"
@@ -208,6 +217,52 @@ def _with_tokens_left(config: Config, state: State) -> Config:
     if steps == train.total_steps:
         return config
     return with_values(config, "train", steps=max(0, steps), tokens=None)
+
+
+def _with_schedule_of(config: Config, saved: Config) -> Config:
+    """The config with what earlier resumes have decided on the schedule, and it leaves open."""
+    ours, before = config.schedule, saved.schedule
+    if ours.decay_steps is None:
+        config = with_values(config, "schedule", decay_steps=before.decay_steps)
+    if ours.warmup_steps is None and ours.warmup_ratio is None and before.warmup_ratio is None:
+        config = with_values(config, "schedule", warmup_steps=before.warmup_steps)
+    return config
+
+
+def _with_end_of_schedule(config: Config, saved: Config, state: State) -> tuple[Config, list[str]]:
+    """The config of a run that may have become longer, and a note. Its learning rate goes on to the end that
+    it had, so that it does not jump, unless the config asks for another schedule. Raises UserError if the
+    rate is 0 after that end."""
+    ours, before = config.schedule, saved.schedule
+    asked = (ours.decay_steps, ours.cooldown_steps) != (before.decay_steps, before.cooldown_steps)
+    if ours.name == "constant":
+        return config, []
+    # in tokens, as the batch may have changed
+    left = max(0, saved.decay_steps - state.step) * saved.train.batch_tokens
+    end = max(1, state.step + math.ceil(left / config.train.batch_tokens))
+    kept = with_values(config, "schedule", decay_steps=end)
+    if before.decay_steps is not None and not asked:
+        return (kept if saved.decay_steps > state.step else config), []
+    if config.decay_steps <= end:
+        return config, []
+    peak, total = config.optim.lr or 0, config.train.total_steps
+    if ours.warmup_steps is None and ours.warmup_ratio is None and state.step >= saved.warmup_steps:
+        config = with_values(config, "schedule", warmup_steps=saved.warmup_steps)  # it is over
+    now, stretched = (peak * factor(one, state.step) for one in (saved if asked else kept, config))
+    if now / MOST_CHANGE <= stretched <= now * MOST_CHANGE:
+        return config, []
+    if asked:
+        return config, [f"the learning rate goes from {now:.3g} to {stretched:.3g} at once"]
+    another = f"schedule.decay_steps={total} takes it from {now:.3g} to {stretched:.3g} at once"
+    if not ours.min_ratio:
+        raise UserError(
+            f"train.steps: the learning rate of this run is 0 from step {end} on, so more steps change "
+            f"nothing; {another}; docs/resuming.md has more ways"
+        )
+    return kept, [
+        f"the run is longer than it was; its learning rate goes on to the end that it had, step {end}, and "
+        f"stays at {peak * ours.min_ratio:.3g} from there; {another}; docs/resuming.md has more ways"
+    ]
 
 
 def _require_not_passed(config: Config, state: State, folder: Path) -> None:

@@ -142,6 +142,11 @@ class Run:
         """Sequences of the data that were used in the first `step` steps, or passed over by rollbacks."""
         return self.sequences_at(step) + checkpoint.passed_before(step, self.passed)
 
+    def epochs_at(self, step: int) -> float | None:
+        """Passes over the training data in the first `step` steps; None if their length is not known."""
+        length = self.data.length()
+        return None if length is None else self.used_at(step) / length
+
     def mixed(self, step: int) -> dict[str, float]:
         """For the metrics of a mixture: the share of each part in what was used since the weights were last
         changed, and its tokens since the start."""

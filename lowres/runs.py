@@ -19,6 +19,7 @@ old-1/           what was there before --restart
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +42,7 @@ from lowres.relora import Relora
 from lowres.rooms import Rooms
 from lowres.sample import Generation, Part, Sampling, parts, reader_for
 from lowres.sealed import Damaged
+from lowres.wording import command
 
 
 def make_units(config: Config, plan: memory.Plan, rooms: Rooms, adapted: bool) -> Units:
@@ -236,7 +238,9 @@ def newest(folder: Path, only: Path | None = None) -> tuple[Config, Path, State]
         )
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
-    raise UserError(f"{folder} has no valid checkpoint yet; continue it with lowres train ... --resume")
+    raise UserError(
+        f"{folder} has no valid checkpoint yet; go on: {command('lowres', 'train', folder, '--resume')}"
+    )
 
 
 def identities(folder: Path) -> set[str]:
@@ -251,6 +255,18 @@ def config_of(folder: Path, state: State | None) -> Config:
     # what has no value is left to its default, as in a file
     given = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in state.config.items()}
     return parse_config(given, f"{folder}: the config in its checkpoint")[0]
+
+
+def config_in(folder: Path) -> Config:
+    """The config that a run wrote last: config.toml, or if that is lost that of its newest checkpoint."""
+    try:
+        return load_resolved(folder / CONFIG)
+    except UserError:
+        for found in reversed(checkpoint.find(folder / CHECKPOINTS)):
+            with suppress(OSError, Damaged):
+                if (state := checkpoint.load_state(found)).config is not None:
+                    return config_of(folder, state)
+        raise
 
 
 def tokenizer_of(folder: Path, found: Path) -> Path:

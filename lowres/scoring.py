@@ -20,24 +20,31 @@ from lowres.data import (
     source_of,
     with_tokenizer,
 )
+from lowres.data.batches import count_targets
 from lowres.data.chat.chat_data import Packed
+from lowres.data.validation import too_few
 from lowres.device import pick_device
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
 from lowres.objective import Preference, make_objective
+from lowres.ranks import say
 from lowres.runs import load_weights, newest, open_run
 from lowres.start import begin_weights
 
 
 def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
-    """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data. asked: another source, and how to
-    read it. Raises UserError."""
+    """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many tokens
+    these are. asked: another source, and how to read it. Prints notes. Raises UserError."""
     config, engine, tokenizer = open_run(folder)
     objective = make_objective(config.objective)
     if not isinstance(objective, Preference):
         windows = _windows(asked, config, tokenizer)
-        return evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
+        scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
+        tokens = count_targets(windows)
+        for note in _on_the_size(tokens, config, own=asked is None):
+            say(note)
+        return scores | {"val_tokens": tokens}
     reference: Tensor | None = None
     if asked is None:
         data = _own_data(config, tokenizer)
@@ -51,6 +58,17 @@ def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
     if objective.has_reference and reference is None:
         reference = _before_tuning(engine, config, folder, packed)
     return evaluate_pairs(engine, packed, objective, reference, config.most_windows)
+
+
+def _on_the_size(tokens: int, config: Config, own: bool) -> list[str]:
+    """Lines on how many tokens were evaluated. own: those of the run."""
+    notes, limit = [too_few(tokens)], config.train.eval_tokens
+    if own and 0 < limit < tokens:
+        notes.append(
+            f"note: these are all {tokens:,} validation tokens; in training train.eval_tokens = {limit:,} "
+            "limited them, so its losses differ a little"
+        )
+    return [note for note in notes if note]
 
 
 def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> Tensor:

@@ -42,7 +42,8 @@ from lowres.data import (
     open_tokenizer,
     with_tokenizer,
 )
-from lowres.data.batches import BEGINS
+from lowres.data.batches import BEGINS, count_targets
+from lowres.data.validation import too_few
 from lowres.device import pick_device, use_kernels
 from lowres.engine import Engine, zero
 from lowres.errors import DoesNotFit, UserError
@@ -63,6 +64,7 @@ from lowres.speed import facts
 from lowres.text import is_stream
 from lowres.trackers import TRACKERS
 from lowres.trackers.steps import KNOWN
+from lowres.wording import command, counted
 
 # what --restart moves aside
 HISTORY = (
@@ -81,6 +83,8 @@ HISTORY = (
     ),
     *(KNOWN, *(kind.left for kind in TRACKERS.values() if kind.left)),
 )
+# passes over a text that are nearly as good as new text
+WORTHWHILE = 4
 # the smallest vocabulary of a tokenizer, used if the config gives none (the minimum of data.vocab_size)
 LEAST_VOCABULARY = 260
 
@@ -195,6 +199,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         notes += _on_the_mixture(config, data, state)
     elif isinstance(data, ChatData):
         notes += _on_the_chats(config, data)
+    notes += _on_the_passes(config, data, state)
     notes += of_length + use_kernels(config, device)
     plans = _check_room(config, device, folder)
     if origin is not None:
@@ -258,7 +263,7 @@ def _meet(config: Config, device: torch.device) -> None:
     if ranks.size() > 1 and streams:
         raise UserError(
             f"data.source: {streams[0]} is a stream, and several ranks need a prepared folder; make one with "
-            f"`lowres data prepare {streams[0]} OUT`"
+            f"`{command('lowres', 'data', 'prepare', streams[0], 'OUT')}`"
         )
     if engine == "deepspeed":
         zero.require(config, device)
@@ -267,6 +272,7 @@ def _meet(config: Config, device: torch.device) -> None:
 
 def require_folder(folder: Path) -> None:
     """Raise UserError if there cannot be a folder of this name, or if nothing may be written there."""
+    checkpoint.require_outside(folder, "--run")
     there = folder.absolute()
     while not (there.exists() or there.is_symlink()):
         there = there.parent
@@ -364,6 +370,24 @@ def _on_the_mixture(config: Config, data: MixedData, state: State | None) -> lis
             at = step + (sequence - start) // batch
             notes.append(f"data.mixture.{name}: is used up after step {at}; the others take its place")
     return notes
+
+
+def _on_the_passes(config: Config, data: Data, state: State | None) -> list[str]:
+    """A note on how often a run reads its data, if that is more than once."""
+    length, step = data.length(), state.step if state else 0
+    if length is None:
+        return []
+    used = sequences_before(state, config) if state else 0
+    passes = (used + (config.train.total_steps - step) * config.batch_sequences) / length
+    if passes <= 1:
+        return []
+    note = f"the run reads its {data.train_tokens:,} training tokens {passes:,.3g} times"
+    if passes > WORTHWHILE:
+        note += (
+            f"; after about {WORTHWHILE} times a text teaches little more (arXiv 2305.16264): give more "
+            f"text, or set train.epochs={WORTHWHILE}"
+        )
+    return [note]
 
 
 def _on_the_chats(config: Config, data: ChatData) -> list[str]:
@@ -540,16 +564,21 @@ def _announce(run: Run) -> None:
     config, plan = run.config, run.parts.plan
     lr = config.optim.lr or 0
     say(
-        f"{plan.parameters / 1e6:.2f} M parameters on {run.parts.rooms.device.type}: {config.memory.engine} "
+        f"{config.model.size} on {run.parts.rooms.device.type}: {config.memory.engine} "
         f"engine, {config.memory.weights} weights, {config.optim.name}"
     )
     say(
         f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
-        f"({config.batch_sequences} sequences in micro-batches of {plan.micro_batch}), "
+        f"({counted(config.batch_sequences, 'sequence')} in micro-batches of {plan.micro_batch}), "
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
-        f"plan {plan.peak('gpu') / memory.GIB:.2f} GiB on the GPU, {plan.peak('host') / memory.GIB:.2f} GiB "
-        "on the host"
+        f"plan {plan.in_words(run.parts.rooms.device)}"
     )
+    if config.train.eval_every and not run.is_of_pairs:
+        tokens = sum(map(count_targets, run.validation.values()))
+        most = " (train.eval_tokens)" * (0 < config.train.eval_tokens <= tokens)
+        say(f"every {counted(config.train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}")
+        if warning := too_few(tokens):
+            say(warning)
 
 
 def _foretell(run: Run) -> None:
@@ -596,4 +625,4 @@ def _rehearse(run: Run) -> None:
     finally:
         parts.relora.optimizer.rehearsing = False
     peak = parts.meter.readings()["peak_mem_gib"]
-    say(f"rehearsed a step: peak {peak:.2f} GiB on the GPU")
+    say(f"rehearsed a step: peak {peak:.2f} GiB{' on the GPU' if parts.rooms.device.type == 'cuda' else ''}")

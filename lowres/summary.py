@@ -12,19 +12,22 @@ from lowres.errors import first_line
 from lowres.plots import draw_loss
 from lowres.records import METRICS, SAMPLES, SUMMARY
 from lowres.running import Run
+from lowres.wording import counted
 
 
 def finish(run: Run, seconds: float) -> None:
     """Write the summary and the loss curve; print the last samples."""
     if not ranks.is_first():
         return
-    steps = run.config.train.total_steps
-    texts = [one["text"] for one in samples.read(run.folder / SAMPLES) if one["step"] == steps]
+    total = run.config.train.total_steps
+    texts = [one["text"] for one in samples.read(run.folder / SAMPLES) if one["step"] == total]
     summary: dict[str, Any] = {}
-    first = None
+    first, last = None, None
     for record in metrics.read(run.folder / METRICS):
-        summary |= record
-        first = record.get("val_loss") if first is None else first
+        if "val_loss" in record:
+            first, last = first or record, record
+        if "val_loss" not in record or record["step"] == total:  # no evaluation of earlier weights
+            summary |= record
     optim = run.config.optim
     summary["batch"] = {
         "tokens": run.config.train.batch_tokens,
@@ -34,21 +37,41 @@ def finish(run: Run, seconds: float) -> None:
         "policy": optim.batch_policy,
         "started_with": run.started_with,
     }
-    summary |= {"first_val_loss": first, "wall_seconds": seconds, "versions": _versions()}
+    summary |= {
+        "first_val_loss": None if first is None else first["val_loss"],
+        "wall_seconds": seconds,
+        "versions": _versions(),
+    }
     if texts:
         summary["sample"] = texts[0]
         told = "\n---\n".join(texts)
-        print(f"--- a sample after {steps} steps ---\n{told}\n---")
+        print(f"--- a sample after {counted(total, 'step')} ---\n{told}\n---")
     disk.store(run.folder / SUMMARY, json.dumps(summary, indent=1).encode())
-    run.events.write("finished", step=steps)
+    run.events.write("finished", step=total)
     try:
         picture = draw_loss(run.folder)
     except Exception as error:  # the run is finished, and a picture is only that
         ranks.say(f"note: no loss curve: {first_line(error)}")
         picture = None
-    if first is not None and summary.get("val_loss") is not None:
-        print(f"validation loss {first:.4f} -> {summary['val_loss']:.4f} in {seconds:.0f} s")
+    print(_closing(first, last, total, seconds))
     print(f"run: {run.folder}" + (f", loss curve: {picture}" if picture else ""))
+
+
+def _closing(first: dict[str, Any] | None, last: dict[str, Any] | None, total: int, seconds: float) -> str:
+    """The line that ends a run. first, last: its evaluations, if there were some."""
+    if first is None or last is None:
+        return f"{counted(total, 'step')} in {seconds:.0f} s, never evaluated (train.eval_every is 0)"
+    if last["step"] < total:
+        return (
+            f"{counted(total, 'step')} in {seconds:.0f} s; the validation loss at the end is not known, at "
+            f"step {last['step']:,} it was {_number(last)}; `lowres eval` evaluates"
+        )
+    return f"validation loss {_number(first)} -> {_number(last)} in {seconds:.0f} s"
+
+
+def _number(record: dict[str, Any]) -> str:
+    loss = record["val_loss"]
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _versions() -> dict[str, str]:

@@ -35,8 +35,16 @@ from lowres.plots import draw_sweep
 from lowres.stopping import Stopper
 
 SWEEP, LOG, TASKS = "sweep.json", "train.log", "tasks.json"
+# keys whose values are columns of every table
+SHOWN_ANYWAY = ("optim.lr", "optim.lr_over_batch")
 # keys that may change when a run is resumed, but not if its loss is compared with other runs
-COMPARED = ("train.tokens", "train.batch_tokens", "schedule.cooldown_steps", "data.mixture")
+COMPARED = (
+    "train.tokens",
+    "train.batch_tokens",
+    "schedule.cooldown_steps",
+    "schedule.decay_steps",
+    "data.mixture",
+)
 
 
 def parse_grid(grids: list[str]) -> dict[str, list[Any]]:
@@ -308,7 +316,7 @@ def _text(value: Any) -> str:
 
 def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     """A table of the points in the order of the grid, with the best one marked."""
-    short = _short(axes)
+    short = _short({key: values for key, values in axes.items() if key not in SHOWN_ANYWAY})
     pairs = any("val_accuracy" in record for record in records)
     score, form = ("val_accuracy", ".1%") if pairs else ("val_ppl", ".2f")
     tasks = dict.fromkeys(
@@ -324,7 +332,7 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
         remark = "diverged" if loss is None else "best" if loss == min(losses) else ""
         rows.append(
             [
-                *(_text(value) for value in record["values"].values()),
+                *(_text(record["values"][key]) for key in short),
                 f"{record['lr']:.4g}",
                 f"{record['batch_sequences']}",
                 f"{record['lr_over_batch']:.3g}",

@@ -17,8 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lowres import checkpoint, disk, lock, ranks
 from lowres.checkpoint import Best, Passed
 from lowres.config import Config
@@ -31,14 +29,16 @@ from lowres.health import Verdict
 from lowres.model import unit_specs
 from lowres.optim.schedule import factor
 from lowres.outlook import Stopwatch
+from lowres.progress import Bar
 from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
-from lowres.runs import CHECKPOINTS
+from lowres.runs import CHECKPOINTS, CONFIG
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
 from lowres.summary import finish
+from lowres.wording import command, counted
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
@@ -53,7 +53,8 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
     again, and move aside what is there."""
     if resume and not restart and is_finished(config, folder):
         if ranks.is_first():
-            print(f"{folder} is finished; to continue it, raise train.steps")
+            longer = f"{_again(folder)} --set train.steps=N"
+            print(f"{folder} is finished; to train it for longer, up to N steps: {longer}")
         return
     began = time.monotonic()
     profile = RunProfile(profiled if ranks.is_first() else 0, folder)
@@ -61,6 +62,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
         profile.require(config.train.total_steps)
     require_folder(folder)
     with ExitStack() as stack:
+        stack.enter_context(_saying_how_to_go_on(folder))
         if ranks.is_first() and (note := stack.enter_context(lock.held(folder)).note):
             say(f"note: {note}")
         run, step = begin(config, folder, resume, restart)
@@ -78,6 +80,22 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
             run.events.say("stopped", loop.what_is_saved(reason), step=loop.step, saved=loop.saved)
             return
         finish(run, time.monotonic() - began)
+
+
+@contextmanager
+def _saying_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Add to an interruption what to do next."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        begun = (folder / CONFIG).exists()
+        error.add_note(f"to go on: {_again(folder)}" if begun else "nothing of the run was written")
+        raise
+
+
+def _again(folder: Path) -> str:
+    """The command that continues a run."""
+    return command("lowres", "train" if ranks.size() == 1 else "launch", folder, "--resume")
 
 
 class _Loop:
@@ -102,7 +120,7 @@ class _Loop:
         self.profile = profile
         self.ahead = self._ahead()
         silent = not (run.config.log.progress and ranks.is_first())
-        self.bar = tqdm(total=self.total, initial=step, unit="step", disable=True if silent else None)
+        self.bar = Bar("step", total=self.total, done=step, shown=not silent, leave=True)
 
     def go(self) -> str:
         """Train to the end, or until something asks to stop; returns what that was, or ""."""
@@ -148,8 +166,7 @@ class _Loop:
             record = _record(run, self.step, schedule, report, seconds, wall, batch)
             run.record(record)
             run.require_folder()
-            self.bar.update()
-            self.bar.set_postfix_str(_progress_text(record))
+            self.bar.update(1, _progress_text(record, run.epochs_at(self.step)))
             if "merge_cosine" in record:
                 say(f"step {self.step}: {_merge_text(record)}")
             if text := self.profile.report():
@@ -271,8 +288,9 @@ class _Loop:
     def why_dead(self, verdict: Verdict, report: StepReport) -> str:
         guess = f" (guessing evenly is {math.log(self.run.config.model.vocab):.3f})"
         level = "" if self.run.is_of_pairs else guess
+        steps = counted(self.run.watch.seen.bad, "bad step")
         return (
-            f"training: the run is dead: {self.run.watch.seen.bad} bad steps in a row (health.patience is "
+            f"training: the run is dead: {steps} in a row (health.patience is "
             f"{self.run.config.health.patience}); step {self.step}: {verdict.bad}; loss {report.loss:.3f}"
             f"{level}, gradient norm {report.grad_norm:.3g}; {self.run.way_on()}"
         )
@@ -309,8 +327,7 @@ class _Loop:
         run.close_logs()
         run.open_log(state)
         self.ahead = self._ahead()
-        self.bar.n = self.step
-        self.bar.refresh()
+        self.bar.go_back(self.step)
         text = f"went back to step {self.step}; the batch of step {at + 1} is passed over"
         run.events.say("rolled back", text, step=self.step, passed=at + 1, reason=spike)
 
@@ -318,7 +335,7 @@ class _Loop:
 
     def what_is_saved(self, reason: str) -> str:
         """The last line of a run that was asked to stop."""
-        again = "to go on, repeat the command with --resume"
+        again = f"to go on: {_again(self.run.folder)}"
         if self.saved == self.step:
             return f"stopped by {reason}: step {self.step} is saved; {again}"
         last = f"step {self.saved} is the last that is saved" if self.saved else "nothing is saved"
@@ -375,10 +392,7 @@ class _Loop:
                 f". Step {self.step} is saved in {saved}: move this folder into {run.folder / CHECKPOINTS}/ "
                 "and go on with --resume"
             )
-        return (
-            f". Step {self.step} is saved in {place}, where the folder is now; go on with --run {place} "
-            "--resume"
-        )
+        return f". Step {self.step} is saved in {place}, where the folder is now; to go on: {_again(place)}"
 
 
 def _due(step: int, every: int, total: int) -> bool:
@@ -415,9 +429,12 @@ def _record(
     }
 
 
-def _progress_text(record: dict[str, Any]) -> str:
+def _progress_text(record: dict[str, Any], epochs: float | None) -> str:
+    """epochs: passes over the data so far, where their length is known."""
     cycle = f"cycle {record['cycle']}, " if "cycle" in record else ""
-    return f"{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {record['tokens_per_s']:,.0f} tokens/s"
+    epoch = "" if epochs is None else f"epoch {epochs:.2f}, "
+    speed = f"{record['tokens_per_s']:,.0f} tokens/s"
+    return f"{epoch}{cycle}loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed}"
 
 
 def _shortened(text: str) -> str:

@@ -413,7 +413,7 @@ def test_a_bad_row_is_named_or_counted(opened: Open, tmp_path: Path, part: str) 
     message = complaint(lambda: opened(source, **keys))
     assert message.startswith(f"{bad} row 1: ") and "no stop" in message
     notes = opened(source, **keys, bad_rows="skip").notes
-    assert any("1 bad rows" in note and "no stop" in note for note in notes)
+    assert any("1 bad row;" in note and "no stop" in note for note in notes)
 
 
 def test_what_is_cut_and_dropped_is_counted(opened: Open, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line end to end, as a user runs it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     assert "lr 0.01, lr/batch 0.000625;" in printed.stderr
 
     records = metrics.read(run / "metrics.jsonl")
-    steps = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "val_loss" in r]
+    steps, evaluations = ([r for r in records if key in r] for key in ("loss", "val_loss"))
     assert [r["step"] for r in steps] == list(range(1, 31))
     assert [r["step"] for r in evaluations] == [0, 10, 20, 30]
     updates = {f"update/{unit}" for unit in ("embed", "layers.0", "layers.1", "head")}
@@ -67,12 +67,13 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     scores = json.loads(lowres_here("eval", run, "--json").stdout)
     assert abs(scores["val_loss"] - evaluations[-1]["val_loss"]) < 0.3  # all of the data, not 2,048 tokens
     assert json.loads(lowres_here("eval", run, "--data", prepared, "--json").stdout) == scores
-    source = shutil.copy(prepared / "data.json", tmp_path / "text.txt")
+    source, table = shutil.copy(prepared / "data.json", tmp_path / "text.txt"), tmp_path / "table.jsonl"
     other = json.loads(lowres_here("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
-    assert lowres_here("eval", run).stdout.startswith("loss ")
+    said, tokens = lowres_here("eval", run), f"{scores['val_tokens']:,}"
+    assert re.fullmatch(f"loss .*, over {tokens} tokens\\n", said.stdout)
+    assert f"all {tokens} validation tokens; in training train.eval_tokens = 2,048 limited" in said.stderr
     # how another source is read
-    table = run.parent / "table.jsonl"
     table.write_text("".join(json.dumps({"id": "x", "words": f"words {i}"}) + "\n" for i in range(40)))
     assert "data.text_key" in lowres_here("eval", run, "--data", table, code=2).stderr
     given = ("--set", "data.text_key=words")

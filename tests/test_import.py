@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -586,7 +587,7 @@ def test_an_imported_model_is_a_run_that_has_not_begun(
         (("import", config, tmp_path / "b"), "is a file; give a run"),
         (
             ("train", config, "--run", run, "--resume"),
-            "holds an imported model.* start a run from it with --init-from",
+            "holds an imported model.* start a run from it: lowres train CONFIG --init-from",
         ),
     ):
         error = lowres_here(*arguments, code=2).stderr
@@ -765,8 +766,14 @@ def test_what_contradicts_the_model_is_one_line(
     prepared = tmp_path / "prepared"
     lowres_here("data", "prepare", tmp_path / "text", prepared, "--vocab-size", 300)
     error = lowres_here(*start, "--set", f"data.source={prepared}", code=2).stderr
-    assert re.search("was prepared with another one than .*prepare its text with --tokenizer", error)
-    assert not (tmp_path / "run").exists()
+    found = re.search(
+        "was prepared with another tokenizer than .*text again: lowres (.*), and set (.*)=OUT;", error
+    )
+    assert found and not (tmp_path / "run").exists()
+    again = [str(tmp_path / "again") if word == "OUT" else word for word in shlex.split(found[1])]
+    lowres_here(*again)  # the command does what it is for
+    lowres_here(*start, "--set", f"{found[2]}={tmp_path / 'again'}", "--set", "train.steps=1")
+    shutil.rmtree(tmp_path / "run")
     # what agrees passes
     agreeing = options("model.n_heads=4", "model.head_dim=16", "model.max_positions=64")
     plan = json.loads(lowres_here("plan", *start[1:4], *agreeing, "--json").stdout)

@@ -273,7 +273,7 @@ def test_bench(config: Path) -> None:
     assert sum(found["share_by_phase"].values()) == pytest.approx(1)
     assert 0 < found["peak_mem_gib"] < found["peak_rss_gib"]
     text = lowres_here("bench", config, "--steps", 1, "--set", "memory.compute=bf16").stdout
-    assert "tokens/s, median of 1 steps" in text and "of the fastest bf16 product" in text
+    assert "tokens/s, median of 1 step " in text and "of the fastest bf16 product" in text
 
 
 def test_bench_measures_the_plan_or_nothing(config: Path) -> None:

@@ -44,8 +44,8 @@ def test_decisions_write_nothing(config: Path, tmp_path: Path) -> None:
     # it did 12 steps of 16 sequences; 12 steps of the present batch would have 32 each
     assert resumed.offset == 12 * 16 - 12 * 32
     assert resumed.started_with == fresh.started_with
-    assert resumed.lines[0] == of_data and len(resumed.lines) == 2
-    assert "from 16 to 32 sequences" in resumed.lines[1]
+    assert resumed.lines[0] == of_data and len(resumed.lines) == 3
+    assert "from 16 to 32 sequences" in resumed.lines[1] and "longer than it was" in resumed.lines[2]
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     other = decide(load_config(config, [f"run.init_from={json.dumps(str(run))}"])[0], tmp_path / "b", False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowres.optim import RACS, Apollo, ApolloMini, Fira, GaLore, Muon, Scale, SinkGD
+from lowres.optim import RACS, AdamMini, Apollo, ApolloMini, Fira, GaLore, Muon, Scale, SinkGD
 from lowres.optim.torch_optim import ADAMW
 from tests.rules import Make, adam_mini
 
@@ -236,6 +236,42 @@ def test_the_betas_of_adamw_can_be_given(make: Make, keys: dict[str, Any]) -> No
         oracle.step()
     torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=1e-6)
     assert optimizer._parts[1].rules[0].betas == (0.9, 0.999)
+
+
+def test_adam_mini_on_any_model_goes_by_rows() -> None:
+    """Against Adam-mini with one second moment per row, in float64."""
+    torch.manual_seed(0)
+    shapes = {
+        "h.c_attn.weight": (12, 4),
+        "wte.weight": (7, 4),
+        "h.norm.weight": (4,),
+        "conv.weight": (2, 2, 3),
+    }
+    params = {name: nn.Parameter(torch.randn(shape, dtype=torch.float64)) for name, shape in shapes.items()}
+    value = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.warns(UserWarning, match="one second moment per row"):
+        optimizer = AdamMini(params.items(), lr=0.01)
+    assert "matrix         12 blocks of 1 rows in each of 1 tensors" in optimizer.describe_partition()
+    grads = [{name: torch.randn_like(p) for name, p in params.items()} for _ in range(3)]
+    m, v = ({name: torch.zeros_like(p) for name, p in value.items()} for _ in range(2))
+    for t, grad in enumerate(grads, 1):
+        for name, p in params.items():
+            p.grad = grad[name].clone()
+            # AdamW for what is neither a matrix nor a norm, and one block for a norm
+            square = grad[name] ** 2
+            mean = square if p.dim() == 3 else square.mean(-1, keepdim=True)
+            m[name] = 0.9 * m[name] + 0.1 * grad[name]
+            v[name] = 0.999 * v[name] + 0.001 * mean
+            value[name] -= 0.01 * (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+        optimizer.step()
+    for name, p in params.items():
+        assert torch.allclose(p.detach(), value[name], rtol=1e-4, atol=1e-6), name
+    wrongs: list[dict[str, Any]] = [{"dim": 4}, {"n_heads": 2}, {"n_kv_heads": 2}, {"head_dim": 2}]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* or left out"):
+            AdamMini(params.items(), lr=0.01, **wrong)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="role: 'q' must be for a model whose"):
+        AdamMini([{"params": [params["wte.weight"]], "role": "q"}])
 
 
 @pytest.mark.parametrize(

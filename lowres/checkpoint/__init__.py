@@ -26,7 +26,15 @@ from lowres.checkpoint.folder import (
     verify,
     write,
 )
-from lowres.checkpoint.kept import Kept, find, free_bytes, newest_state, newest_valid, require_disk
+from lowres.checkpoint.kept import (
+    Kept,
+    find,
+    free_bytes,
+    newest_state,
+    newest_valid,
+    require_disk,
+    require_outside,
+)
 from lowres.checkpoint.saving import Saved, Saver
 from lowres.checkpoint.tensors import (
     DTYPES,
@@ -70,6 +78,7 @@ __all__ = [
     "pieces_of",
     "read_header",
     "require_disk",
+    "require_outside",
     "step_folder",
     "step_of",
     "verify",

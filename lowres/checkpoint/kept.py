@@ -25,7 +25,8 @@ from lowres.checkpoint.folder import (
     step_folder,
     step_of,
 )
-from lowres.errors import DoesNotFit
+from lowres.errors import DoesNotFit, UserError
+from lowres.records import CHECKPOINTS
 from lowres.sealed import Damaged
 
 
@@ -35,6 +36,16 @@ def find(checkpoints: Path) -> list[Path]:
         found = [(step_of(path), path) for path in checkpoints.iterdir() if path.is_dir()]
         return [path for step, path in sorted((s, p) for s, p in found if s is not None)]
     return []
+
+
+def require_outside(path: Path, option: str) -> None:
+    """Raise UserError if a path is inside a run's folder of checkpoints, where old ones are deleted. option:
+    which gave it."""
+    for folder in path.absolute().parents:
+        if folder.name == CHECKPOINTS and find(folder):
+            raise UserError(
+                f"{option}: {path} is inside {folder}, where a run keeps its checkpoints; give another place"
+            )
 
 
 def newest_valid(checkpoints: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -10,6 +10,7 @@ looking      report, watch
 machine      doctor, presets
 checkpoints  checkpoint list, verify
 configs      config, and the config that a command was given
+completion   completion, and what a shell asks for with it
 tasks        options for tasks of lm-evaluation-harness
 
 The file of a command is imported when the command runs.
@@ -32,13 +33,11 @@ from lowres.errors import UserError, first_line
 from lowres.stopping import Left, loud
 
 LOST = 128 + 13  # as a program that SIGPIPE ends
-# what to do after a Ctrl-C
+# what to do after a Ctrl-C, if the command does not say it itself
 REMEDIES = {
+    "training:run_launch": "; if the run has begun, go on with --resume",
+    "training:run_sweep": "; start it again to go on",
     "data:run_prepare": "; start it again to go on",
-    "use:run_sample": "",
-    "looking:run_watch": "",
-    "machine:run_doctor": "",
-    "machine:run_presets": "",
     "looking:run_report": "; nothing was written; start it again",
     "models:run_export": "; nothing was written; start it again",
     "models:run_import": "; nothing is left of it; start it again",
@@ -55,6 +54,7 @@ PRINTING = {
     "checkpoints:run_list",
     "checkpoints:run_verify",
     "configs:run_config",
+    "completion:run_completion",
 }
 
 
@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     with terminal.guard() as (out, _), loud():
         parsed = make_parser().parse_args(arguments)
+        if parsed.command is None:
+            parsed.help()
+            return 0
         code = explained(lambda: _run(parsed), parsed.command)
     if code == 0 and out.lost is not None and parsed.command in PRINTING:
         if not isinstance(out.lost, BrokenPipeError):
@@ -84,8 +87,8 @@ def explained(work: Callable[[], int | None], command: str = "") -> int:
         return UserError.exit_code
     except KeyboardInterrupt as error:
         if ranks.is_first():
-            remedy = "; to continue, give a run --resume, or start a sweep again"
-            _complain(f"interrupted{REMEDIES.get(command, remedy)}")
+            own = [f"; {note}" for note in getattr(error, "__notes__", [])]
+            _complain(f"interrupted{''.join(own) or REMEDIES.get(command, '')}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()

@@ -6,12 +6,15 @@ import argparse
 import json
 
 from lowres import ranks
+from lowres.cli.given import require_config
 from lowres.config import Config
-from lowres.config_file import load_config, to_toml
+from lowres.config_file import load_config
+from lowres.reference import commented
 
 
 def load(parsed: argparse.Namespace) -> Config:
-    """The config that a command names, with --set and --init-from; prints its notes."""
+    """The config that a command names, with --set and --init-from; prints its notes. Raises UserError."""
+    require_config(parsed)
     if getattr(parsed, "init_from", None):
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     config, notes = load_config(parsed.config, parsed.overrides)
@@ -21,4 +24,4 @@ def load(parsed: argparse.Namespace) -> Config:
 
 
 def run_config(parsed: argparse.Namespace) -> None:
-    print(to_toml(load(parsed) if parsed.config else Config()), end="")
+    print(commented(load(parsed) if parsed.config else Config()), end="")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from lowres import ranks
+from lowres.checkpoint import require_outside
 from lowres.config_file import data_config, source_config
 from lowres.data import inspect, overlap, prepare, refuse_ends, source_as_asked, source_of
 from lowres.errors import UserError
 from lowres.text import is_stream, list_files
 from lowres.text.words import summary
+from lowres.wording import counted
 
 
 def run_inspect(parsed: argparse.Namespace) -> None:
@@ -25,8 +28,14 @@ def run_overlap(parsed: argparse.Namespace) -> None:
     print(json.dumps(found.to_json()) if parsed.json else "\n".join(found.lines()))
 
 
+def _amount(made: dict[str, Any], part: str) -> str:
+    tokens, documents = made[f"{part}_tokens"], made[f"{part}_documents"]
+    return f"{counted(tokens, 'token')} in {counted(documents, 'document')}"
+
+
 def run_prepare(parsed: argparse.Namespace) -> None:
     config = data_config(parsed.source, parsed.set)
+    require_outside(parsed.out, "OUT")
     for key in ("val_source", "seq_len", "cache", "document_mask", "mixture"):
         if key in config.model_fields_set:
             raise UserError(
@@ -52,6 +61,6 @@ def run_prepare(parsed: argparse.Namespace) -> None:
     for note in made["notes"]:
         ranks.say(f"note: {note}")
     print(
-        f"{parsed.out}: {made['train_tokens']:,} training tokens, {made['val_tokens']:,} for "
-        f"validation, {made['vocab_size']} pieces"
+        f"{parsed.out}: {_amount(made, 'train')} for training, {_amount(made, 'val')} for validation, "
+        f"{made['vocab_size']:,} pieces"
     )

@@ -15,6 +15,7 @@ from lowres import __version__
 Commands = argparse._SubParsersAction  # the type has no public name
 # of `lowres export`; a test compares them with `lowres.exchange`
 FORMATS, DTYPES = ("hf", "gguf"), ("bf16", "fp16", "fp32", "q8_0")
+COMPLETION, SHELLS = "completion", ("bash", "zsh", "fish")
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ def make_parser() -> Parser:
     """Every command with its arguments."""
     parser = Parser(prog="lowres", description="Pretrain LLaMA-style models on one consumer GPU.")
     parser.add_argument("--version", action="version", version=f"lowres {__version__}")
-    commands: Commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = _add_commands(parser)
     _add_training(commands)
     _add_plan(commands)
     _add_data(commands)
@@ -51,11 +52,21 @@ def make_parser() -> Parser:
         commands,
         "config",
         "configs:run_config",
-        "Print a resolved config, or the defaults without CONFIG.",
+        "Print a config with the documentation of every key, or the defaults without CONFIG.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sub.tell_more = _all_keys
     _add_config(sub, optional=True)
+    sub = _command(
+        commands,
+        COMPLETION,
+        "completion:run_completion",
+        "Print what makes a shell complete commands, options and keys.",
+        epilog='bash: eval "$(lowres completion bash)" in ~/.bashrc; zsh: the same with zsh in ~/.zshrc, '
+        "after compinit; fish: lowres completion fish > ~/.config/fish/completions/lowres.fish",
+    )
+    sub.add_argument("shell", nargs="?", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    sub.add_argument("--line", help=argparse.SUPPRESS)  # print what may stand at the end of this command line
     return parser
 
 
@@ -63,6 +74,12 @@ def _all_keys() -> str:
     from lowres.reference import describe
 
     return describe()
+
+
+def _add_commands(parser: argparse.ArgumentParser) -> Commands:
+    """Commands of a parser, which without one prints its help."""
+    parser.set_defaults(command=None, help=parser.print_help)
+    return parser.add_subparsers(metavar="COMMAND")
 
 
 def _command(commands: Commands, name: str, function: str, text: str, **more: Any) -> Parser:
@@ -176,9 +193,7 @@ def _add_plan(commands: Commands) -> None:
 
 
 def _add_data(commands: Commands) -> None:
-    data = commands.add_parser("data", help="Work with training data.").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    data = _add_commands(commands.add_parser("data", help="Work with training data."))
     sub = _command(
         data, "inspect", "data:run_inspect", "Show what a source holds, and what would be left out."
     )
@@ -326,9 +341,7 @@ def _add_use(commands: Commands) -> None:
     )
     sub.add_argument("--once", action="store_true", help="look once, and end")
 
-    checkpoints = commands.add_parser("checkpoint", help="Look at checkpoints.").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    checkpoints = _add_commands(commands.add_parser("checkpoint", help="Look at checkpoints."))
     for name, function, text in (
         ("list", "checkpoints:run_list", "List the checkpoints of a run."),
         ("verify", "checkpoints:run_verify", "Check every file against its checksum."),

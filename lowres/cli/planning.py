@@ -53,7 +53,9 @@ def run_plan(parsed: argparse.Namespace) -> None:
     parts, tables = {}, []
     for part, own in plans.items():
         parts[part] = own.as_dict()
-        tables += [f"--- {part} ---"] * (len(plans) > 1) + [own.table()]
+        tables += [f"--- {part} ---"] * (len(plans) > 1) + [own.table(), *_on_the_preset(config)]
+        if device.type == "cpu":
+            tables.append(f"without a GPU both rooms are one memory: {own.in_words(device)}")
         if parsed.optimizer:
             adapters = config.relora if part == memory.ADAPTERS else None
             specs = (spec for unit in unit_specs(config.model, adapters) for spec in unit.tensors)
@@ -146,5 +148,14 @@ class _Pace:
 
 
 def run_bench(parsed: argparse.Namespace) -> None:
-    found = bench(_load(parsed), parsed.steps)
-    print(json.dumps(found.as_dict(), indent=1) if parsed.json else found.table())
+    config = with_random_tokens(_load(parsed))
+    found = bench(config, parsed.steps)
+    if parsed.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        print("\n".join([found.table(pick_device(config).type == "cuda"), *_on_the_preset(config)]))
+
+
+def _on_the_preset(config: Config) -> list[str]:
+    """A line on what a preset is named for, if that is another number than that of the model."""
+    return [config.model.size] if "preset" in config.model.size else []

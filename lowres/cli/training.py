@@ -8,21 +8,43 @@ from pathlib import Path
 
 from lowres import ranks
 from lowres.cli.configs import load
+from lowres.cli.given import is_run, require_config
 from lowres.cli.tasks import refuse_without_tasks
-from lowres.config_file import load_config
+from lowres.config import Config
+from lowres.config_file import changed_config, load_config
 from lowres.errors import UserError
+from lowres.runs import CONFIG, config_in
 from lowres.sweep import sweep
 from lowres.trainer import train
 
 
 def run_train(parsed: argparse.Namespace) -> None:
-    config = load(parsed)
-    folder = parsed.run or Path("runs") / config.run.name
+    config, folder = _config_and_folder(parsed)
     train(config, folder, parsed.resume, parsed.profile, parsed.restart)
 
 
+def _config_and_folder(parsed: argparse.Namespace) -> tuple[Config, Path]:
+    """What to train, and where. A run that is resumed may be given instead of its config."""
+    if not (parsed.resume and is_run(parsed.config)):
+        config = load(parsed)
+        return config, parsed.run or Path("runs") / config.run.name
+    folder = parsed.config
+    if parsed.run is not None and parsed.run.resolve() != folder.resolve():
+        raise UserError(f"--run: {folder} is the run to resume; leave --run out, or give a config")
+    if parsed.init_from:
+        raise UserError(f"--init-from: {folder} has begun, so it goes on from its own weights; leave it out")
+    config, notes = changed_config(config_in(folder), parsed.overrides, f"{folder / CONFIG}")
+    for note in notes:
+        ranks.say(f"note: {note}")
+    return config, folder
+
+
 def run_launch(parsed: argparse.Namespace) -> int:
-    config, _ = load_config(parsed.config, parsed.overrides)  # the ranks print its notes
+    if not (parsed.resume and is_run(parsed.config)):
+        require_config(parsed)
+        config, _ = load_config(parsed.config, parsed.overrides)  # the ranks print its notes
+    else:
+        config = changed_config(config_in(parsed.config), parsed.overrides, f"{parsed.config / CONFIG}")[0]
     if config.memory.engine != "deepspeed":
         raise UserError(
             f"memory.engine: {config.memory.engine} uses one GPU; set it to deepspeed, or use `lowres train`"
@@ -37,6 +59,7 @@ def run_launch(parsed: argparse.Namespace) -> int:
 
 
 def run_sweep(parsed: argparse.Namespace) -> None:
+    require_config(parsed)
     if parsed.init_from:
         parsed.overrides.append(f"run.init_from={json.dumps(parsed.init_from)}")
     length = {"tokens": parsed.tokens} if parsed.tokens else {"epochs": parsed.epochs}

@@ -11,6 +11,7 @@ from lowres.config_file import data_config
 from lowres.errors import UserError
 from lowres.runs import open_run
 from lowres.scoring import score_run
+from lowres.wording import counted
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
@@ -40,8 +41,10 @@ def _scores_text(scores: dict[str, float]) -> str:
         shown = (f"{name.replace('_', ' ')} {scores[f'val_{name}']:.4f}" for name in told)
         return f"loss {scores['val_loss']:.4f}, accuracy {scores['val_accuracy']:.1%}, {', '.join(shown)}"
     bits = scores.get("val_bits_per_byte")
-    return f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, " + (
-        "no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte"
+    return (
+        f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
+        + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
+        + f", over {scores['val_tokens']:,} tokens"
     )
 
 
@@ -55,7 +58,7 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot, texts)
     if found.shortened:
         ranks.say(
-            f"note: {found.shortened:,} requests are longer than the context of the model, which saw their "
-            f"last {found.context:,} tokens"
+            f"note: {counted(found.shortened, 'request is', 'requests are')} longer than the context of the "
+            f"model, which saw their last {found.context:,} tokens"
         )
     print(json.dumps(found.as_dict()) if parsed.json else found.table())

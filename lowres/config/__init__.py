@@ -22,6 +22,7 @@ from lowres.config.checks import check
 from lowres.config.fill import RATE_DEFAULTS, engine_defaults, fill
 from lowres.config.memory import DeepspeedConfig, MemoryConfig
 from lowres.config.sections import (
+    PRESET_VOCAB,
     PRESETS,
     SCHEDULE_KEYS,
     SHAPE_KEYS,
@@ -41,6 +42,7 @@ from lowres.config.sections import (
 
 __all__ = [
     "PRESETS",
+    "PRESET_VOCAB",
     "RATE_DEFAULTS",
     "SCHEDULE_KEYS",
     "SHAPE_KEYS",
@@ -101,10 +103,16 @@ class Config(Section):
         return self.data.document_mask or self.objective.name != "pretrain"
 
     @property
+    def decay_steps(self) -> int:
+        """Steps at whose end the learning rate is lowest."""
+        return self.schedule.decay_steps or self.train.total_steps
+
+    @property
     def warmup_steps(self) -> int:
-        tenth = self.train.total_steps // 10
+        tenth = self.decay_steps // 10
         if self.schedule.warmup_ratio is not None:
-            return math.ceil(self.train.total_steps * self.schedule.warmup_ratio)
+            # its first step has the rate 0, and a run must have others
+            return min(math.ceil(self.decay_steps * self.schedule.warmup_ratio), self.decay_steps - 1)
         asked = self.schedule.warmup_steps
         return tenth if asked is None else min(asked, tenth)
 

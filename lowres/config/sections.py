@@ -16,9 +16,10 @@ from dataclasses import fields
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from lowres.catalogue import GROWTH, KEYS, RULES, WITHOUT_NORMS
+from lowres.catalogue import CHATS, GROWTH, KEYS, PAIRS, RULES, TEXT, WITHOUT_NORMS, Source
 from lowres.config.base import (
     Batch,
     Count,
@@ -32,8 +33,6 @@ from lowres.config.base import (
     adjustable,
     resumable,
 )
-from lowres.text import Source
-from lowres.text.source import CHATS, PAIRS, TEXT
 from lowres.trackers import TRACKERS
 
 # dim, ffn_dim, n_layers, n_heads: the sizes of the GaLore, ReLoRA and APOLLO papers
@@ -83,7 +82,8 @@ class ModelConfig(Section):
     """The shape of the LLaMA model. A preset gives all of it; explicit keys override the preset."""
 
     preset: Annotated[str, OneOf(PRESETS)] | None = None
-    """Name of a shape from the GaLore, ReLoRA and APOLLO papers."""
+    """Name of a shape from the GaLore, ReLoRA and APOLLO papers. The name counts a vocabulary of 32,000: with
+    the 4,096 pieces that a small text gets, 9m has 1.85 M parameters (`lowres plan` says both)."""
     dim: Size = 128
     """Width of the residual stream."""
     n_layers: Layers = 4
@@ -168,12 +168,39 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
 
+    def parameters(self, vocab: int) -> int:
+        """Numbers in the weights, with so many rows of the embedding."""
+        dim, queries, kv = self.dim, self.n_heads * self.head_width, self.kv_heads * self.head_width
+        block = 2 * dim * queries + 2 * dim * kv + 3 * dim * self.ffn_dim + 2 * dim
+        block += (queries + 2 * kv) * self.qkv_bias + 2 * self.head_width * self.qk_norm
+        return self.n_layers * block + dim + vocab * dim * (1 if self.tie_embeddings else 2)
+
+    @property
+    def size(self) -> str:
+        """How many parameters, in words; if a preset is named after another number, that too."""
+        found = f"{self.parameters(self.vocab) / 1e6:,.2f} M parameters"
+        if self.preset is None or self.vocab == PRESET_VOCAB:
+            return found
+        named = f"{self.parameters(PRESET_VOCAB) / 1e6:,.2f} M"
+        return f"{found} (preset {self.preset} is named for {named} with a vocabulary of {PRESET_VOCAB:,})"
+
     @property
     def vocab(self) -> int:
         """Rows of the embedding; PRESET_VOCAB until the vocabulary of the data is known."""
         return self.vocab_size or PRESET_VOCAB
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        "".encode(name)
+    except LookupError:
+        raise PydanticCustomError(
+            "encoding", "is no encoding of text that Python knows; use one such as cp1252, latin-1 or utf-16"
+        ) from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_known_encoding)]
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
@@ -216,6 +243,9 @@ class DataConfig(Section):
     separator: str | None = None
     """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
     has some. Empty: a text file is one document."""
+    encoding: Encoding | None = None
+    """How text files are encoded that are not UTF-8, such as cp1252, latin-1 or utf-16; default: they are
+    damaged, see there."""
     include: Patterns = ()
     """Only read files whose path below the source matches one of these globs, in any case; a glob without /
     is for the file's name."""
@@ -228,8 +258,8 @@ class DataConfig(Section):
     """What to do about rows that are no chats or pairs, or that the template refuses: stop, or leave them out
     and count them."""
     damaged: Literal["refuse", "skip"] = "refuse"
-    """What to do about a file that cannot be read to its end: stop, or leave out the rest of it, and say
-    so."""
+    """What to do about a file that cannot be read to its end, or is not UTF-8: stop, or leave out the rest of
+    it, and say so."""
     max_left_out: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Largest share of the source's bytes that looks like data and is not read; more is an error."""
     shuffle_blocks: Annotated[Size, Field(ge=1, le=1024)] = 4
@@ -495,17 +525,20 @@ class ScheduleConfig(Section):
     """cosine, linear: decays to min_ratio. sawtooth: as cosine, but every cycle starts with a new warm-up.
     wsd: constant, then a linear cooldown."""
     warmup_steps: Count | None = None
-    """Steps of linear learning-rate warm-up; at most a tenth of the run, which is the default."""
+    """Steps of linear learning-rate warm-up; at most a tenth of decay_steps, which is the default."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
-    """The same as a fraction of the run, without a limit."""
+    """The same as a fraction of decay_steps; at least one step is at the peak."""
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Lowest learning rate of the decay, as a fraction of the peak."""
+    decay_steps: Positive | None = adjustable(None)
+    """Steps at whose end the rate is lowest; it stays there. Default: the whole run. A run that is resumed to
+    train for longer keeps the end that it had, see docs/resuming.md. Not for constant."""
     cycle_steps: Positive = 1000
     """sawtooth: steps in a cycle."""
     rewarmup_steps: Positive = 50
     """sawtooth: steps of warm-up at the start of a cycle."""
     cooldown_steps: Count | None = resumable(None)
-    """wsd: steps of the final cooldown; default a fifth of the run."""
+    """wsd: steps of the final cooldown; default a fifth of decay_steps."""
 
 
 class ReloraConfig(Section):

@@ -35,6 +35,10 @@ class Data(ABC):
         for, see `TokenData`."""
         return None
 
+    def length(self) -> int | None:
+        """Sequences in an epoch, if that is known without waiting."""
+        return None if self.train_tokens is None else self.epoch(0)
+
     @abstractmethod
     def batch(self, step: int, sequences: int, offset: int = 0) -> Tensor:
         """int64 [sequences, seq_len + 1] on the CPU: inputs are [:, :-1], targets [:, 1:].

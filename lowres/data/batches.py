@@ -173,6 +173,11 @@ def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
     return ids_in(windows[:, :-1]), targets.masked_fill(targets > _IDS, IGNORED)
 
 
+def count_targets(windows: Tensor) -> int:
+    """How many tokens of windows are predicted."""
+    return int((inputs_and_targets(windows)[1] != IGNORED).sum())
+
+
 def ids_in(windows: Tensor) -> Tensor:
     """The ids of the words of windows, without flags; 0 for padding."""
     return windows.clamp(min=0) & _IDS

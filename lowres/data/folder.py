@@ -45,6 +45,7 @@ from lowres.data.tokenizer import Tokenizer, check_enough_pieces, check_vocab_si
 from lowres.errors import UserError
 from lowres.text import TRAIN, Source, fingerprint
 from lowres.text.source import PAIRS
+from lowres.wording import counted
 
 # a kill loses at most so many, 10 to 30 seconds of work
 SHARD_TOKENS = 1 << 23
@@ -201,7 +202,7 @@ def chat_notes(arguments: Arguments, dropped: Dropped, of: str) -> list[str]:
     if chats is None:
         return []
     if dropped.bad:
-        notes.append(f"left out{of}: {dropped.bad:,} bad rows; the first is {dropped.first_bad}")
+        notes.append(f"left out{of}: {counted(dropped.bad, 'bad row')}; the first is {dropped.first_bad}")
     if dropped.untrained:
         nothing = f"without a token to train on in their first {chats.seq_len:,} tokens"
         notes.append(f"left out{of}: {dropped.untrained:,} {chats.form} {nothing}")

@@ -18,6 +18,7 @@ from lowres.text.documents import Skipped, no_text, rows_of
 from lowres.text.opening import position
 from lowres.text.source import CHATS, TEST, TEXT, TRAIN, File, Source
 from lowres.text.words import Group, groups, left_out, size
+from lowres.wording import counted
 
 # what is read completely, so that its numbers are exact
 EXACT_BYTES = 64 << 20
@@ -93,9 +94,10 @@ class ChatCount(Count):
         """What there is to say about chats."""
         about = "" if self.exact else "~"
         each = self.messages / max(1, self.documents)
-        made = [f"{about}{self.messages:,.0f} messages, {each:.3g} in one of the {self.form}"]
+        made = [f"{about}{counted(self.messages, 'message')}, {each:.3g} in one of the {self.form}"]
         if self.bad:
-            made.append(f"{about}{self.bad:,.0f} rows are no {self.form}; the first: {self.first_bad}")
+            rows = counted(self.bad, "row is", "rows are")
+            made.append(f"{about}{rows} no {self.form}; the first: {self.first_bad}")
         return made
 
 

@@ -20,7 +20,15 @@ from lowres.data.chat.opening import open_chats
 from lowres.data.hashes import common
 from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
-from lowres.data.opening import given_tokenizer, holds_ids, open_source, own_tokenizer, refuse_ends, source_of
+from lowres.data.opening import (
+    given_tokenizer,
+    holds_ids,
+    open_source,
+    own_tokenizer,
+    prepared_again,
+    refuse_ends,
+    source_of,
+)
 from lowres.data.prepare import default_vocab
 from lowres.data.shards import write_file
 from lowres.data.survey import LOOKAHEAD_CHARS, SAMPLE_CHARS, Survey, sample
@@ -162,7 +170,7 @@ def _with_shared_tokenizer(
         if own.fingerprint != wanted.fingerprint:
             raise UserError(
                 f"data.mixture.{name}: {own.path.parent} was prepared with another tokenizer than {whose}; "
-                f"prepare its text with --tokenizer {wanted.path}"
+                + prepared_again(own.path.parent, wanted, f"data.mixture.{name}.source")
             )
     return with_it, False
 

@@ -36,6 +36,7 @@ from lowres.text import Listing, Source, documents, is_stream, list_files, with_
 from lowres.text.listing import part_to_evaluate
 from lowres.text.source import TEXT, as_source
 from lowres.text.words import summary
+from lowres.wording import command
 
 # how many tokens to read from a val_source that is a stream
 _VAL_STREAM_TOKENS = 1 << 22
@@ -179,16 +180,24 @@ def ensure_prepared(
         return folder
     if chats:
         raise UserError(f"data.source: {folder} holds the tokens of text; give {chats.arguments.form}")
-    recorded = read_complete(folder).tokenizer
     given = given_tokenizer(config)
-    if given and given.fingerprint != recorded:
-        own = isinstance(given, SentencePieceTokenizer) and given.form == "own"
-        form = " --set data.tokenizer_form=own" if own else ""
+    if given and given.fingerprint != read_complete(folder).tokenizer:
         raise UserError(
-            f"data.tokenizer: {folder} was prepared with another one than {given.path}; prepare its text "
-            f"with --tokenizer {given.path}{form}, or leave data.tokenizer out"
+            f"data.source: {folder} was prepared with another tokenizer than {given.path}; "
+            f"{prepared_again(folder, given, 'data.source')}; or, unless it belongs to weights that the run "
+            "begins with, leave data.tokenizer out"
         )
     return folder
+
+
+def prepared_again(folder: Path, tokenizer: Tokenizer, key: str) -> str:
+    """How to prepare the text of a folder with another tokenizer, for the user. key: of the config, whose
+    value is this folder."""
+    source = read_complete(folder).arguments.source
+    words = ["lowres", "data", "prepare", source, "OUT", "--tokenizer", str(tokenizer.path)]
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.form == "own":
+        words += ["--set", "data.tokenizer_form=own"]
+    return f"prepare its text again: {command(*words)}, and set {key}=OUT"
 
 
 def open_text(
@@ -251,6 +260,7 @@ def source_of(config: DataConfig, name: str | None = None, form: str = TEXT) -> 
         config.max_left_out,
         config.token_dtype,
         form=form,
+        encoding=config.encoding,
     )
 
 
@@ -303,7 +313,7 @@ def validation_folder(
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
         raise UserError(
             f"data.val_source: {folder} was prepared with another tokenizer than the training data; "
-            f"prepare it with --tokenizer {tokenizer.path}"
+            f"{prepared_again(folder, tokenizer, 'data.val_source')}"
         )
     return folder
 

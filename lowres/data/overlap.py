@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lowres.data.chat.records import BadRow, parse, shared
-from lowres.data.survey import quiet_bar
+from lowres.progress import Bar
 from lowres.text import TRAIN, Marks, Source, numbered_documents
 from lowres.text.documents import places
 from lowres.text.listing import part_to_evaluate
 from lowres.text.source import TEXT
+from lowres.wording import counted
 
 _SINGLE = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_SINGLE}]|[^\W{_SINGLE}]+")
@@ -62,7 +62,7 @@ class Overlap:
         if self.short:
             made.append(f"{share(self.short)} have fewer than {self.ngram} words, so they cannot share any")
         if self.bad_rows:
-            made.append(f"{self.bad_rows:,} rows are no chats or pairs, and were not compared")
+            made.append(f"{counted(self.bad_rows, 'row')} without chats or pairs, which were not compared")
         return made + [f'example: {place}: "{text}"' for place, text in self.examples]
 
 
@@ -73,7 +73,7 @@ def overlap(train: Source, evaluation: Source, ngram: int, progress: bool) -> Ov
     part = TRAIN if evaluation.on_hub else part_to_evaluate(evaluation)
     grams = _Grams((_words(text) for _, text in _documents(evaluation, part, Marks(), found)), ngram)
     found.bad_rows = 0  # they are read again
-    with tqdm(desc="comparing", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+    with Bar("comparing", "chars", shown=progress) as bar:
         for _, text in _documents(train, TRAIN, Marks(), found):
             found.train_documents += 1
             bar.update(len(text))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lowres.data.ahead import read_ahead
 from lowres.data.chat.encoder import targets
@@ -51,13 +50,14 @@ from lowres.data.manifest import (
     write,
 )
 from lowres.data.shards import shard_name, token_dtype, write_file
-from lowres.data.survey import Survey, quiet_bar, survey
+from lowres.data.survey import Survey, survey
 from lowres.data.tokenizer import Tokenizer, open_tokenizer, train
 from lowres.data.tokenizer.base import check_lost
 from lowres.data.tokenizer.sentencepiece_model import Form, SentencePieceTokenizer
 from lowres.data.validation import HeldOut, Validation, check_overlap, size_notes
 from lowres.errors import UserError
 from lowres.lock import held
+from lowres.progress import Bar
 from lowres.ranks import say
 from lowres.text import Marks, Source, list_files, numbered_documents, pinned
 from lowres.text.documents import Skipped, places
@@ -285,9 +285,7 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
     tokenizer = recorded_tokenizer(out, state)
     size = state.arguments.shard_tokens
     left = (job.max_tokens or sys.maxsize) - sum(shard.tokens for shard in state.train)
-    with tqdm(
-        desc="tokenising", total=state.characters, unit=" chars", unit_scale=True, **quiet_bar(progress)
-    ) as bar:
+    with Bar("tokenising", "chars", state.characters, shown=progress) as bar:
         # what damaged files hold is compared with the first pass, so all of them are read again
         whole = job.source.damaged == "skip" and state.characters is not None
         marks = Marks() if whole else Marks(state.next.file_row, state.next.file)
@@ -309,7 +307,7 @@ def write_shards(job: Job, out: Path, state: Progress | Complete, progress: bool
 
 
 def _encoded(
-    job: Job, out: Path, encoder: Encoder, state: Progress, bar: tqdm, marks: Marks
+    job: Job, out: Path, encoder: Encoder, state: Progress, bar: Bar, marks: Marks
 ) -> Iterator[_Document]:
     """The training documents from row `state.next.row` on, and at last the end of the source."""
     record, following = state.held_out, state.next

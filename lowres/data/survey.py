@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
-
-from tqdm import tqdm
 
 from lowres.data.hashes import content_hash
 from lowres.data.validation import Accepts, Choice, Validation, own_split
+from lowres.progress import Bar
 from lowres.text import Marks, Source, is_stream, list_files, numbered_documents
 from lowres.text.documents import Skipped, places
 from lowres.text.source import TRAIN, VALIDATION
+from lowres.wording import counted
 
 LOOKAHEAD_CHARS = 20_000_000
 # a token of ordinary text has 3 to 5
@@ -39,11 +38,6 @@ class Survey:
     overlap: int = 0
     skipped: Skipped = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def quiet_bar(progress: bool) -> dict[str, Any]:
-    """Options of a progress bar that disappears at the end and is shown only on terminals."""
-    return {"disable": None if progress else True, "leave": False}
 
 
 class EvenSample:
@@ -73,7 +67,7 @@ def sample(source: Source, limit: int, lookahead: int, progress: bool) -> tuple[
     """At most `limit` characters of a source, spread evenly over it, how many were read, and whether these
     are all. lookahead: how many characters to read of a stream."""
     found, characters = EvenSample(limit), 0
-    with tqdm(desc="sampling", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+    with Bar("sampling", "chars", shown=progress) as bar:
         for _, text in numbered_documents(source):
             found.add(text)
             characters += len(text)
@@ -103,11 +97,12 @@ def survey(
     choice = Choice(stream, source.form) if hold_out and not own else None
     sample, met, marks = EvenSample(SAMPLE_CHARS), set[int](), Marks()
     place = places(source, part, marks)
-    characters, complete = 0, True
-    with tqdm(desc="reading", unit=" chars", unit_scale=True, **quiet_bar(progress)) as bar:
+    characters, complete, found, last = 0, True, 0, 0
+    with Bar("reading", "chars", shown=progress) as bar:
         for row, text in numbered_documents(source, 0, part, skipped, marks):
             characters += len(text)
             bar.update(len(text))
+            found, last = found + 1, row + 1
             if accepts and not accepts(text, partial(place, row)):
                 continue
             sample.add(text)
@@ -126,6 +121,8 @@ def survey(
     if listed and listed.part(VALIDATION) and part == TRAIN and not hold_out:
         notes.append("the source's own validation split is not used, as there is another validation text")
     notes += _damaged(skipped | of_split)
+    if blank := (marks.rows or last) - found:
+        notes.append(f"left out: {counted(blank, 'row')} without text")
     return Survey(characters, complete, sample.blocks, validation, len(met), skipped, notes)
 
 
@@ -133,7 +130,7 @@ def _damaged(skipped: Skipped) -> list[str]:
     """What data.damaged = "skip" left out, in a line."""
     if not skipped:
         return []
-    files = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+    files = counted(len(skipped), "file is", "files are")
     first = "; ".join([*skipped.values()][:_EXAMPLES])
     more = f"; and {len(skipped) - _EXAMPLES:,} more" if len(skipped) > _EXAMPLES else ""
     return [f"{files} damaged, and left out from there on: {first}{more}"]

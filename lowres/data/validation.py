@@ -25,6 +25,7 @@ from lowres.errors import UserError
 from lowres.text import VALIDATION, Source, without_surrogates
 from lowres.text.documents import Skipped, files_of, rows_of
 from lowres.text.source import TEXT
+from lowres.wording import counted
 
 # whether a document is what it should be; its place, for messages
 Accepts = Callable[[str, Callable[[], str]], bool]
@@ -34,6 +35,8 @@ OWN_CHARS = 16_000_000
 VAL_SOURCE = "data.val_source"
 # the loss of so many tokens is known to about 0.01 nats (a token's varies by 2 to 3)
 FEW_TOKENS = 50_000
+# ... and of so many to about 0.1 nats, which hides what most settings change
+TOO_FEW_TOKENS = 1000
 # with more text than this, VAL_CHARS limits the validation text, so more candidates are not needed
 _CANDIDATE_CHARS = int(VAL_CHARS / VAL_PART)
 # whole documents that are fewer, or fill less of the room, say little of the others
@@ -124,7 +127,9 @@ class Choice:
             what = f"{len(chosen):,} {self._form} held out"
             return Validation([*chosen.values()], [*chosen], {}, what, places=places)
         if len(chosen) >= _LEAST_DOCUMENTS and room - left >= _LEAST_FILLED * room:
-            return Validation([*chosen.values()], [*chosen], {}, f"{len(chosen):,} documents held out")
+            return Validation(
+                [*chosen.values()], [*chosen], {}, f"{counted(len(chosen), 'document')} held out"
+            )
         return self._ends.made()
 
 
@@ -204,9 +209,9 @@ def own_split(source: Source, skipped: Skipped, accepts: Accepts | None = None) 
     documents = [document for of_file in kept for document in of_file]
     if not documents:
         return None
-    where = f"{len(files):,} file{'s' if len(files) > 1 else ''}"
+    where = counted(len(files), "file")
     what = f"{len(documents):,} {'documents' if source.form == TEXT else source.form} of the source's own "
-    what += f"validation split ({where})" + (f" without {bad:,} bad rows" if bad else "")
+    what += f"validation split ({where})" + (f" without {counted(bad, 'bad row')}" if bad else "")
     if cut:
         what += f", which is longer: the first {sum(sizes):,} characters are taken, spread over its files"
     hashes, texts, places = (list(column) for column in zip(*documents, strict=True))
@@ -237,13 +242,27 @@ def check_overlap(found: int, documents: int, allowed: float, what: str) -> list
     return [line]
 
 
+def noise(tokens: int) -> float:
+    """To about how many nats the loss of so many tokens is known."""
+    return 3 / max(1, tokens) ** 0.5
+
+
+def too_few(tokens: int) -> str | None:
+    """A warning, if the loss of so many validation tokens says next to nothing."""
+    if tokens >= TOO_FEW_TOKENS:
+        return None
+    return (
+        f"warning: only {counted(tokens, 'validation token')}, whose loss is known to about "
+        f"{noise(tokens):.2f} nats: judge nothing by it; give more text, or set {VAL_SOURCE}"
+    )
+
+
 def size_notes(tokens: int, what: str, kind: str = "tokens") -> list[str]:
     """How large the validation data are, and whether that is little."""
     line = f"validation: {tokens:,} {kind}, {what}"
     if tokens >= FEW_TOKENS:
         return [line]
-    noise = 3 / max(1, tokens) ** 0.5
     return [
-        f"{line}; so few that its loss is known to about {noise:.2f} nats: give more text"
+        f"{line}; so few that its loss is known to about {noise(tokens):.2f} nats: give more text"
         + ("" if what == VAL_SOURCE else f", or set {VAL_SOURCE}")
     ]

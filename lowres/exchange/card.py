@@ -25,6 +25,7 @@ from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
 from lowres.text import is_stream
 from lowres.text.source import hub_name
+from lowres.wording import command
 
 README, PICTURE = "README.md", "loss.png"
 _ROWS, _COLUMNS = 10, 60  # of the table of losses; of the curve
@@ -211,13 +212,14 @@ def _spread(values: list[int], count: int) -> list[int]:
 
 
 def _versions(model: TrainedModel, dtype: str) -> list[str]:
+    step = model.state.step
     started = [event for event in events.read(model.run) if event.get("event") == "started"]
     trained = started[-1] if started else {}
     return [
         "## Versions",
         f"Trained with lowres {trained.get('lowres', __version__)} and PyTorch "
         f"{trained.get('torch', torch.__version__)}; exported by lowres {__version__} with "
-        f"`lowres export {model.run.name} ... --dtype {dtype} --checkpoint {model.state.step}`.",
+        f"`{command('lowres', 'export', model.run.name, 'OUT', '--dtype', dtype, '--checkpoint', step)}`.",
     ]
 
 

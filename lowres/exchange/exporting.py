@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lowres import checkpoint
 from lowres.errors import UserError
 from lowres.exchange import gguf_file
 from lowres.exchange.casts import DTYPES
@@ -39,6 +40,7 @@ def export(
     if shard_size is not None and file_format != HF:
         raise UserError(f"--shard-size: a {file_format} file is one file; leave it out")
     limit = bytes_of(shard_size) if shard_size is not None else SHARD_BYTES
+    checkpoint.require_outside(out, "OUT")
     model = open_model(path, step)
     dtype = dtype or ("bf16" if model.kind == "int8" else model.kind)
     if file_format == GGUF:

@@ -36,6 +36,7 @@ from lowres.model import count_parameters, storage_kinds, unit_specs
 from lowres.ranks import say
 from lowres.runs import CHECKPOINTS, CONFIG
 from lowres.storage import Unit, field_bytes, weight_fields
+from lowres.wording import command
 
 CONTEXT = 2048  # data.seq_len of a model that is meant for longer sequences
 _SPARE = 1 << 20  # bytes for everything but weights and tokenizer
@@ -56,13 +57,14 @@ class Imported:
     def lines(self) -> list[str]:
         model, kept = self.config.model, self.config.memory
         change = f"{self.rounding:.2%} (root mean square)" if self.rounding else "nothing"
+        again = ("lowres", "train", "CONFIG", "--init-from", self.out, "--run", "DIR")
         return [
             f"{self.origin.path}: {self.origin.about}; {count_parameters(model) / 1e6:,.2f} M parameters in "
             f"{model.n_layers} layers, vocabulary {model.vocab:,}; {self.tokenizer.file_name} with "
             f"{self.tokenizer.vocab_size:,} ids",
             f"{self.out}: {kept.weights} weights, {self.nbytes / 2**30:.3f} GiB; rounding has changed the "
             f"matrices by {change}",
-            f"to train from it: lowres train CONFIG --init-from {self.out} --run DIR",
+            f"to train from it: {command(*again)}",
         ]
 
 
@@ -72,6 +74,7 @@ def import_model(path: str | Path, out: Path, overrides: list[str]) -> Imported:
     overrides: `section.key=value`. Raises UserError, or DoesNotFit if the disk is too small; then nothing is
     left.
     """
+    checkpoint.require_outside(out, "RUN")
     origin = open_model(path)
     config, tokenizer = _resolved(origin, out, overrides)
     for note in origin.notes + tokenizer.notes:

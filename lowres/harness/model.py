@@ -15,12 +15,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 
 from lowres.data import Tokenizer
 from lowres.data.batches import IGNORED
 from lowres.engine import Engine
 from lowres.errors import UserError
+from lowres.progress import Bar
 from lowres.sample import Generation, Part, Sampling, parts, reader_for
 
 # lengths of batches are multiples of this: an engine makes its boundaries again if the length changes
@@ -88,7 +88,7 @@ class RunModel(TemplateLM):
         # the longest first, so that a lack of memory shows at once
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found = [(0.0, True)] * len(rows)
-        with tqdm(total=len(rows), desc="scoring", unit=" answers", disable=None) as bar:
+        with Bar("scoring", "answers", len(rows), leave=True) as bar:
             while order:
                 length = min(self._context, -(-len(rows[order[0]]) // LENGTHS) * LENGTHS)
                 size = max(1, self._batch_tokens // length)
@@ -124,7 +124,7 @@ class RunModel(TemplateLM):
             ids, how, stops = self._continuation(*request.args)
             groups.setdefault((how, stops), []).append((i, ids))
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generating", unit=" answers", disable=None) as bar:
+        with Bar("generating", "answers", len(requests), leave=True) as bar:
             for (how, stops), group in groups.items():
                 group.sort(key=lambda one: -len(one[1]))
                 for start in range(0, len(group), self._sequences):

@@ -12,6 +12,7 @@ import torch
 from lowres.engine import Choice
 from lowres.errors import DoesNotFit
 from lowres.rooms import GPU, HOST, Component
+from lowres.wording import counted
 
 GIB = 1 << 30
 DISK = "disk"
@@ -121,6 +122,13 @@ class Plan:
             "carry": homes.carry,
         }
 
+    def in_words(self, device: torch.device) -> str:
+        """The peak of each memory that the device has."""
+        gpu, host = self.peak(GPU) / GIB, self.peak(HOST) / GIB
+        if device.type == "cpu":  # one memory for both
+            return f"{gpu + host:.2f} GiB of memory"
+        return f"{gpu:.2f} GiB on the GPU, {host:.2f} GiB on the host"
+
     def table(self) -> str:
         """The plan for people."""
         lines = [f"{'component':<38}{'room':<6}{'GiB':>10}   alive"]
@@ -132,9 +140,10 @@ class Plan:
             name = "disk per checkpoint" if room == DISK else f"{room} peak"
             lines.append(f"{name:<44}{self.peak(room) / GIB:>10.3f}{limit}")
         lines += [self._on_saving(), self._on_sampling()]
+        pieces = counted(self.choice.micro_batch, "sequence")
         lines.append(
             f"{self.parameters / 1e6:.1f} M parameters, {self.batch_tokens:,} tokens a step, micro-batches "
-            f"of {self.choice.micro_batch} sequences, bands of {self.choice.band} layers"
+            f"of {pieces}, bands of {counted(self.choice.band, 'layer')}"
         )
         if self.crew.ranks > 1:
             lines.append(
@@ -166,12 +175,12 @@ class Plan:
         """What is in host memory between its uses, in words."""
         homes = self.choice.homes
         parts = {
-            "weights of {} units": len(homes.weights),
-            "optimizer state of {} units": len(homes.state),
-            "the inputs of {} bands (stash)": homes.stash,
+            f"weights of {counted(len(homes.weights), 'unit')}": len(homes.weights),
+            f"optimizer state of {counted(len(homes.state), 'unit')}": len(homes.state),
+            f"the inputs of {counted(homes.stash, 'band')} (stash)": homes.stash,
             "the carry": int(homes.carry),
         }
-        return ", ".join(text.format(count) for text, count in parts.items() if count)
+        return ", ".join(text for text, count in parts.items() if count)
 
 
 _SMALLER = "lower train.micro_batch or take a smaller model.preset"

@@ -1,6 +1,7 @@
 """The learning rate during the run, as a factor on the peak rate.
 
-`factor(s)` is for the update that follows s completed updates. With a warm-up, factor(0) is 0.
+`factor(s)` is for the update that follows s completed updates. With a warm-up, factor(0) is 0. After
+`decay_steps` it stays where it is.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from lowres.config import Config
 
 def factor(config: Config, step: int) -> float:
     """Learning rate of the next update after `step` completed ones, divided by the peak rate."""
-    schedule, total, warmup = config.schedule, config.train.total_steps, config.warmup_steps
+    schedule, total, warmup = config.schedule, config.decay_steps, config.warmup_steps
     if schedule.name == "sawtooth":
         relora = config.relora
         # without merges there is one cycle, which begins where the adapters start
-        cycle = schedule.cycle_steps if relora.cycle_steps or not relora.enabled else total
+        cycle = schedule.cycle_steps if relora.cycle_steps or not relora.enabled else max(total, step + 1)
         start = relora.start_step if relora.enabled else 0
         return sawtooth(step, total, warmup, cycle, schedule.rewarmup_steps, schedule.min_ratio, start)
     if step < warmup:

@@ -383,7 +383,10 @@ class AdamMini(RuleOptimizer):
     dim, n_heads, n_kv_heads, head_dim: of the LLaMA model; defaults: n_kv_heads = n_heads, head_dim = dim /
     n_heads. AdamW updates biases. Raises ValueError for tensors of unknown role, such as a fused QKV,
     adapters or 3-D experts; for these, set `role` in their group: q, k, v, o, gate, up, down, embedding,
-    head, norm or adamw.
+    head, matrix (one second moment per row), norm or adamw.
+
+    Without dim and n_heads, for any model: every matrix has one second moment per row, also query and key,
+    and AdamW updates what is neither a matrix nor a norm. A warning says so.
     """
 
     definition = RULES["adam-mini"]
@@ -397,22 +400,29 @@ class AdamMini(RuleOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        dim: int,
-        n_heads: int,
+        dim: int | None = None,
+        n_heads: int | None = None,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
         moments: str = "fp32",
         seed: int = 0,
     ) -> None:
-        _require(n_heads >= 1, "n_heads", n_heads, "at least 1")
-        if head_dim is None:
-            _require(dim % n_heads == 0, "n_heads", n_heads, f"a divisor of dim {dim}, or give head_dim")
-        shape = {
-            "dim": dim,
-            "n_heads": n_heads,
-            "n_kv_heads": n_kv_heads or n_heads,
-            "head_dim": head_dim or dim // n_heads,
-        }
+        shape: dict[str, int | None] = dict.fromkeys(self.own) | {"head_dim": 1}
+        if dim is None or n_heads is None:
+            for key, value in (("dim", dim), ("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
+                _require(value is None, key, value, "given with both dim and n_heads, or left out")
+            _require(head_dim is None, "head_dim", head_dim, "given with dim and n_heads, or left out")
+            warnings.warn(
+                "AdamMini: without dim and n_heads, so every matrix has one second moment per row; for a "
+                "LLaMA model, give both, and query and key have one per head",
+                stacklevel=2,
+            )
+        else:
+            _require(n_heads >= 1, "n_heads", n_heads, "at least 1")
+            if head_dim is None:
+                _require(dim % n_heads == 0, "n_heads", n_heads, f"a divisor of dim {dim}, or give head_dim")
+            kv, width = n_kv_heads or n_heads, head_dim or dim // n_heads
+            shape = {"dim": dim, "n_heads": n_heads, "n_kv_heads": kv, "head_dim": width}
         super().__init__(named_parameters, lr, betas, eps, weight_decay, moments=moments, seed=seed, **shape)
 
     def describe_partition(self) -> str:
@@ -425,6 +435,8 @@ class AdamMini(RuleOptimizer):
         if group["role"] not in (None, *known):
             raise ValueError(f"role: {group['role']!r} is not known; use one of {', '.join(known)}")
         named = "param_names" in group
+        if group["dim"] is None:
+            return self._roles_by_rows(group, names if named else [""] * len(names))
         roles, odd = [], []
         for name, p in zip(names, group["params"], strict=True):
             role = group["role"] or (_llama_role(name, p) if named else None)
@@ -438,6 +450,20 @@ class AdamMini(RuleOptimizer):
                 "names from model.named_parameters(), or put such tensors in a separate group with "
                 f"role='{ADAMW}' or one of {', '.join(known)}"
             )
+        return roles
+
+    @staticmethod
+    def _roles_by_rows(group: dict[str, Any], names: list[str]) -> list[str]:
+        """Roles in any model. names: "" where there are none."""
+        asked = group["role"]
+        _require(asked not in HEAD_ROLES, "role", asked, "for a model whose dim and n_heads are given")
+        roles: list[str] = []
+        for name, p in zip(names, group["params"], strict=True):
+            if asked not in (None, ADAMW):
+                fits = p.dim() == (1 if asked == NORM else 2)
+                _require(fits, "role", asked, f"for tensors of other shapes than {name} {list(p.shape)}")
+            of_name = NORM if p.dim() == 1 and "norm" in _module(name) else ADAMW
+            roles.append(asked or (MATRIX if p.dim() == 2 else of_name))
         return roles
 
     @staticmethod

@@ -24,7 +24,8 @@ from lowres.rules.registry import Settings, makes
 from lowres.storage import BIAS, LORA_A, LORA_B, NORM, Fields, TensorSpec
 
 HEAD_ROLES = ("q", "k")
-ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head")
+# matrix: one whose role is not known
+ROW_ROLES = ("v", "o", "gate", "up", "down", "embedding", "head", "matrix")
 
 
 def partition(spec: TensorSpec, head_dim: int) -> tuple[int, int]:

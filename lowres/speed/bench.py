@@ -17,6 +17,7 @@ from lowres.rooms import is_out_of_memory
 from lowres.speed.peak import DTYPES, gemm_peak
 from lowres.speed.phases import BETWEEN, Clock, following
 from lowres.speed.subject import Subject, with_random_tokens
+from lowres.wording import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +46,16 @@ class Bench:
         """For `lowres bench --json`."""
         return asdict(self)
 
-    def table(self) -> str:
-        """For people."""
+    def table(self, on_gpu: bool) -> str:
+        """For people. on_gpu: whether it was measured on one, which has a memory of its own."""
+        gpu, host = self.peak_mem_gib, self.host_mem_gib
+        peak = f"{gpu:.2f} GiB on the GPU, {host:.2f} GiB on the host" if on_gpu else f"{gpu + host:.2f} GiB"
         low, high = (self.tokens_per_step / time for time in (max(self.seconds), min(self.seconds)))
         lines = [
             *(f"note: {note}" for note in self.notes),
             f"{self.device}: {self.parameters / 1e6:,.2f} M parameters, {self.tokens_per_step:,} tokens "
             f"a step in micro-batches of {self.micro_batch} sequences",
-            f"{self.tokens_per_s:,.0f} tokens/s, median of {len(self.seconds)} steps "
+            f"{self.tokens_per_s:,.0f} tokens/s, median of {counted(len(self.seconds), 'step')} "
             f"({low:,.0f} to {high:,.0f})",
         ]
         if self.model_share_of_peak is None or self.hardware_share_of_peak is None:
@@ -63,10 +66,7 @@ class Bench:
                 f"({self.gemm_peak_tflops:.3g} TFLOPS) in model FLOPs, {self.hardware_share_of_peak:.1%} in "
                 "hardware FLOPs"
             )
-        lines.append(
-            f"peak memory {self.peak_mem_gib:.2f} GiB on the GPU, {self.host_mem_gib:.2f} GiB on the host; "
-            f"resident {self.peak_rss_gib:.2f} GiB"
-        )
+        lines.append(f"peak memory {peak}; resident {self.peak_rss_gib:.2f} GiB")
         lines.append(
             "of a step: " + ", ".join(f"{phase} {share:.1%}" for phase, share in self.share_by_phase.items())
         )

@@ -80,6 +80,7 @@ class Marks:
 
     def __init__(self, row: int = 0, file: int = 0) -> None:
         self._places = [(row, file)]
+        self.rows: int | None = None  # of all files, when their reader has come to the end
 
     def add(self, row: int, file: int) -> None:
         """File number `file` begins at a row."""
@@ -108,7 +109,8 @@ def numbered_documents(
     files; gets more."""
     source = as_source(source)
     empty = True
-    row, texts = _rows(source, start, part, {} if skipped is None else skipped, marks or Marks())
+    marks = marks or Marks()
+    row, texts = _rows(source, start, part, {} if skipped is None else skipped, marks)
     for text in texts:
         if row >= start and text and not text.isspace():
             empty = False
@@ -116,6 +118,7 @@ def numbered_documents(
             del text  # it may be large, and nothing here needs it any longer
             yield row, given.pop()
         row += 1
+    marks.rows = row
     if empty and start == 0:
         raise UserError(no_text(source))
 

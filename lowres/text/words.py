@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowres.text.kinds import KINDS, Rank
 from lowres.text.listing import Listing
 from lowres.text.source import TEST, TRAIN, File
+from lowres.wording import counted
 
 
 @dataclass(frozen=True)
@@ -92,4 +93,4 @@ def size(count: int) -> str:
 
 
 def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
+    return counted(count, "file")

@@ -37,9 +37,9 @@ def read(file: File, source: Source) -> Iterator[str]:
     with opened(file) as stream:
         separator = source.separator if source.separator is not None else file.separator
         if separator:
-            yield from _separated(file.path, stream, separator)
+            yield from _separated(file.path, stream, separator, source.encoding)
         else:
-            yield _whole(file.path, stream)
+            yield decoded(file.path, stream.read(), encoding=source.encoding)
 
 
 def marker_in(head: bytes) -> str | None:
@@ -63,34 +63,32 @@ def dump(head: bytes) -> str | None:
     return f"an XML dump ({found[0].decode()}); extract its text to .txt or .jsonl first" if found else None
 
 
-def decoded(path: Path, data: bytes, place: str = "") -> str:
+def decoded(path: Path, data: bytes, place: str = "", encoding: str | None = None) -> str:
     """`utf_8` without its byte order mark."""
-    return utf_8(path, data, place).removeprefix("\ufeff")
+    return utf_8(path, data, place, encoding).removeprefix("\ufeff")
 
 
-def utf_8(path: Path, data: bytes, place: str) -> str:
-    """The text of bytes. Raises BadFileError. place: which part of the file it is, for messages."""
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise BadFileError(
-            f"{path}{place}: not UTF-8 text (byte {error.start}); convert it, or leave it out with "
-            f"data.exclude"
-        ) from None
-    # UTF-16 and most binary formats contain many NUL bytes; text has none
-    if "\0" in text:
-        raise BadFileError(
-            f"{path}{place}: not UTF-8 text (it holds NUL bytes); convert it, or leave it out with "
-            f"data.exclude"
-        )
-    return text
+def utf_8(path: Path, data: bytes, place: str, encoding: str | None = None) -> str:
+    """The text of bytes. Raises BadFileError. place: which part of the file it is, for messages. encoding: of
+    what is not UTF-8."""
+    problem = ""
+    for tried in ("utf-8", *((encoding,) if encoding else ())):
+        try:
+            text = data.decode(tried)
+        except UnicodeDecodeError as error:
+            problem = f"byte {error.start}" if tried == "utf-8" else f"{problem}, nor {tried}"
+            continue
+        # UTF-16 and most binary formats contain many NUL bytes; text has none
+        if "\0" not in text:
+            return text
+        problem = "it holds NUL bytes"
+    raise BadFileError(
+        f"{path}{place}: not UTF-8 text ({problem}); set data.encoding to what it is (such as cp1252), leave "
+        "it out with data.exclude, or set data.damaged=skip"
+    )
 
 
-def _whole(path: Path, stream: IO[bytes]) -> str:
-    return decoded(path, stream.read())
-
-
-def _separated(path: Path, stream: IO[bytes], separator: str) -> Iterator[str]:
+def _separated(path: Path, stream: IO[bytes], separator: str, encoding: str | None) -> Iterator[str]:
     """The parts between separators, in memory for one part. Line ends beside a separator belong to it."""
     mark = separator.encode()
     held = bytearray()
@@ -99,11 +97,11 @@ def _separated(path: Path, stream: IO[bytes], separator: str) -> Iterator[str]:
         held += piece
         while (end := held.find(mark, max(0, searched - len(mark) + 1))) >= 0:
             row += 1
-            yield decoded(path, bytes(held[:end]), f" document {row}").strip("\r\n")
+            yield decoded(path, bytes(held[:end]), f" document {row}", encoding).strip("\r\n")
             del held[: end + len(mark)]
             searched = 0
         searched = len(held)
-    yield decoded(path, bytes(held), f" document {row + 1}").strip("\r\n")
+    yield decoded(path, bytes(held), f" document {row + 1}", encoding).strip("\r\n")
 
 
 register(Kind("text", (".txt", ".text"), Rank.TEXT, read))
