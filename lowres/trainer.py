@@ -140,8 +140,6 @@ class _Loop:
             seconds = time.perf_counter() - before
             self.longest = max(self.longest, seconds)
             self.step += 1
-            for line in self.stopwatch.after(self.step, seconds, datetime.now()):
-                say(line)
 
             # ---- log
             wall = time.monotonic() - self.began
@@ -152,6 +150,9 @@ class _Loop:
             self.bar.set_postfix_str(_progress_text(record))
             if "merge_cosine" in record:
                 say(f"step {self.step}: {_merge_text(record)}")
+            if not self.profile.running:
+                for line in self.stopwatch.after(self.step, seconds, datetime.now()):
+                    say(line)
             if text := self.profile.report():
                 say(text)
             self.notice_memory()
