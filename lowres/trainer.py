@@ -158,8 +158,6 @@ class _Loop:
             seconds = time.perf_counter() - before
             self.longest = max(self.longest, seconds)
             self.step += 1
-            for line in self.stopwatch.after(self.step, seconds, datetime.now()):
-                say(line)
 
             # ---- log
             wall = time.monotonic() - self.began
@@ -169,6 +167,9 @@ class _Loop:
             self.bar.update(1, _progress_text(record, run.epochs_at(self.step)))
             if "merge_cosine" in record:
                 say(f"step {self.step}: {_merge_text(record)}")
+            if not self.profile.running:
+                for line in self.stopwatch.after(self.step, seconds, datetime.now()):
+                    say(line)
             if text := self.profile.report():
                 say(text)
             self.notice_memory()

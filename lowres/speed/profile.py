@@ -83,6 +83,11 @@ class RunProfile:
                 yield
         self._done += 1
 
+    @property
+    def running(self) -> bool:
+        """Whether the last step was profiled, which takes longer."""
+        return self._profiler is not None
+
     def report(self) -> str | None:
         """Right after the last profiled step: where the time went, and where the trace is."""
         if self._profiler is None or self._done < WARM_UP + self._steps:
