@@ -24,6 +24,7 @@ import argparse
 import importlib
 import signal
 import sys
+from collections.abc import Callable
 
 from lowres import disk, ranks, terminal
 from lowres.cli.parser import make_parser
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command is None:
             parsed.help()
             return 0
-        code = _run(parsed)
+        code = explained(lambda: _run(parsed), parsed.command)
     if code == 0 and out.lost is not None and parsed.command in PRINTING:
         if not isinstance(out.lost, BrokenPipeError):
             print(f"lowres: the output could not be written ({first_line(out.lost)})", file=sys.stderr)
@@ -69,15 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _run(parsed: argparse.Namespace) -> int:
+def explained(work: Callable[[], int | None], command: str = "") -> int:
+    """Do the work of a command; returns the exit code. What goes wrong is said in a line; a bug is raised."""
     try:
-        module, function = parsed.command.split(":")
-        command = getattr(importlib.import_module(f"lowres.cli.{module}"), function)
-        if "torch" in sys.modules:
-            from lowres.device import prepare_cuda
-
-            prepare_cuda()
-        return command(parsed) or 0
+        return work() or 0
     except UserError as error:
         if not ranks.is_first():
             ranks.let_the_first_speak()
@@ -89,11 +85,22 @@ def _run(parsed: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         if ranks.is_first():
             own = [f"; {note}" for note in getattr(error, "__notes__", [])]
-            _complain(f"interrupted{''.join(own) or REMEDIES.get(parsed.command, '')}")
+            _complain(f"interrupted{''.join(own) or REMEDIES.get(command, '')}")
         return 128 + (error.args[0] if isinstance(error, Left) else signal.SIGINT)
     except Exception:  # a bug, or another rank ended during a collective operation
         ranks.let_the_first_speak()
         raise
+
+
+def _run(parsed: argparse.Namespace) -> int | None:
+    module, function = parsed.command.split(":")
+    command = getattr(importlib.import_module(f"lowres.cli.{module}"), function)
+    if "torch" in sys.modules:
+        from lowres.device import prepare_cuda
+
+        prepare_cuda()
+    found: int | None = command(parsed)
+    return found
 
 
 def _complain(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Iterator
@@ -120,11 +119,11 @@ def _judge(done: Done, text: str) -> Verdict:
 def _decide(world: World, sets: list[str], folder: Path, resume: bool) -> int:
     """Everything that a run decides before it is built, with the errors of the command line."""
 
-    def command(_: argparse.Namespace) -> None:
+    def work() -> None:
         decide(load_config(world.config, sets)[0], folder, resume)
 
     with terminal.guard():
-        return cli._run(argparse.Namespace(command=command))
+        return cli.explained(work)
 
 
 def _is_small(sets: list[str]) -> bool:
