@@ -8,7 +8,11 @@ import pytest
 HEAVY = ("torch", "numpy", "tqdm", "yaml", "safetensors")
 
 
-@pytest.mark.parametrize("arguments", [[], ["config"], ["config", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["config"], ["config", "--help"], ["completion", "--line", "lowres train x --set m"]],
+    ids=" ".join,
+)
 def test_what_answers_at_once_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys; from lowres.cli import main\n"

@@ -822,7 +822,7 @@ def test_ids_without_a_tokenizer_in_all_commands(root: Path) -> None:
     assert lowres_here("sample", run, "--prompt", "<5><6>", "--tokens", 2).stdout.startswith("<5><6><")
     assert "as <17><4>" in lowres_here("sample", run, "--prompt", "words", code=2).stderr
     own = json.loads(lowres_here("eval", run, "--json").stdout)
-    assert own.keys() == {"val_loss", "val_ppl"}
+    assert own.keys() == {"val_loss", "val_ppl", "val_tokens"}
     given = json.loads(lowres_here("eval", run, "--data", root / "val.bin", "--json").stdout)
     assert given == own
     assert "no text, so no bits per byte" in lowres_here("eval", run).stdout

@@ -159,7 +159,7 @@ def _gone(world: World, name: str) -> Verdict:
             raise WrongError(f"names no folder: {done.line}")
         if wrong := world.move_rescued(done.line, folder):
             raise WrongError(f"{wrong}: {done.line}")
-        if found := re.search(r"go on with --run (\S+) --resume", done.line):
+        if found := re.search(r"to go on: lowres train (\S+) --resume", done.line):
             folder = Path(found[1])
         # the records of a folder that was deleted are gone, which the run says
         wrong = world.finish(folder, world.truth(), *own, metrics=name != "deleted", resume=True)
