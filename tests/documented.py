@@ -159,10 +159,15 @@ def commands(block: Block) -> Iterator[tuple[int, str]]:
         whole += line.rstrip().removesuffix("\\")
         if line.rstrip().endswith("\\"):
             continue
-        for part in _parts(whole):
-            for command in _alternatives(re.sub(r"\[(-[^\]]*)\]", r"\1", part)):
-                yield number, command
+        for command in commands_of(whole):
+            yield number, command
         number, whole = number + whole.count("\n") + 1, ""
+
+
+def commands_of(line: str) -> Iterator[str]:
+    """The commands of a line, with their optional parts, and each for its alternatives."""
+    for part in _parts(line):
+        yield from _alternatives(re.sub(r"\[(-[^\]]*)\]", r"\1", part))
 
 
 def _parts(line: str) -> Iterator[str]:
@@ -532,7 +537,8 @@ def check(words: list[str]) -> None:
     elif first == "python" and words[1].startswith("scripts/"):
         check_script(words[1], words[2:])
     elif "lowres" in words:  # also behind torchrun
-        check_lowres(words[words.index("lowres") + 1 :])
+        end = words.index(">") if ">" in words else None
+        check_lowres(words[words.index("lowres") + 1 : end])
 
 
 def check_lowres(words: list[str]) -> None:
