@@ -52,8 +52,8 @@ def _anchors(text: str) -> set[str]:
 
 
 def _wrong(command: str) -> str:
-    """Why a command could not be typed; "" if it could, once capitals and ... stand for something. One without
-    its arguments is only named."""
+    """Why a command could not be typed; "" if it could, once capitals and ... stand for something, or if it
+    has no arguments and is only named."""
     words = shlex.split(command)
     words = ["1" if word == "N" else "configs/tiny.toml" if word == "CONFIG" else word for word in words]
     while "..." in words:
