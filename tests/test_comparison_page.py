@@ -49,3 +49,15 @@ def test_links_are_pinned_and_files_exist() -> None:
         assert page.exists(), link
         headings = re.findall(r"^#+ (.+)", page.read_text("utf-8"), re.MULTILINE) if anchor else []
         assert not anchor or anchor in map(slug, headings), link
+
+
+def test_predictions_are_those_of_the_other_page() -> None:
+    other = Path("docs/expectations.md").read_text(encoding="utf-8")
+    predicted = re.findall(
+        r"^\| (RTX .+?)(?: \d+ GB)? \| lowres, \*predicted\* \| (.+?) \|", TEXT, re.MULTILINE
+    )
+    assert len(predicted) == 5
+    for card, rates in predicted:
+        tables = re.split(r"^\*\*", other, flags=re.MULTILINE)
+        (table,) = [text for text in tables if text.startswith((f"{card}**", f"{card} 16 GB**"))]
+        assert re.search(rf"^\| 7b \|.*\| {rates} \|", table, re.MULTILINE), card
