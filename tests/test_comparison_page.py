@@ -38,6 +38,11 @@ def test_every_cell_has_a_source() -> None:
     assert len(short) <= 9 and {row[0].split("#")[1].rstrip(")") for row in short} <= set(map(slug, sections))
 
 
+def test_the_readme_has_the_short_table() -> None:
+    table = part("In short").strip().replace("](#", "](docs/comparison.md#")
+    assert table in Path("README.md").read_text(encoding="utf-8")
+
+
 def test_links_are_pinned_and_files_exist() -> None:
     links = re.findall(r"\]\(([^)]+)\)", TEXT)
     there = [link for link in links if link.startswith("http")]
