@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -33,11 +33,11 @@ from lowres.data.tokenizer import exported as exported_tokenizer
 from lowres.data.tokenizer.base import PROBES, SPACE
 from lowres.data.tokenizer.sentencepiece_file import Type
 from lowres.errors import DoesNotFit, UserError
-from lowres.exchange import gguf_file, target
+from lowres.exchange import open_model, target
 from lowres.exchange.gguf_file import export_gguf
 from lowres.model import Llama, rope_tables, rotate
 from lowres.storage import TensorSpec, Unit, UnitSpec
-from tests.helpers import make_units
+from tests.helpers import make_config, make_units, save_run, weights_by_unit
 
 VOCAB = 420
 SMALL = ModelConfig(
@@ -92,6 +92,7 @@ class Model:
     path: Path = Path("a model")
     alive: int = 0
     kind: str = "fp32"
+    trained_on_text: ClassVar[bool] = True
     about: str = "a model in memory"
     notes: list[str] = field(default_factory=list)
     _given: list[weakref.ref[Weight]] = field(default_factory=list)
@@ -581,14 +582,29 @@ def test_text_that_llama_cpp_takes_for_a_token_is_said(tmp_path: Path) -> None:
 
 
 def test_what_came_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chat template; and where a model is only converted, whether its tokenizer puts bos in front."""
+    """The chat template; and of a model that was not trained on text here, whether its tokenizer puts bos in
+    front."""
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
     assert about["tokenizer.chat_template"] == "{{ messages }}" and about["tokenizer.ggml.add_bos_token"]
     (tmp_path / "model.gguf").unlink()
-    monkeypatch.setattr(gguf_file, "FolderModel", Model)
+    monkeypatch.setattr(Model, "trained_on_text", False)
     _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
     assert not about["tokenizer.ggml.add_bos_token"]
+
+
+@pytest.mark.parametrize(
+    "objective, step, on_text", [("pretrain", 3, True), ("sft", 3, False), ("pretrain", 0, False)]
+)
+def test_chats_and_imported_models_were_not_trained_on_text(
+    objective: str, step: int, on_text: bool, tmp_path: Path
+) -> None:
+    """llama.cpp puts bos in front of every text of a model that was: chats of ours need not begin with it."""
+    config = make_config(objective={"name": objective})
+    units = make_units(config.model, config.memory.weights)
+    (tmp_path / "tokenizer.json").write_bytes(bytes_json(BYTES))
+    run = save_run(tmp_path, config, weights_by_unit(units), step)
+    assert open_model(run).trained_on_text == on_text
 
 
 def test_ids_only(tmp_path: Path) -> None:

@@ -81,10 +81,10 @@ class Vocabulary:
             self.scores += [0.0] * missing
 
 
-def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
-    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. trained: with this program,
-    where bos begins every document; otherwise bos is put in front of a text if the tokenizer, as it came,
-    does so. Raises UserError if llama.cpp has no such tokenizer."""
+def vocabulary_of(path: Path | None, size: int, trained_on_text: bool) -> Vocabulary:
+    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. trained_on_text: see
+    `StoredModel`; if not, bos is put in front of a text if the tokenizer, as it came, does so. Raises
+    UserError if llama.cpp has no such tokenizer."""
     if path is None:
         return Vocabulary(notes=["the model has no tokenizer: the file takes and gives ids only"])
     tokenizer = open_tokenizer(path, form="own")
@@ -100,7 +100,7 @@ def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         found = _of_json(tokenizer)
-    found.adds_bos = trained or tokenizer.bos_id in tokenizer.around
+    found.adds_bos = trained_on_text or tokenizer.bos_id in tokenizer.around
     found.bos = tokenizer.bos_id
     found.eos = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     found.chat_template = tokenizer.chat_template

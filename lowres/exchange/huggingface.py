@@ -133,7 +133,7 @@ def _generation(model: StoredModel, described: dict[str, Any]) -> bytes:
 
 def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """What other programs read of a tokenizer, by name."""
-    found = exported(tokenizer) if tokenizer else Exported()
+    found = exported(tokenizer, model.trained_on_text) if tokenizer else Exported()
     notes = list(found.notes)
     if tokenizer is None or not tokenizer.has_text:
         what = "has no tokenizer" if tokenizer is None else "knows token ids without text"

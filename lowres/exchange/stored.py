@@ -55,13 +55,15 @@ class StoredWeight(Protocol):
 
 class StoredModel(Protocol):
     """path: as the user gave it. model: without a preset. kind: the number format in which its matrices are
-    stored (without adapters). tokenizer: its file, or None. about: what it is, in a few words. notes: what
-    the user should know of it."""
+    stored (without adapters). tokenizer: its file, or None. trained_on_text: here, where bos begins every
+    document; chats begin as their template writes them. about: what it is, in a few words. notes: what the
+    user should know of it."""
 
     path: Path
     model: ModelConfig
     kind: str
     tokenizer: Path | None
+    trained_on_text: bool
     about: str
     notes: list[str]
 
@@ -96,6 +98,8 @@ class TrainedModel:
         self.model = self.config.model.model_copy(update={"preset": None})
         self.kind = self.config.memory.weights
         self.tokenizer = _tokenizer(path, self.checkpoint)
+        # one that was only imported has not been trained
+        self.trained_on_text = self.config.objective.name == "pretrain" and self.state.step > 0
         self.about = f"step {self.state.step} of a run, {self.config.memory.weights}"
         self.notes: list[str] = []
         self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
@@ -165,6 +169,8 @@ class _OfCheckpoint:
 
 class FolderModel:
     """A Hugging Face folder. described: what its config.json says."""
+
+    trained_on_text = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
