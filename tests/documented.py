@@ -59,6 +59,10 @@ HARMLESS = {"cat", "cp", "echo", "grep", "head", "ls", "mkdir", "mv", "printf", 
 LANGUAGES = {"sh", "output", "toml", "python", "yaml", "text", "json"}
 # what configs/smoltulu_*.toml say of their model
 LIKE_SMOLLM2 = ("model.tie_embeddings=true", "model.rope_theta=130000.0", "model.max_positions=8192")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+    "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 COMMANDS = ("lowres ", "make ", "pip ", "python ", "git ", "hf ", "torchrun ")
 
 
@@ -299,6 +303,12 @@ class Workshop:
         shutil.rmtree(folder / "lowres")  # as if another program had written it
         return folder
 
+    def _chat_model(self) -> Path:
+        folder = self.folder / "chat-model"
+        shutil.copytree(self.make("model"), folder)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        return folder
+
     def _sweep(self) -> Path:
         grid = ["--grid", "optim.lr=0.001,0.002", "--tokens", "512"]
         return self._done("sweep", self.make("config"), *grid, "--run", at="sweep")
@@ -343,6 +353,7 @@ class Workshop:
         "sweep": _sweep,  # of two runs
         "tasks": _tasks,  # of lm-evaluation-harness: "capitals", with a question
         "model": _model,  # a Hugging Face folder
+        "chat model": _chat_model,  # with a chat template
         "sft run": lambda self: self._tuned("sft"),
         "dpo run": lambda self: self._tuned("dpo"),
     }

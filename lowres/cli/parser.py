@@ -405,9 +405,11 @@ def _names(text: str) -> list[str]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    """Also 5_000_000, as the configs and our own messages write it."""
+    digits = text.replace("_", "")
+    if not digits.isdigit() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return int(digits)
 
 
 def _not_negative(text: str) -> int:
