@@ -41,6 +41,7 @@ class Vocabulary:
     pre: str = ""
     bos: int | None = None
     eos: int | None = None
+    answer_end: int | None = None
     unknown: int | None = None
     adds_bos: bool = True
     adds_prefix: bool = False
@@ -61,6 +62,7 @@ class Vocabulary:
         for add, value in (
             (writer.add_bos_token_id, self.bos),
             (writer.add_eos_token_id, self.eos),
+            (writer.add_eot_token_id, self.answer_end),
             (writer.add_unk_token_id, self.unknown),
         ):
             if value is not None:

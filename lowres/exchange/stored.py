@@ -22,6 +22,7 @@ from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.config.checks import check
 from lowres.config_file import filled
 from lowres.data import Tokenizer, find_tokenizer
+from lowres.data.chat import open_template
 from lowres.errors import UserError
 from lowres.exchange.families import CONFIG_JSON, describe, zero_biases
 from lowres.exchange.folder import WeightsFolder
@@ -85,6 +86,17 @@ def open_model(path: str | Path, step: int | None = None) -> StoredModel:
             raise UserError(f"--checkpoint: {path} is no run; leave it out")
         return FolderModel(path)
     return TrainedModel(path, step)
+
+
+def is_tuned(model: StoredModel) -> bool:
+    """Whether it was trained here on chats or on pairs of answers."""
+    return isinstance(model, TrainedModel) and model.config.objective.name != "pretrain"
+
+
+def answer_ends(model: StoredModel, tokenizer: Tokenizer) -> list[int]:
+    """The ids with which an answer of a model that was tuned here may end, beside the end of a document.
+    Raises UserError if its chat template cannot be read."""
+    return sorted(open_template(None, tokenizer).ends - {tokenizer.end_id}) if is_tuned(model) else []
 
 
 class TrainedModel:
