@@ -3,20 +3,23 @@
 A page is run in a folder of its own that looks like a clone: `configs/` has every shipped config, made small.
 What else the page needs, and what is too large for a test, stands in tests/documents/<page>.toml:
 
-[has]      name = kind       what the reader has when the page begins; kinds are the keys of `Workshop.KINDS`
+[has]      name = kind       what the reader has when the page begins: a key of `Workshop.KINDS`, a config, or
+                             "shipped" for a file of the project as it is
 [instead]  words = words     what stands for a command, or for words of one, also behind =; "" for nothing. A
                              word in capitals is also found inside others: OUT.gguf
 [checked]  command = reason  what cannot be run. It is checked as far as that goes, see `check`. A command
                              that ends with * stands for all that begin so
 [exits]    command = code    other exit codes than 0; a list if it depends on the machine
 [typed]    command = text    what the reader types; otherwise the input ends at once
+[printed]  text = text       what a small run prints instead of a part of a line; "" for nothing
 [python]   before = code     what the first Python block finds
 
 An entry that nothing uses is an error. In a page
 
 ```sh        every command is run, or named in [checked]. [--option X] may be given, so it is given. one|other
              in a command stands for two commands
-```output    what the block before has printed: each line is there, with any numbers; ... for lines left out
+```output    what the block before has printed: each line is there, with any numbers and paths; ... for lines
+             left out. With its numbers: ```output exact
 ```toml      is read as a part of a config. With a name (```toml my.toml) it is also that file, made small
 ```python    is executed; all blocks of a page together are one program
 ```yaml, ```text, ```json   with a name, the block is that file; without one, nothing is done with it
@@ -38,7 +41,7 @@ import sys
 import textwrap
 import tomllib
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +92,7 @@ class Table:
     checked: dict[str, str] = field(default_factory=dict)
     exits: dict[str, int | list[int]] = field(default_factory=dict)
     typed: dict[str, str] = field(default_factory=dict)
+    printed: dict[str, str] = field(default_factory=dict)
     python: dict[str, str] = field(default_factory=dict)
     used: set[tuple[str, str]] = field(default_factory=set)
 
@@ -113,9 +117,17 @@ class Table:
             command = found
         return command
 
+    def expected(self, line: str) -> str:
+        """What a test expects instead of a line of output."""
+        for key, value in self.printed.items():
+            if key in line:
+                self.used.add(("printed", key))
+                line = line.replace(key, value) if value else ""
+        return line
+
     def unused(self, text: str) -> list[str]:
         """Entries that nothing has used. text: of all blocks."""
-        sections = ("instead", "checked", "exits", "typed", "python")
+        sections = ("instead", "checked", "exits", "typed", "printed", "python")
         every = {(section, key) for section in sections for key in getattr(self, section)}
         text = "\n".join([text, *self.instead.values()])
         every |= {("has", key) for key in self.has if key not in text}
@@ -163,10 +175,15 @@ def commands(block: Block) -> Iterator[tuple[int, str]]:
         whole += line.rstrip().removesuffix("\\")
         if line.rstrip().endswith("\\"):
             continue
-        for part in _parts(whole):
-            for command in _alternatives(re.sub(r"\[(-[^\]]*)\]", r"\1", part)):
-                yield number, command
+        for command in commands_of(whole):
+            yield number, command
         number, whole = number + whole.count("\n") + 1, ""
+
+
+def commands_of(line: str) -> Iterator[str]:
+    """The commands of a line, with their optional parts, and each for its alternatives."""
+    for part in _parts(line):
+        yield from _alternatives(re.sub(r"\[(-[^\]]*)\]", r"\1", part))
 
 
 def _parts(line: str) -> Iterator[str]:
@@ -233,7 +250,7 @@ class Workshop:
             (at / "configs").mkdir(exist_ok=True)
             shutil.copy(self.make(name), at / name)
         for name, kind in table.has.items():
-            made, there = self.make(kind), at / name
+            made, there = HERE / name if kind == "shipped" else self.make(kind), at / name
             there.parent.mkdir(parents=True, exist_ok=True)
             if made.is_dir():
                 shutil.copytree(made, there)
@@ -463,15 +480,18 @@ class Page:
         self.said = said.getvalue()
 
     def _compare(self, block: Block) -> None:
-        said = {_numberless(line) for line in self.said.splitlines()}
+        form = " ".join if block.name == "exact" else _numberless
+        said = {form(line.split()) for line in self.said.splitlines()}
         for number, line in enumerate(block.text.splitlines(), block.line):
-            if line.strip() not in ("", "...") and _numberless(line) not in said:
-                raise PageError(f"{self.page}:{number}: this was not printed: {line}\nbut:\n{self.said}")
+            expected = form(self.table.expected(line).split())
+            if expected not in ("", "...") and expected not in said:
+                raise PageError(f"{self.page}:{number}: this was not printed: {expected}\nbut:\n{self.said}")
 
 
-def _numberless(line: str) -> str:
-    """A line of output without what differs from run to run."""
-    return " ".join(re.sub(r"[\d.,]*\d", "#", line).split())
+def _numberless(words: Iterable[str]) -> str:
+    """A line of output without what differs from run to run: numbers with their unit, and paths."""
+    line = re.sub(r"(?<!\S)[\w.-]*/[^\s:;,]+", "PATH", " ".join(words))
+    return re.sub(r"[\d.,]*\d([eE][+-]\d+)?( ?[kMG]i?B?\b| billion)?", "#", line)
 
 
 def _split(command: str) -> list[str]:
@@ -543,7 +563,8 @@ def check(words: list[str]) -> None:
     elif first == "python" and words[1].startswith("scripts/"):
         check_script(words[1], words[2:])
     elif "lowres" in words:  # also behind torchrun
-        check_lowres(words[words.index("lowres") + 1 :])
+        end = words.index(">") if ">" in words else None
+        check_lowres(words[words.index("lowres") + 1 : end])
 
 
 def check_lowres(words: list[str]) -> None:

@@ -20,6 +20,7 @@ from tests.documented import (
     pages,
     table_of,
 )
+from tests.mentioned import absent, unlinked
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,31 @@ def test_a_page_says_what_is_so(page: str, workshop: Workshop, monkeypatch: pyte
     table = table_of(page)
     monkeypatch.chdir(workshop.new_page(table))
     Page(page, (HERE / page).read_text("utf-8"), table, workshop).use()
+
+
+@pytest.mark.parametrize("page", [*pages(), "SECURITY.md"])
+def test_what_a_page_names_is_there(page: str) -> None:
+    assert not list(absent(page, (HERE / page).read_text("utf-8")))
+
+
+def test_every_page_is_linked() -> None:
+    assert not unlinked()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("see `lowres train\nCONFIG --fast`", "unrecognized arguments: --fast"),
+        ("x\n`python scripts/what_fits.py --x`", "page:2: `python"),
+        ("`train.step = 3`", "`train.step` is no key"),
+        ("(`tests/test_no.py`)", "there is no tests/test_no.py"),
+        ("[this](docs/no.md)", "nothing is at docs/no.md"),
+        ("[this](docs/data.md#no)", "nothing is at docs/data.md#no"),
+    ],
+)
+def test_what_is_not_there_is_found(text: str, said: str) -> None:
+    (found,) = absent("page", text)
+    assert said in found
 
 
 def test_every_table_is_of_a_page() -> None:
