@@ -26,25 +26,29 @@ from lowres.data.validation import too_few
 from lowres.device import pick_device
 from lowres.engine import Engine
 from lowres.errors import UserError
-from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
+from lowres.evaluate import evaluate_pairs, evaluate_parts, sums_of_examples
 from lowres.objective import Preference, make_objective
 from lowres.ranks import say
 from lowres.runs import load_weights, newest, open_run
+from lowres.scores import OF
 from lowres.start import begin_weights
 
 
 def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
-    """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many tokens
-    these are. asked: another source, and how to read it. Prints notes. Raises UserError."""
+    """`evaluate_parts` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many
+    tokens these are, of all and of each part. asked: another source, and how to read it. Prints notes.
+    Raises UserError."""
     config, engine, tokenizer = open_run(folder)
     objective = make_objective(config.objective)
     if not isinstance(objective, Preference):
-        windows = _windows(asked, config, tokenizer)
-        scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
-        tokens = count_targets(windows)
-        for note in _on_the_size(tokens, config, own=asked is None):
+        parts = _windows(asked, config, tokenizer)
+        scores = evaluate_parts(engine, parts, tokenizer.token_bytes(), config.batch_sequences)
+        tokens = {name: count_targets(windows) for name, windows in parts.items()}
+        scores["val_tokens"] = sum(tokens.values())
+        scores |= {f"val_tokens{OF}{name}": n for name, n in tokens.items() if len(tokens) > 1}
+        for note in _on_the_size(sum(tokens.values()), config, own=asked is None):
             say(note)
-        return scores | {"val_tokens": tokens}
+        return scores
     reference: Tensor | None = None
     if asked is None:
         data = _own_data(config, tokenizer)
@@ -71,15 +75,16 @@ def _on_the_size(tokens: int, config: Config, own: bool) -> list[str]:
     return [note for note in notes if note]
 
 
-def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> Tensor:
+def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """By part, see `Data.validation_parts`."""
     if asked is None:
-        return _own_data(config, tokenizer).validation(0)
+        return _own_data(config, tokenizer).validation_parts(0)
     if config.objective.name != "pretrain":
-        return open_other_chats(asked, config.data, config.objective, tokenizer).windows
+        return {"": open_other_chats(asked, config.data, config.objective, tokenizer).windows}
     source = source_of(asked)
     if source.token_dtype is None:
         source = replace(source, token_dtype=config.data.token_dtype)
-    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+    return {"": open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))}
 
 
 def _own_data(config: Config, tokenizer: Tokenizer) -> Data:

@@ -34,6 +34,7 @@ from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
 from lowres.runs import CHECKPOINTS, CONFIG
+from lowres.scores import by_part, in_words
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
@@ -42,7 +43,7 @@ from lowres.wording import command, counted
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
-# parts of a mixture that are printed with an evaluation
+# parts and named texts that are printed with an evaluation
 MOST_IN_A_LINE = 6
 # characters of a sample in a line
 MOST_OF_A_SAMPLE = 100
@@ -218,7 +219,7 @@ class _Loop:
             scores = run.evaluate()
         self.stopwatch.evaluation = time.perf_counter() - before
         mixed = run.mixed(self.step)
-        say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
+        say(f"step {self.step}: validation: {in_words(scores)}{_parts_text(scores | mixed)}")
         run.record({"step": self.step, **scores, **mixed})
         return scores
 
@@ -444,20 +445,20 @@ def _shortened(text: str) -> str:
     return shown if len(shown) <= MOST_OF_A_SAMPLE else f"{shown[:MOST_OF_A_SAMPLE]}..."
 
 
-def _mixture_text(record: dict[str, float]) -> str:
-    """Loss and share of the parts of a mixture, if they fit on a line."""
-    losses = {key.removeprefix("val_loss/"): x for key, x in record.items() if key.startswith("val_loss/")}
+def _parts_text(record: dict[str, float]) -> str:
+    """Scores of the parts of a mixture and of the texts with names, and the shares of the parts, if they fit
+    on a line."""
+    parts = by_part(record)
     shares = {key.removeprefix("share/"): x for key, x in record.items() if key.startswith("share/")}
-    if len(shares) > MOST_IN_A_LINE:
+    names = dict.fromkeys([*parts, *shares])
+    if not 0 < len(names) <= MOST_IN_A_LINE:
         return ""
-    names = dict.fromkeys([*losses, *shares])
-    found = (
-        " ".join(
-            [name, *(f"{x[name]:{form}}" for x, form in ((losses, ".4f"), (shares, ".1%")) if name in x)]
-        )
-        for name in names
-    )
-    return f" ({', '.join(found)})" if names else ""
+    told = []
+    for name in names:
+        numbers = [in_words(parts[name])] if name in parts else []
+        numbers += [f"{shares[name]:.1%}"] if name in shares else []
+        told.append(f"{name}: {', '.join(numbers)}")
+    return f" ({'; '.join(told)})"
 
 
 def _merge_text(merged: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ VAL_KEYS = {"step", "val_loss", "val_ppl", "val_bits_per_byte"}
 def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     printed = lowres("train", config, "--run", run)
-    assert "validation loss" in printed.stdout and str(run) in printed.stdout
+    assert "validation: " in printed.stdout and str(run) in printed.stdout
     assert "30 steps of 1,024 tokens (16 sequences" in printed.stderr
     assert "lr 0.01, lr/batch 0.000625;" in printed.stderr
 

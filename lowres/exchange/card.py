@@ -23,6 +23,7 @@ from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
+from lowres.scores import BITS, LOSS, PERPLEXITY
 from lowres.text import is_stream
 from lowres.text.source import hub_name
 from lowres.wording import command
@@ -180,13 +181,13 @@ def _losses(records: list[dict[str, Any]]) -> list[str]:
         of_step, of_evaluation = losses.get(step, {}), evaluations.get(step, {})
         values = (
             of_step.get("loss"),
-            *(of_evaluation.get(k) for k in ("val_loss", "val_ppl", "val_bits_per_byte")),
+            *(of_evaluation.get(key) for key in (BITS, LOSS, PERPLEXITY)),
         )
         rows.append((f"{step:,}", *("" if value is None else f"{value:.4f}" for value in values)))
-    names = ("step", "training loss", "validation loss", "perplexity", "bits per byte")
+    names = ("step", "training loss", "bits per byte", "validation loss", "perplexity")
     found = [
         "## Loss",
-        "In nats per token; the training loss is that of one step.",
+        "Losses are in nats per token; that of training is of one step, all else of validation text.",
         _table(names, rows),
     ]
     if len(steps) > 1:

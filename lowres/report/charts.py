@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lowres.scores import BITS, LOSS, OF, PERPLEXITY
 from lowres.view import Curve, View
 from lowres.view.columns import Numbers
 
@@ -20,10 +21,10 @@ KNOWN = {
     *("step", "tokens", "loss", "lr", "lr_over_batch", "grad_norm", "tokens_per_s", "wall_s", "skipped"),
     *("peak_mem_gib", "host_mem_gib", "peak_rss_gib", "cycle", "merges", "targets"),
 }
-KNOWN_SCORES = {"step", "val_loss", "val_ppl"}
-UPDATE, SCORE, SHARE = "update/", "val_loss/", "share/"
+KNOWN_SCORES = {"step", LOSS, PERPLEXITY}
+UPDATE, SHARE = "update/", "share/"
 TITLES = {
-    "val_bits_per_byte": "Validation: bits per byte",
+    BITS: "Validation: bits per byte",
     "merge_cosine": "Merges: cosine of the applied and the intended change",
     "merge_norm": "Merges: norm of the applied change divided by the intended one",
     "effective_rank": "Merges: effective rank of all changes so far",
@@ -103,8 +104,9 @@ def _spoken(one: Mapping[str, Any]) -> str:
 def shared_charts(views: Sequence[View]) -> list[dict[str, Any]]:
     """The charts in which all runs are drawn together."""
     several = len(views) > 1
-    found = [_loss(views)]
-    scores = dict.fromkeys(key for v in views for key in v.evaluations.keys if "/" not in key)
+    found = []
+    scores = dict.fromkeys(key for v in views for key in v.evaluations.keys if OF not in key)
+    scores = dict.fromkeys([*filter(scores.__contains__, [BITS]), *scores])
     for key in [key for key in scores if key not in KNOWN_SCORES]:
         lines = []
         for run, view in enumerate(views):
@@ -112,6 +114,7 @@ def shared_charts(views: Sequence[View]) -> list[dict[str, Any]]:
             lines.append(line(run, _named(views, run, ""), curve, curve.mean, "evaluations", points=True))
         title = TITLES.get(key, "Validation: " + key.removeprefix("val_").replace("_", " "))
         found.append(chart(key, title, lines))
+    found.insert(BITS in scores, _loss(views))
 
     def of(key: str, title: str, about: str = "", envelope: bool = False, **more: Any) -> None:
         lines = []
@@ -191,7 +194,8 @@ def own_charts(run: int, view: View) -> list[dict[str, Any]]:
     """The charts of one run that cannot be drawn together with those of others."""
     found = []
     for prefix, title, columns, x in (
-        (SCORE, "Validation loss by part", view.evaluations, "evaluations"),
+        (BITS + OF, "Validation: bits per byte by part", view.evaluations, "evaluations"),
+        (LOSS + OF, "Validation loss by part", view.evaluations, "evaluations"),
         (SHARE, "Share of the parts in the training tokens", view.evaluations, "evaluations"),
     ):
         keys = [key for key in columns.keys if key.startswith(prefix)]

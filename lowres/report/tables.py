@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lowres.scores import BITS, LOSS, SHOWN
 from lowres.view import View, duration
 from lowres.view.folder import KILLED, STOPPED, TRAINING
 
@@ -35,11 +36,11 @@ def _figures(view: View) -> Iterator[tuple[str, str]]:
     parameters = view.plan.get("parameters")
     yield "parameters", _count(parameters)
     yield "training loss, last", _plain(last.get("loss"), ".4f")
-    scores = view.evaluations.curve("val_loss")
-    yield "validation loss, last", _plain(view.evaluated.get("val_loss"), ".4f")
-    yield "validation loss, lowest", _plain(float(scores.least.min()), ".4f") if len(scores.at) else NOTHING
-    yield "bits per byte, last", _plain(view.evaluated.get("val_bits_per_byte"), ".4f")
-    yield "accuracy, last", _plain(view.evaluated.get("val_accuracy"), ".1%")
+    for key, name, form in SHOWN:
+        yield f"validation {name}, last", _plain(view.evaluated.get(key), form)
+        least = view.evaluations.curve(key).least
+        if key in (BITS, LOSS) and len(least):
+            yield f"validation {name}, lowest", _plain(float(least.min()), form)
     yield "learning rate, last", _plain(last.get("lr"), ".3g")
     yield "tokens/s", _plain(view.tokens_per_s, ",.0f")
     yield "time", duration(last.get("wall_s"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lowres.scores import in_words
 from lowres.terminal import clean
 from lowres.view import View, duration
 from lowres.watch.card import Card
@@ -20,8 +21,8 @@ def line(view: View, cards: Sequence[Card] = ()) -> str:
     """The state of a run, its last numbers, how long it takes, and the cards."""
     parts = [f"{view.name}: {view.state().text}", f"step {view.step:,}" + _of(view.total)]
     parts += [f"{name} {format(x, form)}" for key, name, form in NAMES if _is(x := view.last.get(key))]
-    if _is(score := view.evaluated.get("val_loss")):
-        parts.append(f"validation loss {score:.4f}")
+    if view.evaluated:
+        parts.append(f"validation: {in_words(view.evaluated)}")
     if rate := view.tokens_per_s:
         parts.append(f"{rate:,.0f} tokens/s")
     if (left := view.seconds_left) and view.step != view.total:

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lowres.scores import BITS, LOSS, SHOWN
 from lowres.terminal import clean
 from lowres.view import Columns, View, duration
 from lowres.view.folder import TRAINING
@@ -31,11 +32,7 @@ NUMBERS = (
     ("lr_over_batch", "lr / batch", ".3e"),
     ("skipped", "units not updated", ",d"),
 )
-SCORES = (
-    ("val_loss", "validation loss", ".4f"),
-    ("val_bits_per_byte", "bits per byte", ".4f"),
-    ("val_accuracy", "accuracy", ".1%"),
-)
+SCORES = [(shown.key, f"validation {shown.name}", shown.form) for shown in SHOWN]
 
 
 def frame(view: View, cards: Sequence[Card], width: int) -> RenderableType:
@@ -72,14 +69,15 @@ def _curves(view: View, width: int) -> Iterator[RenderableType]:
         panel
         for columns, key, title in (
             (view.steps, "loss", "training loss"),
-            (view.evaluations, "val_loss", "validation loss"),
+            (view.evaluations, BITS, "validation bits per byte"),
+            (view.evaluations, LOSS, "validation loss"),
             (view.steps, "grad_norm", "gradient norm"),
             (view.steps, "tokens_per_s", "tokens/s"),
         )
         if (panel := _curve(columns, key, title, each)) is not None
     ]
     if not beside:
-        yield from panels[:2]
+        yield from panels[:3]
         return
     grid = Table.grid(expand=True)
     for first in range(0, len(panels), 2):
