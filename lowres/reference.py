@@ -16,7 +16,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowres.catalogue import EVERYTHING, ONLY_MATRICES, RULES, WEIGHT_FORMATS, WITHOUT_NORMS
-from lowres.config import PRESET_VOCAB, PRESETS, Config, DataConfig, MixturePart, ModelConfig, OneOf, Section
+from lowres.config import (
+    PRESET_VOCAB,
+    PRESETS,
+    Config,
+    DataConfig,
+    MixturePart,
+    ModelConfig,
+    OneOf,
+    Section,
+    ValidationText,
+)
 from lowres.config_file import is_list_of_tables, to_values
 
 WIDTH = 100  # of a comment
@@ -118,6 +128,7 @@ def _sections() -> Iterator[tuple[str, type[Section]]]:
         yield name, model
         if model is DataConfig:
             yield "data.mixture", MixturePart
+            yield "data.validation", ValidationText
 
 
 def _title(name: str) -> str:

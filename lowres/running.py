@@ -80,6 +80,8 @@ class Run:
     config: Config
     data: Data
     validation: dict[str, Tensor]  # windows of eval_tokens, see Data.validation_parts
+    beside: dict[str, Tensor]  # the same of each validation text with a name
+    texts: dict[str, str]  # see State
     token_bytes: Tensor
     offset: int  # sequences trained on minus steps so far times the present batch; 0 if it never changed
     started_with: dict[str, Any]  # what rates follow from, see config_file.follow_batch
@@ -130,7 +132,8 @@ class Run:
         """The scores of the validation data."""
         engine, config = self.parts.engine, self.config
         if not self.is_of_pairs:
-            return evaluate_parts(engine, self.validation, self.token_bytes, config.batch_sequences)
+            sequences = config.batch_sequences
+            return evaluate_parts(engine, self.validation, self.token_bytes, sequences, self.beside)
         assert isinstance(self.data, ChatData)
         packed = self.data.of_validation(self.data.validation_documents(config.train.eval_tokens))
         objective = make_objective(config.objective)
@@ -250,6 +253,7 @@ class Run:
             start=Start(**self.started_with),
             config=to_values(self.config),
             validation=self.data.validation_fingerprint,
+            texts=self.texts,
             mixture=self._mixture(step),
             passed=self.passed,
             watch=self.watch.seen,

@@ -41,12 +41,12 @@ def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
     config, engine, tokenizer = open_run(folder)
     objective = make_objective(config.objective)
     if not isinstance(objective, Preference):
-        parts = _windows(asked, config, tokenizer)
-        scores = evaluate_parts(engine, parts, tokenizer.token_bytes(), config.batch_sequences)
-        tokens = {name: count_targets(windows) for name, windows in parts.items()}
-        scores["val_tokens"] = sum(tokens.values())
-        scores |= {f"val_tokens{OF}{name}": n for name, n in tokens.items() if len(tokens) > 1}
-        for note in _on_the_size(sum(tokens.values()), config, own=asked is None):
+        parts, beside = _windows(asked, config, tokenizer)
+        scores = evaluate_parts(engine, parts, tokenizer.token_bytes(), config.batch_sequences, beside)
+        scores["val_tokens"] = tokens = sum(map(count_targets, parts.values()))
+        named = (parts if len(parts) > 1 else {}) | beside
+        scores |= {f"val_tokens{OF}{name}": count_targets(own) for name, own in named.items()}
+        for note in _on_the_size(tokens, config, own=asked is None):
             say(note)
         return scores
     reference: Tensor | None = None
@@ -75,16 +75,19 @@ def _on_the_size(tokens: int, config: Config, own: bool) -> list[str]:
     return [note for note in notes if note]
 
 
-def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """By part, see `Data.validation_parts`."""
+def _windows(
+    asked: DataConfig | None, config: Config, tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By part, see `Data.validation_parts`; and of the texts with names."""
     if asked is None:
-        return _own_data(config, tokenizer).validation_parts(0)
+        data = _own_data(config, tokenizer)
+        return data.validation_parts(0), {text.name: text.windows(0) for text in data.texts}
     if config.objective.name != "pretrain":
-        return {"": open_other_chats(asked, config.data, config.objective, tokenizer).windows}
+        return {"": open_other_chats(asked, config.data, config.objective, tokenizer).windows}, {}
     source = source_of(asked)
     if source.token_dtype is None:
         source = replace(source, token_dtype=config.data.token_dtype)
-    return {"": open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))}
+    return {"": open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))}, {}
 
 
 def _own_data(config: Config, tokenizer: Tokenizer) -> Data:

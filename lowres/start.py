@@ -482,6 +482,8 @@ def _build(start: Start, log: Events) -> Run:
         config=config,
         data=data,
         validation=data.validation_parts(train.eval_tokens),
+        beside={text.name: text.windows(train.eval_tokens) for text in data.texts},
+        texts=(state.texts if state else {}) | {text.name: text.fingerprint for text in data.texts},
         token_bytes=data.tokenizer.token_bytes(),
         offset=start.offset,
         started_with=start.started_with,
@@ -576,7 +578,8 @@ def _announce(run: Run) -> None:
     if config.train.eval_every and not run.is_of_pairs:
         tokens = sum(map(count_targets, run.validation.values()))
         most = " (train.eval_tokens)" * (0 < config.train.eval_tokens <= tokens)
-        say(f"every {counted(config.train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}")
+        named = "".join(f", {name} on {count_targets(own):,}" for name, own in run.beside.items())
+        say(f"every {counted(config.train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}{named}")
         if warning := too_few(tokens):
             say(warning)
 

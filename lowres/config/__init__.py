@@ -37,6 +37,7 @@ from lowres.config.sections import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    ValidationText,
     name_of_source,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "OptimConfig",
     "ReloraConfig",
     "Section",
+    "ValidationText",
     "engine_defaults",
     "name_of_source",
 ]

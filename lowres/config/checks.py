@@ -32,6 +32,8 @@ def _chats(config: Config) -> None:
             f'data.mixture: chats cannot be mixed, and objective.name is "{name}"; put them into one folder, '
             "and set data.source to it"
         )
+    if data.validation and name == "dpo":
+        raise ValueError("data.validation: pairs have one validation set; use data.val_source instead")
     if not data.document_mask:
         raise ValueError("data.document_mask: chats never see each other; leave it out")
     if name == "dpo" and data.text_key is not None:

@@ -91,6 +91,9 @@ def without_places(config: Config) -> Config:
         source=_name(config.data.source),
         val_source=_name(config.data.val_source),
         mixture=tuple(part.model_copy(update={"source": _name(part.source)}) for part in config.data.mixture),
+        validation=tuple(
+            text.model_copy(update={"source": _name(text.source)}) for text in config.data.validation
+        ),
     )
     origin = config.run.init_from and base_of(config.run.init_from).name
     return with_values(data, "run", rescue="auto", init_from=origin)
