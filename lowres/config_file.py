@@ -150,6 +150,8 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
 
 # names that are no paths: of sources, and of chat templates
 BUILT_IN = ("stdlib", "tulu", "chatml")
+# how the names of tasks end that are files
+YAML = (".yaml", ".yml")
 
 
 def filled(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
@@ -187,6 +189,10 @@ def with_places(config: Config, saved: Config | None) -> Config:
     changes["validation"] = tuple(
         text.model_copy(update={"source": _place(text.source, kept)}) for text in data.validation
     )
+    train = config.train
+    tasks = tuple(_place(name, []) if name.endswith(YAML) else name for name in train.eval_tasks)
+    more = _place(train.eval_tasks_folder, [saved.train.eval_tasks_folder or ""] if saved else [])
+    config = with_values(config, "train", eval_tasks=tasks, eval_tasks_folder=more)
     return with_values(config, "data", **changes)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowres import checkpoint, disk, memory, ranks
+from lowres import checkpoint, disk, harness, memory, ranks
 from lowres.baseline import Baseline
 from lowres.checkpoint import Best, Kept, Mixture, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
@@ -95,6 +95,7 @@ class Run:
     kept: Kept
     facts: dict[str, Any] = field(default_factory=dict)  # for plan.json, see `lowres.speed.facts`
     baseline: Baseline | None = None  # of pairs, if the objective has a reference
+    tasks: harness.Tasks | None = None  # that the model is scored on along the way
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
@@ -140,6 +141,11 @@ class Run:
         assert isinstance(objective, Preference)
         reference = None if self.baseline is None else self.baseline.validation[packed.examples]
         return evaluate_pairs(engine, packed, objective, reference, config.most_windows)
+
+    def score_tasks(self) -> harness.Scores:
+        """The scores of the tasks. Raises UserError if one of them cannot be scored."""
+        assert self.tasks is not None
+        return harness.score_in_training(self.tasks, self.config, self.parts.engine, self.data.tokenizer)
 
     def used_at(self, step: int) -> int:
         """Sequences of the data that were used in the first `step` steps, or passed over by rollbacks."""

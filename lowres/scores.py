@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 BITS, LOSS, PERPLEXITY = "val_bits_per_byte", "val_loss", "val_ppl"
+TASK = "task/"  # begins the keys of the scores of tasks: task/<task>/<metric>
+STDERR = "_stderr"
 OF = "/"  # between a score and the part of the validation data, or the text, that it is of
 
 
@@ -58,3 +60,37 @@ def _of_parts(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         score, of, name = key.partition(OF)
         if of and score.startswith("val_"):
             yield score, name, value
+
+
+class TaskScore(NamedTuple):
+    """stderr: its standard error, if that is known."""
+
+    value: Any
+    stderr: Any
+
+
+def of_tasks(scores: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:
+    """The scores of tasks, by task and metric."""
+    found: dict[str, dict[str, TaskScore]] = {}
+    for key, value in scores.items():
+        task, _, metric = key.removeprefix(TASK).rpartition("/")
+        if key.startswith(TASK) and not is_error(key):
+            name, comma, kind = key.partition(",")
+            error = scores.get(f"{name}{STDERR}{comma}{kind}")
+            found.setdefault(task, {})[metric] = TaskScore(value, error)
+    return found
+
+
+def is_error(key: str) -> bool:
+    """Whether a score of a task is the standard error of another one."""
+    return key.partition(",")[0].endswith(STDERR)
+
+
+def task_in_words(found: Mapping[str, TaskScore]) -> str:
+    """ "acc 0.2512 ± 0.0194, acc_norm 0.2600 ± 0.0196" """
+    return ", ".join(f"{metric} {number_in_words(score)}" for metric, score in found.items())
+
+
+def number_in_words(score: TaskScore) -> str:
+    error = f" ± {score.stderr:.4f}" if isinstance(score.stderr, int | float) else ""
+    return f"{_number(score.value, '.4f')}{error}"

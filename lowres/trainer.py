@@ -34,7 +34,7 @@ from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
 from lowres.runs import CHECKPOINTS, CONFIG
-from lowres.scores import by_part, in_words
+from lowres.scores import by_part, in_words, of_tasks, task_in_words
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
@@ -43,7 +43,7 @@ from lowres.wording import command, counted
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
-# parts and named texts that are printed with an evaluation
+# parts, named texts and tasks that are printed with an evaluation
 MOST_IN_A_LINE = 6
 # characters of a sample in a line
 MOST_OF_A_SAMPLE = 100
@@ -111,7 +111,7 @@ class _Loop:
         self.saved = step
         self.saved_at = time.monotonic()
         self.longest, self.longest_save = 0.0, 0.0  # seconds
-        self.stopwatch = Stopwatch(run.config)
+        self.stopwatch, self.tasks_seconds = Stopwatch(run.config), 0.0
         self.began = time.monotonic() - run.log.wall_s
         try:
             profile.require(self.total - step)
@@ -217,11 +217,41 @@ class _Loop:
         run, before = self.run, time.perf_counter()
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
             scores = run.evaluate()
-        self.stopwatch.evaluation = time.perf_counter() - before
+        seconds = time.perf_counter() - before
         mixed = run.mixed(self.step)
         say(f"step {self.step}: validation: {in_words(scores)}{_parts_text(scores | mixed)}")
-        run.record({"step": self.step, **scores, **mixed})
+        before = time.perf_counter()
+        tasks = self.score_tasks()
+        if tasks:
+            self.tasks_seconds = time.perf_counter() - before
+        self.stopwatch.evaluation = seconds + self.tasks_seconds / run.config.train.eval_tasks_every
+        run.record({"step": self.step, **scores, **mixed, **tasks})
         return scores
+
+    def score_tasks(self) -> dict[str, float]:
+        """The scores of the tasks, if they are due. A task that cannot be scored stops a run that has just
+        begun; later, the run goes on without tasks."""
+        run, train = self.run, self.run.config.train
+        if run.tasks is None or not _due(self.step, train.eval_every * train.eval_tasks_every, self.total):
+            return {}
+        try:
+            with self.enough_memory("the tasks"), run.parts.meter.watch("evaluation"):
+                found = run.score_tasks()
+        except DoesNotFit:
+            raise
+        except UserError as error:
+            if not self.step:
+                raise
+            run.tasks = None
+            run.events.say("note", f"note: {error}; the run goes on without tasks", step=self.step)
+            return {}
+        if found.shortened and self.step == self.resumed_at:
+            say(f"note: {found.note()}")
+        numbers = found.numbers()
+        told = [f"{task}: {task_in_words(of)}" for task, of in of_tasks(numbers).items()]
+        more = f"; and {len(told) - MOST_IN_A_LINE} more" if len(told) > MOST_IN_A_LINE else ""
+        say(f"step {self.step}: tasks: {'; '.join(told[:MOST_IN_A_LINE])}{more}")
+        return numbers
 
     def is_sampled(self) -> bool:
         """Whether samples are due after this step, and not there."""

@@ -13,7 +13,6 @@ from lowres.errors import UserError
 from lowres.runs import open_run
 from lowres.scores import BITS, by_part, in_words
 from lowres.scoring import score_run
-from lowres.wording import counted
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
@@ -59,8 +58,5 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     texts = engine.settings.texts
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot, texts)
     if found.shortened:
-        ranks.say(
-            f"note: {counted(found.shortened, 'request is', 'requests are')} longer than the context of the "
-            f"model, which saw their last {found.context:,} tokens"
-        )
+        ranks.say(f"note: {found.note()}")
     print(json.dumps(found.as_dict()) if parsed.json else found.table())

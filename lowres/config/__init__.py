@@ -100,6 +100,12 @@ class Config(Section):
         return self.batch_sequences * (2 if self.objective.name == "dpo" else 1)
 
     @property
+    def texts(self) -> int:
+        """Texts that the model writes together on the way: samples, or the answer to a task; 0: none."""
+        samples = len(self.log.sample_prompts) if self.log.sample_tokens else 0
+        return max(samples, 1 if self.train.eval_tasks else 0)
+
+    @property
     def packed(self) -> bool:
         """Whether a sequence may hold several documents that do not see each other."""
         return self.data.document_mask or self.objective.name != "pretrain"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Run all checks, in this order."""
-    for one in (_batch, _chats, _samples, _cycle, _stash, _deepspeed):
+    for one in (_batch, _chats, _samples, _tasks, _cycle, _stash, _deepspeed):
         one(config)
 
 
@@ -46,6 +46,14 @@ def _samples(config: Config) -> None:
     if config.train.sample_every and not config.log.sample_tokens:
         raise ValueError(
             "train.sample_every: log.sample_tokens is 0, so there are no samples; set it to 100, say"
+        )
+
+
+def _tasks(config: Config) -> None:
+    if config.train.eval_tasks and not config.train.eval_every:
+        raise ValueError(
+            "train.eval_tasks: train.eval_every is 0, so nothing is evaluated; set it to 200, say, or leave "
+            "the tasks out"
         )
 
 

@@ -201,6 +201,7 @@ def _known_encoding(name: str) -> str:
 
 
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
@@ -663,6 +664,15 @@ class TrainConfig(Section):
     """Steps between evaluations (also before the first and after the last step); 0 = never."""
     eval_tokens: Count = resumable(131072)
     """Validation tokens per evaluation; 0 = all of them."""
+    eval_tasks: Names = resumable(())
+    """Tasks of lm-evaluation-harness (`pip install lowres[harness]`) that the model is scored on while it is
+    trained, such as ["hellaswag", "arc_easy"]; see docs/evaluating.md."""
+    eval_tasks_every: Positive = resumable(10)
+    """Evaluations from one scoring of the tasks to the next (also with the first and the last evaluation)."""
+    eval_tasks_limit: Count = resumable(500)
+    """Questions of each task, at most; 0 = all of them."""
+    eval_tasks_folder: str | None = resumable(None)
+    """Folder with more tasks, in YAML."""
     sample_every: Count = resumable(0)
     """Steps between samples of what the model writes (also before the first and after the last step); 0 =
     only after the last, if log.sample_tokens asks for it."""

@@ -23,7 +23,7 @@ from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel
 from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
-from lowres.scores import BITS, LOSS, PERPLEXITY
+from lowres.scores import BITS, LOSS, PERPLEXITY, number_in_words, of_tasks
 from lowres.text import is_stream
 from lowres.text.source import hub_name
 from lowres.wording import command
@@ -70,6 +70,7 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
         _table(("", ""), _settings(model, dtype)),
         *_losses(until),
     ]
+    sections += _tasks(until)
     picture = model.run / PICTURE
     if len(until) == len(records) and picture.is_file():
         with disk.named(picture, "read"):
@@ -96,6 +97,9 @@ def without_places(config: Config) -> Config:
         ),
     )
     origin = config.run.init_from and base_of(config.run.init_from).name
+    train = config.train
+    tasks, folder = tuple(map(str, map(_name, train.eval_tasks))), _name(train.eval_tasks_folder)
+    data = with_values(data, "train", eval_tasks=tasks, eval_tasks_folder=folder)
     return with_values(data, "run", rescue="auto", init_from=origin)
 
 
@@ -196,6 +200,20 @@ def _losses(records: list[dict[str, Any]]) -> list[str]:
     if len(steps) > 1:
         found.append(f"Training loss, from the first step to the last:\n\n    {_curve(steps)}")
     return found
+
+
+def _tasks(records: list[dict[str, Any]]) -> list[str]:
+    """A section with the newest scores of tasks."""
+    scored = [record for record in records if of_tasks(record)]
+    if not scored:
+        return []
+    rows = [
+        (_code(task), metric, number_in_words(score))
+        for task, found in of_tasks(scored[-1]).items()
+        for metric, score in found.items()
+    ]
+    head = f"By lm-evaluation-harness at step {scored[-1]['step']:,}, with standard errors"
+    return ["## Tasks", f"{head}.", _table(("task", "metric", "score"), rows)]
 
 
 def _curve(steps: list[dict[str, Any]]) -> str:

@@ -7,11 +7,12 @@ A line's `x` says whether its numbers belong to the buckets of the steps or of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from lowres.scores import BITS, LOSS, OF, PERPLEXITY
+from lowres.scores import BITS, LOSS, OF, PERPLEXITY, TASK, of_tasks
 from lowres.view import Curve, View
 from lowres.view.columns import Numbers
 
@@ -31,6 +32,7 @@ TITLES = {
     "padding": "Padding, share of the tokens",
 }
 MOST_LINES = 24  # in a chart by part
+MOST_TASKS = 24
 MOST_COLUMNS = 200  # of a heat map
 # kinds of events that a chart marks
 MARKED = {"spike": "spike", "rolled back": "rolled back to here", "memory": "smaller micro-batch"}
@@ -115,6 +117,7 @@ def shared_charts(views: Sequence[View]) -> list[dict[str, Any]]:
         title = TITLES.get(key, "Validation: " + key.removeprefix("val_").replace("_", " "))
         found.append(chart(key, title, lines))
     found.insert(BITS in scores, _loss(views))
+    found += _tasks(views)
 
     def of(key: str, title: str, about: str = "", envelope: bool = False, **more: Any) -> None:
         lines = []
@@ -166,6 +169,24 @@ def _loss(views: Sequence[View]) -> dict[str, Any] | None:
     if any(view.steps.stride > 1 for view in views):
         about += " Each point of the training loss is the mean of neighbouring steps."
     return chart("loss", "Loss", lines, about)
+
+
+def _tasks(views: Sequence[View]) -> list[dict[str, Any] | None]:
+    """A chart for each task, with a line for each metric."""
+    keys = [key for view in views for key in view.evaluations.keys if key.startswith(TASK)]
+    tasks = of_tasks(dict.fromkeys(keys))
+    left = len(tasks) - MOST_TASKS
+    found = []
+    for task, metrics in islice(tasks.items(), MOST_TASKS):
+        lines = []
+        for metric in metrics:
+            for run, view in enumerate(views):
+                curve = view.evaluations.curve(f"{TASK}{task}/{metric}")
+                name = _named(views, run, metric)
+                lines.append(line(run, name, curve, curve.mean, "evaluations", points=True))
+        about = f"{left} more tasks are left out." if left > 0 else ""
+        found.append(chart(f"{TASK}{task}", f"Task: {task}", lines, about))
+    return found
 
 
 def _share_of_peak(views: Sequence[View]) -> dict[str, Any] | None:

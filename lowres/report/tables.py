@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from lowres.scores import BITS, LOSS, SHOWN
+from lowres.scores import BITS, LOSS, SHOWN, number_in_words, of_tasks
 from lowres.view import View, duration
 from lowres.view.folder import KILLED, STOPPED, TRAINING
 
@@ -14,6 +15,7 @@ Row = tuple[str, list[str]]  # a name, and a cell for each run
 # events that say nothing about the run
 SILENT = {"saved", "started", "finished", "stopped"}
 MOST_EVENTS = 200
+MOST_TASKS = 24
 # where a run is, and not what
 PLACES = {"run.name", "run.rescue", "data.cache"}
 NOTHING = "-"
@@ -41,6 +43,9 @@ def _figures(view: View) -> Iterator[tuple[str, str]]:
         least = view.evaluations.curve(key).least
         if key in (BITS, LOSS) and len(least):
             yield f"validation {name}, lowest", _plain(float(least.min()), form)
+    for task, found in islice(of_tasks(view.tasks).items(), MOST_TASKS):
+        for metric, score in found.items():
+            yield f"{task}: {metric}, last", number_in_words(score)
     yield "learning rate, last", _plain(last.get("lr"), ".3g")
     yield "tokens/s", _plain(view.tokens_per_s, ",.0f")
     yield "time", duration(last.get("wall_s"))

@@ -5,6 +5,7 @@ characters and without markup.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,13 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lowres.scores import BITS, LOSS, SHOWN
+from lowres.scores import BITS, LOSS, SHOWN, number_in_words, of_tasks
 from lowres.terminal import clean
 from lowres.view import Columns, View, duration
 from lowres.view.folder import TRAINING
 from lowres.watch.card import Card
 from lowres.watch.curve import curve
-from lowres.watch.plain import about
+from lowres.watch.plain import MOST_TASKS, about
 
 GIB = 1 << 30
 HEIGHT = 8  # lines of a curve
@@ -104,6 +105,9 @@ def _numbers(view: View) -> Table:
                 table.add_row(Text(name, "dim"), format(value, form))
             elif key in record:
                 table.add_row(Text(name, "dim"), Text("not finite", "red"))
+    for task, found in islice(of_tasks(view.tasks).items(), MOST_TASKS):
+        for metric, score in found.items():
+            table.add_row(Text(clean(f"{task} {metric}"), "dim"), number_in_words(score))
     if (rate := view.tokens_per_s) is not None:
         table.add_row(Text("tokens/s", "dim"), f"{rate:,.0f}")
         flops, peak = (view.plan.get(key) for key in ("model_flops_per_token", "peak_tflops"))
