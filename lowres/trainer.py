@@ -235,7 +235,7 @@ class _Loop:
         if run.tasks is None or not _due(self.step, train.eval_every * train.eval_tasks_every, self.total):
             return {}
         try:
-            with self.enough_memory("the tasks"), run.parts.meter.watch("evaluation"):
+            with self.enough_memory("the tasks"):
                 found = run.score_tasks()
         except DoesNotFit:
             raise

@@ -2,6 +2,7 @@
 transformers."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -262,6 +263,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[pytest.MonkeyPatch], Non
         None,
         "needs a package (No module named 'gone'",
     ),
+    "a score": (
+        {"process_results": "!function own.scored"},
+        "bad",
+        None,
+        "cannot be used (KeyError: 'gone')",
+    ),
     "a filter": (
         {"doc_to_text": "{{x | gone}}"},
         "bad",
@@ -279,8 +286,9 @@ def test_what_is_wrong_is_said_in_one_line(
     keys, names, before, message = REFUSED[case]
     task(tmp_path, "bad", QUESTIONS, **(CHOICE | keys))
     written = (tmp_path / "bad.yaml").read_text()
-    (tmp_path / "bad.yaml").write_text(written.replace("'!function own.text'", "!function own.text"))
-    (tmp_path / "own.py").write_text("import gone\n")
+    (tmp_path / "bad.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", written))
+    scored = "def scored(doc, results):\n    return doc['gone']\n"
+    (tmp_path / "own.py").write_text(scored if case == "a score" else "import gone\n")
     if before is not None:
         before(monkeypatch)
     done = lowres_here("eval", made.run, "--tasks", names, "--include-path", tmp_path, code=2)

@@ -39,7 +39,7 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class RunModel(TemplateLM):
-    """asked: whether a request has come. shortened: see `Scores`."""
+    """at_work: whether it answers, or failed to. shortened: see `Scores`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class RunModel(TemplateLM):
         self._engine, self._tokenizer, self._sequences = engine, tokenizer, sequences
         self._context, self._batch_tokens, self._window = context, batch_tokens, window or context
         self._shown, self._stderr = shown, sys.stderr
-        self.asked, self.shortened = False, 0
+        self.at_work, self.shortened = False, 0
 
     @property
     def eot_token_id(self) -> int:
@@ -76,14 +76,14 @@ class RunModel(TemplateLM):
     # log-likelihoods of answers and of texts
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self.asked = True
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        with self._at_work():
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        self.asked = True
         windows = [[*self._windows(*request.args)] for request in requests]
-        found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        with self._at_work():
+            found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
         return [sum(next(found)[0] for _ in of_text) for of_text in windows]
 
     def _windows(self, text: str) -> Iterator[Request]:
@@ -121,6 +121,12 @@ class RunModel(TemplateLM):
             yield windows[start : start + size], self._window
 
     @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self.at_work = True
+        yield
+        self.at_work = False
+
+    @contextmanager
     def _bar(self, what: str, total: int) -> Iterator[Bar]:
         with (
             redirect_stderr(self._stderr),
@@ -143,7 +149,10 @@ class RunModel(TemplateLM):
     # continuations
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        self.asked = True
+        with self._at_work():
+            return self._written(requests)
+
+    def _written(self, requests: Sequence[Any]) -> list[str]:
         # those that go on in the same way, and of them the longest first
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, list[int]]]] = {}
         for i, request in enumerate(requests):

@@ -152,7 +152,7 @@ def score(
 
 def score_in_training(tasks: Tasks, config: Config, engine: Engine, tokenizer: Tokenizer) -> Scores:
     """The scores of the model that is trained, which sees no more than in training. They need no more memory
-    than an evaluation, and the keys and values of one text. Raises UserError."""
+    than a step, and the keys and values of one text. Raises UserError."""
     context, limit = config.data.seq_len, config.train.eval_tasks_limit or None
     with _naming(SETTINGS), open(os.devnull, "w") as nowhere:
         model = _model(config, engine, tokenizer, context, 1, shown=config.log.progress)
@@ -193,7 +193,7 @@ def _scored(
             log_samples=False,
         )
     except Exception as error:
-        if model.asked and not isinstance(error, ImportError):
+        if model.at_work and not isinstance(error, ImportError):
             raise  # not of a task
         raise _fault(error) from None
     return Scores(found, model.shortened, context)
