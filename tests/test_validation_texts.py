@@ -172,7 +172,8 @@ def test_token_ids(tmp_path: Path) -> None:
     far = np.fromfile(tmp_path / "far" / "far.bin", "<u2").astype(np.int64)
     ids: dict[str, Any] = {"source": str(tmp_path / "train"), "val_source": str(tmp_path / "val")}
     ids |= {"token_dtype": "uint16", "vocab_size": 50, "cache": str(tmp_path / "cache")}
-    (text,) = opened(**ids, validation=[{"source": str(tmp_path / "far")}]).texts
+    table: dict[str, Any] = {"source": str(tmp_path / "far"), "include": ["far*"]}
+    (text,) = opened(**ids, validation=[table]).texts
     windows = text.windows(0)
     assert windows[:, :-1].flatten()[: len(far)].tolist() == far[: 16 * len(windows)].tolist()
     prose = words(tmp_path / "prose.jsonl", 60, 1)
@@ -180,7 +181,7 @@ def test_token_ids(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"^data\.validation\.[a-z]+: .*{said}"):
             opened(**ids, validation=[{"source": str(source)}])
     with pytest.raises(UserError, match=r"^data\.validation\.far: .* holds token ids, and the training data"):
-        table = {"source": str(tmp_path / "far"), "token_dtype": "uint16"}
+        table |= {"token_dtype": "uint16"}
         opened(source=str(prose), cache=str(tmp_path / "cache"), validation=[table])
 
 

@@ -37,7 +37,7 @@ def open_texts(
             if objective is not None and objective.form != TEXT:
                 found.append(_chats(text.name, own, data, objective, progress))
             elif (listing := token_listing(source_of(own, own.val_source))) is not None:
-                found.append(_ids(text.name, own, listing, data))
+                found.append(_ids(text.name, own, listing, data, _files_of_ids(config)))
             else:
                 found.append(_text(text.name, own, data, progress))
     return found
@@ -84,10 +84,10 @@ def _chats(
     return NamedText(name, fingerprint, lambda max_tokens: packed(max_tokens).windows)
 
 
-def _ids(name: str, config: DataConfig, listing: Listing, data: Data) -> NamedText:
-    """Of a source of token ids, which have no text that could be compared: its files are no others."""
-    trained = _files_of_ids(config)
-    if trained is None:
+def _ids(name: str, config: DataConfig, listing: Listing, data: Data, trained: set[str]) -> NamedText:
+    """Of a source of token ids, which have no text that could be compared: its files are none of those that
+    are trained on."""
+    if not trained:
         raise UserError(f"{config.val_source} holds token ids, and the training data are text; give text")
     part = ids_of(listing, data.tokenizer, Path(config.cache).expanduser())
     both = sorted(_real(listing.part(VALIDATION) or listing.part(TRAIN)) & trained)
@@ -96,11 +96,11 @@ def _ids(name: str, config: DataConfig, listing: Listing, data: Data) -> NamedTe
     return NamedText(name, part.fingerprint(), partial(_windows, part, data.seq_len))
 
 
-def _files_of_ids(config: DataConfig) -> set[str] | None:
-    """The real paths of the files of ids that are trained on; None if there are none."""
+def _files_of_ids(config: DataConfig) -> set[str]:
+    """The real paths of the files of ids that are trained on."""
     parts = [config.of_part(number) for number in range(len(config.mixture))] or [config]
     listings = filter(None, (token_listing(source_of(part)) for part in parts))
-    return set().union(*(_real(listing.part(TRAIN)) for listing in listings)) or None
+    return set().union(*(_real(listing.part(TRAIN)) for listing in listings))
 
 
 def _real(files: Iterable[File]) -> set[str]:
