@@ -15,7 +15,7 @@ from lowres.config import DataConfig
 from lowres.config_file import data_config, load_config, parse_config, to_toml, with_places
 from lowres.data import Data, open_data, open_other_chats, open_text
 from lowres.errors import UserError
-from lowres.scoring import score_run
+from lowres.scoring import score
 from tests.helpers import lowres_here
 from tests.test_chat_data import chats, tokenizer, write  # noqa: F401
 
@@ -57,22 +57,22 @@ def test_texts_are_evaluated_beside_and_change_nothing(config: Path, tmp_path: P
 
     last, told = found[-1], {}
     for name, source, key in (("wiki", wiki, "body"), ("my.notes", notes, "text")):
-        told[name] = score_run(run, data_config(str(source), [f"data.text_key={key}"]))
+        told[name] = score(run, data_config(str(source), [f"data.text_key={key}"]))
         assert last.keys() >= {f"val_loss/{name}", f"val_bits_per_byte/{name}"}
         assert not any(key.startswith("val_ppl/") for key in last)
     # notes are evaluated as a whole, of wiki only the first train.eval_tokens
     assert told["my.notes"]["val_tokens"] < 512 < told["wiki"]["val_tokens"]
-    for score in ("val_loss", "val_bits_per_byte"):
-        assert last[f"{score}/my.notes"] == pytest.approx(told["my.notes"][score], rel=1e-6)
-        assert last[f"{score}/wiki"] == pytest.approx(told["wiki"][score], rel=0.02)
-        assert last[f"{score}/wiki"] != last[score] != told["wiki"][score]
+    for key in ("val_loss", "val_bits_per_byte"):
+        assert last[f"{key}/my.notes"] == pytest.approx(told["my.notes"][key], rel=1e-6)
+        assert last[f"{key}/wiki"] == pytest.approx(told["wiki"][key], rel=0.02)
+        assert last[f"{key}/wiki"] != last[key] != told["wiki"][key]
     sizes = rf", wiki on 512, my.notes on {told['my.notes']['val_tokens']:,}$"
     assert re.search(r"^every 2 steps: evaluated on .*" + sizes, done.stderr, re.M)
     line = f"(wiki: {last['val_bits_per_byte/wiki']:.4f} bits per byte, loss {last['val_loss/wiki']:.4f}; my."
     assert line in done.stderr
 
     shown = lowres_here("eval", run).stdout.splitlines()
-    own = score_run(run, None)
+    own = score(run, None)
     assert own["val_tokens/wiki"] == told["wiki"]["val_tokens"]
     assert own["val_loss/wiki"] == pytest.approx(told["wiki"]["val_loss"], rel=1e-9)
     assert re.match(r"[\d.]+ bits per byte, loss [\d.]+, perplexity [\d.]+ per token, over ", shown[0])

@@ -10,9 +10,9 @@ from lowres import harness, ranks, session
 from lowres.cli.tasks import refuse_without_tasks
 from lowres.config_file import data_config
 from lowres.errors import UserError
-from lowres.runs import open_run
+from lowres.exchange import find_model
 from lowres.scores import BITS, by_part, in_words
-from lowres.scoring import score_run
+from lowres.scoring import score
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
@@ -32,7 +32,7 @@ def run_eval(parsed: argparse.Namespace) -> None:
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     asked = data_config(parsed.data, parsed.set) if parsed.data else None
-    scores = score_run(parsed.run, asked)
+    scores = score(parsed.model, asked)
     print(json.dumps(scores) if parsed.json else "\n".join(_lines(scores)))
 
 
@@ -54,7 +54,7 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
         if getattr(parsed, option):
             raise UserError(f"--{option}: tasks have data of their own; leave it out, or leave --tasks out")
     tasks = harness.load_tasks(parsed.tasks, parsed.include_path)
-    config, engine, tokenizer = open_run(parsed.run, packed=False, texts=harness.TEXTS)
+    config, engine, tokenizer = find_model(parsed.model, packed=False).open(harness.TEXTS)
     texts = engine.settings.texts
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot, texts)
     if found.shortened:

@@ -20,12 +20,12 @@ from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
 from lowres.errors import UserError
 from lowres.exchange.families import Family
-from lowres.exchange.stored import StoredModel, TrainedModel
+from lowres.exchange.stored import StoredModel, TrainedModel, is_tuned
 from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
 from lowres.scores import BITS, LOSS, PERPLEXITY, number_in_words, of_tasks
 from lowres.text import is_stream
-from lowres.text.source import hub_name
+from lowres.text.source import PAIRS, hub_name
 from lowres.wording import command
 
 README, PICTURE = "README.md", "loss.png"
@@ -33,6 +33,11 @@ _ROWS, _COLUMNS = 10, 60  # of the table of losses; of the curve
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CACHED = re.compile("models--(.+)")  # a folder in the cache of the hub's library
 _MOST_PARENTS = 16
+_OF_TEXT = 'tokenizer("Once", return_tensors="pt")'
+_OF_CHATS = """\
+tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens = tokenizer("Once", return_tensors="pt")
+tokens = TOKENS
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0], skip_special_tokens=True))
 ```
 """
@@ -65,10 +70,10 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
     until = [record for record in records if record["step"] <= model.state.step]
     config, found = model.config, {}
     sections = [
-        f"Pretrained with lowres on {model.state.tokens:,} tokens.",
+        f"{_how(config)} with lowres on {model.state.tokens:,} tokens.",
         "## Training",
         _table(("", ""), _settings(model, dtype)),
-        *_losses(until),
+        *_losses(until, config.objective.form),
     ]
     sections += _tasks(until)
     picture = model.run / PICTURE
@@ -80,6 +85,13 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
     sections += _versions(model, dtype)
     text = _card(model, family, config.run.name, base, config.data.sources, sections)
     return {README: text.encode(), **found}
+
+
+def _how(config: Config) -> str:
+    """The verb for what a run has done."""
+    if config.objective.name != "pretrain":
+        return f"Tuned on {config.objective.form} ({config.objective.name})"
+    return "Trained further" if config.run.init_from else "Pretrained"
 
 
 def without_places(config: Config) -> Config:
@@ -142,7 +154,8 @@ def _card(
         f"{shape.n_layers} layers, {shape.dim} wide, {shape.n_heads} heads, {shape.vocab:,} tokens in the "
         "vocabulary."
     )
-    parts = ["\n".join(("---", *lines, "---")), f"# {name}", head, *sections, "## Use", _USE]
+    use = _USE.replace("TOKENS", _OF_CHATS if is_tuned(model) else _OF_TEXT)
+    parts = ["\n".join(("---", *lines, "---")), f"# {name}", head, *sections, "## Use", use]
     return "\n\n".join(parts)
 
 
@@ -175,8 +188,8 @@ def _of_sources(data: DataConfig) -> list[str]:
     return [f"{part.weight / total:.1%} {_code(str(_name(part.source)))}" for part in data.mixture]
 
 
-def _losses(records: list[dict[str, Any]]) -> list[str]:
-    """Sections with a table and a curve of the losses."""
+def _losses(records: list[dict[str, Any]], form: str) -> list[str]:
+    """Sections with a table and a curve of the losses. form: of what was trained on, see `Source`."""
     steps = [r for r in records if r.get("loss") is not None]
     evaluations = {r["step"]: r for r in records if r.get("val_loss") is not None}
     if not steps:
@@ -194,7 +207,8 @@ def _losses(records: list[dict[str, Any]]) -> list[str]:
     names = ("step", "training loss", "bits per byte", "validation loss", "perplexity")
     found = [
         "## Loss",
-        "Losses are in nats per token; that of training is of one step, all else of validation text.",
+        f"Losses are in nats per {'pair' if form == PAIRS else 'token'}; that of training is of one step, "
+        "all else of validation text.",
         _table(names, rows),
     ]
     if len(steps) > 1:

@@ -135,13 +135,14 @@ _TRACED_BAND = 3
 
 def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
     """The traces of a run on a kind of device. They are cached by everything they depend on, because a run is
-    planned more than once."""
+    planned more than once. Learning rates are only numbers, so the points of a sweep share theirs."""
+    rates = {"lr", "embed_lr", "norm_lr", "lr_over_batch", "batch_policy"}
     homes = {f"{what}_on" for what in ("weights", "state", "stash", "carry")}
     budgets = {"budget_gib", "host_budget_gib", "rehearse"}
     parts = [
         config.model.model_dump_json(exclude={"n_layers", "preset"}),
         config.memory.model_dump_json(exclude=homes | budgets | {"band"}),
-        config.optim.model_dump_json(),
+        config.optim.model_dump_json(exclude=rates),
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
