@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from lowres.config import Config
 from lowres.errors import UserError
 from lowres.reference import keys
-from tests.documented import HERE, PageError, check, commands_of, pages
+from tests.commands import HERE, PageError, check, commands_of
+from tests.documented import pages
 
 # look like keys of a config, and are functions of the project
 FUNCTIONS = {"memory.choice", "memory.plan_use"}
 SUFFIXES = {"bin", "json", "lock", "log", "safetensors"}
 SECTIONS = "|".join(Config.model_fields)
-FILES = re.compile(r"(?:tests|scripts|lowres|configs|benchmarks|findings)/[\w/]+\.(?:py|toml|sh|md|json|png)")
+FILES = re.compile(
+    r"(?<![\w/.-])(?:tests|scripts|lowres|configs|benchmarks|findings)/[\w/]+\.(?:py|toml|sh|md|json|png)"
+)
 SPANS = re.compile(r"(?<!`)`(?!`)([^`]+)`")
 
 

@@ -8,20 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import HERE, PageError
 from tests.conftest import MODULES
-from tests.documented import (
-    HERE,
-    TABLES,
-    Page,
-    PageError,
-    Table,
-    Workshop,
-    blocks,
-    commands,
-    pages,
-    table_of,
-)
+from tests.documented import TABLES, Page, Table, blocks, commands, pages, table_of
 from tests.mentioned import absent, unlinked
+from tests.workshop import Workshop
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +30,7 @@ def test_a_page_says_what_is_so(page: str, workshop: Workshop, monkeypatch: pyte
     # takes seconds to measure, and is tested elsewhere
     monkeypatch.setattr(import_module("lowres.speed.bench"), "gemm_peak", lambda *_: 0.1)
     table = table_of(page)
-    monkeypatch.chdir(workshop.new_page(table))
+    monkeypatch.chdir(workshop.new_page(table.has))
     Page(page, (HERE / page).read_text("utf-8"), table, workshop).use()
 
 
