@@ -136,12 +136,6 @@ class Workshop:
         (folder / "chat_template.jinja").write_text(TEMPLATE)
         return folder
 
-    def _chat_model(self) -> Path:
-        folder = self.folder / "chat-model"
-        shutil.copytree(self.make("model"), folder)
-        (folder / "chat_template.jinja").write_text(TEMPLATE)
-        return folder
-
     def _sweep(self) -> Path:
         grid = ["--grid", "optim.lr=0.001,0.002", "--tokens", "512"]
         return self._done("sweep", self.make("config"), *grid, "--run", at="sweep")
