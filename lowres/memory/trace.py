@@ -29,6 +29,7 @@ from lowres.errors import UserError
 from lowres.kernels import forms
 from lowres.meter import LiveTensors
 from lowres.model import Dropout, Llama, empty_units
+from lowres.model.documents import Positions
 from lowres.optim import make_optimizer
 from lowres.relora import Relora
 from lowres.rooms import GPU, HOST, Rooms
@@ -104,6 +105,20 @@ class _Still:
     ) -> None: ...
 
 
+class _OnlyUpdating(LayerwiseEngine):
+    """An engine that computes neither activations nor gradients, for traces of updates: most of the time of a
+    trace would go into them."""
+
+    def _through(self, x: Tensor, layers: list[dict[str, Any]], positions: Positions) -> Tensor:
+        return x
+
+    def _add_loss(self, *arguments: Any) -> None: ...
+
+    def _backward(self, *arguments: Any) -> None: ...
+
+    def _backward_embedding(self, *arguments: Any) -> None: ...
+
+
 class _Watched:
     """An optimizer, and the bytes that remain after its updates of each unit."""
 
@@ -135,13 +150,14 @@ _TRACED_BAND = 3
 
 def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
     """The traces of a run on a kind of device. They are cached by everything they depend on, because a run is
-    planned more than once."""
+    planned more than once, and the points of a sweep may differ in learning rates only."""
     homes = {f"{what}_on" for what in ("weights", "state", "stash", "carry")}
     budgets = {"budget_gib", "host_budget_gib", "rehearse"}
+    rates = {"lr", "lr_over_batch", "embed_lr", "norm_lr"}
     parts = [
         config.model.model_dump_json(exclude={"n_layers", "preset"}),
         config.memory.model_dump_json(exclude=homes | budgets | {"band"}),
-        config.optim.model_dump_json(),
+        config.optim.model_dump_json(exclude=rates),
         config.relora.model_dump_json(),
     ]
     compiled = forms.compiled(kind) or wants_kernels(config, kind)
@@ -207,7 +223,7 @@ class Tracer:
             optimizer = make_optimizer(self._cut(config, 1))
             optimizer.measured_every = min(1, optimizer.measured_every)  # every step, if any
             watched = _Watched(Relora(relora, optimizer), live)
-            engine = self._engine(rooms, Choice(1), watched)
+            engine = self._engine(rooms, Choice(1), watched, _OnlyUpdating)
             optimizer.attach(engine.units(), rooms)
             for step in steps:
                 self._take_step(engine, live, (1, 1), 1, step)
@@ -219,13 +235,19 @@ class Tracer:
     def _without_memory(self, rooms: Rooms) -> AbstractContextManager[Traced]:
         return without_memory(self._kind, rooms, brief=True, compiled=self._compiled)
 
-    def _engine(self, rooms: Rooms, choice: Choice, updater: Updater | None) -> LayerwiseEngine:
+    def _engine(
+        self,
+        rooms: Rooms,
+        choice: Choice,
+        updater: Updater | None,
+        kind: type[LayerwiseEngine] = LayerwiseEngine,
+    ) -> LayerwiseEngine:
         config, kept = self._cut(self._config, choice.band), self._config.memory
         units = empty_units(
             config.model, kept.weights, kept.embeddings_kept_in, rooms, adapters=self._adapters
         )
         settings = EngineSettings.of(config, choice, torch.device(self._kind), self._adapters is not None)
-        return LayerwiseEngine(config.model, units, updater, rooms, settings)
+        return kind(config.model, units, updater, rooms, settings)
 
     def _take_step(
         self, engine: LayerwiseEngine, live: Traced, shape: tuple[int, int], count: int, step: int
