@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.device import wants_kernels
@@ -49,7 +49,7 @@ class Traced(LiveTensors):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls
-            return func(*args)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func is _aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
         result = super().__torch_dispatch__(func, types, args, kwargs)
