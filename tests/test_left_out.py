@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from lowres.errors import UserError
 from lowres.text import Source, documents
 from tests.helpers import lowres_here
 
@@ -47,6 +48,22 @@ def test_other_encodings(separator: str | None, tmp_path: Path) -> None:
     if separator:
         both = [*documents(Source(str(path), separator=separator, encoding="latin-1"))]
         assert both == ["ascii ", " caf\xe9"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "n\xb0,text\r\n1,café €\r\n2,plain\r\n"),
+        ("a.tsv", "n\xb0\ttext\n1\tcafé €\n2\tplain\n"),
+        ("a.jsonl", '{"n\xb0": 1, "text": "café €"}\n{"n\xb0": 2, "text": "plain"}\n'),
+    ],
+)
+def test_tables_in_another_encoding(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("cp1252"))
+    with pytest.raises(UserError, match=r":1: not UTF-8 text \(byte \d+\); set data.encoding"):
+        list(documents(str(path)))
+    assert [*documents(Source(str(path), encoding="cp1252"))] == ["café €", "plain"]
 
 
 def test_an_encoding_must_exist(folder: Path, tmp_path: Path) -> None:

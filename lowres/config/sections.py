@@ -244,8 +244,8 @@ class DataConfig(Section):
     """What stands between the documents of a text file; default: lines that are <|endoftext|>, where a file
     has some. Empty: a text file is one document."""
     encoding: Encoding | None = None
-    """How text files are encoded that are not UTF-8, such as cp1252, latin-1 or utf-16; default: they are
-    damaged, see there."""
+    """How text files are encoded that are not UTF-8, such as cp1252, latin-1 or utf-16, and lines of CSV, TSV
+    and JSON lines; default: they are damaged, see there."""
     include: Patterns = ()
     """Only read files whose path below the source matches one of these globs, in any case; a glob without /
     is for the file's name."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowres.rules.base import EXP_AVG, EXP_AVG_SQ, Betas, Clock, Rule, State
-from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.moments import average_, moment_fields
 from lowres.rules.registry import Settings, makes
 from lowres.storage import BIAS, LORA_A, LORA_B, NORM, Fields, TensorSpec
 
@@ -72,18 +72,14 @@ class AdamMiniRule(Rule):
     def directions(
         self, specs: list[TensorSpec], grads: list[Tensor], states: list[State], lr: float, clock: Clock
     ) -> list[Tensor]:
-        weight1, weight2 = clock.moment_weights(self.betas)
+        _, weight2 = clock.moment_weights(self.betas)
         correction1, correction2 = clock.bias_corrections(self.betas)
         rate = lr / correction1 * clock.accepted
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
             blocks, rows = partition(spec, self.head_dim)
             v = state[EXP_AVG_SQ].lerp_(_mean_square(grad, blocks), weight2)
-            first, flat = Moment(spec, EXP_AVG, state, clock, signed=True), grad.view(-1)
-            for part in flat_chunks(spec.numel, grad.device):
-                m = first.read(part).lerp_(flat[part], weight1)
-                first.write(m, part)
-                flat[part] = m  # a copy, because the direction must not be the state itself
+            average_(grad, spec, EXP_AVG, state, clock, self.betas)
             denominator = (v / correction2).sqrt_().add_(self.eps)
             factor = rate / denominator
             one_each = factor.unsqueeze(1).expand(blocks, rows).reshape(-1, 1)

@@ -28,7 +28,7 @@ from lowres.errors import UserError
 from lowres.kernels import blocks
 from lowres.kernels.blocks import BLOCK
 from lowres.kernels.rounding import round_to_bf16
-from lowres.rules.base import Clock, State
+from lowres.rules.base import Betas, Clock, State
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunk_elements, chunks
 
@@ -96,6 +96,24 @@ class Moment:
         elif self.dtype == torch.int8:
             own = self.value[part], self.absmax[_blocks(part)]
             blocks.store(values, *own, self.accepted, self.rounding, part.start)
+
+
+def average_(
+    grad: Tensor, spec: TensorSpec, key: str, state: State, clock: Clock, betas: Betas, nesterov: bool = False
+) -> None:
+    """Move the first moment `key` of a weight towards its gradient, and put it in place of the gradient.
+
+    nesterov: instead, put the mean of gradient and moment with weights 1 - beta1 and beta1.
+    """
+    weight, _ = clock.moment_weights(betas)
+    moment, flat = Moment(spec, key, state, clock, signed=True), grad.view(-1)
+    for part in flat_chunks(spec.numel, grad.device):
+        m = moment.read(part).lerp_(flat[part], weight)
+        moment.write(m, part)
+        if nesterov:
+            flat[part].lerp_(m, betas[0])
+        else:
+            flat[part] = m  # a copy, because the direction must not be the state itself
 
 
 def bitsandbytes_functional() -> ModuleType:

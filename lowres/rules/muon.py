@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
-from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.moments import average_, moment_fields
 from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 from lowres.target import chunks, kind_of
@@ -59,7 +59,7 @@ class MuonRule(Rule):
     ) -> list[Tensor]:
         factors = []
         for spec, grad, state in zip(specs, grads, states, strict=True):
-            self._average(spec, grad, state, clock)
+            average_(grad, spec, MOMENTUM, state, clock, self.betas, nesterov=True)
             sizes = [math.sqrt(max(rows, spec.shape[1])) for rows in self.split or spec.shape[:1]]
             for part, size in zip(grad.split(self.split or spec.shape[0]), sizes, strict=True):
                 if not (clock.rehearsal and spec.shape in self._rehearsed):
@@ -70,15 +70,6 @@ class MuonRule(Rule):
             if clock.rehearsal:
                 self._rehearsed.add(spec.shape)
         return factors
-
-    def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
-        """Update the momentum, and turn the gradient into what is orthogonalised."""
-        weight, _ = clock.moment_weights(self.betas)
-        moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
-        for part in flat_chunks(spec.numel, grad.device):
-            m = moment.read(part).lerp_(flat[part], weight)
-            moment.write(m, part)
-            flat[part].lerp_(m, self.betas[0])
 
 
 def orthogonalise_(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> None:

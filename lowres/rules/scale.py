@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowres.rules.base import MOMENTUM, Betas, Clock, Rule, State
-from lowres.rules.moments import Moment, flat_chunks, moment_fields
+from lowres.rules.moments import average_, moment_fields
 from lowres.rules.registry import Settings, makes
 from lowres.storage import Fields, TensorSpec
 
@@ -45,21 +45,12 @@ class ScaleRule(Rule):
         rate, factors = lr * clock.accepted.float(), []
         for spec, grad, state in zip(specs, grads, states, strict=True):
             if spec.role in self.heads:
-                self._average(spec, grad, state, clock)
+                average_(grad, spec, MOMENTUM, state, clock, self.betas)
             # which dimension the mean square is taken over
             axis = 0 if spec.role == EMBEDDING and EMBEDDING not in self.heads else 1
             norms = torch.linalg.vector_norm(grad, dim=axis, keepdim=True)
             factors.append(rate / (norms / grad.shape[axis] ** 0.5).clamp_(min=self.eps))
         return factors
-
-    def _average(self, spec: TensorSpec, grad: Tensor, state: State, clock: Clock) -> None:
-        """Update the momentum, and put it in place of the gradient."""
-        weight, _ = clock.moment_weights(self.betas)
-        moment, flat = Moment(spec, MOMENTUM, state, clock, signed=True), grad.view(-1)
-        for part in flat_chunks(spec.numel, grad.device):
-            m = moment.read(part).lerp_(flat[part], weight)
-            moment.write(m, part)
-            flat[part] = m  # a copy, because the direction must not be the state itself
 
 
 @makes("scale")

@@ -46,7 +46,9 @@ def recognised(found: Found, source: Source) -> File | LeftOut:
     """What a file is. Raises BadFileError for a damaged one, unless these are left out."""
     try:
         separated, asked = source.separator is not None, is_asked(found, source)
-        return _sniffed(found, source.text_key, source.token_dtype, separated, asked, source.form)
+        return _sniffed(
+            found, source.text_key, source.token_dtype, separated, asked, source.form, source.encoding
+        )
     except BadFileError as error:
         if source.damaged == "refuse":
             raise
@@ -55,7 +57,13 @@ def recognised(found: Found, source: Source) -> File | LeftOut:
 
 @lru_cache(maxsize=1 << 16)
 def _sniffed(
-    found: Found, text_key: str | None, token_dtype: str | None, separated: bool, asked: bool, form: str
+    found: Found,
+    text_key: str | None,
+    token_dtype: str | None,
+    separated: bool,
+    asked: bool,
+    form: str,
+    encoding: str | None,
 ) -> File | LeftOut:
     """What a file is. The same file is looked at once. separated: data.separator is set. asked: the file is
     in data.include."""
@@ -67,6 +75,7 @@ def _sniffed(
         at=found.at,
         remote=found.remote,
         form=form,
+        encoding=encoding,
     )
     if nothing := _no_content(file, kind, asked):
         return nothing

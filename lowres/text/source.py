@@ -40,7 +40,7 @@ class File:
     data.text_key until it is chosen. separator: between the documents of a text. token_dtype: of ids without
     a header. archive, at: the archive that it is in, and where. remote: where its bytes are; with one of
     these, `path` is for messages only. form: see `Source`. fields: the columns of a chat or a pair, which
-    are chosen instead of `column`."""
+    are chosen instead of `column`. encoding: of a line of a table that is not UTF-8."""
 
     name: str
     path: Path
@@ -56,6 +56,7 @@ class File:
     remote: RemoteFile | None = None
     form: str = TEXT
     fields: tuple[str, ...] = ()
+    encoding: str | None = None
 
     @property
     def on_disk(self) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 from lowres.errors import first_line
@@ -30,7 +29,7 @@ def read(file: File, source: Source) -> Iterator[str]:
             if (count := names.count(column)) > 1:
                 raise BadFileError(f'{file.path}: has {count} columns "{column}"; rename all but one')
         at = [(column, names.index(column)) for column in taken(file) if column in names]
-        rows = _rows(stream, divider, file.path)
+        rows = _rows(stream, divider, file)
         for _, row in rows:
             if row:
                 break
@@ -55,7 +54,7 @@ def _names(file: File) -> tuple[list[str], str]:
     found = list[tuple[list[str], str]]()
     for divider in _DIVIDERS[file.kind]:
         with opened(file) as stream:
-            row = next((row for _, row in _rows(stream, divider, file.path) if row), [])
+            row = next((row for _, row in _rows(stream, divider, file) if row), [])
         names = [name.strip() for name in row]
         if chosen(file, by_name_only(names, file.column)):
             return names, divider
@@ -63,10 +62,10 @@ def _names(file: File) -> tuple[list[str], str]:
     return found[0]
 
 
-def _rows(stream: IO[bytes], divider: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def _rows(stream: IO[bytes], divider: str, file: File) -> Iterator[tuple[int, list[str]]]:
     """(line on which a row begins, its fields); no field for a blank line."""
     csv.field_size_limit(_LONGEST)
-    reader = csv.reader(_lines(stream, path), delimiter=divider, strict=True)
+    reader = csv.reader(_lines(stream, file), delimiter=divider, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -75,15 +74,15 @@ def _rows(stream: IO[bytes], divider: str, path: Path) -> Iterator[tuple[int, li
             return
         except csv.Error as error:
             raise BadFileError(
-                f"{path}:{line}: no valid row ({first_line(error)}); a field that begins with a quote ends "
-                "with one, and doubles those inside"
+                f"{file.path}:{line}: no valid row ({first_line(error)}); a field that begins with a quote "
+                "ends with one, and doubles those inside"
             ) from None
         yield line, row
 
 
-def _lines(stream: IO[bytes], path: Path) -> Iterator[str]:
+def _lines(stream: IO[bytes], file: File) -> Iterator[str]:
     for number, line in enumerate(stream, 1):
-        yield (decoded if number == 1 else utf_8)(path, line, f":{number}")
+        yield (decoded if number == 1 else utf_8)(file.path, line, f":{number}", file.encoding)
 
 
 register(Kind("CSV", (".csv",), Rank.ROWS, read, columns))

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from lowres.errors import first_line
 from lowres.text.columns import Repeated, document_of, kinds_of
+from lowres.text.kinds.plain import decoded, utf_8
 from lowres.text.kinds.registry import Kind, Rank, register
 from lowres.text.opening import opened
 from lowres.text.source import CHATS, PAIRS, TEXT, BadFileError, File, Source
@@ -94,10 +95,9 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
             if line.isspace():
                 yield place, None
                 continue
+            text = (decoded if number == 1 else utf_8)(file.path, line, f":{number}", file.encoding)
             try:
-                row = DECODER.decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise BadFileError(f"{place}: not UTF-8 text; convert the file") from None
+                row = DECODER.decode(text)
             except (ValueError, RecursionError) as error:
                 raise BadFileError(
                     f"{place}: not valid JSON ({first_line(error)}); {_remedy(line)}"
@@ -107,7 +107,7 @@ def _rows(file: File, start: int = 0) -> Iterator[tuple[str, dict[str, Any] | No
                 wanted = f"a line must be a JSON object with {_WANTED[file.form]}"
                 raise BadFileError(f"{place}: {wanted}{remedy}")
             given = [(place, row)]
-            del line, row  # they may be large, and nothing here needs them any longer
+            del line, text, row  # they may be large, and nothing here needs them any longer
             yield given.pop()
 
 
