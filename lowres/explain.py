@@ -15,7 +15,7 @@ import torch
 
 from lowres import memory, pace
 from lowres.config import Config
-from lowres.config_file import with_values
+from lowres.config_file import parse_config, to_values, with_values
 from lowres.memory import GIB, Plan
 from lowres.model import count_parameters
 from lowres.outlook import as_keys, is_continued
@@ -125,12 +125,12 @@ def explain(
     for one in dials(config, plan):
         if measured and not one.same_rates:
             continue
-        other = _with_keys(config, one.keys)
+        other = with_keys(config, one.keys)
         found = memory.make_plan(other, device)
         rate = speed(other, found) if speed else None
         planned.append(dataclasses.replace(one, plan=found, speed=rate))
     return Explained(
-        memory=memory_in_words(plan),
+        memory=memory_in_words(plan, asks_for_host(config)),
         speed=speed_in_words(now, machine) if now else "",
         budget=budget_in_words(config, now, machine, hours, tokens),
         before=before,
@@ -193,10 +193,15 @@ def _of_band(smaller: bool) -> str:
     return "a larger stash, smaller buffers" if smaller else "a smaller stash, larger buffers"
 
 
-def _with_keys(config: Config, keys: dict[str, Any]) -> Config:
+def with_keys(config: Config, keys: dict[str, Any]) -> Config:
+    """The config with `section.key` of a change."""
     for key, value in keys.items():
         section, name = key.split(".")
-        config = with_values(config, section, **{name: value})
+        if key == "optim.name":  # with its own keys, which the one before need not have
+            own = {name: value, "grad_clip": config.optim.grad_clip}
+            config = parse_config(to_values(config) | {section: own})[0]
+        else:
+            config = with_values(config, section, **{name: value})
     return config
 
 
@@ -236,8 +241,15 @@ def _row(change: Change) -> list[str]:
 # ---- words
 
 
-def memory_in_words(plan: Plan) -> str:
-    """What takes the memory, when it is fullest, and what the plan did about it."""
+def asks_for_host(config: Config) -> bool:
+    """Whether a config itself puts something into host memory."""
+    kept = config.memory
+    return "host" in (kept.master, kept.weights_on, kept.state_on, kept.stash_on, kept.carry_on)
+
+
+def memory_in_words(plan: Plan, asked: bool = False) -> str:
+    """What takes the memory, when it is fullest, and what the plan did about it. asked: see
+    `asks_for_host`."""
     own = [c for c in plan.components if c.room == GPU]
     phases = {c.phase for c in own if c.phase}
     sizes = {phase: sum(c.bytes for c in own if c.phase == phase) for phase in phases}
@@ -252,7 +264,8 @@ def memory_in_words(plan: Plan) -> str:
     )
     choice = plan.choice
     if hosted := plan.hosted():
-        why = "because the budget has no room for it" if budget is not None else "as the config says"
+        given = asked or budget is None
+        why = "as the config says" if given else "because the budget has no room for it"
         text += f" In host memory between uses, {why}: {hosted}."
     if choice.band > 1:
         text += (

@@ -39,7 +39,8 @@ def outlook(
         "billion tokens"
     )
     if config.train.epochs is not None:  # the length of the data is not known yet
-        return [line]
+        times = f"{config.train.epochs:g} times those of the data, which lowres data inspect counts"
+        return [f"{line}; the run has {times}"]
     what = "the rest of the run" if done else "the run"
     line += (
         f"; {what}, {pace.count(left * tokens)} tokens, takes {pace.in_words(seconds)} and ends "

@@ -16,7 +16,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowres.catalogue import EVERYTHING, ONLY_MATRICES, RULES, WEIGHT_FORMATS, WITHOUT_NORMS
-from lowres.config import PRESET_VOCAB, PRESETS, Config, DataConfig, MixturePart, ModelConfig, OneOf, Section
+from lowres.config import (
+    PRESET_VOCAB,
+    PRESETS,
+    SHAPE_KEYS,
+    Config,
+    DataConfig,
+    MixturePart,
+    ModelConfig,
+    OneOf,
+    Section,
+)
 from lowres.config_file import is_list_of_tables, to_values
 
 WIDTH = 100  # of a comment
@@ -78,9 +88,25 @@ def _live(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             if found[section].get(key) != value and key not in live[section]
         ]
         if not missing:
-            return live
+            return _without_what_follows(live, values)
         for section, key in missing:
             live[section][key] = values[section][key]
+
+
+def _without_what_follows(
+    live: dict[str, dict[str, Any]], values: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The live keys that others do not imply: whoever edits the file changes a key in one place."""
+    tied = values["optim"].get("batch_policy") == "linear"  # the ratio was given
+    following = [("optim", "lr" if tied else "lr_over_batch"), ("optim", "batch_policy")]
+    if "preset" in values["model"]:
+        following += [("model", key) for key in SHAPE_KEYS]
+    for section, key in following:
+        fewer = copy.deepcopy(live)
+        given = fewer.get(section, {}).pop(key, None) is not None
+        if given and to_values(Config.model_validate(copy.deepcopy(fewer))) == values:
+            live = fewer
+    return live
 
 
 def _comment(text: str) -> list[str]:

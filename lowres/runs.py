@@ -142,12 +142,13 @@ class OpenRun(NamedTuple):
 @dataclass(frozen=True)
 class Trained:
     """A trained model on the disk. config: of its run, as it is used here. load: gives its weights to an
-    engine."""
+    engine. has_data: whether the config says what it was trained on."""
 
     config: Config
     tokenizer: Tokenizer
     adapted: bool
     load: Callable[[Engine], None]
+    has_data: bool = False
 
     def open(self, texts: int = 1, length: int | None = None, evaluates: bool = True) -> OpenRun:
         """Plan its use, and read its weights. texts, length, evaluates: see `memory.plan_use`. Raises
@@ -190,9 +191,8 @@ def find_run(folder: str | Path, device: str | None = None, packed: bool = True)
     if not packed:
         config = with_values(config, "data", document_mask=False)
     tokenizer = open_tokenizer(tokenizer_of(folder, found), form="own")
-    return Trained(
-        config, tokenizer, config.relora.stored_at(state.step), lambda engine: load_weights(engine, found)
-    )
+    adapted = config.relora.stored_at(state.step)
+    return Trained(config, tokenizer, adapted, lambda engine: load_weights(engine, found), bool(state.data))
 
 
 def load_weights(engine: Engine, found: Path) -> None:

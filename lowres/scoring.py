@@ -1,4 +1,4 @@
-"""The scores of a run's model on its validation data or another source, as the run itself evaluates."""
+"""The scores of a model on the validation data of its run or on another source, as a run itself evaluates."""
 
 from __future__ import annotations
 
@@ -27,16 +27,21 @@ from lowres.device import pick_device
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
+from lowres.exchange import find_model
 from lowres.objective import Preference, make_objective
 from lowres.ranks import say
-from lowres.runs import load_weights, newest, open_run
+from lowres.runs import load_weights, newest
 from lowres.start import begin_weights
 
 
-def score_run(folder: Path, asked: DataConfig | None) -> dict[str, float]:
+def score(folder: Path, asked: DataConfig | None) -> dict[str, float]:
     """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many tokens
-    these are. asked: another source, and how to read it. Prints notes. Raises UserError."""
-    config, engine, tokenizer = open_run(folder)
+    these are. folder: a run, a checkpoint or a Hugging Face folder. asked: another source, and how to read
+    it; None for the data of the run. Prints notes. Raises UserError."""
+    model = find_model(folder)
+    if asked is None and not model.has_data:
+        raise UserError(f"--data: {folder} was not trained here, so it has no data; give a SOURCE")
+    config, engine, tokenizer = model.open()
     objective = make_objective(config.objective)
     if not isinstance(objective, Preference):
         windows = _windows(asked, config, tokenizer)

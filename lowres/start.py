@@ -38,6 +38,7 @@ from lowres.data import (
     MixedData,
     cache_bytes,
     find_tokenizer,
+    is_prepared,
     open_data,
     open_tokenizer,
     with_tokenizer,
@@ -250,6 +251,16 @@ def with_epochs(config: Config, data: Data) -> Config:
     return with_values(config, "train", epochs=None, tokens=tokens)
 
 
+def with_prepared(config: Config) -> tuple[Config, list[str]]:
+    """The config of a plan with the vocabulary and the length of its text if that is prepared already, and
+    notes. What else a run reads is known when it starts. Raises UserError if a run would refuse the text."""
+    if config.data.mixture or config.objective.name != "pretrain" or not is_prepared(config.data.source):
+        return config, []
+    data = open_data(config.data, config.model.vocab_size, config.run.seed, progress=False)
+    config = with_epochs(config.with_vocab(config.model.vocab_size or data.vocab_size), data)
+    return config, _on_the_passes(config, data, None)
+
+
 def _meet(config: Config, device: torch.device) -> None:
     """Join the ranks of the run. Refuse what is not possible with several ranks, or without DeepSpeed."""
     engine, streams = config.memory.engine, list(filter(is_stream, config.data.sources))
@@ -381,13 +392,17 @@ def _on_the_passes(config: Config, data: Data, state: State | None) -> list[str]
     passes = (used + (config.train.total_steps - step) * config.batch_sequences) / length
     if passes <= 1:
         return []
-    note = f"the run reads its {data.train_tokens:,} training tokens {passes:,.3g} times"
+    note = f"the run reads its {data.train_tokens:,} training tokens {_times(passes)} times"
     if passes > WORTHWHILE:
         note += (
             f"; after about {WORTHWHILE} times a text teaches little more (arXiv 2305.16264): give more "
             f"text, or set train.epochs={WORTHWHILE}"
         )
     return [note]
+
+
+def _times(passes: float) -> str:
+    return f"{passes:.3g}" if passes < 100 else f"{passes:,.0f}"
 
 
 def _on_the_chats(config: Config, data: ChatData) -> list[str]:

@@ -30,6 +30,23 @@ def test_changed_configs_read_back(changed: str, tmp_path: Path) -> None:
     same_after_reading(load_config("configs/tiny.toml", changed.split())[0], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changed, given, following",
+    [
+        ("", {"preset", "batch_tokens"}, {"dim", "ffn_dim", "lr", "lr_over_batch", "batch_policy"}),
+        ("optim.lr=0.002", {"lr", "batch_tokens"}, {"lr_over_batch", "batch_policy"}),
+        ("optim.lr_over_batch=0.001", {"lr_over_batch", "batch_tokens"}, {"lr", "batch_policy"}),
+    ],
+)
+def test_what_follows_from_other_keys_is_a_comment(
+    changed: str, given: set[str], following: set[str]
+) -> None:
+    """So whoever edits the file changes a key in one place."""
+    text = commented(load_config("configs/llama_1b_8gb.toml", changed.split())[0])
+    live = {key for section in tomllib.loads(text).values() for key in section}
+    assert given <= live and not following & live
+
+
 def same_after_reading(config: Config, folder: Path) -> None:
     text = commented(config)
     (folder / "written.toml").write_text(text)

@@ -59,6 +59,24 @@ def test_changes_are_what_a_run_with_them_would_have() -> None:
     assert found.changes[0].keys == {"memory.weights": "int8"} and rates[0] == max(rates)
 
 
+def test_another_optimizer_is_planned_with_its_own_keys() -> None:
+    config = make_config(
+        model=WIDE,
+        data={"seq_len": 256},
+        train={"batch_tokens": 65536, "steps": 100},
+        optim={"name": "adamw", "lr": 1e-4},
+        memory={"weights": "int8", "moments": "int8", "master": "host"},
+    )
+    plan = make_plan(config, CUDA)
+    (change,) = (one for one in explain.dials(config, plan) if "optim.name" in one.keys)
+    assert change.keys == {"optim.name": "apollo-mini"}
+    given = {section: config.model_dump()[section] for section in ("model", "data", "train", "memory")}
+    fresh = Config.model_validate(given | {"optim": {"name": "apollo-mini"}})
+    assert explain.with_keys(config, change.keys) == fresh
+    asked = explain.asks_for_host(config)
+    assert "In host memory between uses, as the config says: opt" in explain.memory_in_words(plan, asked)
+
+
 def change_of(name: str, gib: float, rate: float, fits: bool = True) -> Change:
     plan = make_plan(config_of(), CUDA)
 
@@ -131,7 +149,7 @@ def test_the_command(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(capsys.readouterr().out)["explained"]
     assert told["speed"] == "" and all(c["tokens_per_s"] is None for c in told["changes"])
     # what does not fit is explained as well
-    assert main(["plan", str(config), "--explain", "--set", "memory.budget_gib=0.001"]) == 3
+    assert main(["plan", str(config), "--explain", "--set", "memory.budget_gib=0.0001"]) == 3
     assert "no change of one key makes it fit" in capsys.readouterr().out
     for wrong, word in (
         (["--hours", "2"], "--explain"),

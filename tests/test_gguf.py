@@ -33,11 +33,11 @@ from lowres.data.tokenizer import exported as exported_tokenizer
 from lowres.data.tokenizer.base import PROBES, SPACE
 from lowres.data.tokenizer.sentencepiece_file import Type
 from lowres.errors import DoesNotFit, UserError
-from lowres.exchange import gguf_file, target
+from lowres.exchange import export, open_model, target
 from lowres.exchange.gguf_file import export_gguf
 from lowres.model import Llama, rope_tables, rotate
 from lowres.storage import TensorSpec, Unit, UnitSpec
-from tests.helpers import make_units
+from tests.helpers import make_config, make_units, save_run, weights_by_unit
 
 VOCAB = 420
 SMALL = ModelConfig(
@@ -92,6 +92,7 @@ class Model:
     path: Path = Path("a model")
     alive: int = 0
     kind: str = "fp32"
+    trained_on_text: bool = True
     about: str = "a model in memory"
     notes: list[str] = field(default_factory=list)
     _given: list[weakref.ref[Weight]] = field(default_factory=list)
@@ -388,11 +389,15 @@ def sentencepiece_model(**more: Any) -> bytes:
     return model.getvalue()
 
 
-def with_tokenizer(content: bytes, folder: Path) -> tuple[Tokenizer, dict[str, Any], list[str]]:
+def with_tokenizer(
+    content: bytes, folder: Path, trained_on_text: bool = True
+) -> tuple[Tokenizer, dict[str, Any], list[str]]:
     """The tokenizer, the keys of a file with it, and the notes."""
     path = folder / ("tokenizer.json" if content[:1] == b"{" else "tokenizer.model")
     path.write_bytes(content)
-    reader, lines = exported(make_model(SMALL, tokenizer=path), folder, "fp32")
+    model = make_model(SMALL, tokenizer=path)
+    model.trained_on_text = trained_on_text
+    reader, lines = exported(model, folder, "fp32")
     notes = [line.removeprefix("note: ") for line in lines if line.startswith("note: ")]
     return open_tokenizer(path, form="own"), keys(reader), notes
 
@@ -580,15 +585,56 @@ def test_text_that_llama_cpp_takes_for_a_token_is_said(tmp_path: Path) -> None:
     assert notes == ["llama.cpp may take the text '<s>' in a document for the token of this name"]
 
 
-def test_what_came_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chat template; and where a model is only converted, whether its tokenizer puts bos in front."""
+def test_what_came_along(tmp_path: Path) -> None:
+    """The chat template; and of a model that was not trained on text here, whether its tokenizer puts bos in
+    front."""
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
     assert about["tokenizer.chat_template"] == "{{ messages }}" and about["tokenizer.ggml.add_bos_token"]
     (tmp_path / "model.gguf").unlink()
-    monkeypatch.setattr(gguf_file, "FolderModel", Model)
-    _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path)
+    _, about, _ = with_tokenizer(bytes_json(BYTES), tmp_path, trained_on_text=False)
     assert not about["tokenizer.ggml.add_bos_token"]
+
+
+CHATS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    "objective, step, on_text", [("pretrain", 3, True), ("sft", 3, False), ("pretrain", 0, False)]
+)
+def test_what_begins_a_text_and_ends_an_answer(
+    objective: str, step: int, on_text: bool, tmp_path: Path
+) -> None:
+    """Chats of ours, and a model that was only imported, need not begin with bos. Whatever opens an export of
+    chats has to stop where an answer ends."""
+    config = make_config(
+        objective={"name": objective}, model={"vocab_size": VOCAB}, memory={"weights": "fp32"}
+    )
+    run = tmp_path / "run"
+    library = tokenizers.Tokenizer.from_str(bytes_json(BYTES).decode())
+    library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(CHATS)
+    run.mkdir()
+    (run / "tokenizer.json").write_bytes(open_tokenizer(tmp_path).content)
+    end = library.token_to_id("<|im_end|>")
+    save_run(run, config, weights_by_unit(make_units(config.model)), step)
+    assert open_model(run).trained_on_text == on_text
+    export(run, tmp_path / "hf")
+    ids = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    export(run, tmp_path / "model.gguf")
+    about = keys(gguf.GGUFReader(tmp_path / "model.gguf"))
+    assert about["tokenizer.ggml.add_bos_token"] == on_text
+    card = (tmp_path / "hf" / "README.md").read_text()
+    if objective == "sft":
+        assert end in ids and about["tokenizer.ggml.eot_token_id"] == end
+        assert "Tuned on chats (sft)" in card and "apply_chat_template" in card
+    else:
+        assert isinstance(ids, int) and "tokenizer.ggml.eot_token_id" not in about
+        assert "apply_chat_template" not in card
 
 
 def test_ids_only(tmp_path: Path) -> None:

@@ -571,6 +571,7 @@ def test_an_imported_model_is_a_run_that_has_not_begun(
     assert lowres_here("sample", run, "--prompt", "def ", "--tokens", 5).stdout.startswith("def ")
     scores = json.loads(lowres_here("eval", run, "--data", corpus / "cmd.py", "--json").stdout)
     assert 5 < scores["val_loss"] < 60
+    assert "it has no data; give a SOURCE" in lowres_here("eval", run, code=2).stderr
     again = lowres_here("import", run, tmp_path / "again", "--set", "memory.weights=fp32").stdout
     assert "step 0 of a run, int8" in again and "the matrices by nothing" in again
     for arguments, said in (

@@ -10,7 +10,6 @@ import torch
 from lowres.config import Config
 from lowres.config_file import load_config, parse_config
 from lowres.memory import GIB, Choice, Plan, make_plan
-from lowres.memory.trace import Tracer, tracer
 from lowres.meter import LiveTensors
 from lowres.model import initialize
 from lowres.rooms import GPU, HOST, Component, Homes, Rooms
@@ -316,15 +315,6 @@ def test_auto_takes_the_largest_micro_batch_within_the_budget() -> None:
     assert planned(budget * 1.0001) == 3
     config = make_config(model=MODEL, memory={"budget_gib": 0.001})
     assert "memory.budget_gib" in make_plan(config, CPU).problems[0]
-
-
-def test_rates_alone_make_no_other_trace() -> None:
-    rates: list[dict[str, object]] = [{"lr": 1e-4}, {"lr": 0.1, "embed_lr": 1e-3, "norm_lr": 1e-3}]
-    one, other = (make_config(optim={"name": "adamw"} | own) for own in rates)
-    assert tracer(one, "cpu", None) is tracer(other, "cpu", None)
-    assert Tracer(one, "cpu", None).updates() == Tracer(other, "cpu", None).updates()
-    decayed = make_config(optim={"name": "adamw", "weight_decay": 0.1})
-    assert tracer(one, "cpu", None) is not tracer(decayed, "cpu", None)
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.toml")), ids=lambda p: p.name)

@@ -89,8 +89,8 @@ def test_the_outlook_of_a_run() -> None:
     assert line.endswith("the run, 224,000 tokens, takes 33 min and ends at 19:03")
     (line,) = outlook(config_of(), 2.0, "", NOW, done=400, more_s=600)
     assert line.endswith("the rest of the run, 134,000 tokens, takes 30 min and ends at 19:00")
-    # epochs: what a plan does not know
-    assert "the run" not in outlook(config_of(steps=None, epochs=1), 2.0, "", NOW)[0]
+    (line,) = outlook(config_of(steps=None, epochs=1.5), 2.0, "", NOW)
+    assert line.endswith("; the run has 1.5 times those of the data, which lowres data inspect counts")
 
 
 def test_a_long_run_gets_a_goal() -> None:
@@ -186,6 +186,19 @@ def test_refusals_and_hints(config: Path) -> None:
     assert "use one of RTX 3060" in lowres_here("plan", config, "--card", "Voodoo", code=2).stderr
     other = ("--set", "memory.engine=autograd", "--card", "4090")
     assert "memory.engine=autograd" in lowres_here("plan", config, *other, code=2).stderr
+
+
+def test_a_plan_knows_data_that_are_prepared(config: Path, prepared: Path) -> None:
+    """Their vocabulary, and how long an epoch is."""
+    shown = lowres_here(
+        "plan", config, "--card", "4090", "--set", "train.epochs=3", "--set", "data.vocab_size=999"
+    )
+    manifest = json.loads((prepared / "data.json").read_text())
+    tokens = 3 * sum((one["tokens"] - 1) // 64 * 64 for one in manifest["train"])
+    assert f"the run, {pace.count(-(-tokens // 1024) * 1024)} tokens, takes " in shown.stdout
+    assert "training tokens 3 times" in shown.stderr
+    planned = json.loads(lowres_here("plan", config, "--json").stdout)
+    assert planned["parameters"] == 500 * 32 * 2 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
 
 
 @pytest.mark.parametrize(

@@ -308,3 +308,11 @@ def calls_to_plan(config: Config) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+def test_rates_share_a_trace_and_what_allocates_does_not() -> None:
+    def of(**optim: float) -> Tracer:
+        return trace.tracer(make_config(optim={"name": "adamw", "lr": 0.01} | optim), "cpu", None)
+
+    assert of() is of(lr=0.02, embed_lr=0.1, norm_lr=0.3)
+    assert of() is not of(weight_decay=0.1) and of() is not of(grad_clip=1.0)

@@ -356,8 +356,15 @@ def test_the_command_takes_any_model(run: Path, tmp_path: Path) -> None:
     assert lowres_here("sample", newest, *how).stdout == wanted
     older = run / "checkpoints" / "step_00000002"
     assert lowres_here("sample", older, *how).stdout != wanted
-    lowres_here("export", run, tmp_path / "hf", "--dtype", "fp32")
-    assert lowres_here("sample", tmp_path / "hf", *how).stdout == wanted
+    hf, text = tmp_path / "hf", tmp_path / "text.txt"
+    lowres_here("export", run, hf, "--dtype", "fp32")
+    assert lowres_here("sample", hf, *how).stdout == wanted
+    text.write_text("def words(self):\n    return self\n" * 20)
+    own, theirs = (
+        json.loads(lowres_here("eval", model, "--data", text, "--json").stdout) for model in (newest, hf)
+    )
+    assert theirs == pytest.approx(own)
+    assert "was not trained here" in lowres_here("eval", hf, code=2).stderr
     for path, more, reason in (
         (
             run / "config.toml",
@@ -372,7 +379,6 @@ def test_the_command_takes_any_model(run: Path, tmp_path: Path) -> None:
         (run, ["--json", "--interactive"], "--json: "),
     ):
         assert reason in lowres_here("sample", path, *more, code=2).stderr
-    assert "make a run of it with `lowres import" in lowres_here("eval", tmp_path / "hf", code=2).stderr
 
 
 def test_streamed_weights_and_too_little_memory(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

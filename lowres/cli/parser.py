@@ -295,8 +295,12 @@ def _add_use(commands: Commands) -> None:
     sub = _command(
         commands, "eval", "use:run_eval", "Loss, perplexity, bits per byte; of pairs also accuracy."
     )
-    sub.add_argument("run", type=Path, metavar="RUN_DIR")
-    sub.add_argument("--data", metavar="SOURCE", help="what to evaluate on (default: the validation data)")
+    sub.add_argument(
+        "model", type=Path, metavar="MODEL", help="a run, a checkpoint, or a Hugging Face folder"
+    )
+    sub.add_argument(
+        "--data", metavar="SOURCE", help="what to evaluate on (default: the validation data of the run)"
+    )
     _add_data_set(sub)
     _add_tasks(sub, "tasks of lm-evaluation-harness instead, such as hellaswag,arc_easy (needs lm_eval)")
     sub.add_argument(
@@ -401,9 +405,11 @@ def _names(text: str) -> list[str]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    """Also 5_000_000, as the configs and our own messages write it."""
+    digits = text.replace("_", "")
+    if not digits.isdigit() or int(digits) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return int(digits)
 
 
 def _not_negative(text: str) -> int:

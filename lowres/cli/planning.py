@@ -22,13 +22,20 @@ from lowres.optim.overview import overview, table
 from lowres.outlook import outlook
 from lowres.probe import forecast, predict, probe, step_flops
 from lowres.probe.roofline import Estimate, estimate
+from lowres.ranks import say
 from lowres.speed import bench, with_random_tokens
+from lowres.start import with_prepared
 
 
 def _load(parsed: argparse.Namespace) -> Config:
-    """The config with the model of `run.init_from`, which a run reads when it starts."""
+    """The config with what a run reads when it starts: the model of `run.init_from`, and prepared data."""
     config = load(parsed)
-    return with_model_of(config, open_model(config.run.init_from)) if config.run.init_from else config
+    if config.run.init_from:
+        config = with_model_of(config, open_model(config.run.init_from))
+    config, notes = with_prepared(config)
+    for note in notes:
+        say(f"note: {note}")
+    return config
 
 
 def run_plan(parsed: argparse.Namespace) -> None:

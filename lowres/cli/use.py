@@ -9,8 +9,8 @@ from lowres import harness, ranks, session
 from lowres.cli.tasks import refuse_without_tasks
 from lowres.config_file import data_config
 from lowres.errors import UserError
-from lowres.runs import open_run
-from lowres.scoring import score_run
+from lowres.exchange import find_model
+from lowres.scoring import score
 from lowres.wording import counted
 
 
@@ -31,7 +31,7 @@ def run_eval(parsed: argparse.Namespace) -> None:
     if parsed.set and not parsed.data:
         raise UserError("--set: says how to read a source; give it with --data")
     asked = data_config(parsed.data, parsed.set) if parsed.data else None
-    scores = score_run(parsed.run, asked)
+    scores = score(parsed.model, asked)
     print(json.dumps(scores) if parsed.json else _scores_text(scores))
 
 
@@ -53,7 +53,7 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
         if getattr(parsed, option):
             raise UserError(f"--{option}: tasks have data of their own; leave it out, or leave --tasks out")
     tasks = harness.load_tasks(parsed.tasks, parsed.include_path)
-    config, engine, tokenizer = open_run(parsed.run, packed=False, texts=harness.TEXTS)
+    config, engine, tokenizer = find_model(parsed.model, packed=False).open(harness.TEXTS)
     texts = engine.settings.texts
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot, texts)
     if found.shortened:

@@ -31,7 +31,7 @@ from lowres.data.chat.opening import open_other_chats
 from lowres.data.inspection import inspect
 from lowres.data.mixing import cache_bytes, open_data, with_tokenizer
 from lowres.data.mixture import MixedData, record_of_one
-from lowres.data.opening import open_text, refuse_ends, source_as_asked, source_of
+from lowres.data.opening import is_prepared, open_text, refuse_ends, source_as_asked, source_of
 from lowres.data.overlap import overlap
 from lowres.data.prepare import prepare
 from lowres.data.tokenizer import FILE_NAMES, Tokenizer, find_tokenizer, open_tokenizer
@@ -46,6 +46,7 @@ __all__ = [
     "cache_bytes",
     "find_tokenizer",
     "inspect",
+    "is_prepared",
     "open_data",
     "open_other_chats",
     "open_text",

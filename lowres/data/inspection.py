@@ -96,8 +96,10 @@ class ChatCount(Count):
         each = self.messages / max(1, self.documents)
         made = [f"{about}{counted(self.messages, 'message')}, {each:.3g} in one of the {self.form}"]
         if self.bad:
-            rows = counted(self.bad, "row is", "rows are")
-            made.append(f"{about}{rows} no {self.form}; the first: {self.first_bad}")
+            rows = (
+                f"{self.bad:,} rows are no {self.form}" if self.bad > 1 else f"a row is no {self.form[:-1]}"
+            )
+            made.append(f"{about}{rows}; the first: {self.first_bad}")
         return made
 
 

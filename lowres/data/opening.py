@@ -366,6 +366,11 @@ def as_prepared(source: str) -> Path | None:
     )
 
 
+def is_prepared(source: str) -> bool:
+    """Whether a source is a prepared folder of text. Raises UserError if it is one that was not finished."""
+    return as_prepared(source) is not None
+
+
 def _token_listing(source: Source) -> Listing | None:
     """The files of a source that holds token ids; None if it is anything else."""
     if is_stream(source) or source.name == "stdlib" or as_prepared(source.name) is not None:

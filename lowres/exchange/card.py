@@ -20,11 +20,11 @@ from lowres.config import Config, DataConfig
 from lowres.config_file import load_resolved, with_values
 from lowres.errors import UserError
 from lowres.exchange.families import Family
-from lowres.exchange.stored import StoredModel, TrainedModel
+from lowres.exchange.stored import StoredModel, TrainedModel, is_tuned
 from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
 from lowres.text import is_stream
-from lowres.text.source import hub_name
+from lowres.text.source import PAIRS, hub_name
 from lowres.wording import command
 
 README, PICTURE = "README.md", "loss.png"
@@ -32,6 +32,11 @@ _ROWS, _COLUMNS = 10, 60  # of the table of losses; of the curve
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CACHED = re.compile("models--(.+)")  # a folder in the cache of the hub's library
 _MOST_PARENTS = 16
+_OF_TEXT = 'tokenizer("Once", return_tensors="pt")'
+_OF_CHATS = """\
+tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
-tokens = tokenizer("Once", return_tensors="pt")
+tokens = TOKENS
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=100)[0], skip_special_tokens=True))
 ```
 """
@@ -64,10 +69,10 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
     until = [record for record in records if record["step"] <= model.state.step]
     config, found = model.config, {}
     sections = [
-        f"Pretrained with lowres on {model.state.tokens:,} tokens.",
+        f"{_how(config)} with lowres on {model.state.tokens:,} tokens.",
         "## Training",
         _table(("", ""), _settings(model, dtype)),
-        *_losses(until),
+        *_losses(until, config.objective.form),
     ]
     picture = model.run / PICTURE
     if len(until) == len(records) and picture.is_file():
@@ -78,6 +83,13 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
     sections += _versions(model, dtype)
     text = _card(model, family, config.run.name, base, config.data.sources, sections)
     return {README: text.encode(), **found}
+
+
+def _how(config: Config) -> str:
+    """The verb for what a run has done."""
+    if config.objective.name != "pretrain":
+        return f"Tuned on {config.objective.form} ({config.objective.name})"
+    return "Trained further" if config.run.init_from else "Pretrained"
 
 
 def without_places(config: Config) -> Config:
@@ -134,7 +146,8 @@ def _card(
         f"{shape.n_layers} layers, {shape.dim} wide, {shape.n_heads} heads, {shape.vocab:,} tokens in the "
         "vocabulary."
     )
-    parts = ["\n".join(("---", *lines, "---")), f"# {name}", head, *sections, "## Use", _USE]
+    use = _USE.replace("TOKENS", _OF_CHATS if is_tuned(model) else _OF_TEXT)
+    parts = ["\n".join(("---", *lines, "---")), f"# {name}", head, *sections, "## Use", use]
     return "\n\n".join(parts)
 
 
@@ -167,8 +180,8 @@ def _of_sources(data: DataConfig) -> list[str]:
     return [f"{part.weight / total:.1%} {_code(str(_name(part.source)))}" for part in data.mixture]
 
 
-def _losses(records: list[dict[str, Any]]) -> list[str]:
-    """Sections with a table and a curve of the losses."""
+def _losses(records: list[dict[str, Any]], form: str) -> list[str]:
+    """Sections with a table and a curve of the losses. form: of what was trained on, see `Source`."""
     steps = [r for r in records if r.get("loss") is not None]
     evaluations = {r["step"]: r for r in records if r.get("val_loss") is not None}
     if not steps:
@@ -186,7 +199,7 @@ def _losses(records: list[dict[str, Any]]) -> list[str]:
     names = ("step", "training loss", "validation loss", "perplexity", "bits per byte")
     found = [
         "## Loss",
-        "In nats per token; the training loss is that of one step.",
+        f"In nats per {'pair' if form == PAIRS else 'token'}; the training loss is that of one step.",
         _table(names, rows),
     ]
     if len(steps) > 1:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowres.config import ModelConfig
+from lowres.data import open_tokenizer
 from lowres.errors import UserError
 from lowres.exchange.gguf_tokenizer import vocabulary_of
 from lowres.exchange.gguf_weights import (
@@ -32,7 +33,7 @@ from lowres.exchange.gguf_weights import (
     row_bytes,
     sums,
 )
-from lowres.exchange.stored import FolderModel, StoredModel, TrainedModel
+from lowres.exchange.stored import StoredModel, TrainedModel, answer_ends, is_tuned
 from lowres.exchange.target import whole
 from lowres.model import rope_frequencies, unit_specs
 from lowres.storage import TensorSpec
@@ -75,7 +76,9 @@ def export_gguf(model: StoredModel, out: Path, dtype: str) -> list[str]:
     """
     gguf = library()
     architecture = _architecture(model.model)
-    vocabulary = vocabulary_of(model.tokenizer, model.model.vocab, trained=not isinstance(model, FolderModel))
+    vocabulary = vocabulary_of(model.tokenizer, model.model.vocab, model.trained_on_text)
+    if model.tokenizer is not None and is_tuned(model):
+        vocabulary.answer_end = next(iter(answer_ends(model, open_tokenizer(model.tokenizer, "own"))), None)
     specs = [spec for unit in unit_specs(model.model) for spec in unit.tensors]
     nbytes = _HEADER_BYTES + _TOKEN_BYTES * len(vocabulary.tokens)
     nbytes += sum(_nbytes(spec, forms(dtype, "fp32", spec.shape)[0][0]) for spec in specs)

@@ -41,6 +41,7 @@ class Vocabulary:
     pre: str = ""
     bos: int | None = None
     eos: int | None = None
+    answer_end: int | None = None
     unknown: int | None = None
     adds_bos: bool = True
     adds_prefix: bool = False
@@ -61,6 +62,7 @@ class Vocabulary:
         for add, value in (
             (writer.add_bos_token_id, self.bos),
             (writer.add_eos_token_id, self.eos),
+            (writer.add_eot_token_id, self.answer_end),
             (writer.add_unk_token_id, self.unknown),
         ):
             if value is not None:
@@ -81,10 +83,10 @@ class Vocabulary:
             self.scores += [0.0] * missing
 
 
-def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
-    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. trained: with this program,
-    where bos begins every document; otherwise bos is put in front of a text if the tokenizer, as it came,
-    does so. Raises UserError if llama.cpp has no such tokenizer."""
+def vocabulary_of(path: Path | None, size: int, trained_on_text: bool) -> Vocabulary:
+    """The vocabulary for an embedding of `size` rows. path: the tokenizer's file. trained_on_text: see
+    `StoredModel`; if not, bos is put in front of a text if the tokenizer, as it came, does so. Raises
+    UserError if llama.cpp has no such tokenizer."""
     if path is None:
         return Vocabulary(notes=["the model has no tokenizer: the file takes and gives ids only"])
     tokenizer = open_tokenizer(path, form="own")
@@ -100,7 +102,7 @@ def vocabulary_of(path: Path | None, size: int, trained: bool) -> Vocabulary:
     else:
         assert isinstance(tokenizer, JsonTokenizer)
         found = _of_json(tokenizer)
-    found.adds_bos = trained or tokenizer.bos_id in tokenizer.around
+    found.adds_bos = trained_on_text or tokenizer.bos_id in tokenizer.around
     found.bos = tokenizer.bos_id
     found.eos = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     found.chat_template = tokenizer.chat_template

@@ -30,7 +30,7 @@ from lowres.exchange.describing import config_json, family_of, needs_zero_biases
 from lowres.exchange.families import CONFIG_JSON, Family, zero_biases
 from lowres.exchange.own import OWN, write_tokenizer
 from lowres.exchange.scales import write_scales
-from lowres.exchange.stored import FolderModel, StoredModel, StoredWeight, TrainedModel
+from lowres.exchange.stored import FolderModel, StoredModel, StoredWeight, TrainedModel, answer_ends
 from lowres.exchange.target import whole
 from lowres.model import unit_specs
 from lowres.ranks import say
@@ -54,7 +54,7 @@ def export_folder(model: StoredModel, out: Path, dtype: str, shard_bytes: int = 
     files = _tokenizer_files(model, tokenizer)
     family = family_of(model.model, files.get(JsonTokenizer.file_name))
     described = _described(model, family, tokenizer, dtype)
-    texts = {CONFIG_JSON: _json(described), GENERATION: _generation(model, described), **files}
+    texts = {CONFIG_JSON: _json(described), GENERATION: _generation(model, described, tokenizer), **files}
     texts |= card.files(model, family, dtype)
     fields, cast, scales = _fields(model.model, family, DTYPES[dtype]), Cast(dtype), dict[str, Tensor]()
     small = sum(map(len, texts.values())) + (len(tokenizer.content) if tokenizer else 0)
@@ -122,18 +122,22 @@ def _described(model: StoredModel, family: Family, tokenizer: Tokenizer | None, 
     return config_json(shape, family, ids | {"dtype": _NAMES[dtype], "torch_dtype": _NAMES[dtype]})
 
 
-def _generation(model: StoredModel, described: dict[str, Any]) -> bytes:
-    """The content of generation_config.json: as it was, or where a text begins and ends."""
+def _generation(model: StoredModel, described: dict[str, Any], tokenizer: Tokenizer | None) -> bytes:
+    """The content of generation_config.json: as it was, or where a text begins, and where it or an answer
+    ends."""
     path = model.path / GENERATION
     if isinstance(model, FolderModel) and path.is_file():
         with disk.named(path, "read"):
             return disk.read_whole(path, limit=1 << 24)
-    return _json({key: described[key] for key in _IDS if described[key] is not None})
+    found = {key: described[key] for key in _IDS if described[key] is not None}
+    if tokenizer is not None and (more := answer_ends(model, tokenizer)):
+        found["eos_token_id"] = [tokenizer.end_id, *more]
+    return _json(found)
 
 
 def _tokenizer_files(model: StoredModel, tokenizer: Tokenizer | None) -> dict[str, bytes]:
     """What other programs read of a tokenizer, by name."""
-    found = exported(tokenizer) if tokenizer else Exported()
+    found = exported(tokenizer, model.trained_on_text) if tokenizer else Exported()
     notes = list(found.notes)
     if tokenizer is None or not tokenizer.has_text:
         what = "has no tokenizer" if tokenizer is None else "knows token ids without text"

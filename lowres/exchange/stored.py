@@ -22,6 +22,7 @@ from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.config.checks import check
 from lowres.config_file import filled
 from lowres.data import Tokenizer, find_tokenizer
+from lowres.data.chat import open_template
 from lowres.errors import UserError
 from lowres.exchange.families import CONFIG_JSON, describe, zero_biases
 from lowres.exchange.folder import WeightsFolder
@@ -55,13 +56,15 @@ class StoredWeight(Protocol):
 
 class StoredModel(Protocol):
     """path: as the user gave it. model: without a preset. kind: the number format in which its matrices are
-    stored (without adapters). tokenizer: its file, or None. about: what it is, in a few words. notes: what
-    the user should know of it."""
+    stored (without adapters). tokenizer: its file, or None. trained_on_text: here, where bos begins every
+    document; chats begin as their template writes them. about: what it is, in a few words. notes: what the
+    user should know of it."""
 
     path: Path
     model: ModelConfig
     kind: str
     tokenizer: Path | None
+    trained_on_text: bool
     about: str
     notes: list[str]
 
@@ -85,6 +88,17 @@ def open_model(path: str | Path, step: int | None = None) -> StoredModel:
     return TrainedModel(path, step)
 
 
+def is_tuned(model: StoredModel) -> bool:
+    """Whether it was trained here on chats or on pairs of answers."""
+    return isinstance(model, TrainedModel) and model.config.objective.name != "pretrain"
+
+
+def answer_ends(model: StoredModel, tokenizer: Tokenizer) -> list[int]:
+    """The ids with which an answer of a model that was tuned here may end, beside the end of a document.
+    Raises UserError if its chat template cannot be read."""
+    return sorted(open_template(None, tokenizer).ends - {tokenizer.end_id}) if is_tuned(model) else []
+
+
 class TrainedModel:
     """The model of a run at a checkpoint, with its adapters merged in fp32. run: its folder. state: of the
     checkpoint."""
@@ -96,6 +110,8 @@ class TrainedModel:
         self.model = self.config.model.model_copy(update={"preset": None})
         self.kind = self.config.memory.weights
         self.tokenizer = _tokenizer(path, self.checkpoint)
+        # one that was only imported has not been trained
+        self.trained_on_text = self.config.objective.name == "pretrain" and self.state.step > 0
         self.about = f"step {self.state.step} of a run, {self.config.memory.weights}"
         self.notes: list[str] = []
         self._relora = self.config.relora if self.config.relora.stored_at(self.state.step) else None
@@ -165,6 +181,8 @@ class _OfCheckpoint:
 
 class FolderModel:
     """A Hugging Face folder. described: what its config.json says."""
+
+    trained_on_text = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -15,14 +15,14 @@ from lowres.runs import Trained, as_used, find_run
 from lowres.storage import FORMATS
 
 
-def find_model(path: str | Path) -> Trained:
+def find_model(path: str | Path, packed: bool = True) -> Trained:
     """The model of a run, a checkpoint or a Hugging Face folder. The weights of a folder stay in the number
-    format of its files, fp16 becomes bf16. Raises UserError."""
+    format of its files, fp16 becomes bf16. packed: see `open_run`. Raises UserError."""
     path = Path(path).expanduser()
     if path.is_file():
         raise UserError(f"{path}: is a file; give a run, a checkpoint, or a Hugging Face folder")
     if not os.path.lexists(path / CONFIG_JSON):
-        return find_run(path)
+        return find_run(path, packed=packed)
     prepare_cuda()
     origin = open_model(path)
     kind = origin.kind if origin.kind in FORMATS else "bf16"

@@ -150,10 +150,10 @@ _TRACED_BAND = 3
 
 def tracer(config: Config, kind: str, adapters: ReloraConfig | None) -> Tracer:
     """The traces of a run on a kind of device. They are cached by everything they depend on, because a run is
-    planned more than once, and the points of a sweep may differ in learning rates only."""
+    planned more than once. Learning rates are only numbers, so the points of a sweep share theirs."""
+    rates = {"lr", "embed_lr", "norm_lr", "lr_over_batch", "batch_policy"}
     homes = {f"{what}_on" for what in ("weights", "state", "stash", "carry")}
     budgets = {"budget_gib", "host_budget_gib", "rehearse"}
-    rates = {"lr", "lr_over_batch", "embed_lr", "norm_lr"}
     parts = [
         config.model.model_dump_json(exclude={"n_layers", "preset"}),
         config.memory.model_dump_json(exclude=homes | budgets | {"band"}),

@@ -33,11 +33,12 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def exported(tokenizer: Tokenizer) -> Exported:
-    """What a folder needs so that other programs have this tokenizer; nothing if it has ids only. Raises
-    UserError if a piece of its vocabulary is damaged."""
+def exported(tokenizer: Tokenizer, trained_on_text: bool = True) -> Exported:
+    """What a folder needs so that other programs have this tokenizer; nothing if it has ids only.
+    trained_on_text: whether its model was, with bos in front of every document. Raises UserError if a piece
+    of its vocabulary is damaged."""
     if isinstance(tokenizer, JsonTokenizer):
-        return _as_it_came(tokenizer)
+        return _as_it_came(tokenizer, trained_on_text)
     if isinstance(tokenizer, SentencePieceTokenizer):
         try:
             return _converted(tokenizer)
@@ -48,7 +49,7 @@ def exported(tokenizer: Tokenizer) -> Exported:
     return Exported()
 
 
-def _as_it_came(tokenizer: JsonTokenizer) -> Exported:
+def _as_it_came(tokenizer: JsonTokenizer, trained_on_text: bool) -> Exported:
     description = tokenizer.as_it_came()
     files = {JsonTokenizer.file_name: _json(description)}
     files |= {name: text.encode() for name, text in tokenizer.companions.files.items()}
@@ -57,7 +58,7 @@ def _as_it_came(tokenizer: JsonTokenizer) -> Exported:
         files[CONFIG] = _config(tokenizer, tokens, description["model"].get("unk_token"))
     around = [tokens[i] for i in tokenizer.around]
     bos = tokens[tokenizer.bos_id]
-    if around == [bos]:
+    if around == [bos] or not trained_on_text:
         return Exported(files)
     return Exported(
         files,
