@@ -10,7 +10,7 @@ PRESETS := 7b-24gb 7b-12gb 7b-8gb 13b-24gb 1b-8gb 7b-24gb-deepspeed
 RELORA := tiny 7b-24gb
 TUNING := sft dpo
 
-.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) $(TUNING:%=smoltulu-%) smoke-7b-cpu test test-slow torture lint format clean
+.PHONY: help setup pretrain-tiny $(PRESETS:%=pretrain-%) $(RELORA:%=pretrain-relora-%) $(TUNING:%=smoltulu-%) smoke-7b-cpu test test-slow test-install golden torture lint format clean
 
 help:
 	@echo "make pretrain-tiny      train a small LLaMA from scratch and print a sample (about 5 minutes on 2 cores)"
@@ -71,6 +71,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# the wheel in empty environments of Python 3.11 to 3.13, and the oldest packages; downloads gigabytes
+test-install: $(STAMP)
+	$(BIN)/python -m pytest -q -m install tests/test_install.py $(ARGS)
+
+# write tests/golden anew: what the command line, configs, runs and exit codes are now
+golden: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_golden.py --write-golden
 
 # ARGS="--soak 30": memory, open files and threads of a run of 30 minutes
 torture: $(STAMP)

@@ -34,6 +34,9 @@ from lowres.config import (
 )
 from lowres.errors import UserError
 
+# configs/ of the repository, which an installed package has here
+SHIPPED = Path(__file__).parent / "configs"
+
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[Config, list[str]]:
     """Read a TOML file, apply `section.key=value` overrides, check everything.
@@ -44,9 +47,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[C
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"config {path}: no such file; lowres comes with configs in the folder configs/"
-        ) from None
+        there = SHIPPED / path.name
+        known = f"there is {there}" if there.is_file() else f"lowres comes with configs in {SHIPPED}"
+        raise UserError(f"config {path}: no such file; {known}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: cannot be read as text ({error})") from None
     except tomllib.TOMLDecodeError as error:

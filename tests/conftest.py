@@ -27,6 +27,10 @@ torch.set_num_threads(1)
 prepare_cuda()  # tests that need a GPU have the settings of the program
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-golden", action="store_true", help="write the files of tests/golden anew")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # tests/test_gpu.py can be rehearsed on a CPU
     if not torch.cuda.is_available() and os.environ.get("LOWRES_GPU_TESTS_ON") != "cpu":
