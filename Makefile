@@ -65,9 +65,9 @@ smoke-7b-cpu: $(STAMP)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=2 $(if $(wildcard runs/smoke-7b/config.toml),--resume)
 	$(BIN)/lowres train $(SMOKE) --set train.steps=3 --resume
 
-# two processes with one thread each: threads do not speed up small tensors
+# two processes with one thread each: threads do not speed up small tensors. It ends with the slowest ten.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=10 $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -27,6 +27,8 @@ from lowres.config import (
     DataConfig,
     MixturePart,
     ModelConfig,
+    Section,
+    ValidationText,
     engine_defaults,
     name_of_source,
 )
@@ -151,6 +153,8 @@ def with_values(config: Config, section: str, **values: Any) -> Config:
 
 # names that are no paths: of sources, and of chat templates
 BUILT_IN = ("stdlib", "tulu", "chatml")
+# how the names of tasks end that are files
+YAML = (".yaml", ".yml")
 
 
 def filled(ours: ModelConfig, theirs: ModelConfig) -> ModelConfig:
@@ -176,14 +180,22 @@ def with_places(config: Config, saved: Config | None) -> Config:
     data, before = config.data, saved.data if saved else None
     changes: dict[str, Any] = {"cache": str(Path(data.cache).expanduser().absolute())}
     for key in ("source", "val_source", "tokenizer", "chat_template"):
-        kept = getattr(before, key) if before else None
-        changes[key] = _place(getattr(data, key), [kept] if kept else [])
+        own = getattr(before, key) if before else None
+        changes[key] = _place(getattr(data, key), [own] if own else [])
     if data.mixture:
         del changes["source"]
         known = before.sources if before else []
         changes["mixture"] = tuple(
             part.model_copy(update={"source": _place(part.source, known)}) for part in data.mixture
         )
+    kept = [text.source for text in before.validation] if before else []
+    changes["validation"] = tuple(
+        text.model_copy(update={"source": _place(text.source, kept)}) for text in data.validation
+    )
+    train = config.train
+    tasks = tuple(_place(name, []) if name.endswith(YAML) else name for name in train.eval_tasks)
+    more = _place(train.eval_tasks_folder, [saved.train.eval_tasks_folder or ""] if saved else [])
+    config = with_values(config, "train", eval_tasks=tasks, eval_tasks_folder=more)
     return with_values(config, "data", **changes)
 
 
@@ -211,6 +223,11 @@ def parse_config(values: dict[str, Any], origin: str = "config") -> tuple[Config
     return config, _notes(config, values)
 
 
+# lists of tables in [data]: what is in them, and what that is called
+TABLES: dict[str, tuple[type[Section], str]] = {
+    "mixture": (MixturePart, "part"),
+    "validation": (ValidationText, "text"),
+}
 # keys of [train] that set the length of a run, one at a time
 LENGTHS = ("steps", "tokens", "epochs")
 # keys of [memory] that a run chooses when it starts, if they are "auto"
@@ -277,8 +294,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target = values.setdefault(section, {})
     if not isinstance(target, dict):
         raise UserError(f"--set {override}: {section} is not a section")
-    if section == "data" and name.startswith("mixture."):
-        target, name = _part_of_mixture(target, name, override)
+    if section == "data" and (table := name.partition(".")[0]) in TABLES and table != name:
+        target, name = _row_of(table, target, name, override)
     if (section, name) == ("model", "preset"):
         for shape_key in SHAPE_KEYS:
             target.pop(shape_key, None)
@@ -290,19 +307,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     target[name] = value
 
 
-def _part_of_mixture(data: dict[str, Any], key: str, override: str) -> tuple[dict[str, Any], str]:
-    """The part of data.mixture that `mixture.<name or number>.<key>` means, and the key."""
-    part, dot, name = key.removeprefix("mixture.").rpartition(".")
-    found = data.get("mixture")
+def _row_of(table: str, data: dict[str, Any], key: str, override: str) -> tuple[dict[str, Any], str]:
+    """The row of a list of tables in [data] that `<table>.<name or number>.<key>` means, and the key."""
+    row, dot, name = key.removeprefix(f"{table}.").rpartition(".")
+    found, what = data.get(table), TABLES[table][1]
     if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)):
-        raise UserError(f"--set {override}: the config has no data.mixture")
+        raise UserError(f"--set {override}: the config has no data.{table}")
     known = [str(one.get("name") or name_of_source(str(one.get("source", "")))) for one in found]
     known += map(str, range(len(found)))
-    if not (dot and name and part in known):
+    if not (dot and name and row in known):
         raise UserError(
-            f"--set {override}: write it as data.mixture.<part>.<key>=value; parts are {', '.join(known)}"
+            f"--set {override}: write it as data.{table}.<{what}>.<key>=value; {what}s are {', '.join(known)}"
         )
-    return found[known.index(part) % len(found)], name
+    return found[known.index(row) % len(found)], name
 
 
 def _one_line(error: ValidationError) -> str:
@@ -310,14 +327,14 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "missing":  # maybe it is only spelt wrong
         first = next((one for one in error.errors() if one["type"] == "extra_forbidden"), first)
-    in_part = first["loc"][:2] == ("data", "mixture")
-    location = [str(part) for part in first["loc"][: 4 if in_part else 2]]
+    table = str(first["loc"][1]) if first["loc"][:1] == ("data",) and len(first["loc"]) > 2 else ""
+    location = [str(part) for part in first["loc"][: 4 if table in TABLES else 2]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         section = Config.model_fields.get(location[0])
         names: list[str] = list(Config.model_fields)
-        if in_part:
-            names = list(MixturePart.model_fields)
+        if table in TABLES:
+            names = list(TABLES[table][0].model_fields)
         elif len(location) == 2 and section is not None:
             names = list(section.annotation.model_fields)  # type: ignore[union-attr]
         close = difflib.get_close_matches(location[-1], names, n=1)
@@ -413,6 +430,8 @@ def to_values(config: Config) -> dict[str, dict[str, Any]]:
     """The resolved config as sections of the keys that have a value, in types of JSON."""
     values = config.model_dump(mode="json", exclude_none=True)
     del values["data"]["source" if config.data.mixture else "mixture"]
+    if not config.data.validation:
+        del values["data"]["validation"]
     return values
 
 

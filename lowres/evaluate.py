@@ -1,8 +1,10 @@
-"""Loss, perplexity and bits per byte of validation text, layer-major and without a stash."""
+"""Bits per byte, loss and perplexity of validation text, layer-major and without a stash."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +14,11 @@ from lowres.data.chat.chat_data import Packed
 from lowres.engine import Engine
 from lowres.engine.common import Grouping
 from lowres.objective import Examples, Preference
+from lowres.scores import BITS, LOSS, OF, PERPLEXITY
 
 
 def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> dict[str, float]:
-    """val_loss (nats per token), val_ppl and, if tokens stand for text, val_bits_per_byte over all targets of
+    """val_bits_per_byte, if tokens stand for text, val_loss (nats per token) and val_ppl over all targets of
     windows.
 
     windows: int64 [n, seq_len + 1], targets that do not count are IGNORED. token_bytes: int64
@@ -25,24 +28,46 @@ def evaluate(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: in
 
 
 def evaluate_parts(
-    engine: Engine, windows: dict[str, Tensor], token_bytes: Tensor, sequences: int
+    engine: Engine,
+    windows: Mapping[str, Tensor],
+    token_bytes: Tensor,
+    sequences: int,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """The same over the windows of all parts of a mixture together; if there are several, also
-    val_loss/<name> of each."""
-    total, count, size, losses = 0.0, 0, 0, {}
-    for name, of_part in windows.items():
-        nats, targets = 0.0, 0
-        for batch in of_part.split(sequences):
-            in_batch, targets_in_it = engine.evaluate(batch)
-            nats, targets = nats + in_batch, targets + targets_in_it
-        total, count, losses[f"val_loss/{name}"] = total + nats, count + targets, nats / targets
-        counted = inputs_and_targets(of_part)[1]
-        size += int(token_bytes[counted[counted != IGNORED]].sum())
-    loss = total / count
-    scores = {"val_loss": loss, "val_ppl": math.exp(loss) if loss < 700 else math.inf}
-    if size:
-        scores["val_bits_per_byte"] = total / math.log(2) / size
-    return scores | (losses if len(losses) > 1 else {})
+    val_bits_per_byte/<name> and val_loss/<name> of each. beside: windows of texts with names, which have the
+    same of their own and do not count in the scores of the whole."""
+    sums = {name: _summed(engine, of_part, token_bytes, sequences) for name, of_part in windows.items()}
+    whole = _Sums(*(sum(column) for column in zip(*sums.values(), strict=True)))
+    named = sums if len(sums) > 1 else {}
+    for name, of_text in (beside or {}).items():
+        named = named | {name: _summed(engine, of_text, token_bytes, sequences)}
+    scores = whole.scores()
+    for name, found in named.items():
+        scores |= {f"{key}{OF}{name}": value for key, value in found.scores().items() if key != PERPLEXITY}
+    return scores
+
+
+class _Sums(NamedTuple):
+    """Of some windows. nats: of all targets. bytes: of the text that these stand for."""
+
+    nats: float
+    targets: int
+    bytes: int
+
+    def scores(self) -> dict[str, float]:
+        loss = self.nats / self.targets
+        bits = {BITS: self.nats / math.log(2) / self.bytes} if self.bytes else {}
+        return bits | {LOSS: loss, PERPLEXITY: math.exp(loss) if loss < 700 else math.inf}
+
+
+def _summed(engine: Engine, windows: Tensor, token_bytes: Tensor, sequences: int) -> _Sums:
+    nats, targets = 0.0, 0
+    for batch in windows.split(sequences):
+        in_batch, targets_in_it = engine.evaluate(batch)
+        nats, targets = nats + in_batch, targets + targets_in_it
+    counted = inputs_and_targets(windows)[1]
+    return _Sums(nats, targets, int(token_bytes[counted[counted != IGNORED]].sum()))
 
 
 def evaluate_pairs(

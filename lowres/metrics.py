@@ -2,11 +2,13 @@
 
 A step has step, tokens, loss, lr, lr_over_batch, grad_norm, tokens_per_s, wall_s, peak_mem_gib, host_mem_gib,
 peak_rss_gib (`lowres.meter`), skipped, and every so often update/UNIT (`Optimizer.readings`); an evaluation
-has step, val_loss, val_ppl and, if tokens stand for text, val_bits_per_byte. lr is the learning rate of the
-update that led to `step`; lr_over_batch is lr divided by the sequences in a batch; wall_s is how many seconds
-the run has taken, with evaluations and saves, where a resumed run goes on from its last record; skipped is
-the number of units (embedding, blocks, head) that a step did not update because its loss or a gradient was
-not finite, or was a spike that is refused. A number that is not finite is null.
+has step, val_loss, val_ppl and, if tokens stand for text, val_bits_per_byte; val_loss/NAME and
+val_bits_per_byte/NAME of each part of a mixture and of each validation text with a name; and every so often
+task/TASK/METRIC with task/TASK/METRIC_stderr (`train.eval_tasks`). lr is the learning rate of the update that
+led to `step`; lr_over_batch is lr divided by the sequences in a batch; wall_s is how many seconds the run has
+taken, with evaluations and saves, where a resumed run goes on from its last record; skipped is the number of
+units (embedding, blocks, head) that a step did not update because its loss or a gradient was not finite, or
+was a spike that is refused. A number that is not finite is null.
 
 Lines that cannot be read are passed over, kept, and counted: they never keep a run from going on.
 """

@@ -26,6 +26,7 @@ from lowres.config import (
     ModelConfig,
     OneOf,
     Section,
+    ValidationText,
 )
 from lowres.config_file import is_list_of_tables, to_values
 
@@ -144,6 +145,7 @@ def _sections() -> Iterator[tuple[str, type[Section]]]:
         yield name, model
         if model is DataConfig:
             yield "data.mixture", MixturePart
+            yield "data.validation", ValidationText
 
 
 def _title(name: str) -> str:

@@ -132,6 +132,7 @@ def continued(
     changed = _changes(config, saved, notes)
     if state is not None:
         _require_same_data(config, data, state, folder)
+        _require_same_texts(data, state, folder)
         if isinstance(data, MixedData):
             if mixed := _go_on(data, state, config):
                 changed["data.mixture"] = mixed
@@ -194,6 +195,16 @@ def _require_same_data(config: Config, data: Data, state: State, folder: Path) -
             f"data.val_source: {config.data.val_source} is not the validation text of the run in {folder}; "
             "give the one that it started with"
         )
+
+
+def _require_same_texts(data: Data, state: State, folder: Path) -> None:
+    """Raise UserError if a name now stands for another validation text: its scores would not compare."""
+    for text in data.texts:
+        if state.texts.get(text.name, text.fingerprint) != text.fingerprint:
+            raise UserError(
+                f"data.validation.{text.name}: is not the text of this name in the run in {folder}; give the "
+                "one that it had, or another name, under which it is a new text"
+            )
 
 
 def sequences_before(state: State, config: Config) -> int:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowres import checkpoint, disk, memory, ranks
+from lowres import checkpoint, disk, harness, memory, ranks
 from lowres.baseline import Baseline
 from lowres.checkpoint import Best, Kept, Mixture, NotFinite, Passed, Saver, Start, State
 from lowres.config import Config
@@ -80,6 +80,8 @@ class Run:
     config: Config
     data: Data
     validation: dict[str, Tensor]  # windows of eval_tokens, see Data.validation_parts
+    beside: dict[str, Tensor]  # the same of each validation text with a name
+    texts: dict[str, str]  # see State
     token_bytes: Tensor
     offset: int  # sequences trained on minus steps so far times the present batch; 0 if it never changed
     started_with: dict[str, Any]  # what rates follow from, see config_file.follow_batch
@@ -93,6 +95,7 @@ class Run:
     kept: Kept
     facts: dict[str, Any] = field(default_factory=dict)  # for plan.json, see `lowres.speed.facts`
     baseline: Baseline | None = None  # of pairs, if the objective has a reference
+    tasks: harness.Tasks | None = None  # that the model is scored on along the way
     parts: Parts = field(init=False)
     saver: Saver = field(init=False)
     log: MetricsLog = field(init=False)
@@ -130,13 +133,19 @@ class Run:
         """The scores of the validation data."""
         engine, config = self.parts.engine, self.config
         if not self.is_of_pairs:
-            return evaluate_parts(engine, self.validation, self.token_bytes, config.batch_sequences)
+            sequences = config.batch_sequences
+            return evaluate_parts(engine, self.validation, self.token_bytes, sequences, self.beside)
         assert isinstance(self.data, ChatData)
         packed = self.data.of_validation(self.data.validation_documents(config.train.eval_tokens))
         objective = make_objective(config.objective)
         assert isinstance(objective, Preference)
         reference = None if self.baseline is None else self.baseline.validation[packed.examples]
         return evaluate_pairs(engine, packed, objective, reference, config.most_windows)
+
+    def score_tasks(self) -> harness.Scores:
+        """The scores of the tasks. Raises UserError if one of them cannot be scored."""
+        assert self.tasks is not None
+        return harness.score_in_training(self.tasks, self.config, self.parts.engine, self.data.tokenizer)
 
     def used_at(self, step: int) -> int:
         """Sequences of the data that were used in the first `step` steps, or passed over by rollbacks."""
@@ -250,6 +259,7 @@ class Run:
             start=Start(**self.started_with),
             config=to_values(self.config),
             validation=self.data.validation_fingerprint,
+            texts=self.texts,
             mixture=self._mixture(step),
             passed=self.passed,
             watch=self.watch.seen,

@@ -26,30 +26,33 @@ from lowres.data.validation import too_few
 from lowres.device import pick_device
 from lowres.engine import Engine
 from lowres.errors import UserError
-from lowres.evaluate import evaluate, evaluate_pairs, sums_of_examples
+from lowres.evaluate import evaluate_pairs, evaluate_parts, sums_of_examples
 from lowres.exchange import find_model
 from lowres.objective import Preference, make_objective
 from lowres.ranks import say
 from lowres.runs import load_weights, newest
+from lowres.scores import OF
 from lowres.start import begin_weights
 
 
 def score(folder: Path, asked: DataConfig | None) -> dict[str, float]:
-    """`evaluate` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many tokens
-    these are. folder: a run, a checkpoint or a Hugging Face folder. asked: another source, and how to read
-    it; None for the data of the run. Prints notes. Raises UserError."""
+    """`evaluate_parts` or, of pairs, `evaluate_pairs`, over all validation data, with val_tokens, how many
+    tokens these are, of all and of each part. folder: a run, a checkpoint or a Hugging Face folder. asked:
+    another source, and how to read it; None for the data of the run. Prints notes. Raises UserError."""
     model = find_model(folder)
     if asked is None and not model.has_data:
         raise UserError(f"--data: {folder} was not trained here, so it has no data; give a SOURCE")
     config, engine, tokenizer = model.open()
     objective = make_objective(config.objective)
     if not isinstance(objective, Preference):
-        windows = _windows(asked, config, tokenizer)
-        scores = evaluate(engine, windows, tokenizer.token_bytes(), config.batch_sequences)
-        tokens = count_targets(windows)
+        parts, beside = _windows(asked, config, tokenizer)
+        scores = evaluate_parts(engine, parts, tokenizer.token_bytes(), config.batch_sequences, beside)
+        scores["val_tokens"] = tokens = sum(map(count_targets, parts.values()))
+        named = (parts if len(parts) > 1 else {}) | beside
+        scores |= {f"val_tokens{OF}{name}": count_targets(own) for name, own in named.items()}
         for note in _on_the_size(tokens, config, own=asked is None):
             say(note)
-        return scores | {"val_tokens": tokens}
+        return scores
     reference: Tensor | None = None
     if asked is None:
         data = _own_data(config, tokenizer)
@@ -76,15 +79,19 @@ def _on_the_size(tokens: int, config: Config, own: bool) -> list[str]:
     return [note for note in notes if note]
 
 
-def _windows(asked: DataConfig | None, config: Config, tokenizer: Tokenizer) -> Tensor:
+def _windows(
+    asked: DataConfig | None, config: Config, tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By part, see `Data.validation_parts`; and of the texts with names."""
     if asked is None:
-        return _own_data(config, tokenizer).validation(0)
+        data = _own_data(config, tokenizer)
+        return data.validation_parts(0), {text.name: text.windows(0) for text in data.texts}
     if config.objective.name != "pretrain":
-        return open_other_chats(asked, config.data, config.objective, tokenizer).windows
+        return {"": open_other_chats(asked, config.data, config.objective, tokenizer).windows}, {}
     source = source_of(asked)
     if source.token_dtype is None:
         source = replace(source, token_dtype=config.data.token_dtype)
-    return open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))
+    return {"": open_text(source, tokenizer, config.data.seq_len, Path(config.data.cache))}, {}
 
 
 def _own_data(config: Config, tokenizer: Tokenizer) -> Data:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from lowres import baseline, checkpoint, disk, memory, ranks, trackers
+from lowres import baseline, checkpoint, disk, harness, memory, ranks, trackers
 from lowres.baseline import BASELINE
 from lowres.checkpoint import Kept, State
 from lowres.config import Config, DataConfig
@@ -108,6 +108,7 @@ class Start:
     restart: bool  # whether to move aside what is there
     identity: str  # of the run, see checkpoint.State
     origin: StoredModel | None  # what provides the first weights
+    tasks: harness.Tasks | None  # of train.eval_tasks
     lines: list[str]  # messages to print
 
     @property
@@ -164,6 +165,7 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     device = pick_device(config)
     trackers.require(config.log.all_trackers)
     _meet(config, device)
+    tasks = loaded_tasks(config)
     require_folder(folder)
     found, state, damaged = find_checkpoint(folder, resume, restart)
     saved = config_of(folder, state) if resume and not restart else None
@@ -185,6 +187,8 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
     opened = _with_own_tokenizer(config, asked is None, found, folder if state else None)
     data = _open_data(opened)
     epochs = config.train.epochs
+    if tasks and not data.tokenizer.has_text:
+        raise UserError("train.eval_tasks: their questions are text, and the run has ids; leave them out")
     config = with_epochs(config.with_vocab(config.model.vocab_size or data.vocab_size), data)
     of_length = [] if epochs is None else notes_on_length(config)
 
@@ -227,8 +231,23 @@ def decide(config: Config, folder: Path, resume: bool, restart: bool = False) ->
         restart=restart,
         identity=(state.run if state else None) or secrets.token_hex(8),
         origin=origin,
+        tasks=tasks,
         lines=lines,
     )
+
+
+def loaded_tasks(config: Config) -> harness.Tasks | None:
+    """The tasks of the config with their data, loaded before anything else takes time. Raises UserError."""
+    train, folder = config.train, config.train.eval_tasks_folder
+    if not train.eval_tasks:
+        return None
+    if ranks.size() > 1:
+        raise UserError(
+            "train.eval_tasks: several ranks score no tasks; leave it out, and score checkpoints with "
+            f"`lowres eval RUN --tasks {','.join(train.eval_tasks)}`"
+        )
+    more = Path(folder).expanduser() if folder else None
+    return harness.load_tasks(train.eval_tasks, more, harness.SETTINGS)
 
 
 def _least(config: Config) -> Config:
@@ -497,6 +516,8 @@ def _build(start: Start, log: Events) -> Run:
         config=config,
         data=data,
         validation=data.validation_parts(train.eval_tokens),
+        beside={text.name: text.windows(train.eval_tokens) for text in data.texts},
+        texts=(state.texts if state else {}) | {text.name: text.fingerprint for text in data.texts},
         token_bytes=data.tokenizer.token_bytes(),
         offset=start.offset,
         started_with=start.started_with,
@@ -516,6 +537,7 @@ def _build(start: Start, log: Events) -> Run:
             best_step=best.step if best else None,
         ),
         facts=facts(config, start.device),
+        tasks=start.tasks,
     )
     run.build(start.device, config.relora.stored_at(start.step))
     key = state.baseline if state else None
@@ -576,24 +598,29 @@ def _baseline_of(run: Run, state: State | None) -> baseline.Baseline:
 
 
 def _announce(run: Run) -> None:
-    config, plan = run.config, run.parts.plan
+    config, train, plan = run.config, run.config.train, run.parts.plan
     lr = config.optim.lr or 0
     say(
         f"{config.model.size} on {run.parts.rooms.device.type}: {config.memory.engine} "
         f"engine, {config.memory.weights} weights, {config.optim.name}"
     )
     say(
-        f"{config.train.total_steps} steps of {config.train.batch_tokens:,} tokens "
+        f"{train.total_steps} steps of {train.batch_tokens:,} tokens "
         f"({counted(config.batch_sequences, 'sequence')} in micro-batches of {plan.micro_batch}), "
         f"warm-up {config.warmup_steps}; lr {lr:.3g}, lr/batch {lr / config.batch_sequences:.3g}; "
         f"plan {plan.in_words(run.parts.rooms.device)}"
     )
-    if config.train.eval_every and not run.is_of_pairs:
+    if train.eval_every and not run.is_of_pairs:
         tokens = sum(map(count_targets, run.validation.values()))
-        most = " (train.eval_tokens)" * (0 < config.train.eval_tokens <= tokens)
-        say(f"every {counted(config.train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}")
+        most = " (train.eval_tokens)" * (0 < train.eval_tokens <= tokens)
+        named = "".join(f", {name} on {count_targets(own):,}" for name, own in run.beside.items())
+        say(f"every {counted(train.eval_every, 'step')}: evaluated on {tokens:,} tokens{most}{named}")
         if warning := too_few(tokens):
             say(warning)
+    if train.eval_tasks:
+        limit = f", at most {train.eval_tasks_limit:,} questions of each" if train.eval_tasks_limit else ""
+        every = counted(train.eval_every * train.eval_tasks_every, "step")
+        say(f"every {every}: scored on {', '.join(train.eval_tasks)}{limit}")
 
 
 def _foretell(run: Run) -> None:
@@ -626,7 +653,9 @@ def _rehearse(run: Run) -> None:
             parts.engine.step(batch, 0, 0.0, rehearsal=True, pairs=pairs)
         with parts.meter.watch("evaluation"):
             parts.engine.evaluate(batch)
-        if texts := len(config.log.sample_prompts) * bool(config.log.sample_tokens):
+        if run.tasks:
+            parts.engine.log_probabilities(batch)
+        if texts := config.texts:
             reader = parts.engine.reader(texts, config.data.seq_len)
             reader.logits(dict.fromkeys(range(texts), batch[0, 1:].tolist()))
         run.rehearse_save()

@@ -12,6 +12,7 @@ from lowres.errors import first_line
 from lowres.plots import draw_loss
 from lowres.records import METRICS, SAMPLES, SUMMARY
 from lowres.running import Run
+from lowres.scores import in_words
 from lowres.wording import counted
 
 
@@ -63,15 +64,10 @@ def _closing(first: dict[str, Any] | None, last: dict[str, Any] | None, total: i
         return f"{counted(total, 'step')} in {seconds:.0f} s, never evaluated (train.eval_every is 0)"
     if last["step"] < total:
         return (
-            f"{counted(total, 'step')} in {seconds:.0f} s; the validation loss at the end is not known, at "
-            f"step {last['step']:,} it was {_number(last)}; `lowres eval` evaluates"
+            f"{counted(total, 'step')} in {seconds:.0f} s; the validation scores at the end are not known, "
+            f"at step {last['step']:,} they were {in_words(last)}; `lowres eval` evaluates"
         )
-    return f"validation loss {_number(first)} -> {_number(last)} in {seconds:.0f} s"
-
-
-def _number(record: dict[str, Any]) -> str:
-    loss = record["val_loss"]
-    return "not finite" if loss is None else f"{loss:.4f}"
+    return f"validation: {in_words(last, first)} in {seconds:.0f} s"
 
 
 def _versions() -> dict[str, str]:

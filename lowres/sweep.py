@@ -32,6 +32,7 @@ from lowres.config_file import (
 )
 from lowres.errors import CheckFailed, UserError
 from lowres.plots import draw_sweep
+from lowres.scores import BITS, LOSS, PERPLEXITY
 from lowres.stopping import Stopper
 
 SWEEP, LOG, TASKS = "sweep.json", "train.log", "tasks.json"
@@ -255,7 +256,7 @@ class _Point:
         }
         if error is None and summary is not None:
             speeds = [r["tokens_per_s"] for r in metrics.read(self.folder / "metrics.jsonl") if "loss" in r]
-            told = ("tokens", "val_loss", "val_ppl", "val_accuracy", "val_margin")
+            told = ("tokens", BITS, LOSS, PERPLEXITY, "val_accuracy", "val_margin")
             record |= {key: summary[key] for key in told if key in summary} | {"steps": summary["step"]}
             record["tokens_per_s"] = statistics.median(speeds)
         else:
@@ -314,6 +315,10 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def _cell(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
 def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     """A table of the points in the order of the grid, with the best one marked."""
     short = _short({key: values for key, values in axes.items() if key not in SHOWN_ANYWAY})
@@ -322,7 +327,9 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
     tasks = dict.fromkeys(
         (t, m) for r in records for t, found in r.get("tasks", {}).items() for m in [*found][:1]
     )
-    head = [*short.values(), "lr", "batch", "lr/batch", "val loss", "accuracy" if pairs else "perplexity"]
+    bits = any(BITS in record for record in records)
+    head = [*short.values(), "lr", "batch", "lr/batch", *["bits/byte"] * bits, "val loss"]
+    head += ["accuracy" if pairs else "perplexity"]
     head += [*(f"{task} {metric}" for task, metric in tasks), "tokens/s", ""]
     losses = [record["val_loss"] for record in records if record["val_loss"] is not None]
     rows = [head]
@@ -336,10 +343,11 @@ def table(axes: dict[str, list[Any]], records: list[dict[str, Any]]) -> str:
                 f"{record['lr']:.4g}",
                 f"{record['batch_sequences']}",
                 f"{record['lr_over_batch']:.3g}",
-                "-" if loss is None else f"{loss:.4f}",
-                "-" if second is None else format(second, form),
-                *("-" if value is None else f"{value:.4f}" for value in of_tasks),
-                "-" if speed is None else f"{speed:,.0f}",
+                *[_cell(record.get(BITS), ".4f")] * bits,
+                _cell(loss, ".4f"),
+                _cell(second, form),
+                *(_cell(value, ".4f") for value in of_tasks),
+                _cell(speed, ",.0f"),
                 remark if record["error"] is None else f"failed: {record['error']}",
             ]
         )

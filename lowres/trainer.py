@@ -34,6 +34,7 @@ from lowres.ranks import say
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
 from lowres.runs import CHECKPOINTS, CONFIG
+from lowres.scores import by_part, in_words, of_tasks, task_in_words
 from lowres.speed import RunProfile
 from lowres.start import begin, is_finished, require_folder
 from lowres.stopping import Stopper
@@ -42,7 +43,7 @@ from lowres.wording import command, counted
 
 # so often a rollback may pass over a batch at the same step
 MOST_ROLLBACKS = 3
-# parts of a mixture that are printed with an evaluation
+# parts, named texts and tasks that are printed with an evaluation
 MOST_IN_A_LINE = 6
 # characters of a sample in a line
 MOST_OF_A_SAMPLE = 100
@@ -110,7 +111,7 @@ class _Loop:
         self.saved = step
         self.saved_at = time.monotonic()
         self.longest, self.longest_save = 0.0, 0.0  # seconds
-        self.stopwatch = Stopwatch(run.config)
+        self.stopwatch, self.tasks_seconds = Stopwatch(run.config), 0.0
         self.began = time.monotonic() - run.log.wall_s
         try:
             profile.require(self.total - step)
@@ -216,11 +217,41 @@ class _Loop:
         run, before = self.run, time.perf_counter()
         with self.enough_memory("the evaluation"), run.parts.meter.watch("evaluation"):
             scores = run.evaluate()
-        self.stopwatch.evaluation = time.perf_counter() - before
+        seconds = time.perf_counter() - before
         mixed = run.mixed(self.step)
-        say(f"step {self.step}: validation loss {scores['val_loss']:.4f}{_mixture_text(scores | mixed)}")
-        run.record({"step": self.step, **scores, **mixed})
+        say(f"step {self.step}: validation: {in_words(scores)}{_parts_text(scores | mixed)}")
+        before = time.perf_counter()
+        tasks = self.score_tasks()
+        if tasks:
+            self.tasks_seconds = time.perf_counter() - before
+        self.stopwatch.evaluation = seconds + self.tasks_seconds / run.config.train.eval_tasks_every
+        run.record({"step": self.step, **scores, **mixed, **tasks})
         return scores
+
+    def score_tasks(self) -> dict[str, float]:
+        """The scores of the tasks, if they are due. A task that cannot be scored stops a run that has just
+        begun; later, the run goes on without tasks."""
+        run, train = self.run, self.run.config.train
+        if run.tasks is None or not _due(self.step, train.eval_every * train.eval_tasks_every, self.total):
+            return {}
+        try:
+            with self.enough_memory("the tasks"):
+                found = run.score_tasks()
+        except DoesNotFit:
+            raise
+        except UserError as error:
+            if not self.step:
+                raise
+            run.tasks = None
+            run.events.say("note", f"note: {error}; the run goes on without tasks", step=self.step)
+            return {}
+        if found.shortened and self.step == self.resumed_at:
+            say(f"note: {found.note()}")
+        numbers = found.numbers()
+        told = [f"{task}: {task_in_words(of)}" for task, of in of_tasks(numbers).items()]
+        more = f"; and {len(told) - MOST_IN_A_LINE} more" if len(told) > MOST_IN_A_LINE else ""
+        say(f"step {self.step}: tasks: {'; '.join(told[:MOST_IN_A_LINE])}{more}")
+        return numbers
 
     def is_sampled(self) -> bool:
         """Whether samples are due after this step, and not there."""
@@ -444,20 +475,20 @@ def _shortened(text: str) -> str:
     return shown if len(shown) <= MOST_OF_A_SAMPLE else f"{shown[:MOST_OF_A_SAMPLE]}..."
 
 
-def _mixture_text(record: dict[str, float]) -> str:
-    """Loss and share of the parts of a mixture, if they fit on a line."""
-    losses = {key.removeprefix("val_loss/"): x for key, x in record.items() if key.startswith("val_loss/")}
+def _parts_text(record: dict[str, float]) -> str:
+    """Scores of the parts of a mixture and of the texts with names, and the shares of the parts, if they fit
+    on a line."""
+    parts = by_part(record)
     shares = {key.removeprefix("share/"): x for key, x in record.items() if key.startswith("share/")}
-    if len(shares) > MOST_IN_A_LINE:
+    names = dict.fromkeys([*parts, *shares])
+    if not 0 < len(names) <= MOST_IN_A_LINE:
         return ""
-    names = dict.fromkeys([*losses, *shares])
-    found = (
-        " ".join(
-            [name, *(f"{x[name]:{form}}" for x, form in ((losses, ".4f"), (shares, ".1%")) if name in x)]
-        )
-        for name in names
-    )
-    return f" ({', '.join(found)})" if names else ""
+    told = []
+    for name in names:
+        numbers = [in_words(parts[name])] if name in parts else []
+        numbers += [f"{shares[name]:.1%}"] if name in shares else []
+        told.append(f"{name}: {', '.join(numbers)}")
+    return f" ({'; '.join(told)})"
 
 
 def _merge_text(merged: dict[str, Any]) -> str:

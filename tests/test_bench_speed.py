@@ -1,15 +1,16 @@
 """scripts/bench_speed.py in small: its arms, its record, and what it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lowres.kernels import forms
+from tests.forks import Fork
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -21,26 +22,33 @@ import speed_update  # noqa: E402
 SMALL = ("--preset", "9m", "--seq-len", "16", "--batch-tokens", "64", "--micro-batch", "2", "--rounds", "1")
 
 
-def test_arms_take_turns_and_one_that_refuses_does_not_end_the_others(tmp_path: Path) -> None:
+def test_arms_take_turns_and_one_that_refuses_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert transformers.Trainer and transformers.LlamaForCausalLM  # imported here, and not in every arm
+    monkeypatch.setattr(bench_speed, "subprocess", SimpleNamespace(Popen=Fork, PIPE=subprocess.PIPE))
+    monkeypatch.chdir(ROOT)
     out = tmp_path / "speed.json"
-    command = [sys.executable, "scripts/bench_speed.py", "fp32", "bad", "plain-bf16", "hf-trainer"]
-    command += ["--threads", "1", "--clock", "cpu"]
+    command = [
+        "bench_speed.py",
+        "fp32",
+        "bad",
+        "plain-bf16",
+        "hf-trainer",
+        "--threads",
+        "1",
+        "--clock",
+        "cpu",
+    ]
     command += ["--ours", "bad:memory.stash_on=host,memory.engine=autograd", "--against", "fp32"]
-    done = subprocess.run(
-        [*command, *SMALL, "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [*command, *SMALL, "--out", str(out)])
+    bench_speed.main()
     record = json.loads(out.read_text())
     (found,) = record["presets"]
     arms = found["arms"]
     assert arms["bad"]["refused"].startswith("memory.stash_on: the autograd engine")
-    assert "refused: memory.stash_on" in done.stdout
+    assert "refused: memory.stash_on" in capsys.readouterr().out
     assert found["ratios_against"] == "fp32" and arms["fp32"]["speed_ratio"] == 1
     for name, compute in (("fp32", "fp32"), ("plain-bf16", "bf16"), ("hf-trainer", "fp32")):
         arm = arms[name]

@@ -35,7 +35,7 @@ VAL_KEYS = {"step", "val_loss", "val_ppl", "val_bits_per_byte"}
 def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     printed = lowres("train", config, "--run", run)
-    assert "validation loss" in printed.stdout and str(run) in printed.stdout
+    assert "validation: " in printed.stdout and str(run) in printed.stdout
     assert "30 steps of 1,024 tokens (16 sequences" in printed.stderr
     assert "lr 0.01, lr/batch 0.000625;" in printed.stderr
 
@@ -71,13 +71,13 @@ def test_prepare_train_sample_eval_checkpoint(config: Path, prepared: Path, tmp_
     other = json.loads(lowres_here("eval", run, "--data", source, "--json").stdout)
     assert other["val_loss"] > scores["val_loss"]
     said, tokens = lowres_here("eval", run), f"{scores['val_tokens']:,}"
-    assert re.fullmatch(f"loss .*, over {tokens} tokens\\n", said.stdout)
+    assert re.fullmatch(rf"[\d.]+ bits per byte, loss .*, over {tokens} tokens\n", said.stdout)
     assert f"all {tokens} validation tokens; in training train.eval_tokens = 2,048 limited" in said.stderr
     # how another source is read
     table.write_text("".join(json.dumps({"id": "x", "words": f"words {i}"}) + "\n" for i in range(40)))
     assert "data.text_key" in lowres_here("eval", run, "--data", table, code=2).stderr
     given = ("--set", "data.text_key=words")
-    assert lowres_here("eval", run, "--data", table, *given).stdout.startswith("loss ")
+    assert lowres_here("eval", run, "--data", table, *given).stdout.count(" bits per byte, loss ") == 1
     assert "--data" in lowres_here("eval", run, *given, code=2).stderr
 
     assert "step_00000030" in lowres_here("checkpoint", "list", run).stdout

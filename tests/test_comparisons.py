@@ -14,6 +14,7 @@ import pytest
 
 from lowres.cli import main
 from lowres.errors import UserError
+from tests import forks
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -163,12 +164,13 @@ def test_curves_of_runs_that_diverged_are_drawn(script: Script, tmp_path: Path) 
 
 
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/compare_relora.py", "stdlib", "--config", "none.toml"]
+    command = [sys.executable, str(ROOT / "scripts/compare_relora.py"), "stdlib", "--config", "none.toml"]
     command += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "found.json"), "--factors", "2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
-    assert done.returncode == 1 and "config none.toml: no such file" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "found.json").exists()
+    with (tmp_path / "errors").open("w+") as errors:
+        assert forks.run(command, stderr=errors).returncode == 1
+        errors.seek(0)
+        (line,) = errors.read().strip().splitlines()
+    assert "config none.toml: no such file" in line and not (tmp_path / "found.json").exists()
 
 
 def test_a_run_that_cannot_start_is_no_arm_that_diverged(script: Script) -> None:
@@ -183,11 +185,21 @@ def test_memory_formats_are_compared(script: Script, tmp_path: Path) -> None:
 
 
 def test_deepspeed_is_compared_with_layerwise(tmp_path: Path) -> None:
-    """All engines take the same steps; each in a process of its own, after DeepSpeed has compiled."""
+    """All engines take the same steps; each in a copy of a process in which DeepSpeed has compiled."""
     pytest.importorskip("deepspeed")
+    program = """
+import sys
+sys.path.insert(0, "scripts")
+import compare_deepspeed, torch._dynamo
+from tests import forks
+compare_deepspeed.subprocess = forks
+forks.PIPE = forks.subprocess.PIPE
+sys.argv[0] = "scripts/compare_deepspeed.py"
+compare_deepspeed.main()
+"""
     out = tmp_path / "found.json"
     sizes = ["--preset", "9m", "--seq-len", "32", "--batch-tokens", "128", "--micro-batch", "2"]
-    command = [sys.executable, "scripts/compare_deepspeed.py", *sizes, "--set", "model.vocab_size=300"]
+    command = [sys.executable, "-c", program, *sizes, "--set", "model.vocab_size=300"]
     command += ["--device", "cpu", "--steps", "1", "--rounds", "1", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)

@@ -455,7 +455,7 @@ def test_one_rank_becomes_two(straight: Path, killed: Path, small: Path) -> None
         command, capture_output=True, text=True, check=False, timeout=LIMIT, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validation loss") == 1 and len(done.stdout.splitlines()) == 2, done.stdout
+    assert done.stdout.count("validation: ") == 1 and len(done.stdout.splitlines()) == 2, done.stdout
     assert done.stderr.count(f"continuing {two} at step 12") == 1
     assert curve(two)[14] == pytest.approx(curve(one)[14], rel=1e-5)
     both = (tensors_in(run / "checkpoints" / "step_00000014") for run in (one, two))

@@ -222,9 +222,10 @@ def planned(plan: Plan) -> int:
 
 
 def measure_all(buckets: Path) -> None:
-    """Print a line of JSON for each variant, each in a fork that shares the imports."""
+    """Print a line of JSON for each variant, each in a fork that shares the imports, also those of a plan."""
     zero.deepspeed(CPU)
     zero.compile_operators(offloaded=True)
+    make_plan(small({}, MODEL, buckets), CPU)
     for name, own in MEASURED.items():
         sys.stdout.flush()
         if not (child := os.fork()):

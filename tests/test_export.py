@@ -345,8 +345,10 @@ def test_the_card_says_what_the_model_is(trained: Path, tmp_path: Path) -> None:
     assert "# license:" in front and "# my-model" in text
     assert "| tokens | 1,536 |" in text and "| steps | 6 of 12 |" in text and "`data`" in text
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    losses = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
-    assert f"| 0 |  | {losses[0]:.4f} |" in text and f"{losses[6]:.4f}" in text
+    losses, bits = (
+        {r["step"]: r[key] for r in records if key in r} for key in ("val_loss", "val_bits_per_byte")
+    )
+    assert f"| 0 |  | {bits[0]:.4f} | {losses[0]:.4f} |" in text and f"{losses[6]:.4f}" in text
     assert f"{losses[12]:.4f}" not in text and "loss.png" not in text
     # nobody's folders are given away
     for name, content in everything(tmp_path / "out").items():

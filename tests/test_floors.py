@@ -17,6 +17,7 @@ FLOORS = {
     "marks": 0,
     "pace": 0,
     "wording": 0,
+    "scores": 0,
     "terminal": 0,
     "disk": 1,
     "sealed": 1,

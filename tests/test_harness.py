@@ -2,6 +2,7 @@
 transformers."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -17,13 +19,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+from lowres import harness, metrics, ranks, report, start
 from lowres.config import ModelConfig
+from lowres.config_file import load_resolved, to_toml, with_values
 from lowres.data.tokenizer import Vocabulary, open_tokenizer
 from lowres.errors import UserError
+from lowres.exchange.card import without_places
 from lowres.harness import tasks
 from lowres.harness.model import RunModel
+from lowres.memory import make_plan
 from lowres.runs import open_run
-from tests.helpers import lowres_here
+from lowres.scores import of_tasks, task_in_words
+from lowres.view import View
+from tests.helpers import lowres_here, make_config, train_and_kill
 from tests.test_model import reference
 from tests.test_tokenizers import PROSE, llama3
 
@@ -255,6 +263,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[pytest.MonkeyPatch], Non
         None,
         "needs a package (No module named 'gone'",
     ),
+    "a score": (
+        {"process_results": "!function own.scored"},
+        "bad",
+        None,
+        "cannot be used (KeyError: 'gone')",
+    ),
     "a filter": (
         {"doc_to_text": "{{x | gone}}"},
         "bad",
@@ -272,8 +286,9 @@ def test_what_is_wrong_is_said_in_one_line(
     keys, names, before, message = REFUSED[case]
     task(tmp_path, "bad", QUESTIONS, **(CHOICE | keys))
     written = (tmp_path / "bad.yaml").read_text()
-    (tmp_path / "bad.yaml").write_text(written.replace("'!function own.text'", "!function own.text"))
-    (tmp_path / "own.py").write_text("import gone\n")
+    (tmp_path / "bad.yaml").write_text(re.sub(r"'(!function [\w.]+)'", r"\1", written))
+    scored = "def scored(doc, results):\n    return doc['gone']\n"
+    (tmp_path / "own.py").write_text(scored if case == "a score" else "import gone\n")
     if before is not None:
         before(monkeypatch)
     done = lowres_here("eval", made.run, "--tasks", names, "--include-path", tmp_path, code=2)
@@ -308,3 +323,157 @@ def test_what_a_run_cannot_answer(made: Made, tmp_path: Path) -> None:
     for options in (["--limit", 2], ["--tasks", "choice", "--data", "x"]):
         refused = lowres_here("eval", made.run, *options, code=2).stderr
         assert refused.startswith(f"lowres: {options[-2]}: ") and len(refused.splitlines()) == 1
+
+
+def test_requests_are_packed_or_have_windows_of_their_own(made: Made) -> None:
+    _, engine, tokenizer = open_run(made.run, packed=False)
+    asked = [Asked((row["question"], answer)) for row in QUESTIONS for answer in row["choices"]]
+    alone = [RunModel(engine, tokenizer, LENGTH, LENGTH).loglikelihood([one])[0] for one in asked]
+    packed, narrow = (RunModel(engine, tokenizer, LENGTH, 3 * w, window=w) for w in (LENGTH, 16))
+    for model in (packed, narrow):
+        found = model.loglikelihood(asked)
+        near([score for score, _ in found], [score for score, _ in alone])
+        assert [likeliest for _, likeliest in found] == [likeliest for _, likeliest in alone]
+
+
+# ---------------------------------------------------------------------------- on the way
+
+ON_THE_WAY = ["choice", "text", "answer"]
+
+
+def judged(made: Made, run: Path, *settings: str) -> list[object]:
+    """A command that trains with tasks."""
+    keys: dict[str, Any] = {"eval_every": 4, "eval_tasks_every": 2, "eval_tasks_limit": 4}
+    keys |= {"eval_tasks": json.dumps(ON_THE_WAY), "eval_tasks_folder": str(made.tasks)}
+    sets = [f"train.{key}={value}" for key, value in keys.items()] + [*settings]
+    return [made.run.parent / "config.toml", "--run", run, *(word for one in sets for word in ("--set", one))]
+
+
+def of_steps(run: Path) -> list[dict[str, Any]]:
+    """The numbers that do not depend on time."""
+    found = metrics.read(run / "metrics.jsonl")
+    timed = {"tokens_per_s", "wall_s", "peak_rss_gib", "peak_mem_gib", "host_mem_gib"}
+    return [{key: value for key, value in record.items() if key not in timed} for record in found]
+
+
+def test_tasks_on_the_way_change_nothing(made: Made, tmp_path: Path) -> None:
+    """In a run that keeps documents apart, where requests must not be cut; also if it is killed."""
+    plain, run, killed = (tmp_path / name for name in ("plain", "run", "killed"))
+    lowres_here("train", made.run.parent / "config.toml", "--run", plain, "--set", "train.eval_every=4")
+    done = lowres_here("train", *judged(made, run))
+    train_and_kill(judged(made, killed, "train.checkpoint_every=3"), after=10)
+    lowres_here("train", killed, "--resume")
+    found = of_steps(run)
+    assert of_steps(killed) == found
+    without = [{k: v for k, v in record.items() if not k.startswith("task/")} for record in found]
+    assert without == of_steps(plain)
+    last = "checkpoints/step_00000012"
+    files = [sorted((one / last).glob("*.safetensors")) for one in (plain, run)]
+    assert len(files[0]) == 4
+    for ours, theirs in zip(*files, strict=True):
+        weights, others = load_file(ours), load_file(theirs)
+        assert all(torch.equal(weights[name], others[name]) for name in others)
+
+    scored = [record for record in found if "task/choice/acc" in record]
+    assert [record["step"] for record in scored] == [0, 8, 12]
+    # the last ones are those of `lowres eval` for the same weights
+    arguments = ("eval", run, "--include-path", made.tasks, "--json", "--limit", 4)
+    results = json.loads(lowres_here(*arguments, "--tasks", ",".join(ON_THE_WAY)).stdout)["results"]
+    wanted = {
+        f"task/{task}/{key.removesuffix(',none')}": value
+        for task, values in results.items()
+        for key, value in values.items()
+        if isinstance(value, int | float) and key.endswith(",none")
+    }
+    assert {"task/choice/acc_stderr", "task/choice/acc_norm", "task/text/bits_per_byte"} <= wanted.keys()
+    numbers = {key: value for key, value in scored[-1].items() if key.startswith("task/")}
+    near(numbers, wanted)
+    summary = json.loads((run / "summary.json").read_text())
+    assert {key: summary[key] for key in numbers} == numbers
+
+    # nothing of lm_eval is printed, and all who look at a run see the scores
+    accuracy = f"{numbers['task/choice/acc']:.4f} ± {numbers['task/choice/acc_stderr']:.4f}"
+    assert f"step 12: tasks: choice: acc {accuracy}, acc_norm " in done.stderr and "%|" not in done.stderr
+    assert done.stderr.count(f"which saw their last {LENGTH} tokens") == 1
+    assert "every 8 steps: scored on choice, text, answer, at most 4 questions of each" in done.stderr
+    assert f"choice acc {accuracy}, acc_norm " in lowres_here("watch", run, "--once").stdout
+    page = report.page([View(run)])
+    assert "Task: choice" in page and f"choice: acc, last<td>{accuracy}<" in page
+    lowres_here("export", run, tmp_path / "out")
+    assert f"| `choice` | acc | {accuracy} |" in (tmp_path / "out" / "README.md").read_text()
+    assert str(made.tasks) not in to_toml(without_places(load_resolved(run / "config.toml")))
+
+
+AT_THE_START: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], str]] = {
+    "unknown": (
+        "train.eval_tasks=['chioce']",
+        few_tasks,
+        "train.eval_tasks: 'chioce' is neither a task, group or tag nor a YAML file; near it: choice",
+    ),
+    "no package": ("", without_lm_eval, "train.eval_tasks: needs the package lm_eval: pip install"),
+    "no folder": ("train.eval_tasks_folder=gone", few_tasks, "eval_tasks_folder: gone is not a folder"),
+    "never evaluated": ("train.eval_every=0", few_tasks, "train.eval_every is 0, so nothing is evaluated"),
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_START)
+def test_what_is_wrong_is_said_before_the_first_step(
+    case: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting, before, message = AT_THE_START[case]
+    before(monkeypatch)
+    done = lowres_here("train", *judged(made, tmp_path / "run", *filter(None, [setting])), code=2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lowres: ")]
+    assert message in line and not (tmp_path / "run").exists()
+
+
+def test_several_ranks_score_no_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(UserError, match=r"train\.eval_tasks: several ranks score no tasks; .*--tasks x,y`$"):
+        start.loaded_tasks(make_config(train={"eval_every": 1, "eval_tasks": ["x", "y"]}))
+
+
+def test_a_task_that_fails_on_the_way_does_not_end_a_run(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = harness.score_in_training
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError("train.eval_tasks: a task cannot be used (KeyError: x); leave it out")
+        return real(*arguments)
+
+    monkeypatch.setattr(harness, "score_in_training", fails)
+    one = ["train.eval_tasks=['choice']", "memory.rehearse=true"]
+    done = lowres_here("train", *judged(made, tmp_path / "run", *one))
+    assert "note: train.eval_tasks: a task cannot be used (KeyError: x)" in done.stderr and len(calls) == 2
+    calls[:] = [1]  # of a run that has just begun nothing is lost
+    lowres_here("train", *judged(made, tmp_path / "other", *one), code=2)
+
+
+def test_a_group_stands_for_its_tasks() -> None:
+    results = {
+        "mmlu": {"alias": "mmlu", "acc,none": 0.5, "acc_stderr,none": 0.1},
+        "stem": {"acc,none": 0.4, "acc_stderr,none": "N/A"},
+        "physics": {"acc,none": 0.3},
+        "gsm8k": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.01},
+    }
+    groups = {"mmlu": {"acc,none": 0.5}}
+    found = {"results": results, "groups": groups, "group_subtasks": {"mmlu": ["stem"], "stem": ["physics"]}}
+    numbers = tasks.Scores(found, 0, 1).numbers()
+    assert numbers == {
+        "task/mmlu/acc": 0.5,
+        "task/mmlu/acc_stderr": 0.1,
+        "task/gsm8k/exact_match,strict": 0.25,
+        "task/gsm8k/exact_match_stderr,strict": 0.01,
+    }
+    assert of_tasks(numbers) == {"mmlu": {"acc": (0.5, 0.1)}, "gsm8k": {"exact_match,strict": (0.25, 0.01)}}
+    assert task_in_words(of_tasks(numbers)["mmlu"]) == "acc 0.5000 ± 0.1000"
+
+
+def test_the_plan_has_the_memory_of_an_answer() -> None:
+    config, cpu = make_config(train={"eval_every": 1}), torch.device("cpu")
+    judged = make_plan(with_values(config, "train", eval_tasks=("choice",)), cpu)
+    assert judged.size("keys and values") > 0 == make_plan(config, cpu).size("keys and values")

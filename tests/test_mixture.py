@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -664,20 +665,26 @@ def test_a_killed_run_goes_on_exactly_and_weights_may_change(
     last = logged(straight)[-1]
     assert (last["share/web"], last["share/code"]) == (0.75, 0.25)
     assert (last["tokens/web"], last["tokens/code"]) == (12 * 192, 12 * 64)
-    printed = f"step 12: validation loss {last['val_loss']:.4f} (web {last['val_loss/web']:.4f} 75.0%"
-    assert printed in done.stderr
+    printed = (
+        r"^step 12: validation: \S+ bits per byte, loss (\S+), perplexity \S+ \(web: (\S+) bits per byte, "
+    )
+    said = re.search(printed + r"loss (\S+), 75.0%; code: ", done.stderr, re.M)
+    shown = (last["val_loss"], last["val_bits_per_byte/web"], last["val_loss/web"])
+    assert said and said.groups() == tuple(f"{number:.4f}" for number in shown)
     # each part's loss is what `lowres eval` finds on its own validation text
     sizes = {}
     for name in ("web", "code"):
         own = json.loads(lowres_here("eval", straight, "--data", folders[name], "--json").stdout)
-        assert last[f"val_loss/{name}"] == pytest.approx(own["val_loss"], rel=1e-6)
+        for score in ("val_loss", "val_bits_per_byte"):
+            assert last[f"{score}/{name}"] == pytest.approx(own[score], rel=1e-6)
         sizes[name] = (
             sum(e["tokens"] for e in json.loads((folders[name] / "data.json").read_text())["val"]) - 1
         )
     mean = sum(last[f"val_loss/{name}"] * n for name, n in sizes.items()) / sum(sizes.values())
     assert last["val_loss"] == pytest.approx(mean, rel=1e-6)
     whole = json.loads(lowres_here("eval", straight, "--json").stdout)
-    assert whole["val_loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    scores = [key for key in last if key.startswith("val_")]
+    assert {key: whole[key] for key in scores} == pytest.approx({key: last[key] for key in scores}, rel=1e-6)
 
     # another mixture from step 12 on, in one go and with a stop
     more = ["--set", "data.mixture.code.weight=0.75", "--resume"]

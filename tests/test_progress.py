@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import sys
 import time
@@ -68,12 +69,18 @@ def test_a_run_that_is_redirected(
     )
     passes = re.search(r"note: the run reads its [\d,]+ training tokens ([\d.]+) times$", done.stderr, re.M)
     assert passes and float(passes[1]) == pytest.approx(8 * 1024 / epoch, rel=0.01)
-    assert re.search(r"^validation loss ([\d.]+) -> ([\d.]+) in \d+ s$", done.stdout, re.M)
+    change = r"([\d.]+) -> ([\d.]+)"
+    closing = rf"^validation: {change} bits per byte, loss {change}, perplexity {change} in \d+ s$"
+    closed = re.search(closing, done.stdout, re.M)
+    assert closed
+    first, last = (math.exp(float(loss)) for loss in closed.group(3, 4))
+    assert (first, last) == pytest.approx(tuple(map(float, closed.group(5, 6))), rel=1e-3)
     # a tenth of it is for validation: how many tokens, in training and after
     [tokens] = re.findall(r"^every 10 steps: evaluated on (\d+) tokens$", done.stderr, re.M)
     assert int(tokens) == json.loads(manifest.read_text())["val_tokens"] - 1 < 1000
     said = lowres_here("eval", run)
-    assert said.stdout.endswith(f"bits per byte, over {tokens} tokens\n")
+    numbers = r"[\d.]+ bits per byte, loss [\d.]+, perplexity [\d.]+ per token"
+    assert re.fullmatch(rf"{numbers}, over {tokens} tokens\n", said.stdout)
     for stream in (done.stderr, said.stderr):
         assert f"warning: only {tokens} validation tokens, whose loss is known to about 0.1" in stream
     # longer, without another evaluation
@@ -81,5 +88,5 @@ def test_a_run_that_is_redirected(
     done = lowres_here("train", run, "--resume", *more)
     assert re.search(r"after about 4 times a text teaches little more .*train\.epochs=4", done.stderr)
     summary = json.loads((run / "summary.json").read_text())
-    assert "the validation loss at the end is not known, at step 8 it was" in done.stdout
+    assert "the validation scores at the end are not known, at step 8 they were" in done.stdout
     assert "->" not in done.stdout and "val_loss" not in summary and summary["first_val_loss"] > 5

@@ -172,7 +172,13 @@ def test_runs_that_have_little_to_show(tmp_path: Path) -> None:
 
 def test_mixtures_and_merges(tmp_path: Path) -> None:
     relora = CONFIG | {"relora": {"enabled": True, "start_step": 10, "cycle_steps": 10}}
-    scores = {"val_loss/code": 2.0, "val_loss/books": 3.0, "share/code": 0.7, "share/books": 0.3}
+    scores = {
+        "val_bits_per_byte/code": 1.0,
+        "val_loss/code": 2.0,
+        "val_loss/books": 3.0,
+        "share/code": 0.7,
+        "share/books": 0.3,
+    }
     metrics = [evaluation(0, **scores)]
     metrics += [
         step_record(i, cycle=1, merges=i // 10, **({"merge_cosine": 0.9} if i == 20 else {}))
@@ -180,6 +186,8 @@ def test_mixtures_and_merges(tmp_path: Path) -> None:
     ]
     found = page_of(write_run(tmp_path / "run", metrics, config=relora))
     assert [line["name"] for line in found.charts["val_loss-0"]["lines"]] == ["code", "books"]
+    assert found.charts["val_bits_per_byte-0"]["lines"][0]["y"] == [1.0]
+    assert [*found.data["charts"]][:2] == ["val_bits_per_byte", "loss"]
     assert found.charts["share-0"]["percent"] and found.charts["merge_cosine"]["lines"][0]["at"] == [19]
     marks = [(mark["step"], mark["text"]) for mark in found.data["runs"][0]["marks"]]
     assert marks == [(20, "merge"), (30, "merge")] and "cycle" not in found.charts

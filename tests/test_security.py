@@ -14,7 +14,6 @@ import pytest
 from lowres.errors import UserError
 from lowres.text import Source, documents
 from tests.fake_hub import FakeHub
-from tests.helpers import lowres
 
 ROOT = Path(__file__).parents[1]
 # Python imports a module of this name before the program begins
@@ -79,6 +78,14 @@ eval_every = 2
 eval_tokens = 1024
 checkpoint_every = 2
 """
+# several commands in one process, which saves the seconds to import torch
+COMMANDS = """
+import sys
+from lowres.cli import main
+
+for command in sys.argv[1:]:
+    assert main(command.split()) == 0
+"""
 # a module that leaves a mark if anything imports or runs it
 TRAP = """
 import os
@@ -120,10 +127,9 @@ def watched(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Watched:
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = "train", "c.toml", "--run", "runs/a"
-    lowres(*arguments, cwd=work, env=environment)
-    lowres(*arguments, "--resume", "--set", "train.steps=6", cwd=work, env=environment)
-    lowres("eval", "runs/a", cwd=work, env=environment)
+    commands = ["train c.toml --run runs/a", "train c.toml --run runs/a --resume --set train.steps=6"]
+    command = [sys.executable, "-c", COMMANDS, *commands, "eval runs/a"]
+    subprocess.run(command, check=True, capture_output=True, cwd=work, env=environment)
     events = [line.split("\t") for line in (place / "events").read_text().splitlines()]
     return Watched(home, work, temporary, place / "trap", events)
 

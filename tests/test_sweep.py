@@ -82,7 +82,7 @@ def test_a_sweep_from_nothing_to_pictures(config: Path, tmp_path: Path, points_h
     done = lowres_here(*arguments, code=1)
     assert "1 of 4 points failed" in done.stderr
     lines = done.stdout.splitlines()
-    head = ["batch_tokens", "lr", "batch", "lr/batch", "val", "loss", "perplexity", "tokens/s"]
+    head = ["batch_tokens", "lr", "batch", "lr/batch", "bits/byte", "val", "loss", "perplexity", "tokens/s"]
     assert lines[0].split() == head
     assert len(lines) == 6 and "failed: " in lines[4]
     assert sum(line.endswith("best") for line in lines) == 1

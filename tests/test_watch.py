@@ -57,7 +57,7 @@ def test_a_run_in_one_line(tmp_path: Path) -> None:
         "training",
         "step 50 of 100",
         "loss 2.7555",
-        "validation loss",
+        "validation: 1.5772 bits per byte, loss 3.1544, perplexity 23.439",
         "4,096 tokens/s",
         "12 s left",
     ):
@@ -82,6 +82,7 @@ def test_a_run_on_the_screen(tmp_path: Path, width: int) -> None:
     run = write_run(tmp_path / "run", records(50), [spike], pid=os.getpid())
     text = drawn(View(run), width)
     assert "training loss 2.756" in text and "validation loss 3.154" in text
+    assert text.index("validation bits per byte 1.577") < text.index("validation loss 3.154")
     assert ("gradient norm" in text) and "spikes" in text and "[red]text" in text and "\x1b" not in text
     assert "2.50 GiB of 3.00 planned" in " ".join(text.split()) or width < 100
     assert max(len(line) for line in text.splitlines()) <= width

@@ -121,7 +121,8 @@ class State(Record):
 
     tokens: trained on so far. data, validation: fingerprints; data is empty for a model that was imported,
     and has neither data nor optimizer state. config: the resolved config of the run, sections of keys.
-    mixture: None if there is one source. passed: batches that rollbacks left out.
+    texts: fingerprints of the validation texts with names that the run has had. mixture: None if there is one
+    source. passed: batches that rollbacks left out.
     micro_batch: if it was lowered because memory ran out. val_loss: of an evaluation at this step. run: its
     identity, which tells its checkpoints from others. baseline: the key of the one that the run has, see
     `lowres.baseline`. metrics: digest of the records up to this step. pending: records that the metrics
@@ -134,6 +135,7 @@ class State(Record):
     start: Start
     config: dict[str, dict[str, Any]] | None = None
     validation: str | None = None
+    texts: dict[str, str] = Field(default_factory=dict)
     mixture: Mixture | None = None
     passed: list[Passed] = Field(default_factory=list)
     watch: Windows = Field(default_factory=Windows)

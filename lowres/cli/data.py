@@ -36,7 +36,7 @@ def _amount(made: dict[str, Any], part: str) -> str:
 def run_prepare(parsed: argparse.Namespace) -> None:
     config = data_config(parsed.source, parsed.set)
     require_outside(parsed.out, "OUT")
-    for key in ("val_source", "seq_len", "cache", "document_mask", "mixture"):
+    for key in ("val_source", "seq_len", "cache", "document_mask", "mixture", "validation"):
         if key in config.model_fields_set:
             raise UserError(
                 f"--set data.{key}: data prepare does not use it; leave it to the config of a run"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 
 from lowres import harness, ranks, session
 from lowres.cli.tasks import refuse_without_tasks
 from lowres.config_file import data_config
 from lowres.errors import UserError
 from lowres.exchange import find_model
+from lowres.scores import BITS, by_part, in_words
 from lowres.scoring import score
-from lowres.wording import counted
 
 
 def run_sample(parsed: argparse.Namespace) -> None:
@@ -32,20 +33,20 @@ def run_eval(parsed: argparse.Namespace) -> None:
         raise UserError("--set: says how to read a source; give it with --data")
     asked = data_config(parsed.data, parsed.set) if parsed.data else None
     scores = score(parsed.model, asked)
-    print(json.dumps(scores) if parsed.json else _scores_text(scores))
+    print(json.dumps(scores) if parsed.json else "\n".join(_lines(scores)))
 
 
-def _scores_text(scores: dict[str, float]) -> str:
+def _lines(scores: dict[str, float]) -> Iterator[str]:
+    """The scores as text; those of each part on a line of its own."""
     if "val_accuracy" in scores:
         told = ("margin", "reward_chosen", "reward_rejected", "drift")
         shown = (f"{name.replace('_', ' ')} {scores[f'val_{name}']:.4f}" for name in told)
-        return f"loss {scores['val_loss']:.4f}, accuracy {scores['val_accuracy']:.1%}, {', '.join(shown)}"
-    bits = scores.get("val_bits_per_byte")
-    return (
-        f"loss {scores['val_loss']:.4f}, perplexity {scores['val_ppl']:.3f} per token, "
-        + ("no text, so no bits per byte" if bits is None else f"{bits:.4f} bits per byte")
-        + f", over {scores['val_tokens']:,} tokens"
-    )
+        yield f"{in_words(scores)}, {', '.join(shown)}"
+        return
+    no_text = "" if BITS in scores else ", no text, so no bits per byte"
+    yield f"{in_words(scores)} per token{no_text}, over {scores['val_tokens']:,} tokens"
+    for name, found in by_part(scores).items():
+        yield f"  {name}: {in_words(found)}, over {found['val_tokens']:,} tokens"
 
 
 def _eval_tasks(parsed: argparse.Namespace) -> None:
@@ -57,8 +58,5 @@ def _eval_tasks(parsed: argparse.Namespace) -> None:
     texts = engine.settings.texts
     found = harness.score(tasks, config, engine, tokenizer, parsed.limit, parsed.num_fewshot, texts)
     if found.shortened:
-        ranks.say(
-            f"note: {counted(found.shortened, 'request is', 'requests are')} longer than the context of the "
-            f"model, which saw their last {found.context:,} tokens"
-        )
+        ranks.say(f"note: {found.note()}")
     print(json.dumps(found.as_dict()) if parsed.json else found.table())

@@ -37,6 +37,7 @@ from lowres.config.sections import (
     RunConfig,
     ScheduleConfig,
     TrainConfig,
+    ValidationText,
     name_of_source,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "OptimConfig",
     "ReloraConfig",
     "Section",
+    "ValidationText",
     "engine_defaults",
     "name_of_source",
 ]
@@ -96,6 +98,12 @@ class Config(Section):
         """Sequences of data.seq_len tokens that a step has at most: of tuning there are fewer, as examples
         are packed."""
         return self.batch_sequences * (2 if self.objective.name == "dpo" else 1)
+
+    @property
+    def texts(self) -> int:
+        """Texts that the model writes together on the way: samples, or the answer to a task; 0: none."""
+        samples = len(self.log.sample_prompts) if self.log.sample_tokens else 0
+        return max(samples, 1 if self.train.eval_tasks else 0)
 
     @property
     def packed(self) -> bool:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """Run all checks, in this order."""
-    for one in (_batch, _chats, _samples, _cycle, _stash, _deepspeed):
+    for one in (_batch, _chats, _samples, _tasks, _cycle, _stash, _deepspeed):
         one(config)
 
 
@@ -32,6 +32,8 @@ def _chats(config: Config) -> None:
             f'data.mixture: chats cannot be mixed, and objective.name is "{name}"; put them into one folder, '
             "and set data.source to it"
         )
+    if data.validation and name == "dpo":
+        raise ValueError("data.validation: pairs have one validation set; use data.val_source instead")
     if not data.document_mask:
         raise ValueError("data.document_mask: chats never see each other; leave it out")
     if name == "dpo" and data.text_key is not None:
@@ -44,6 +46,14 @@ def _samples(config: Config) -> None:
     if config.train.sample_every and not config.log.sample_tokens:
         raise ValueError(
             "train.sample_every: log.sample_tokens is 0, so there are no samples; set it to 100, say"
+        )
+
+
+def _tasks(config: Config) -> None:
+    if config.train.eval_tasks and not config.train.eval_every:
+        raise ValueError(
+            "train.eval_tasks: train.eval_every is 0, so nothing is evaluated; set it to 200, say, or leave "
+            "the tasks out"
         )
 
 

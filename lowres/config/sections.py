@@ -201,6 +201,7 @@ def _known_encoding(name: str) -> str:
 
 
 Encoding = Annotated[str, AfterValidator(_known_encoding)]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 # data.source of a config with a mixture
 MIXTURE = "mixture"
@@ -279,6 +280,9 @@ class DataConfig(Section):
     mixture: Annotated[tuple[MixturePart, ...], Field(strict=False)] = resumable(())
     """Several sources instead of one: a list of parts, each written as [[data.mixture]]. When it changes on
     resume, the new weights count from the next step on, and each part goes on where it was."""
+    validation: Annotated[tuple[ValidationText, ...], Field(strict=False)] = resumable(())
+    """Validation texts with names, beside the validation data: a list, each written as [[data.validation]].
+    Each has val_bits_per_byte/<name> and val_loss/<name>; they do not count in val_loss."""
 
     @model_validator(mode="before")
     @classmethod
@@ -295,12 +299,19 @@ class DataConfig(Section):
         return value or None
 
     @model_validator(mode="after")
-    def _check_mixture(self) -> DataConfig:
+    def _check_names(self) -> DataConfig:
         names = [part.name for part in self.mixture]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(
                     f"mixture: {names.count(name)} parts are called {name}; give them other names"
+                )
+        names += [text.name for text in self.validation]
+        for text in self.validation:
+            if names.count(text.name) > 1:
+                raise ValueError(
+                    f"validation: {names.count(text.name)} texts or parts are called {text.name}; give them "
+                    "other names"
                 )
         if self.mixture and not any(part.weight for part in self.mixture):
             raise ValueError("mixture: every weight is 0; give a part a weight above 0")
@@ -314,23 +325,19 @@ class DataConfig(Section):
     def of_part(self, number: int) -> DataConfig:
         """What the config would be with this part of the mixture as its only source."""
         part = self.mixture[number]
-        own = {key: value for key in SOURCE_KEYS if (value := getattr(part, key)) is not None}
-        return self.model_copy(update={"mixture": (), "source": part.source} | own)
+        return self.model_copy(update={"mixture": (), "source": part.source} | part.reading())
+
+    def of_text(self, number: int) -> DataConfig:
+        """What the config would be with this validation text as its val_source."""
+        text = self.validation[number]
+        return self.model_copy(update={"validation": (), "val_source": text.source} | text.reading())
 
 
-class GeneralPart(Section):
-    """A part of a mixture. The keys that say how a source is read have the values of [data] by default."""
-
+class NamedSource(Section):
     source: Annotated[str, Field(min_length=1)]
-    """As data.source, for this part."""
-    weight: Annotated[float, Field(ge=0)]
-    """Share of the tokens of each batch, relative to the weights of the other parts; 0: the part is evaluated
-    and not trained on."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    """How often the part is read at most; after that the others take its place, in proportion to their
-    weights. Default: without limit."""
+    """As data.source, for this one."""
     name: Annotated[str, Field(pattern=r"^[\w.-]*[A-Za-z_][\w.-]*$")] = ""
-    """What the part is called in messages, metrics and --set; default: it follows from the source."""
+    """What it is called in messages, metrics and --set; default: it follows from the source."""
 
     @model_validator(mode="before")
     @classmethod
@@ -338,9 +345,29 @@ class GeneralPart(Section):
         source = values.get("source") if isinstance(values, dict) else None
         return {"name": name_of_source(source)} | values if isinstance(source, str) else values
 
+    def reading(self) -> dict[str, Any]:
+        """The keys that it gives of those that say how a source is read."""
+        return {key: value for key in SOURCE_KEYS if (value := getattr(self, key)) is not None}
+
+
+class GeneralText(NamedSource):
+    """A validation text with a name. The keys that say how a source is read have the values of [data] by
+    default."""
+
+
+class GeneralPart(NamedSource):
+    """A part of a mixture. The keys that say how a source is read have the values of [data] by default."""
+
+    weight: Annotated[float, Field(ge=0)]
+    """Share of the tokens of each batch, relative to the weights of the other parts; 0: the part is evaluated
+    and not trained on."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """How often the part is read at most; after that the others take its place, in proportion to their
+    weights. Default: without limit."""
+
 
 def name_of_source(source: str) -> str:
-    """What a part of a mixture is called if its config does not say it."""
+    """What a part of a mixture or a validation text is called if its config does not say it."""
     path = PurePath(source.removeprefix("hf:"))
     while glob.has_magic(path.name):
         path = path.parent
@@ -353,17 +380,23 @@ if TYPE_CHECKING:
     class MixturePart(GeneralPart):
         def __getattr__(self, key: str) -> Any: ...
 
+    class ValidationText(GeneralText):
+        def __getattr__(self, key: str) -> Any: ...
+
 else:
-    _HINTS = get_type_hints(DataConfig, localns={"MixturePart": Any}, include_extras=True)
-    MixturePart = create_model(
-        "MixturePart",
-        __base__=GeneralPart,
-        __doc__=GeneralPart.__doc__,
-        **{
-            key: (_HINTS[key] | None, Field(None, description=f"As data.{key}, for this part."))
-            for key in SOURCE_KEYS
-        },
+    _HINTS = get_type_hints(
+        DataConfig, localns={"MixturePart": Any, "ValidationText": Any}, include_extras=True
     )
+
+    def _with_reading_keys(name: str, base: type[NamedSource], what: str) -> type[NamedSource]:
+        keys = {
+            key: (_HINTS[key] | None, Field(None, description=f"As data.{key}, for this {what}."))
+            for key in SOURCE_KEYS
+        }
+        return create_model(name, __base__=base, __doc__=base.__doc__, **keys)
+
+    MixturePart = _with_reading_keys("MixturePart", GeneralPart, "part")
+    ValidationText = _with_reading_keys("ValidationText", GeneralText, "text")
     DataConfig.model_rebuild()
 
 
@@ -631,6 +664,15 @@ class TrainConfig(Section):
     """Steps between evaluations (also before the first and after the last step); 0 = never."""
     eval_tokens: Count = resumable(131072)
     """Validation tokens per evaluation; 0 = all of them."""
+    eval_tasks: Names = resumable(())
+    """Tasks of lm-evaluation-harness (`pip install lowres[harness]`) that the model is scored on while it is
+    trained, such as ["hellaswag", "arc_easy"]; see docs/evaluating.md."""
+    eval_tasks_every: Positive = resumable(10)
+    """Evaluations from one scoring of the tasks to the next (also with the first and the last evaluation)."""
+    eval_tasks_limit: Count = resumable(500)
+    """Questions of each task, at most; 0 = all of them."""
+    eval_tasks_folder: str | None = resumable(None)
+    """Folder with more tasks, in YAML."""
     sample_every: Count = resumable(0)
     """Steps between samples of what the model writes (also before the first and after the last step); 0 =
     only after the last, if log.sample_tokens asks for it."""

@@ -21,10 +21,11 @@ folder      the folder of prepared data, and which job may write to it
 inspection  what a source holds, before anything is written
 overlap     how much of an evaluation is in the training text
 opening     prepares and opens one source
+named       validation texts with names
 mixing      the data of a configuration: one source or a mixture
 """
 
-from lowres.data.base import Data
+from lowres.data.base import Data, NamedText
 from lowres.data.batches import TokenData
 from lowres.data.chat.chat_data import ChatData
 from lowres.data.chat.opening import open_other_chats
@@ -41,6 +42,7 @@ __all__ = [
     "ChatData",
     "Data",
     "MixedData",
+    "NamedText",
     "TokenData",
     "Tokenizer",
     "cache_bytes",

@@ -1,13 +1,25 @@
-"""What a run trains on: the interface of all data."""
+"""What a run trains and is evaluated on: the interface of all data."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from lowres.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A validation text with a name. fingerprint: changes with its tokens. windows: as `Data.validation`."""
+
+    name: str
+    fingerprint: str
+    windows: Callable[[int], Tensor]
 
 
 class Data(ABC):
@@ -15,8 +27,11 @@ class Data(ABC):
 
     `tokenizer`, and `vocab_size`, the number of its pieces; `notes` for the user; `fingerprint`, which
     changes whenever the batches may change, and `validation_fingerprint` for the validation tokens;
-    `train_tokens`, None until a stream has ended; `folder` of the tokens.
+    `train_tokens`, None until a stream has ended; `folder` of the tokens; `texts`, which are evaluated beside
+    the validation tokens.
     """
+
+    texts: Sequence[NamedText] = ()
 
     folder: Path
     seq_len: int
@@ -57,6 +72,11 @@ class Data(ABC):
     def validation_parts(self, max_tokens: int) -> dict[str, Tensor]:
         """The windows of `validation` by the name of the part that they come from; "" if there is one."""
         return {"": self.validation(max_tokens)}
+
+    @abstractmethod
+    def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
+        """uint64 [documents], for each shard so far: the hashes of the documents that are trained on, or of
+        the validation documents, where they are known; see `hashes`."""
 
     @abstractmethod
     def close(self) -> None:

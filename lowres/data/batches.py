@@ -133,7 +133,7 @@ class TokenData(Data):
         return self._stream is not None and self._stream.length() is None
 
     def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
-        """uint64 [documents], for each shard so far; see `hashes`. None for token ids."""
+        """None of token ids."""
         kept = self._validation if validation else self._train
         return kept.hashes() if isinstance(kept, Stored) else iter(())  # ids have no text
 

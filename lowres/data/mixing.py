@@ -1,4 +1,4 @@
-"""From the configuration to the data of a run, which has one source or a mixture of several.
+"""From the configuration to the data of a run: one source or a mixture of several, and validation texts.
 
 All parts of a mixture have one tokenizer: data.tokenizer; or that of the parts that are tokens already; or
 one that is trained on text of all parts in the proportion of their weights. It is kept in data.cache.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +19,11 @@ from lowres.data.chat.opening import open_chats
 from lowres.data.hashes import common
 from lowres.data.manifest import hash_of
 from lowres.data.mixture import MixedData, Part
+from lowres.data.named import open_texts
 from lowres.data.opening import (
     given_tokenizer,
     holds_ids,
+    named,
     open_source,
     own_tokenizer,
     prepared_again,
@@ -52,6 +53,19 @@ def open_data(
     `vocab_size`: model.vocab_size, None if the config does not set it. A tokenizer that is trained has at
     most this many pieces; an existing tokenizer with more raises UserError.
     """
+    data = _open(config, vocab_size, seed, progress, objective)
+    try:
+        data.texts = open_texts(config, data, progress, objective)
+    except BaseException:
+        data.close()
+        raise
+    return data
+
+
+def _open(
+    config: DataConfig, vocab_size: int | None, seed: int, progress: bool, objective: ObjectiveConfig | None
+) -> Data:
+    """The same without the validation texts that have names."""
     if objective is not None and objective.form != TEXT:
         return open_chats(config, objective, vocab_size, seed, progress)
     if not config.mixture:
@@ -60,7 +74,7 @@ def open_data(
     parts: list[Part] = []
     try:
         for part, of_part in _parts(given):
-            with _named(part.name):
+            with named(f"data.mixture.{part.name}"):
                 data = open_source(of_part, vocab_size, seed, progress, of_validation=config)
             parts.append(Part(part.name, data, part.weight, part.epochs))
         mixed = MixedData(parts, seed, own_validation=config.val_source is None)
@@ -128,16 +142,6 @@ def _overlaps(parts: list[Part], allowed: float) -> list[str]:
     return notes
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Let an error say which part it is of."""
-    try:
-        yield
-    except UserError as error:
-        error.args = (f"data.mixture.{name}: {str(error).removeprefix('data.source: ')}",)
-        raise
-
-
 def _with_shared_tokenizer(
     config: DataConfig, vocab_size: int | None, progress: bool
 ) -> tuple[DataConfig, bool]:
@@ -146,7 +150,7 @@ def _with_shared_tokenizer(
     found: dict[str, Tokenizer] = {}
     ids = list[str]()
     for part, of_part in _parts(config):
-        with _named(part.name):
+        with named(f"data.mixture.{part.name}"):
             if (own := own_tokenizer(part.source)) is not None:
                 found[part.name] = own
             elif holds_ids(of_part):
@@ -180,7 +184,7 @@ def _trained(config: DataConfig, vocab_size: int | None, progress: bool) -> Path
     total = sum(part.weight for part in config.mixture)
     shares, sources = [], []
     for number, part in enumerate(config.mixture):
-        with _named(part.name):
+        with named(f"data.mixture.{part.name}"):
             sources.append(source_of(config.of_part(number)))
             shares.append((fingerprint(sources[-1]), part.weight / total))
     key = hash_of(sorted(shares), config.vocab_size, vocab_size)[:8]
@@ -190,7 +194,7 @@ def _trained(config: DataConfig, vocab_size: int | None, progress: bool) -> Path
     blocks, characters, complete = list[str](), 0, True
     for part, source, (_, share) in zip(config.mixture, sources, shares, strict=True):
         if share > 0:
-            with _named(part.name):
+            with named(f"data.mixture.{part.name}"):
                 found = sample(source, int(SAMPLE_CHARS * share), int(LOOKAHEAD_CHARS * share), progress)
             blocks, characters, complete = blocks + found[0], characters + found[1], complete and found[2]
     seen = Survey(characters, complete, blocks)

@@ -9,10 +9,12 @@ things to be remembered (`record`): when the present weights began, with what ea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +105,11 @@ class MixedData(Data):
         return {name: windows[name] for name in self.names if len(windows[name])} or {
             "": self._parts[0].data.validation(each)
         }
+
+    def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
+        for part in self._parts:
+            if validation or part.weight > 0:
+                yield from part.data.hashes(validation)
 
     def close(self) -> None:
         for part in self._parts:

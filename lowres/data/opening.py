@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,7 @@ def open_source(
     """The data of the config's source, prepared first if needed; see `mixing.open_data`. of_validation: says
     how data.val_source is read, if it is not this config."""
     of_validation = of_validation or config
-    if (listing := _token_listing(source_of(config))) is not None:
+    if (listing := token_listing(source_of(config))) is not None:
         return _open_ids(config, listing, vocab_size, seed, progress, of_validation)
     refuse_ends(config)
     if given := given_tokenizer(config):
@@ -119,7 +121,7 @@ def _open_ids(
     tokenizer = given_tokenizer(config)
     validation, folder = None, None
     if config.val_source is not None:
-        validation = _token_listing(source_of(of_validation, config.val_source))
+        validation = token_listing(source_of(of_validation, config.val_source))
         if validation is None and tokenizer is None:
             raise UserError(
                 f"data.val_source: {config.val_source} is text, and {config.source} holds token ids; set "
@@ -151,6 +153,17 @@ def _open_ids(
     return TokenData(corpus.folder, config.seq_len, seed, folder, corpus=corpus)
 
 
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Let an error say which part or text it is of."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error).removeprefix("data.source: ")
+        error.args = (said if said.startswith(key) else f"{key}: {said}",)
+        raise
+
+
 def own_tokenizer(source: str) -> Tokenizer | None:
     """The tokenizer of a prepared folder; None for another source."""
     folder = as_prepared(source)
@@ -159,7 +172,7 @@ def own_tokenizer(source: str) -> Tokenizer | None:
 
 def holds_ids(config: DataConfig) -> bool:
     """Whether the config's source holds token ids."""
-    return _token_listing(source_of(config)) is not None
+    return token_listing(source_of(config)) is not None
 
 
 def ensure_prepared(
@@ -217,7 +230,7 @@ def open_text(
                 f"{folder}: was prepared with another tokenizer than the model's; give its text instead"
             )
         return TokenData(folder, seq_len, seed=0).validation(0)
-    if (listing := _token_listing(source)) is not None:
+    if (listing := token_listing(source)) is not None:
         return consecutive_windows(torch.from_numpy(ids_of(listing, tokenizer, cache).head(None)), seq_len)
     texts = list(documents(source, part_to_evaluate(source)))
     tokens = [tokenizer.with_ends(ids) for ids in tokenizer.encode_batch(texts)]
@@ -289,22 +302,26 @@ def training_job(
 
 
 def validation_folder(
-    config: DataConfig, tokenizer: Tokenizer, progress: bool, chats: ChatEncoder | None = None
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: bool,
+    chats: ChatEncoder | None = None,
+    key: str = VAL_SOURCE,
 ) -> Path | None:
-    """The prepared folder of config.val_source, with the tokenizer of the training data."""
+    """The prepared folder of config.val_source, with the tokenizer of the training data. key: where the user
+    has named this source."""
     if config.val_source is None:
         return None
     folder = as_prepared(config.val_source)
     if folder is not None and chats:
-        raise UserError(f"data.val_source: {folder} holds the tokens of text; give {chats.arguments.form}")
+        raise UserError(f"{key}: {folder} holds the tokens of text; give {chats.arguments.form}")
     if folder is None:
         # no chat is cut in the middle, so a stream of them is taken as a whole
         limit = _VAL_STREAM_TOKENS if is_stream(config.val_source) and not chats else None
         source = source_of(config, config.val_source, chats.arguments.form if chats else TEXT)
-        if not chats and _token_listing(source) is not None:
+        if not chats and token_listing(source) is not None:
             raise UserError(
-                f"data.val_source: {config.val_source} holds token ids, and the training data are text; give "
-                "text"
+                f"{key}: {config.val_source} holds token ids, and the training data are text; give text"
             )
         part = part_to_evaluate(source)
         job = Job(source, tokenizer, max_tokens=limit, hold_out=False, part=part, chats=chats)
@@ -312,8 +329,8 @@ def validation_folder(
         run(job, folder, progress)
     elif read_complete(folder).tokenizer != tokenizer.fingerprint:
         raise UserError(
-            f"data.val_source: {folder} was prepared with another tokenizer than the training data; "
-            f"{prepared_again(folder, tokenizer, 'data.val_source')}"
+            f"{key}: {folder} was prepared with another tokenizer than the training data; "
+            f"{prepared_again(folder, tokenizer, key)}"
         )
     return folder
 
@@ -325,26 +342,32 @@ def validation_notes(
     validation: Path | None,
     answers: int | None = None,
 ) -> list[str]:
-    """How large the text of config.val_source is, what is not in it, and how much of it is in the training
-    text, where that is known. entries: of the training shards so far. answers: of chats, how many tokens are
-    in them. Raises UserError if it is too much."""
+    """`text_notes` of config.val_source, if there is one. entries: of the training shards so far."""
     if validation is None:
         return []
-    manifest = read_complete(validation)
-    theirs = manifest.train + manifest.val
+    known = all(entry.hashes is not None for entry in entries)
+    trained = read_hashes(training, entries) if known else None
+    return text_notes(validation, VAL_SOURCE, trained, config.max_overlap, answers)
+
+
+def text_notes(
+    folder: Path, key: str, trained: Iterable[np.ndarray] | None, allowed: float, answers: int | None = None
+) -> list[str]:
+    """How large a validation text is, what is not in it, and how much of it is in the training text, where
+    that is known. folder: of the prepared text. key: where the user has named its source. trained: hashes of
+    the training documents. answers: of chats, how many tokens are in them. Raises UserError if more of it
+    than allowed is in the training text."""
+    manifest = read_complete(folder)
+    entries = manifest.train + manifest.val
     notes = left_out_notes(manifest, OF_TRAINING, OF_VALIDATION)
     if answers is None:
-        notes += size_notes(sum(entry.tokens for entry in theirs), VAL_SOURCE)
+        notes += size_notes(sum(entry.tokens for entry in entries), key)
     else:
-        notes += size_notes(answers, VAL_SOURCE, "tokens of answers")
-    if any(entry.hashes is None for entry in [*entries, *theirs]):
-        return [
-            *notes,
-            f"{training}: an older version prepared it, so overlap with data.val_source is unknown",
-        ]
-    hashes = np.concatenate([np.empty(0, np.uint64), *read_hashes(validation, theirs)])
-    found = common(hashes, read_hashes(training, entries))
-    return notes + check_overlap(found, len(np.unique(hashes)), config.max_overlap, "data.val_source")
+        notes += size_notes(answers, key, "tokens of answers")
+    if trained is None or any(entry.hashes is None for entry in entries):
+        return [*notes, f"an older version prepared the data, so overlap with {key} is unknown"]
+    hashes = np.concatenate([np.empty(0, np.uint64), *read_hashes(folder, entries)])
+    return notes + check_overlap(common(hashes, trained), len(np.unique(hashes)), allowed, key)
 
 
 def as_prepared(source: str) -> Path | None:
@@ -371,7 +394,7 @@ def is_prepared(source: str) -> bool:
     return as_prepared(source) is not None
 
 
-def _token_listing(source: Source) -> Listing | None:
+def token_listing(source: Source) -> Listing | None:
     """The files of a source that holds token ids; None if it is anything else."""
     if is_stream(source) or source.name == "stdlib" or as_prepared(source.name) is not None:
         return None

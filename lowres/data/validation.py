@@ -264,5 +264,5 @@ def size_notes(tokens: int, what: str, kind: str = "tokens") -> list[str]:
         return [line]
     return [
         f"{line}; so few that its loss is known to about {noise(tokens):.2f} nats: give more text"
-        + ("" if what == VAL_SOURCE else f", or set {VAL_SOURCE}")
+        + ("" if what.startswith("data.") else f", or set {VAL_SOURCE}")
     ]

@@ -8,6 +8,7 @@ same under DeepSpeed, on one or many ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -83,6 +84,10 @@ class Engine(Protocol):
         """What answers as `logits` does for that many sequences that grow, up to `length` tokens; in the
         layer-major engine without reading again what it has read, see `lowres.engine.cache`. It allocates its
         memory now."""
+
+    def marked(self) -> AbstractContextManager[None]:
+        """Until it is left, documents begin where the words of a batch are marked (`data.batches.BEGINS`),
+        and not where the run says."""
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         """Every unit, in the order of the forward pass. A unit is complete and valid until the next one is

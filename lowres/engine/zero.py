@@ -33,7 +33,16 @@ from lowres import ranks
 from lowres.config import Config
 from lowres.data.batches import IGNORED
 from lowres.engine.cache import Reader, Rereading
-from lowres.engine.common import Documents, Limits, StepReport, apart, documents_of, split, weighed_batch
+from lowres.engine.common import (
+    MARKED,
+    Documents,
+    Limits,
+    StepReport,
+    apart,
+    documents_of,
+    split,
+    weighed_batch,
+)
 from lowres.errors import UserError
 from lowres.model import Llama, Starts, storage_kinds, unit_specs
 from lowres.objective import Pairs, make_objective
@@ -377,6 +386,14 @@ class ZeroEngine:
     def reader(self, sequences: int, length: int) -> Reader:
         """It remembers nothing."""
         return Rereading(self.logits)
+
+    @contextlib.contextmanager
+    def marked(self) -> Iterator[None]:
+        before, self.starts = self.starts, MARKED
+        try:
+            yield
+        finally:
+            self.starts = before
 
     # weights and state between steps
 

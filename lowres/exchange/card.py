@@ -23,6 +23,7 @@ from lowres.exchange.families import Family
 from lowres.exchange.stored import StoredModel, TrainedModel, is_tuned
 from lowres.model import count_parameters
 from lowres.records import CONFIG, METRICS
+from lowres.scores import BITS, LOSS, PERPLEXITY, number_in_words, of_tasks
 from lowres.text import is_stream
 from lowres.text.source import PAIRS, hub_name
 from lowres.wording import command
@@ -74,6 +75,7 @@ def files(model: StoredModel, family: Family, dtype: str) -> dict[str, bytes]:
         _table(("", ""), _settings(model, dtype)),
         *_losses(until, config.objective.form),
     ]
+    sections += _tasks(until)
     picture = model.run / PICTURE
     if len(until) == len(records) and picture.is_file():
         with disk.named(picture, "read"):
@@ -102,8 +104,14 @@ def without_places(config: Config) -> Config:
         source=_name(config.data.source),
         val_source=_name(config.data.val_source),
         mixture=tuple(part.model_copy(update={"source": _name(part.source)}) for part in config.data.mixture),
+        validation=tuple(
+            text.model_copy(update={"source": _name(text.source)}) for text in config.data.validation
+        ),
     )
     origin = config.run.init_from and base_of(config.run.init_from).name
+    train = config.train
+    tasks, folder = tuple(map(str, map(_name, train.eval_tasks))), _name(train.eval_tasks_folder)
+    data = with_values(data, "train", eval_tasks=tasks, eval_tasks_folder=folder)
     return with_values(data, "run", rescue="auto", init_from=origin)
 
 
@@ -193,18 +201,33 @@ def _losses(records: list[dict[str, Any]], form: str) -> list[str]:
         of_step, of_evaluation = losses.get(step, {}), evaluations.get(step, {})
         values = (
             of_step.get("loss"),
-            *(of_evaluation.get(k) for k in ("val_loss", "val_ppl", "val_bits_per_byte")),
+            *(of_evaluation.get(key) for key in (BITS, LOSS, PERPLEXITY)),
         )
         rows.append((f"{step:,}", *("" if value is None else f"{value:.4f}" for value in values)))
-    names = ("step", "training loss", "validation loss", "perplexity", "bits per byte")
+    names = ("step", "training loss", "bits per byte", "validation loss", "perplexity")
     found = [
         "## Loss",
-        f"In nats per {'pair' if form == PAIRS else 'token'}; the training loss is that of one step.",
+        f"Losses are in nats per {'pair' if form == PAIRS else 'token'}; that of training is of one step, "
+        "all else of validation text.",
         _table(names, rows),
     ]
     if len(steps) > 1:
         found.append(f"Training loss, from the first step to the last:\n\n    {_curve(steps)}")
     return found
+
+
+def _tasks(records: list[dict[str, Any]]) -> list[str]:
+    """A section with the newest scores of tasks."""
+    scored = [record for record in records if of_tasks(record)]
+    if not scored:
+        return []
+    rows = [
+        (_code(task), metric, number_in_words(score))
+        for task, found in of_tasks(scored[-1]).items()
+        for metric, score in found.items()
+    ]
+    head = f"By lm-evaluation-harness at step {scored[-1]['step']:,}, with standard errors"
+    return ["## Tasks", f"{head}.", _table(("task", "metric", "score"), rows)]
 
 
 def _curve(steps: list[dict[str, Any]]) -> str:

@@ -10,6 +10,6 @@ Not used of lm_eval: its models (so neither transformers nor accelerate is neede
 reports on the machine, and chat templates.
 """
 
-from lowres.harness.tasks import TEXTS, Scores, load_tasks, score
+from lowres.harness.tasks import SETTINGS, TEXTS, Scores, Tasks, load_tasks, score, score_in_training
 
-__all__ = ["TEXTS", "Scores", "load_tasks", "score"]
+__all__ = ["SETTINGS", "TEXTS", "Scores", "Tasks", "load_tasks", "score", "score_in_training"]

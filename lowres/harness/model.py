@@ -3,11 +3,15 @@
 The tokens of a request are those that lm_eval's own model for folders of transformers (`hf`) makes with the
 exported tokenizer, so both give the same scores. If that puts bos in front of a text, a text whose whole
 log-likelihood is wanted has two: its first token is bos, predicted from bos.
+
+Requests are packed into windows as chats are in tuning: as documents that do not see each other.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -17,13 +21,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from lowres.data import Tokenizer
-from lowres.data.batches import IGNORED
+from lowres.data.batches import BEGINS, IGNORED
+from lowres.data.chat.packing import pack
 from lowres.engine import Engine
 from lowres.errors import UserError
 from lowres.progress import Bar
 from lowres.sample import Generation, Part, Sampling, parts, reader_for
 
-# lengths of batches are multiples of this: an engine makes its boundaries again if the length changes
+# what does not fit a window has one of its own, whose length is a multiple of this
 LENGTHS = 32
 # what a task may say about its continuations, and what changes nothing with these values
 _UNDERSTOOD = {"do_sample", "temperature", "top_k", "until", "max_gen_toks"}
@@ -34,7 +39,7 @@ Request = tuple[Any, list[int], list[int]]
 
 
 class RunModel(TemplateLM):
-    """asked: whether a request has come. shortened: see `Scores`."""
+    """at_work: whether it answers, or failed to. shortened: see `Scores`."""
 
     def __init__(
         self,
@@ -43,13 +48,17 @@ class RunModel(TemplateLM):
         context: int,
         batch_tokens: int,
         sequences: int = 1,
+        window: int | None = None,
+        shown: bool = True,
     ) -> None:
         """context: tokens that the model may see. batch_tokens: that are processed together, at most, but one
-        sequence at least. sequences: that are continued together."""
+        window at least. sequences: that are continued together. window: tokens of a window into which
+        requests are packed; default: context. shown: whether to say how far it is, on the present stderr."""
         super().__init__()
         self._engine, self._tokenizer, self._sequences = engine, tokenizer, sequences
-        self._context, self._batch_tokens = context, batch_tokens
-        self.asked, self.shortened = False, 0
+        self._context, self._batch_tokens, self._window = context, batch_tokens, window or context
+        self._shown, self._stderr = shown, sys.stderr
+        self.at_work, self.shortened = False, 0
 
     @property
     def eot_token_id(self) -> int:
@@ -67,14 +76,14 @@ class RunModel(TemplateLM):
     # log-likelihoods of answers and of texts
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        self.asked = True
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        with self._at_work():
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        self.asked = True
         windows = [[*self._windows(*request.args)] for request in requests]
-        found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
+        with self._at_work():
+            found = iter(self._loglikelihood_tokens([window for of_text in windows for window in of_text]))
         return [sum(next(found)[0] for _ in of_text) for of_text in windows]
 
     def _windows(self, text: str) -> Iterator[Request]:
@@ -85,22 +94,45 @@ class RunModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
         rows = [self._row(context, answer) for _, context, answer in requests]
-        # the longest first, so that a lack of memory shows at once
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         found = [(0.0, True)] * len(rows)
-        with Bar("scoring", "answers", len(rows), leave=True) as bar:
-            while order:
-                length = min(self._context, -(-len(rows[order[0]]) // LENGTHS) * LENGTHS)
-                size = max(1, self._batch_tokens // length)
-                batch, order = order[:size], order[size:]
-                windows = _padded([rows[i] for i in batch], length + 1)
-                each, likeliest = self._engine.log_probabilities(windows)
-                for row, i in enumerate(batch):
-                    end = len(rows[i]) - 1
-                    answer = slice(end - len(requests[i][2]), end)
-                    found[i] = float(each[row, answer].double().sum()), bool(likeliest[row, answer].all())
-                bar.update(len(batch))
+        with self._bar("scoring", len(rows)) as bar, self._engine.marked():
+            for windows, length in self._windows_of(rows):
+                each, likeliest = self._engine.log_probabilities(_packed(rows, windows, length + 1))
+                for number, window in enumerate(windows):
+                    end = -1
+                    for i in window:
+                        end += len(rows[i])
+                        answer = slice(end - len(requests[i][2]), end)
+                        numbers = each[number, answer].double().sum(), likeliest[number, answer].all()
+                        found[i] = float(numbers[0]), bool(numbers[1])
+                bar.update(sum(map(len, windows)))
         return found
+
+    def _windows_of(self, rows: list[list[int]]) -> Iterator[tuple[list[list[int]], int]]:
+        """Batches: the numbers of the rows in each window, and the length of these windows. The longest come
+        first, so that a lack of memory shows at once."""
+        long = [i for i, row in enumerate(rows) if len(row) > self._window + 1]
+        for i in sorted(long, key=lambda i: -len(rows[i])):
+            yield [[i]], min(self._context, -(-len(rows[i]) // LENGTHS) * LENGTHS)
+        short = [i for i, row in enumerate(rows) if len(row) <= self._window + 1]
+        windows = [[short[i] for i in one] for one in pack([len(rows[i]) for i in short], self._window + 1)]
+        size = max(1, self._batch_tokens // self._window)
+        for start in range(0, len(windows), size):
+            yield windows[start : start + size], self._window
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        self.at_work = True
+        yield
+        self.at_work = False
+
+    @contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[Bar]:
+        with (
+            redirect_stderr(self._stderr),
+            Bar(what, "answers", total, shown=self._shown, leave=self._shown) as bar,
+        ):
+            yield bar
 
     def _row(self, context: list[int], answer: list[int]) -> list[int]:
         """The tokens of a request: its last ones, if there are too many."""
@@ -117,14 +149,17 @@ class RunModel(TemplateLM):
     # continuations
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        self.asked = True
+        with self._at_work():
+            return self._written(requests)
+
+    def _written(self, requests: Sequence[Any]) -> list[str]:
         # those that go on in the same way, and of them the longest first
         groups: dict[tuple[Sampling, tuple[str, ...]], list[tuple[int, list[int]]]] = {}
         for i, request in enumerate(requests):
             ids, how, stops = self._continuation(*request.args)
             groups.setdefault((how, stops), []).append((i, ids))
         texts = [""] * len(requests)
-        with Bar("generating", "answers", len(requests), leave=True) as bar:
+        with self._bar("generating", len(requests)) as bar, self._engine.marked():
             for (how, stops), group in groups.items():
                 group.sort(key=lambda one: -len(one[1]))
                 for start in range(0, len(group), self._sequences):
@@ -171,9 +206,13 @@ class RunModel(TemplateLM):
         return parts(generation, [tokenizer.stream() for _ in prompts], stops)
 
 
-def _padded(rows: list[list[int]], length: int) -> Tensor:
-    """int64 [rows, length], with IGNORED behind each row."""
-    batch = torch.full((len(rows), length), IGNORED)
-    for row, tokens in zip(batch, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
+def _packed(rows: list[list[int]], windows: list[list[int]], length: int) -> Tensor:
+    """int64 [windows, length]: rows behind each other, their first tokens marked, and IGNORED behind them."""
+    batch = torch.full((len(windows), length), IGNORED)
+    for words, window in zip(batch, windows, strict=True):
+        start = 0
+        for tokens in (rows[i] for i in window):
+            words[start : start + len(tokens)] = torch.tensor(tokens)
+            words[start] |= BEGINS
+            start += len(tokens)
     return batch

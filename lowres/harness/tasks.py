@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from lowres.config import Config
 from lowres.data import Tokenizer
 from lowres.engine import Engine
 from lowres.errors import UserError, first_line
+from lowres.scores import TASK
+from lowres.wording import counted
+
+if TYPE_CHECKING:
+    from lowres.harness.model import RunModel
 
 PACKAGE = "lm_eval>=0.4.12"
 # continuations that are written together, if there is memory
@@ -27,6 +32,17 @@ TEXTS = 8
 _BOOTSTRAPS = 1000
 
 Tasks = dict[str, Any]  # what `lm_eval` makes of names, with their data
+
+
+class Keys(NamedTuple):
+    """How the user names tasks, and a folder with more of them."""
+
+    tasks: str
+    folder: str
+
+
+OPTIONS = Keys("--tasks", "--include-path")
+SETTINGS = Keys("train.eval_tasks", "train.eval_tasks_folder")
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,29 @@ class Scores:
         parts = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
         return {part: self.found[part] for part in parts if self.found.get(part)}
 
+    def numbers(self) -> dict[str, float]:
+        """For the metrics: task/<task>/<metric>, and the same with _stderr where lm_eval knows its standard
+        error. A group that has scores of its own stands for its tasks."""
+        subtasks, groups = self.found.get("group_subtasks", {}), list(self.found.get("groups", {}))
+        inside, found = set[str](), dict[str, float]()
+        while groups:
+            below = subtasks.get(groups.pop(), [])
+            groups += [name for name in below if name not in inside]
+            inside |= set(below)
+        for task, values in self.found["results"].items():
+            for key, value in values.items():
+                metric, comma, kind = key.partition(",")
+                if task not in inside and comma and isinstance(value, int | float):
+                    found[f"{TASK}{task}/{metric if kind == 'none' else key}"] = float(value)
+        return found
+
+    def note(self) -> str:
+        """On the requests that were too long."""
+        return (
+            f"{counted(self.shortened, 'request is', 'requests are')} longer than the context of the model, "
+            f"which saw their last {self.context:,} tokens"
+        )
+
     def table(self) -> str:
         from lm_eval.utils import make_table
 
@@ -52,9 +91,14 @@ class Scores:
         return "\n".join(table.strip("\n") for table in tables)
 
 
-def load_tasks(names: Sequence[str], include: Path | None) -> Tasks:
+def load_tasks(names: Sequence[str], include: Path | None, keys: Keys = OPTIONS) -> Tasks:
     """Tasks, groups, tags or YAML files by their names. include: a folder with more of them. Raises UserError
     if one of them is unknown or wrong, or lacks its data or a package."""
+    with _naming(keys):
+        return _loaded(names, include, keys)
+
+
+def _loaded(names: Sequence[str], include: Path | None, keys: Keys) -> Tasks:
     try:
         from lm_eval.tasks.manager import TaskManager
     except ImportError:
@@ -62,7 +106,7 @@ def load_tasks(names: Sequence[str], include: Path | None) -> Tasks:
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     if include is not None and not include.is_dir():
-        raise UserError(f"--include-path: {include} is not a folder")
+        raise UserError(f"{keys.folder}: {include} is not a folder")
     with _to_stderr():
         # as lm_eval's own command does, for tasks that shuffle
         random.seed(DEFAULT_RANDOM_SEED)
@@ -71,7 +115,7 @@ def load_tasks(names: Sequence[str], include: Path | None) -> Tasks:
         for name in names:
             if name not in manager.all_tasks and not Path(name).is_file():
                 near = difflib.get_close_matches(name, manager.all_tasks, 3)
-                hint = f"; near it: {', '.join(near)}" if near else "; --include-path adds a folder of tasks"
+                hint = f"; near it: {', '.join(near)}" if near else f"; {keys.folder} adds a folder of tasks"
                 raise UserError(f"--tasks: {name!r} is neither a task, group or tag nor a YAML file{hint}")
         try:
             return dict(manager.load(list(names)))
@@ -100,35 +144,58 @@ def score(
     """The scores of the model of a run. limit: questions of each task, at most. examples: shown before each
     question, instead of the number that a task says (a task that says 0 keeps it). texts: continuations that
     are written together. Raises UserError."""
+    context = config.model.max_positions or config.data.seq_len
+    model = _model(config, engine, tokenizer, context, texts)
+    with _to_stderr():
+        return _scored(tasks, model, context, limit, examples)
+
+
+def score_in_training(tasks: Tasks, config: Config, engine: Engine, tokenizer: Tokenizer) -> Scores:
+    """The scores of the model that is trained, which sees no more than in training. They need no more memory
+    than a step, and the keys and values of one text. Raises UserError."""
+    context, limit = config.data.seq_len, config.train.eval_tasks_limit or None
+    with _naming(SETTINGS), open(os.devnull, "w") as nowhere:
+        model = _model(config, engine, tokenizer, context, 1, shown=config.log.progress)
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            return _scored(tasks, model, context, limit)
+
+
+def _model(
+    config: Config, engine: Engine, tokenizer: Tokenizer, context: int, texts: int, shown: bool = True
+) -> RunModel:
     if not tokenizer.has_text:
         raise UserError("--tasks: the run has ids without text, and the questions of tasks are text")
+    from lowres.harness.model import RunModel
+
+    window, batch_tokens = config.data.seq_len, config.batch_sequences * config.data.seq_len
+    return RunModel(engine, tokenizer, context, batch_tokens, texts, window, shown)
+
+
+def _scored(
+    tasks: Tasks, model: RunModel, context: int, limit: int | None, examples: int | None = None
+) -> Scores:
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
-    from lowres.harness.model import RunModel
-
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # no fork of this process
-    context = config.model.max_positions or config.data.seq_len
-    batch_tokens = config.batch_sequences * config.data.seq_len
-    model = RunModel(engine, tokenizer, context, batch_tokens, texts)
-    with _to_stderr():
-        for task in tasks["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own is None or (examples is not None and own != 0):
-                task.set_config(key="num_fewshot", value=examples or 0)
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        try:
-            found = evaluate(
-                lm=model,
-                task_dict=tasks,
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAPS,
-                log_samples=False,
-            )
-        except Exception as error:
-            if model.asked and not isinstance(error, ImportError):
-                raise  # not of a task
-            raise _fault(error) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for task in tasks["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (examples is not None and own != 0):
+            task.set_config(key="num_fewshot", value=examples or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    try:
+        found = evaluate(
+            lm=model,
+            task_dict=tasks,
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAPS,
+            log_samples=False,
+        )
+    except Exception as error:
+        if model.at_work and not isinstance(error, ImportError):
+            raise  # not of a task
+        raise _fault(error) from None
     return Scores(found, model.shortened, context)
 
 
@@ -145,6 +212,16 @@ def _fault(error: Exception) -> UserError:
     if error.__cause__ is not None:
         said += f": {first_line(error.__cause__)}"
     return UserError(f"--tasks: a task cannot be used ({said}); correct it, or leave it out")
+
+
+@contextlib.contextmanager
+def _naming(keys: Keys) -> Iterator[None]:
+    """Let an error name the tasks as the user does."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (str(error).replace(f"{OPTIONS.tasks}: ", f"{keys.tasks}: ", 1),)
+        raise
 
 
 @contextlib.contextmanager

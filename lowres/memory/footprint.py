@@ -100,9 +100,8 @@ class Footprint:
             found = self._deepspeed(choice)
         elif self.config.memory.engine == "layerwise":
             found = self._at_rest(choice.homes) + self._layerwise(choice)
-            if self.config.log.sample_tokens:
-                texts = replace(choice, texts=len(self.config.log.sample_prompts))
-                found += self._sampling(texts, self.config.data.seq_len)
+            if texts := self.config.texts:
+                found += self._sampling(replace(choice, texts=texts), self.config.data.seq_len)
         else:
             found = self._at_rest(choice.homes) + self._autograd(choice)
         if self.device.type == "cuda":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lowres.config import Config, ModelConfig, ReloraConfig
 from lowres.device import wants_kernels
@@ -29,6 +29,7 @@ from lowres.errors import UserError
 from lowres.kernels import forms
 from lowres.meter import LiveTensors
 from lowres.model import Dropout, Llama, empty_units
+from lowres.model.documents import Positions
 from lowres.optim import make_optimizer
 from lowres.relora import Relora
 from lowres.rooms import GPU, HOST, Rooms
@@ -48,7 +49,7 @@ class Traced(LiveTensors):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls
-            return func(*args)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if func is _aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -102,6 +103,20 @@ class _Still:
     def update(
         self, unit: Unit, grads: Mapping[str, Tensor], step: int, schedule: float, accepted: Tensor
     ) -> None: ...
+
+
+class _OnlyUpdating(LayerwiseEngine):
+    """An engine that computes neither activations nor gradients, for traces of updates: most of the time of a
+    trace would go into them."""
+
+    def _through(self, x: Tensor, layers: list[dict[str, Any]], positions: Positions) -> Tensor:
+        return x
+
+    def _add_loss(self, *arguments: Any) -> None: ...
+
+    def _backward(self, *arguments: Any) -> None: ...
+
+    def _backward_embedding(self, *arguments: Any) -> None: ...
 
 
 class _Watched:
@@ -208,7 +223,7 @@ class Tracer:
             optimizer = make_optimizer(self._cut(config, 1))
             optimizer.measured_every = min(1, optimizer.measured_every)  # every step, if any
             watched = _Watched(Relora(relora, optimizer), live)
-            engine = self._engine(rooms, Choice(1), watched)
+            engine = self._engine(rooms, Choice(1), watched, _OnlyUpdating)
             optimizer.attach(engine.units(), rooms)
             for step in steps:
                 self._take_step(engine, live, (1, 1), 1, step)
@@ -220,13 +235,19 @@ class Tracer:
     def _without_memory(self, rooms: Rooms) -> AbstractContextManager[Traced]:
         return without_memory(self._kind, rooms, brief=True, compiled=self._compiled)
 
-    def _engine(self, rooms: Rooms, choice: Choice, updater: Updater | None) -> LayerwiseEngine:
+    def _engine(
+        self,
+        rooms: Rooms,
+        choice: Choice,
+        updater: Updater | None,
+        kind: type[LayerwiseEngine] = LayerwiseEngine,
+    ) -> LayerwiseEngine:
         config, kept = self._cut(self._config, choice.band), self._config.memory
         units = empty_units(
             config.model, kept.weights, kept.embeddings_kept_in, rooms, adapters=self._adapters
         )
         settings = EngineSettings.of(config, choice, torch.device(self._kind), self._adapters is not None)
-        return LayerwiseEngine(config.model, units, updater, rooms, settings)
+        return kind(config.model, units, updater, rooms, settings)
 
     def _take_step(
         self, engine: LayerwiseEngine, live: Traced, shape: tuple[int, int], count: int, step: int

@@ -7,10 +7,12 @@ A line's `x` says whether its numbers belong to the buckets of the steps or of t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from lowres.scores import BITS, LOSS, OF, PERPLEXITY, TASK, of_tasks
 from lowres.view import Curve, View
 from lowres.view.columns import Numbers
 
@@ -20,16 +22,17 @@ KNOWN = {
     *("step", "tokens", "loss", "lr", "lr_over_batch", "grad_norm", "tokens_per_s", "wall_s", "skipped"),
     *("peak_mem_gib", "host_mem_gib", "peak_rss_gib", "cycle", "merges", "targets"),
 }
-KNOWN_SCORES = {"step", "val_loss", "val_ppl"}
-UPDATE, SCORE, SHARE = "update/", "val_loss/", "share/"
+KNOWN_SCORES = {"step", LOSS, PERPLEXITY}
+UPDATE, SHARE = "update/", "share/"
 TITLES = {
-    "val_bits_per_byte": "Validation: bits per byte",
+    BITS: "Validation: bits per byte",
     "merge_cosine": "Merges: cosine of the applied and the intended change",
     "merge_norm": "Merges: norm of the applied change divided by the intended one",
     "effective_rank": "Merges: effective rank of all changes so far",
     "padding": "Padding, share of the tokens",
 }
 MOST_LINES = 24  # in a chart by part
+MOST_TASKS = 24
 MOST_COLUMNS = 200  # of a heat map
 # kinds of events that a chart marks
 MARKED = {"spike": "spike", "rolled back": "rolled back to here", "memory": "smaller micro-batch"}
@@ -103,8 +106,9 @@ def _spoken(one: Mapping[str, Any]) -> str:
 def shared_charts(views: Sequence[View]) -> list[dict[str, Any]]:
     """The charts in which all runs are drawn together."""
     several = len(views) > 1
-    found = [_loss(views)]
-    scores = dict.fromkeys(key for v in views for key in v.evaluations.keys if "/" not in key)
+    found = []
+    scores = dict.fromkeys(key for v in views for key in v.evaluations.keys if OF not in key)
+    scores = dict.fromkeys([*filter(scores.__contains__, [BITS]), *scores])
     for key in [key for key in scores if key not in KNOWN_SCORES]:
         lines = []
         for run, view in enumerate(views):
@@ -112,6 +116,8 @@ def shared_charts(views: Sequence[View]) -> list[dict[str, Any]]:
             lines.append(line(run, _named(views, run, ""), curve, curve.mean, "evaluations", points=True))
         title = TITLES.get(key, "Validation: " + key.removeprefix("val_").replace("_", " "))
         found.append(chart(key, title, lines))
+    found.insert(BITS in scores, _loss(views))
+    found += _tasks(views)
 
     def of(key: str, title: str, about: str = "", envelope: bool = False, **more: Any) -> None:
         lines = []
@@ -165,6 +171,24 @@ def _loss(views: Sequence[View]) -> dict[str, Any] | None:
     return chart("loss", "Loss", lines, about)
 
 
+def _tasks(views: Sequence[View]) -> list[dict[str, Any] | None]:
+    """A chart for each task, with a line for each metric."""
+    keys = [key for view in views for key in view.evaluations.keys if key.startswith(TASK)]
+    tasks = of_tasks(dict.fromkeys(keys))
+    left = len(tasks) - MOST_TASKS
+    found = []
+    for task, metrics in islice(tasks.items(), MOST_TASKS):
+        lines = []
+        for metric in metrics:
+            for run, view in enumerate(views):
+                curve = view.evaluations.curve(f"{TASK}{task}/{metric}")
+                name = _named(views, run, metric)
+                lines.append(line(run, name, curve, curve.mean, "evaluations", points=True))
+        about = f"{left} more tasks are left out." if left > 0 else ""
+        found.append(chart(f"{TASK}{task}", f"Task: {task}", lines, about))
+    return found
+
+
 def _share_of_peak(views: Sequence[View]) -> dict[str, Any] | None:
     """Model FLOPs per second, divided by those of the fastest matrix product where that is known."""
     known = [all(isinstance(v.plan.get(k), int | float) for k in PEAK) for v in views]
@@ -191,7 +215,8 @@ def own_charts(run: int, view: View) -> list[dict[str, Any]]:
     """The charts of one run that cannot be drawn together with those of others."""
     found = []
     for prefix, title, columns, x in (
-        (SCORE, "Validation loss by part", view.evaluations, "evaluations"),
+        (BITS + OF, "Validation: bits per byte by part", view.evaluations, "evaluations"),
+        (LOSS + OF, "Validation loss by part", view.evaluations, "evaluations"),
         (SHARE, "Share of the parts in the training tokens", view.evaluations, "evaluations"),
     ):
         keys = [key for key in columns.keys if key.startswith(prefix)]

@@ -23,6 +23,7 @@ from lowres.report.tables import (
     settings,
     versions,
 )
+from lowres.scores import BITS
 from lowres.view import View, find_runs
 
 REPORT = "report.html"
@@ -101,10 +102,11 @@ def _section(name: str, title: str, content: str) -> str:
 
 def _figures_of(charts: Iterable[dict[str, Any]]) -> str:
     """A place for each chart, with what it says in words."""
-    places = []
+    places, charts = [], list(charts)
+    alone = all(one["id"] != BITS for one in charts)  # otherwise the loss stands beside the bits per byte
     for one in charts:
         name = escape(one["id"])
-        size = " wide" if one["kind"] != "lines" or one["id"] == "loss" else ""
+        size = " wide" if one["kind"] != "lines" or (one["id"] == "loss" and alone) else ""
         rows = len(one.get("rows", ()))
         height = {"heat": 150 + 15 * rows, "bars": 110 + 34 * rows}.get(one["kind"], 320)
         places.append(

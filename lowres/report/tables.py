@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+from lowres.scores import BITS, LOSS, SHOWN, number_in_words, of_tasks
 from lowres.view import View, duration
 from lowres.view.folder import KILLED, STOPPED, TRAINING
 
@@ -13,6 +15,7 @@ Row = tuple[str, list[str]]  # a name, and a cell for each run
 # events that say nothing about the run
 SILENT = {"saved", "started", "finished", "stopped"}
 MOST_EVENTS = 200
+MOST_TASKS = 24
 # where a run is, and not what
 PLACES = {"run.name", "run.rescue", "data.cache"}
 NOTHING = "-"
@@ -35,11 +38,14 @@ def _figures(view: View) -> Iterator[tuple[str, str]]:
     parameters = view.plan.get("parameters")
     yield "parameters", _count(parameters)
     yield "training loss, last", _plain(last.get("loss"), ".4f")
-    scores = view.evaluations.curve("val_loss")
-    yield "validation loss, last", _plain(view.evaluated.get("val_loss"), ".4f")
-    yield "validation loss, lowest", _plain(float(scores.least.min()), ".4f") if len(scores.at) else NOTHING
-    yield "bits per byte, last", _plain(view.evaluated.get("val_bits_per_byte"), ".4f")
-    yield "accuracy, last", _plain(view.evaluated.get("val_accuracy"), ".1%")
+    for key, name, form in SHOWN:
+        yield f"validation {name}, last", _plain(view.evaluated.get(key), form)
+        least = view.evaluations.curve(key).least
+        if key in (BITS, LOSS) and len(least):
+            yield f"validation {name}, lowest", _plain(float(least.min()), form)
+    for task, found in islice(of_tasks(view.tasks).items(), MOST_TASKS):
+        for metric, score in found.items():
+            yield f"{task}: {metric}, last", number_in_words(score)
     yield "learning rate, last", _plain(last.get("lr"), ".3g")
     yield "tokens/s", _plain(view.tokens_per_s, ",.0f")
     yield "time", duration(last.get("wall_s"))

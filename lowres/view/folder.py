@@ -19,6 +19,7 @@ from typing import Any
 from lowres import disk, lock
 from lowres.errors import UserError
 from lowres.records import CHECKPOINTS, CONFIG, EVENTS, METRICS, PLAN, SAMPLES, SUMMARY, Lines
+from lowres.scores import TASK
 from lowres.view.columns import BUCKETS, Columns
 from lowres.view.history import History, Samples
 
@@ -85,6 +86,7 @@ class View:
         self.steps, self.evaluations = Columns(self._buckets), Columns(self._buckets)
         self.skipped, self.last = 0, dict[str, Any]()
         self.evaluated: dict[str, Any] = {}  # the newest record of an evaluation
+        self.tasks: dict[str, Any] = {}  # the newest scores of tasks
         self._recent: list[dict[str, Any]] = []
 
     def _add(self, records: list[dict[str, Any]]) -> None:
@@ -96,6 +98,8 @@ class View:
         self._recent = (self._recent + steps)[-RECENT:]
         self.last = (self._recent or [{}])[-1]
         self.evaluated = scored[-1] if scored else self.evaluated
+        for record in scored:
+            self.tasks = {key: x for key, x in record.items() if key.startswith(TASK)} or self.tasks
 
     # ---- what it is
 

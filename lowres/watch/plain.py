@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
+from lowres.scores import in_words, of_tasks, task_in_words
 from lowres.terminal import clean
 from lowres.view import View, duration
 from lowres.watch.card import Card
 
+MOST_TASKS = 6
 NAMES = (
     ("loss", "loss", ".4f"),
     ("lr", "lr", ".2e"),
@@ -20,8 +23,10 @@ def line(view: View, cards: Sequence[Card] = ()) -> str:
     """The state of a run, its last numbers, how long it takes, and the cards."""
     parts = [f"{view.name}: {view.state().text}", f"step {view.step:,}" + _of(view.total)]
     parts += [f"{name} {format(x, form)}" for key, name, form in NAMES if _is(x := view.last.get(key))]
-    if _is(score := view.evaluated.get("val_loss")):
-        parts.append(f"validation loss {score:.4f}")
+    if view.evaluated:
+        parts.append(f"validation: {in_words(view.evaluated)}")
+    for task, found in islice(of_tasks(view.tasks).items(), MOST_TASKS):
+        parts.append(f"{task} {task_in_words(found)}")
     if rate := view.tokens_per_s:
         parts.append(f"{rate:,.0f} tokens/s")
     if (left := view.seconds_left) and view.step != view.total:

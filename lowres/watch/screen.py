@@ -5,6 +5,7 @@ characters and without markup.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,12 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lowres.scores import BITS, LOSS, SHOWN, number_in_words, of_tasks
 from lowres.terminal import clean
 from lowres.view import Columns, View, duration
 from lowres.view.folder import TRAINING
 from lowres.watch.card import Card
 from lowres.watch.curve import curve
-from lowres.watch.plain import about
+from lowres.watch.plain import MOST_TASKS, about
 
 GIB = 1 << 30
 HEIGHT = 8  # lines of a curve
@@ -31,11 +33,7 @@ NUMBERS = (
     ("lr_over_batch", "lr / batch", ".3e"),
     ("skipped", "units not updated", ",d"),
 )
-SCORES = (
-    ("val_loss", "validation loss", ".4f"),
-    ("val_bits_per_byte", "bits per byte", ".4f"),
-    ("val_accuracy", "accuracy", ".1%"),
-)
+SCORES = [(shown.key, f"validation {shown.name}", shown.form) for shown in SHOWN]
 
 
 def frame(view: View, cards: Sequence[Card], width: int) -> RenderableType:
@@ -72,14 +70,15 @@ def _curves(view: View, width: int) -> Iterator[RenderableType]:
         panel
         for columns, key, title in (
             (view.steps, "loss", "training loss"),
-            (view.evaluations, "val_loss", "validation loss"),
+            (view.evaluations, BITS, "validation bits per byte"),
+            (view.evaluations, LOSS, "validation loss"),
             (view.steps, "grad_norm", "gradient norm"),
             (view.steps, "tokens_per_s", "tokens/s"),
         )
         if (panel := _curve(columns, key, title, each)) is not None
     ]
     if not beside:
-        yield from panels[:2]
+        yield from panels[:3]
         return
     grid = Table.grid(expand=True)
     for first in range(0, len(panels), 2):
@@ -106,6 +105,9 @@ def _numbers(view: View) -> Table:
                 table.add_row(Text(name, "dim"), format(value, form))
             elif key in record:
                 table.add_row(Text(name, "dim"), Text("not finite", "red"))
+    for task, found in islice(of_tasks(view.tasks).items(), MOST_TASKS):
+        for metric, score in found.items():
+            table.add_row(Text(clean(f"{task} {metric}"), "dim"), number_in_words(score))
     if (rate := view.tokens_per_s) is not None:
         table.add_row(Text("tokens/s", "dim"), f"{rate:,.0f}")
         flops, peak = (view.plan.get(key) for key in ("model_flops_per_token", "peak_tflops"))

@@ -113,7 +113,6 @@ class ChatData(Data):
         return self._validation.documents
 
     def hashes(self, validation: bool = False) -> Iterator[np.ndarray]:
-        """uint64 [documents], for each shard; see `hashes`."""
         return (self._validation if validation else self._train).stored.hashes()
 
     # ---- training
@@ -150,9 +149,7 @@ class ChatData(Data):
 
     def validation_documents(self, max_tokens: int) -> list[int]:
         """The numbers of the chats or pairs in `validation`."""
-        ends = self._validation.ends()
-        count = int(np.searchsorted(ends, max_tokens, side="right")) if max_tokens else len(ends)
-        return list(range(max(1, count)))
+        return self._validation.first(max_tokens)
 
     def of_validation(self, documents: Sequence[int]) -> Packed:
         """As `of_training`, of the validation data."""
@@ -174,13 +171,14 @@ class ChatData(Data):
         pass
 
 
-def all_packed(folder: Path, seq_len: int) -> Packed:
-    """All chats or pairs of a prepared folder. Raises UserError without any."""
+def all_packed(folder: Path, seq_len: int, max_tokens: int = 0) -> Packed:
+    """The chats or pairs of a prepared folder: all, or the first of so many tokens. Raises UserError without
+    any."""
     examples = _all_of(folder)
     if not examples.documents:
         manifest = read_complete(folder)
         raise UserError(_nothing(manifest.arguments.source, "nothing in it can be evaluated", manifest))
-    return examples.packed(range(examples.documents), seq_len)
+    return examples.packed(examples.first(max_tokens), seq_len)
 
 
 def _nothing(what: str, problem: str, manifest: Complete, of: str = OF_TRAINING) -> str:
@@ -232,6 +230,12 @@ class _Examples:
     def ends(self) -> np.ndarray:
         """int64 [documents]: how many tokens there are up to the end of each."""
         return self._begins[self._each :: self._each]
+
+    def first(self, max_tokens: int) -> list[int]:
+        """The numbers of the documents up to so many tokens (0: all), at least one."""
+        ends = self.ends()
+        count = int(np.searchsorted(ends, max_tokens, side="right")) if max_tokens else len(ends)
+        return list(range(max(1, count)))
 
     def placed(self, documents: Sequence[int], seq_len: int) -> _Placed:
         numbers = [self._each * document + i for document in documents for i in range(self._each)]

@@ -89,7 +89,7 @@ def open_corpus(
         separator = tokenizer.bos_id
 
     files = training + held
-    small = sum(len(file) * file.dtype.itemsize for file in files) < READ_AT_ONCE_BYTES
+    small = _is_small(files)
     seen = [file.look(small, separator) for file in files]
     spans = [Span(file, 0, len(file)) for file in training]
     own = [Span(file, 0, len(file)) for file in held]
@@ -111,7 +111,13 @@ def ids_of(listing: Listing, tokenizer: Tokenizer, cache: Path) -> Part:
     listing.check()
     opener = _Opener(listing.source.token_dtype, listing.source.damaged, tokenizer.vocab_size, cache)
     files = opener.open(_own(listing, VALIDATION) or _own(listing, TRAIN))
+    for file in files:
+        file.look(_is_small(files), None)
     return Part([Span(file, 0, len(file)) for file in files])
+
+
+def _is_small(files: Sequence[TokenFile]) -> bool:
+    return sum(len(file) * file.dtype.itemsize for file in files) < READ_AT_ONCE_BYTES
 
 
 def count_ids(file: File, token_dtype: str | None) -> tuple[int, int, list[int]]:
