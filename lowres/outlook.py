@@ -8,7 +8,7 @@ from functools import cache
 
 from lowres import pace
 from lowres.config import PRESETS, Config, ModelConfig
-from lowres.config.sections import PRESET_VOCAB
+from lowres.config.model import PRESET_VOCAB
 from lowres.model import count_parameters
 
 # a pace is measured on so many steps and seconds; the first step of a process also warms up

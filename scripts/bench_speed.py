@@ -43,7 +43,7 @@ import speed_linear  # noqa: E402
 import speed_update  # noqa: E402
 import torch  # noqa: E402
 
-from lowres.config.sections import PRESETS  # noqa: E402
+from lowres.config.model import PRESETS  # noqa: E402
 from lowres.errors import UserError  # noqa: E402
 from lowres.probe import model_flops_per_token  # noqa: E402
 from lowres.speed.peak import DTYPES, gemm_peak  # noqa: E402

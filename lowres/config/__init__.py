@@ -1,10 +1,14 @@
 """The configuration of a run.
 
 base       the base class of sections, and shared types
-sections   every key: type, limits, documentation
-memory     the same for [memory] and [deepspeed]
+model, data, optim, memory, sections
+           every key: type, limits, documentation
 fill       defaults that follow from other keys
 checks     checks across sections
+
+The string under a field is the key's documentation; `lowres config --help` prints it. Keys marked
+`resumable` may differ when a run is resumed; any other difference is refused. A check of one section is in
+its class.
 
 A config is read in one pass: nested dicts of sections -> `fill` -> types and limits -> `checks`. Reading a
 file and `--set` is in `lowres.config_file`.
@@ -19,26 +23,18 @@ from pydantic import Field, model_validator
 
 from lowres.config.base import OneOf, Section
 from lowres.config.checks import check
+from lowres.config.data import DataConfig, MixturePart, ValidationText, name_of_source
 from lowres.config.fill import RATE_DEFAULTS, engine_defaults, fill
 from lowres.config.memory import DeepspeedConfig, MemoryConfig
+from lowres.config.model import PRESET_VOCAB, PRESETS, SHAPE_KEYS, ModelConfig
+from lowres.config.optim import SCHEDULE_KEYS, OptimConfig, ScheduleConfig
 from lowres.config.sections import (
-    PRESET_VOCAB,
-    PRESETS,
-    SCHEDULE_KEYS,
-    SHAPE_KEYS,
-    DataConfig,
     HealthConfig,
     LogConfig,
-    MixturePart,
-    ModelConfig,
     ObjectiveConfig,
-    OptimConfig,
     ReloraConfig,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
-    ValidationText,
-    name_of_source,
 )
 
 __all__ = [

@@ -18,6 +18,7 @@ Batch = Annotated[int, Field(ge=1, le=1 << 32)]
 Rate = Annotated[float, Field(gt=0)]
 Minutes = Annotated[float, Field(ge=0, le=1e9)]
 Gib = Annotated[float, Field(gt=0, le=1e6)]
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 
 def resumable(default: Any, **limits: Any) -> Any:

@@ -18,12 +18,9 @@ from typing import Any
 
 from lowres import rates
 from lowres.catalogue import RULES
-from lowres.config.sections import (
-    DataConfig,
-    OptimConfig,
-    ReloraConfig,
-    TrainConfig,
-)
+from lowres.config.data import DataConfig
+from lowres.config.optim import OptimConfig
+from lowres.config.sections import ReloraConfig, TrainConfig
 
 Values = dict[str, Any]
 
