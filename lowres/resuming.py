@@ -16,6 +16,7 @@ from lowres.checkpoint import State
 from lowres.config import Config
 from lowres.config_file import (
     adjusted_keys,
+    as_begun,
     as_chosen,
     changed_keys,
     follow_batch,
@@ -27,7 +28,7 @@ from lowres.data import Data, MixedData, record_of_one
 from lowres.errors import UserError
 from lowres.optim.schedule import factor
 from lowres.records import CHECKPOINTS, CONFIG, METRICS, SUMMARY
-from lowres.runs import config_of, identities
+from lowres.runs import config_in, config_of, identities
 from lowres.text import is_stream
 from lowres.wording import command
 
@@ -128,7 +129,7 @@ def continued(
     config, notes, started_with = follow_batch(
         config, saved, state.start.model_dump() if state else rates_of(saved)
     )
-    _require_same_settings(config, saved, folder, state)
+    _require_same_settings(config, saved, folder, DATA_KEYS if state else ())
     changed = _changes(config, saved, notes)
     if state is not None:
         _require_same_data(config, data, state, folder)
@@ -148,10 +149,19 @@ def continued(
     return config, started_with, changed, notes
 
 
-def _require_same_settings(config: Config, saved: Config, folder: Path, state: State | None) -> None:
-    """Raise UserError if a setting has changed that may not change on resume. Where the data are may change,
-    as their fingerprint is compared."""
-    free = DATA_KEYS if state else ()
+def require_same_run(config: Config, folder: Path) -> None:
+    """Raise UserError if a config asks a finished run for a setting that may not change on resume."""
+    saved = config_in(folder)
+    config = as_begun(config, saved) if saved.run.init_from else config
+    config = config.with_vocab(config.model.vocab_size or saved.model.vocab)
+    config = _with_schedule_of(as_chosen(config, saved), saved)
+    config, _, _ = follow_batch(config, saved, rates_of(saved))
+    _require_same_settings(config, saved, folder, DATA_KEYS)
+
+
+def _require_same_settings(config: Config, saved: Config, folder: Path, free: tuple[str, ...]) -> None:
+    """Raise UserError if a setting has changed that may not change on resume. free: keys that do not count;
+    where the data are may change if their fingerprint is compared."""
     changed = [key for key in changed_keys(saved, config) if key not in free]
     if changed:
         changed.sort(

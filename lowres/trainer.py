@@ -31,6 +31,7 @@ from lowres.optim.schedule import factor
 from lowres.outlook import Stopwatch
 from lowres.progress import Bar
 from lowres.ranks import say
+from lowres.resuming import require_same_run
 from lowres.rooms import is_out_of_memory
 from lowres.running import Batch, Run
 from lowres.runs import CHECKPOINTS, CONFIG
@@ -53,6 +54,7 @@ def train(config: Config, folder: Path, resume: bool, profiled: int = 0, restart
     """Train into a folder, or continue there. profiled: steps to profile, after the first few. restart: begin
     again, and move aside what is there."""
     if resume and not restart and is_finished(config, folder):
+        require_same_run(config, folder)
         if ranks.is_first():
             longer = f"{_again(folder)} --set train.steps=N"
             print(f"{folder} is finished; to train it for longer, up to N steps: {longer}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from lowres.cli.parser import make_parser
-from lowres.config import Config, MixturePart, OneOf
+from lowres.config import Config, MixturePart, OneOf, ValidationText
 
 # keys that are names of something else
 NAMED = {
@@ -80,8 +80,9 @@ def config_keys() -> str:
         for key, info in type(values).model_fields.items():
             lines.append(f"{section}.{_key(key, info, getattr(values, key))}")
         if section == "data":
-            fields = MixturePart.model_fields.items()
-            lines += [f"data.mixture[].{_key(key, info, info.default)}" for key, info in fields]
+            for table, kind in (("mixture", MixturePart), ("validation", ValidationText)):
+                own = kind.model_fields.items()
+                lines += [f"data.{table}[].{_key(key, info, info.default)}" for key, info in own]
         assert field.annotation is type(values)
     return "\n".join(lines) + "\n"
 

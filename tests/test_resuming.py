@@ -358,6 +358,8 @@ def test_a_finished_run_is_only_finished_with_its_last_checkpoint(config: Path, 
     keep = ["--set", "train.keep_checkpoints=0", "--resume"]
     assert "is finished" in trained(config, straight, *keep).stdout
     assert "has done 8 steps" in trained(config, straight, *keep, "--set", "train.steps=7", code=2).stderr
+    refused = trained(config, straight, *keep, "--set", "data.seq_len=32", code=2).stderr
+    assert "data.seq_len: the run in" in refused and "may not change on resume" in refused
     content = bytearray((last / "head.safetensors").read_bytes())
     content[-1] ^= 1
     (last / "head.safetensors").write_bytes(content)
