@@ -22,7 +22,7 @@ NAMED = {
     r"^(update)/.*": r"\1/UNIT",
     r"^(versions)\..*": r"\1.PACKAGE",
     r"^(changed)\.(?:\w+\.\w+)": r"\1.section.key",
-    r"^(val_loss|tokens|share)/.*": r"\1/PART",
+    r"^(val_loss|val_bits_per_byte|tokens|share)/.*": r"\1/PART",
 }
 
 
