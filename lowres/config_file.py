@@ -359,7 +359,7 @@ def _meant(given: Any, kind: str) -> str | None:
         return BOOLEANS.get(given.lower())
     if kind == "bool_type" and given in (0, 1):
         return "true" if given else "false"
-    if kind == "int_type":
+    if kind == "int_type" and isinstance(given, str | int | float):
         with suppress(ValueError, OverflowError):
             number = float(given.replace(",", "")) if isinstance(given, str) else float(given)
             return str(int(number)) if number == int(number) else None

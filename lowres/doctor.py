@@ -28,21 +28,21 @@ REQUIRED = {
     "torch": "2.8",
     "numpy": "1.26",
     "pydantic": "2.7",
-    "safetensors": "0.4.3",
+    "safetensors": "0.7",
     "sentencepiece": "0.2.3",
-    "tqdm": "4.66",
+    "tqdm": "4.66.3",
     "pyyaml": "6",
 }
 # packages that some runs need: the oldest version, and what for
 OPTIONAL = {
     "datasets": ("3", 'data.source = "hf:..."'),
-    "pyarrow": ("15", ".parquet, .arrow and .feather files"),
+    "pyarrow": ("21", ".parquet, .arrow and .feather files"),
     "zstandard": ("0.22", ".zst files"),
     "tokenizers": ("0.21", "a tokenizer.json"),
     "jinja2": ("3.1.6", "chat templates"),
     "bitsandbytes": ("0.49", "memory.moments = int8"),
     "matplotlib": ("3.8", "the picture of the loss"),
-    "gguf": ("0.17", "lowres export --format gguf"),
+    "gguf": ("0.17.1", "lowres export --format gguf"),
     "lm_eval": ("0.4.12", "lowres eval --tasks"),
     "deepspeed": ("0.19", "memory.engine = deepspeed"),
 }

@@ -188,6 +188,8 @@ WRITTEN = {
     "train.steps=1e3": "; write 1000",
     "train.steps=10,000": "; write 10000",
     "train.steps=1.5": "(got 1.5)",
+    "train.steps=[1, 2]": "(got [1, 2])",
+    "train.steps={a = 1}": "(got {'a': 1})",
 }
 
 
