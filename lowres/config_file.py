@@ -343,12 +343,21 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{key}.{message}" if location else message
-    kinds = [e["msg"] for e in error.errors() if e["loc"][: len(location)] == first["loc"][: len(location)]]
+    kinds = [
+        PLAINLY.get(e["type"], e["msg"])
+        for e in error.errors()
+        if e["loc"][: len(location)] == first["loc"][: len(location)]
+    ]
     given = first.get("input")
     remedy = f"; write {meant}" if (meant := _meant(given, first["type"])) else ""
     return f"{key}: {' or '.join(dict.fromkeys(kinds))} (got {given!r}){remedy}"
 
 
+# errors that Pydantic words for programmers
+PLAINLY = {
+    "tuple_type": "Input should be a list",
+    "string_pattern_mismatch": "Input should be a name of letters, digits, _, - and ., with a letter in it",
+}
 # how other languages write what TOML writes otherwise
 BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
 
@@ -359,6 +368,8 @@ def _meant(given: Any, kind: str) -> str | None:
         return BOOLEANS.get(given.lower())
     if kind == "bool_type" and given in (0, 1):
         return "true" if given else "false"
+    if kind == "tuple_type" and isinstance(given, str):
+        return json.dumps([part.strip() for part in given.split(",")], ensure_ascii=False)
     if kind == "int_type" and isinstance(given, str | int | float):
         with suppress(ValueError, OverflowError):
             number = float(given.replace(",", "")) if isinstance(given, str) else float(given)

@@ -188,6 +188,9 @@ WRITTEN = {
     "train.steps=1e3": "; write 1000",
     "train.steps=10,000": "; write 10000",
     "train.steps=1.5": "(got 1.5)",
+    "train.eval_tasks=hellaswag": "a list (got 'hellaswag'); write [\"hellaswag\"]",
+    "train.eval_tasks=a,b": 'write ["a", "b"]',
+    "run.name=a b": "letters, digits, _, - and ., with a letter in it (got 'a b')",
     "train.steps=[1, 2]": "(got [1, 2])",
     "train.steps={a = 1}": "(got {'a': 1})",
 }

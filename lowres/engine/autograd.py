@@ -7,7 +7,6 @@ whole model in compute precision and a gradient for every parameter, so it needs
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 from lowres.config import ModelConfig
 from lowres.engine.cache import Reader, Rereading
 from lowres.engine.common import (
-    MARKED,
     Documents,
     EngineSettings,
     Limits,
+    Marking,
     StepReport,
     Updater,
     apart,
@@ -34,7 +33,7 @@ from lowres.rooms import Rooms
 from lowres.storage import Unit
 
 
-class AutogradEngine:
+class AutogradEngine(Marking):
     """Engine interface: see `lowres.engine.Engine`."""
 
     def __init__(
@@ -189,14 +188,6 @@ class AutogradEngine:
     def reader(self, sequences: int, length: int) -> Reader:
         """It remembers nothing."""
         return Rereading(self.logits)
-
-    @contextmanager
-    def marked(self) -> Iterator[None]:
-        before, self.settings = self.settings, replace(self.settings, starts=MARKED)
-        try:
-            yield
-        finally:
-            self.settings = before
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -166,6 +167,21 @@ Documents = list[Lengths] | None  # those of every sequence; None: each sequence
 Parts = tuple[list[Tensor], list[Tensor], int]
 # documents that the words of a window mark
 MARKED = Starts(lambda words: (words > 0) & (words & BEGINS != 0))
+
+
+class Marking:
+    """An engine whose settings say where documents begin."""
+
+    settings: EngineSettings
+
+    @contextmanager
+    def marked(self) -> Iterator[None]:
+        """See `Engine.marked`."""
+        before, self.settings = self.settings, replace(self.settings, starts=MARKED)
+        try:
+            yield
+        finally:
+            self.settings = before
 
 
 def split(batch: Tensor, micro_batch: int, rooms: Rooms) -> Parts:

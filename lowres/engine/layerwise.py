@@ -26,8 +26,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -38,11 +36,11 @@ from lowres.config import ModelConfig
 from lowres.engine.boundaries import Boundaries, Boundary
 from lowres.engine.cache import CachedReader, KVCache, NewTokens, Reader
 from lowres.engine.common import (
-    MARKED,
     Documents,
     EngineSettings,
     Grouping,
     Limits,
+    Marking,
     StepReport,
     Updater,
     apart,
@@ -109,7 +107,7 @@ def _settled(
     return settled
 
 
-class LayerwiseEngine:
+class LayerwiseEngine(Marking):
     """Engine interface: see `lowres.engine.Engine`. shrinks: whether it goes on in smaller pieces if the GPU
     is full, except in a rehearsal."""
 
@@ -677,14 +675,6 @@ class LayerwiseEngine:
                 pass
         self._units_mover.finish()
         return time.perf_counter() - began
-
-    @contextmanager
-    def marked(self) -> Iterator[None]:
-        before, self.settings = self.settings, replace(self.settings, starts=MARKED)
-        try:
-            yield
-        finally:
-            self.settings = before
 
     def units(self, write: bool = False) -> Iterator[Unit]:
         yield from self._units.values()
